@@ -1,0 +1,1 @@
+"""Serve a trained embedder: who is this, or is it nobody we know?"""

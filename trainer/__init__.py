@@ -1,0 +1,1 @@
+"""Train embeddings of very many identities on a cluster."""

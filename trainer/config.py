@@ -1,0 +1,279 @@
+"""The Config: one frozen tree of pydantic models, read from one YAML file and dotted overrides.
+
+Unknown keys are errors. The resolved tree is stored with every run (`Config.to_yaml`).
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from trainer.errors import UserError
+from trainer.losses import ArcFace, Loss
+
+
+class Section(BaseModel):
+    """A part of the tree: frozen, and strict about its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class DataConfig(Section):
+    """What is read, and in which batches."""
+
+    path: Path = Field(Path("data"), description="folder of shards with a manifest.json")
+    train_split: str = "train"
+    val_split: str = "val"
+    height: int = Field(112, ge=8, le=1024, description="pixels; images are resized to it")
+    width: int = Field(112, ge=8, le=1024)
+    batch_size: int = Field(256, ge=1, description="samples a step, over all ranks together")
+    shuffle_window: int = Field(50_000, ge=1, description="samples among which the order is shuffled")
+    identities_per_batch: int | None = Field(
+        None, ge=2, description="P of a P x K batch, for losses on pairs; K = batch_size / P; null: plain shuffling"
+    )
+    cache: Literal["auto", "memory", "none"] = Field("auto", description="keep decoded images: auto = when they fit in 1 GiB")
+
+    @model_validator(mode="after")
+    def _whole_identities(self) -> "DataConfig":
+        if self.identities_per_batch is not None and self.batch_size % self.identities_per_batch:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of identities_per_batch {self.identities_per_batch}; "
+                "choose P and K with P x K = batch_size"
+            )
+        return self
+
+
+class AugmentConfig(Section):
+    """Random changes to training images, on whole batches, in torch. 0 turns a change off."""
+
+    rotate_degrees: float = Field(0.0, ge=0, le=180, description="uniform in +- this")
+    scale: float = Field(0.0, ge=0, lt=1, description="zoom in 1 +- this")
+    shear_degrees: float = Field(0.0, ge=0, le=60)
+    translate: float = Field(0.0, ge=0, le=0.5, description="share of the image's side")
+    flip: bool = Field(False, description="mirror half of the images (faces: true; characters: false)")
+    erase: float = Field(0.0, ge=0, le=1, description="probability of erasing a random rectangle")
+    brightness: float = Field(0.0, ge=0, lt=1)
+    contrast: float = Field(0.0, ge=0, lt=1)
+    quarter_turns: bool = Field(
+        False, description="each of the 4 quarter turns of an identity is an identity of its own: 4 x the classes"
+    )
+
+
+class BackboneConfig(Section):
+    """The network from pixels to the embedding."""
+
+    name: str = Field("iresnet50", description="convnet, iresnet18/34/50/100, mobilefacenet, vit, or timm:<name>")
+    dimension: int = Field(512, ge=2, le=8192, description="D of the embedding")
+    width: int = Field(64, ge=4, le=1024, description="channels of the first stage (convnet)")
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class HeadConfig(Section):
+    """How the class centres are kept and computed; which margin is `loss`."""
+
+    algorithm: Literal["auto", "store", "recompute"] = Field("auto", description="auto: store when P fits the memory")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="of the matrix products and of the stored P")
+    tile: int = Field(8192, ge=16, description="classes a tile")
+    sample_rate: float = Field(1.0, gt=0, le=1, description="share of the negative classes used in a step (PartialFC)")
+
+
+class OptimizerConfig(Section):
+    """Steps of the backbone (inside DeepSpeed) and of the head (outside it)."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(0.1, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    head_name: Literal["sgd", "adamw"] = "sgd"
+    head_lr: float | None = Field(None, gt=0, description="null: the same as lr")
+    head_momentum: float = Field(0.9, ge=0, lt=1)
+    head_weight_decay: float = Field(5e-4, ge=0)
+    head_state: Literal["fp32", "bf16", "int8"] = Field("fp32", description="type of the head optimizer's state")
+
+
+class ScheduleConfig(Section):
+    """Learning rate and margin over the steps."""
+
+    kind: Literal["cosine", "polynomial", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    power: float = Field(2.0, gt=0, description="of the polynomial")
+    final: float = Field(0.0, ge=0, le=1, description="share of the learning rate at the end")
+    margin_warmup_steps: int = Field(0, ge=0, description="steps over which the margin grows from 0 to its value")
+
+
+class EngineConfig(Section):
+    """DeepSpeed around the backbone."""
+
+    zero_stage: Literal[0, 1, 2] = 0
+    bf16: bool = False
+    gradient_clipping: float = Field(0.0, ge=0, description="of the backbone's gradient norm; 0: off")
+
+
+class ScalingConfig(Section):
+    """What Ray starts."""
+
+    workers: int = Field(2, ge=1)
+    use_gpu: bool = False
+    cpus_per_worker: float = Field(1.0, gt=0)
+    address: str | None = Field(None, description="Ray cluster to join; null: $RAY_ADDRESS, else one started here")
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    uri: str = "sqlite:///mlflow.db"
+    experiment: str = "hypersphere"
+    run_name: str | None = None
+    model_name: str = Field("hypersphere-embedder", description="the registered model that export gives the alias champion")
+    enabled: bool = True
+
+
+class RunConfig(Section):
+    """Length of the run, and what is written when."""
+
+    out: Path = Field(Path("runs/default"), description="folder of checkpoints and of the resolved config")
+    epochs: int = Field(20, ge=1)
+    max_steps: int | None = Field(None, ge=1, description="stop earlier, after so many steps; the schedules end there")
+    seed: int = Field(0, ge=0)
+    log_every: int = Field(10, ge=1, description="steps")
+    eval_every: int = Field(1, ge=0, description="epochs between evaluations on the validation split; 0: never")
+    checkpoint_every: int = Field(1000, ge=0, description="steps; 0: only at the end")
+    keep_checkpoints: int = Field(2, ge=1)
+
+
+class Config(Section):
+    """Everything that decides a training run."""
+
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    loss: Loss = ArcFace()
+    auxiliary: tuple[Loss, ...] = Field((), description="further losses, each times its weight")
+    head: HeadConfig = HeadConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    engine: EngineConfig = EngineConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    run: RunConfig = RunConfig()
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _loss_by_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        return {"name": "arcface", **value} if isinstance(value, dict) else value
+
+    @field_validator("auxiliary", mode="before")
+    @classmethod
+    def _losses_by_name(cls, value: Any) -> Any:
+        return [{"name": item} if isinstance(item, str) else item for item in value]
+
+    @model_validator(mode="after")
+    def _enough_samples_for_the_ranks(self) -> "Config":
+        if self.data.batch_size % self.scaling.workers:
+            raise ValueError(
+                f"data.batch_size {self.data.batch_size} is not a multiple of scaling.workers {self.scaling.workers}; "
+                "every worker takes an equal part of the batch: change one of them"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved tree, as YAML that `load` reads back to an equal tree."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load(path: Path | None, overrides: list[str] | None = None) -> Config:
+    """Read a Config from a YAML file (None: all defaults) and `section.key=value` overrides, values in YAML.
+
+    Raises:
+        UserError: the file cannot be read, or a key or value is not allowed.
+    """
+    tree: Any = {}
+    if path is not None:
+        try:
+            tree = yaml.safe_load(path.read_text()) or {}
+        except OSError as error:
+            raise UserError(f"cannot read the config '{path}': {error.strerror}; --config takes a YAML file") from error
+        except yaml.YAMLError as error:
+            raise UserError(f"the config '{path}' is not YAML: {error}") from error
+        if not isinstance(tree, dict):
+            raise UserError(f"the config '{path}' is a {type(tree).__name__}; it must be sections with keys")
+    for override in overrides or []:
+        _apply(tree, override)
+    return from_tree(tree)
+
+
+def from_tree(tree: dict[str, Any]) -> Config:
+    """Validate a tree of plain values.
+
+    Raises:
+        UserError: one line per fault, each with the key, the value and what is allowed.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(fault) for fault in error.errors())) from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override '{override}' has no value; write section.key=value, for example run.epochs=5")
+    *parents, last = key.split(".")
+    node: Any = tree
+    for parent in parents:
+        if isinstance(node, list):
+            node = node[_position(node, parent, key)]
+            continue
+        child = node.get(parent)
+        if not isinstance(child, (dict, list)):
+            child = node[parent] = {"name": child} if isinstance(child, str) else {}
+        node = child
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise UserError(f"the value of override '{override}' is not YAML: {error}") from error
+    if isinstance(node, list):
+        node[_position(node, last, key)] = value
+    else:
+        node[last] = value
+
+
+def _position(node: list[Any], text: str, key: str) -> int:
+    if not text.isdigit() or int(text) >= len(node):
+        raise UserError(f"'{text}' in override '{key}' is not a position of a list of {len(node)}; count from 0")
+    return int(text)
+
+
+def _explain(fault: Any) -> str:
+    """One fault of pydantic's as one sentence: where, the value, what is allowed."""
+    location = [str(part) for part in fault["loc"]]
+    key = ".".join(location)
+    if fault["type"] == "extra_forbidden":
+        allowed = _keys_at(location[:-1])
+        close = difflib.get_close_matches(location[-1], allowed, 1)
+        hint = f"did you mean '{close[0]}'?" if close else f"allowed: {', '.join(allowed)}"
+        return f"config: unknown key '{key}'; {hint}"
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if fault["type"] == "value_error":
+        return f"config: {key + ': ' if key else ''}{message}"
+    return f"config: {key}={fault['input']!r}: {message}"
+
+
+def _keys_at(location: list[str]) -> list[str]:
+    """The keys allowed in a section; through a tagged union the location names the tag after the field."""
+    model: type[BaseModel] = Config
+    for part in location:
+        field = model.model_fields.get(part)
+        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            model = field.annotation
+            continue
+        from trainer.losses import by_name
+
+        if (loss := by_name().get(part)) is not None:
+            model = loss
+    return list(model.model_fields)

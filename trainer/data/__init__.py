@@ -1,0 +1,1 @@
+"""Importers, shards, augmentation and the stream of batches."""

@@ -1,0 +1,8 @@
+"""The one error a user is meant to read."""
+
+
+class UserError(ValueError):
+    """Input that cannot be used. The message is one sentence: the value, what is allowed, what to do.
+
+    The command line prints it without a traceback and exits with 2; anything else is a fault of the program.
+    """

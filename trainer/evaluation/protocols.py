@@ -1,0 +1,258 @@
+"""The protocols by which an Embedder is judged on held-out identities.
+
+One-shot: one enrolled sample per identity, all others are probes, every identity in one gallery. Open set: a share of
+the identities is not enrolled, and all their samples are probes that must come back as unknown. Verification: all
+pairs (`pairs.py`). Everything is decided by the order of the samples and the seed.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.errors import UserError
+from trainer.evaluation.bootstrap import fnir_interval, mean_interval
+from trainer.evaluation.geometry import angles
+from trainer.evaluation.metrics import (
+    OperatingPoint,
+    fnir_at_fpir,
+    identification_curve,
+    match_characteristic,
+    rank1_P,
+)
+from trainer.evaluation.pairs import verification
+from trainer.evaluation.report import Confusion, FnirAtFpir, Geometry, OneShot, OpenSet, Report, rounded, thinned
+from trainer.evaluation.scores import (
+    Floats,
+    Integers,
+    Labels,
+    MatedSearches,
+    NonMatedSearches,
+    Vectors,
+    check,
+    search_mated,
+    search_non_mated,
+)
+
+RANKS = 20  # of the CMC
+CONFUSIONS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Quick:
+    """The held-out figures of a training in progress. `fnir` is None where the probes cannot show FPIR 1 %."""
+
+    rank1: float
+    fnir_at_fpir_1pct: float | None
+    threshold: float | None
+    identities: int
+    samples: int
+
+
+def enrolled_rows(labels_N: Labels, seed: int | None = None) -> NDArray[np.int64]:
+    """One sample of each identity, in order of label: the first one, or one drawn by the seed. [C]"""
+    if seed is None:
+        return np.asarray(np.unique(labels_N, return_index=True)[1], dtype=np.int64)
+    order_N = np.random.default_rng([seed, len(labels_N)]).permutation(len(labels_N))
+    return np.asarray(order_N[np.unique(labels_N[order_N], return_index=True)[1]], dtype=np.int64)
+
+
+def unenrolled_identities(labels_N: Labels, share: float, seed: int) -> Labels:
+    """The identities that the open-set protocol keeps out of the gallery: at least one, and never all.
+
+    Raises:
+        UserError: a share outside (0, 1), or fewer than two identities.
+    """
+    identities_C = np.unique(labels_N)
+    if not 0 < share < 1 or len(identities_C) < 2:
+        raise UserError(
+            f"a share of {share:g} of {len(identities_C)} identities cannot be left unenrolled; "
+            "the share lies between 0 and 1, and there must be two identities or more"
+        )
+    count = min(max(round(share * len(identities_C)), 1), len(identities_C) - 1)
+    return np.sort(np.random.default_rng(seed).permutation(identities_C)[:count])
+
+
+def one_shot_searches(
+    vectors_ND: Vectors, labels_N: Labels, enrolled_C: NDArray[np.int64]
+) -> tuple[Labels, MatedSearches]:
+    """Labels of the probes (every sample that is not enrolled), and what their searches found."""
+    probe_N = np.ones(len(labels_N), dtype=bool)
+    probe_N[enrolled_C] = False
+    if not probe_N.any():
+        raise UserError(
+            f"{len(labels_N)} samples of {len(enrolled_C)} identities leave no probe; "
+            "one-shot identification takes a second sample of at least one identity"
+        )
+    searches = search_mated(vectors_ND[enrolled_C], labels_N[enrolled_C], vectors_ND[probe_N], labels_N[probe_N])
+    return labels_N[probe_N], searches
+
+
+def open_set_searches(
+    vectors_ND: Vectors, labels_N: Labels, unenrolled_U: Labels
+) -> tuple[Labels, MatedSearches, Labels, NonMatedSearches]:
+    """Labels and findings of the mated and of the non-mated probes, with the first sample of the others enrolled."""
+    stranger_N = np.isin(labels_N, unenrolled_U)
+    known_ND, known_N = vectors_ND[~stranger_N], labels_N[~stranger_N]
+    enrolled_C = enrolled_rows(known_N)
+    mated_labels_P, mated = one_shot_searches(known_ND, known_N, enrolled_C)
+    strangers = search_non_mated(known_ND[enrolled_C], known_N[enrolled_C], vectors_ND[stranger_N])
+    return mated_labels_P, mated, labels_N[stranger_N], strangers
+
+
+def quick(embeddings_ND: Floats, labels_N: Integers, *, seed: int = 0, unenrolled_share: float = 0.5) -> Quick:
+    """One-shot rank-1 and open-set FNIR at FPIR 1 %, without intervals, for use during training.
+
+    Raises:
+        UserError: see `scores.check`; no identity with two samples, or fewer than two identities.
+    """
+    vectors_ND, labels_N = check(embeddings_ND, labels_N)
+    _, searches = one_shot_searches(vectors_ND, labels_N, enrolled_rows(labels_N))
+    unenrolled_U = unenrolled_identities(labels_N, unenrolled_share, seed)
+    _, mated, _, strangers = open_set_searches(vectors_ND, labels_N, unenrolled_U)
+    point = fnir_at_fpir(mated.mate_P, strangers.best_P, 0.01)
+    identities = len(np.unique(labels_N))
+    return Quick(float(rank1_P(searches).mean()), point.value, point.threshold, identities, len(labels_N))
+
+
+def evaluate(
+    embeddings_ND: Floats,
+    labels_N: Integers,
+    class_names: Sequence[str],
+    *,
+    seed: int = 0,
+    unenrolled_share: float = 0.5,
+    fars: Sequence[float] = (1e-2, 1e-3, 1e-4),
+    fpirs: Sequence[float] = (0.01, 0.1),
+    draws: int = 5,
+    replicates: int = 1000,
+    max_pair_samples: int = 30_000,
+    source: str = "",
+    model_id: str | None = None,
+) -> Report:
+    """All protocols on one set of held-out samples.
+
+    Args:
+        embeddings_ND: unit vectors, in the order of the data set: the first of each identity is the enrolled one.
+        labels_N: identity of each, an index into `class_names`.
+        draws: other choices of the enrolled samples, for the spread of rank-1.
+        replicates: of the bootstrap over subjects.
+        max_pair_samples: above it, verification takes whole identities drawn by the seed, up to so many samples.
+        source: the data set and split, in words.
+
+    Raises:
+        UserError: input that cannot be compared, or too few identities or samples for a protocol.
+    """
+    vectors_ND, labels_N = check(embeddings_ND, labels_N)
+    if labels_N.min() < 0 or labels_N.max() >= len(class_names):
+        wrong = int(labels_N.min()) if labels_N.min() < 0 else int(labels_N.max())
+        raise UserError(f"label {wrong} has no name among {len(class_names)} classes; pass the names of the same split")
+    found = angles(vectors_ND, labels_N)
+    return Report(
+        source=source,
+        model_id=model_id,
+        seed=seed,
+        identities=len(np.unique(labels_N)),
+        samples=len(labels_N),
+        dimension=vectors_ND.shape[1],
+        verification=verification(vectors_ND, labels_N, fars=fars, seed=seed, max_samples=max_pair_samples),
+        one_shot=one_shot(vectors_ND, labels_N, class_names, seed=seed, draws=draws, replicates=replicates),
+        open_set=open_set(vectors_ND, labels_N, share=unenrolled_share, fpirs=fpirs, seed=seed, replicates=replicates),
+        geometry=Geometry(
+            intra_mean=found.intra_mean,
+            inter_smallest=found.inter_smallest,
+            inter_nearest_mean=float(found.nearest_C.mean()),
+        ),
+    )
+
+
+def one_shot(
+    vectors_ND: Vectors, labels_N: Labels, class_names: Sequence[str], *, seed: int, draws: int, replicates: int
+) -> OneShot:
+    """The closed-set protocol, with the first samples enrolled and with `draws` random ones."""
+    enrolled_C = enrolled_rows(labels_N)
+    probe_labels_P, searches = one_shot_searches(vectors_ND, labels_N, enrolled_C)
+    hits_P = rank1_P(searches)
+    low, high = mean_interval(hits_P, probe_labels_P, seed=seed, replicates=replicates)
+    others = [
+        float(rank1_P(one_shot_searches(vectors_ND, labels_N, enrolled_rows(labels_N, seed + draw))[1]).mean())
+        for draw in range(draws)
+    ]
+    every = [float(hits_P.mean()), *others]
+    return OneShot(
+        gallery_size=len(enrolled_C),
+        probes=len(probe_labels_P),
+        rank1=float(hits_P.mean()),
+        low=low,
+        high=high,
+        cmc=rounded(match_characteristic(searches, min(RANKS, len(enrolled_C)))),
+        rank1_draws=others,
+        rank1_mean=float(np.mean(every)),
+        rank1_std=float(np.std(every, ddof=1)) if len(every) > 1 else 0.0,
+        confusions=_confusions(probe_labels_P, searches, class_names),
+    )
+
+
+def open_set(
+    vectors_ND: Vectors, labels_N: Labels, *, share: float, fpirs: Sequence[float], seed: int, replicates: int
+) -> OpenSet:
+    """The open-set protocol, with the identities that are not enrolled drawn by the seed."""
+    unenrolled_U = unenrolled_identities(labels_N, share, seed)
+    mated_labels_P, mated, stranger_labels_P, strangers = open_set_searches(vectors_ND, labels_N, unenrolled_U)
+    points = []
+    for fpir in fpirs:
+        point = fnir_at_fpir(mated.mate_P, strangers.best_P, fpir)
+        low, high = (None, None)
+        if point.value is not None:
+            low, high = fnir_interval(
+                mated.mate_P,
+                mated_labels_P,
+                strangers.best_P,
+                stranger_labels_P,
+                fpir,
+                seed=seed,
+                replicates=replicates,
+            )
+        points.append(_open_set_point(point, mated, low, high))
+    thresholds_T, fpir_T, fnir_T = identification_curve(mated.mate_P, strangers.best_P)
+    kept = thinned(fpir_T, fnir_T)
+    return OpenSet(
+        unenrolled_share=share,
+        gallery_size=len(np.unique(labels_N)) - len(unenrolled_U),
+        unenrolled=len(unenrolled_U),
+        mated_probes=len(mated_labels_P),
+        non_mated_probes=len(stranger_labels_P),
+        points=points,
+        thresholds=rounded(thresholds_T[kept], 9),
+        fpir=rounded(fpir_T[kept]),
+        fnir=rounded(fnir_T[kept]),
+    )
+
+
+def _open_set_point(point: OperatingPoint, mated: MatedSearches, low: float | None, high: float | None) -> FnirAtFpir:
+    first = None
+    if point.threshold is not None:
+        first = 1 - float(np.mean(rank1_P(mated) * (mated.mate_P >= point.threshold)))
+    return FnirAtFpir(
+        fpir=point.rate,
+        fnir=point.value,
+        fnir_rank1=first,
+        low=low,
+        high=high,
+        threshold=point.threshold,
+        reason=point.reason,
+    )
+
+
+def _confusions(probe_labels_P: Labels, searches: MatedSearches, class_names: Sequence[str]) -> list[Confusion]:
+    """The identities most often taken for one other, by number of probes."""
+    wrong_P = searches.ahead_P > 0
+    taken = Counter(zip(probe_labels_P[wrong_P].tolist(), searches.rival_P[wrong_P].tolist(), strict=True))
+    probes = Counter(probe_labels_P.tolist())
+    worst = sorted(taken.items(), key=lambda item: (-item[1], item[0]))[:CONFUSIONS]
+    return [
+        Confusion(identity=class_names[mine], taken_for=class_names[other], probes=count, of=probes[mine])
+        for (mine, other), count in worst
+    ]

@@ -1,0 +1,175 @@
+"""The Report of an evaluation: everything that its tables and plots show, as JSON."""
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+CURVE_POINTS = 200  # kept along each axis of a curve
+
+
+class Part(BaseModel):
+    """A part of a report: frozen, and strict about its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TarAtFar(Part):
+    """True accept rate at a false accept rate; None with a reason where the pairs do not resolve it."""
+
+    far: float
+    tar: float | None
+    threshold: float | None
+    reason: str | None = None
+
+
+class Histogram(Part):
+    """Density of scores: `mated[i]` is the share of mated pairs in edges[i] ... edges[i + 1], per unit of score."""
+
+    edges: list[float]
+    mated: list[float]
+    non_mated: list[float]
+
+
+class TenFold(Part):
+    """LFW-style accuracy: mean over ten folds that share no identity, and its standard error."""
+
+    accuracy: float
+    standard_error: float
+    pairs: int
+
+
+class Verification(Part):
+    """1:1, over all pairs of the samples used."""
+
+    samples: int
+    mated_pairs: int
+    non_mated_pairs: int
+    eer: float
+    auc: float
+    tar_at_far: list[TarAtFar]
+    ten_fold: TenFold | None = Field(description="None where ten folds without a common identity cannot be made")
+    thresholds: list[float]
+    fmr: list[float]
+    fnmr: list[float]
+    histogram: Histogram
+
+
+class Confusion(Part):
+    """An identity taken for another, in searches of the one-shot gallery."""
+
+    identity: str
+    taken_for: str
+    probes: int = Field(description="of `identity` whose best rival was `taken_for`, ahead of the mate")
+    of: int
+
+
+class OneShot(Part):
+    """Closed set: one enrolled sample per identity, all others are probes, every identity in one gallery."""
+
+    gallery_size: int
+    probes: int
+    rank1: float = Field(description="with the first sample of each identity enrolled")
+    low: float = Field(description="95 % interval of rank1, bootstrapped over subjects")
+    high: float
+    cmc: list[float] = Field(description="share of probes whose mate is among the first 1, 2, ... candidates")
+    rank1_draws: list[float] = Field(description="rank1 with other enrolled samples, drawn at random")
+    rank1_mean: float
+    rank1_std: float
+    confusions: list[Confusion]
+
+
+class FnirAtFpir(Part):
+    """FNIR at an FPIR; None with a reason where the non-mated probes do not show it.
+
+    `fnir` wants the mate at or above the threshold at any rank, `fnir_rank1` wants it first as well. The interval is of
+    `fnir`, bootstrapped over subjects, with the threshold chosen anew in each replicate.
+    """
+
+    fpir: float
+    fnir: float | None
+    fnir_rank1: float | None
+    low: float | None
+    high: float | None
+    threshold: float | None
+    reason: str | None = None
+
+
+class OpenSet(Part):
+    """Open set: a share of the identities is not enrolled; their samples must come back as unknown."""
+
+    unenrolled_share: float
+    gallery_size: int
+    unenrolled: int
+    mated_probes: int
+    non_mated_probes: int
+    points: list[FnirAtFpir]
+    thresholds: list[float]
+    fpir: list[float]
+    fnir: list[float]
+
+
+class Geometry(Part):
+    """Angles in degrees about the normalised means of the identities."""
+
+    intra_mean: float = Field(description="mean angle between a sample and its identity's centre")
+    inter_smallest: float = Field(description="smallest angle between two centres")
+    inter_nearest_mean: float = Field(description="mean angle between a centre and the nearest other one")
+
+
+class Report(Part):
+    """What `evaluate` found."""
+
+    format: Literal[1] = 1
+    source: str
+    model_id: str | None
+    seed: int
+    identities: int
+    samples: int
+    dimension: int
+    verification: Verification
+    one_shot: OneShot
+    open_set: OpenSet
+    geometry: Geometry
+
+    def to_json(self) -> str:
+        """The report as JSON; `Report.model_validate_json` reads it back."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    def scalars(self) -> dict[str, float]:
+        """The headline figures by name, for a table or a tracker; those that cannot be resolved are left out."""
+        found: dict[str, float | None] = {
+            "rank1": self.one_shot.rank1,
+            "rank1_mean": self.one_shot.rank1_mean,
+            "eer": self.verification.eer,
+            "auc": self.verification.auc,
+            "intra_angle_mean": self.geometry.intra_mean,
+            "inter_angle_smallest": self.geometry.inter_smallest,
+        }
+        found |= {f"tar_at_far_{point.far:g}": point.tar for point in self.verification.tar_at_far}
+        found |= {f"fnir_at_fpir_{point.fpir:g}": point.fnir for point in self.open_set.points}
+        if self.verification.ten_fold is not None:
+            found["ten_fold_accuracy"] = self.verification.ten_fold.accuracy
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def rounded(values: NDArray[np.floating], digits: int = 6) -> list[float]:
+    """Values with so many significant digits, for a file that people open."""
+    return [float(f"{value:.{digits}g}") for value in values]
+
+
+def thinned(falling_T: NDArray[np.float64], rising_T: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Positions along a curve that draw it alike on linear and logarithmic axes: up to some 800 of any number.
+
+    Args:
+        falling_T: false positive rates, descending.
+        rising_T: false negative rates, ascending.
+    """
+    kept = {0, len(falling_T) - 1}
+    for ascending_T, flip in ((rising_T, False), (falling_T[::-1], True)):
+        smallest = max(float(ascending_T[ascending_T > 0].min(initial=1.0)), 1e-9)
+        levels = np.concatenate([np.geomspace(smallest, 1, CURVE_POINTS), np.linspace(0, 1, CURVE_POINTS)])
+        found = np.minimum(np.searchsorted(ascending_T, levels), len(ascending_T) - 1)
+        kept.update((len(ascending_T) - 1 - found if flip else found).tolist())
+    return np.array(sorted(kept))

@@ -34,6 +34,7 @@ class DataConfig(Section):
         None, ge=2, description="P of a P x K batch, for losses on pairs; K = batch_size / P; null: plain shuffling"
     )
     cache: Literal["auto", "memory", "none"] = Field("auto", description="keep decoded images: auto = when they fit in 1 GiB")
+    decode_threads: int = Field(2, ge=1, le=64, description="threads of each worker that decode images")
 
     @model_validator(mode="after")
     def _whole_identities(self) -> "DataConfig":

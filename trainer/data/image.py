@@ -92,7 +92,7 @@ def decode(source: bytes | Path, name: str | None = None) -> Decoded:
         UserError: as `load_image`.
     """
     label = _label(source, name)
-    data = source if isinstance(source, bytes) else _read(source, label)
+    data = source if isinstance(source, bytes) else read_file(source, name)
     if len(data) > MAX_BYTES:
         raise UserError(f"{label} has {len(data)} bytes; at most {MAX_BYTES} are read: store it smaller")
     if not data:
@@ -116,12 +116,17 @@ def _label(source: bytes | Path, name: str | None) -> str:
     return "the image" if isinstance(source, bytes) else f"image '{source}'"
 
 
-def _read(path: Path, label: str) -> bytes:
+def read_file(path: Path, name: str | None = None) -> bytes:
+    """The bytes of an image file; at most one more than `decode` allows.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     try:
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)  # one byte more than allowed: enough to see that it is too long
     except OSError as error:
-        raise UserError(f"{label} cannot be read: {error.strerror}; give a readable image file") from error
+        raise UserError(f"{_label(path, name)} cannot be read: {error.strerror}; give a readable image file") from error
 
 
 def _guard(label: str, step: Callable[[], Any]) -> Any:

@@ -1,0 +1,131 @@
+"""Omniglot: handwritten characters of many alphabets, from its official layout.
+
+Lake, Salakhutdinov and Tenenbaum, "Human-level concept learning through probabilistic program induction", Science
+2015. `images_background/<Alphabet>/character<NN>/<id>_<drawer>.png`, 105 x 105 pixels, one bit each.
+"""
+
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainer.data.image import MAX_BYTES, read_file
+from trainer.data.importers.download import fetch
+from trainer.data.importers.source import Sample, Source, choose
+from trainer.data.index import Progress
+from trainer.errors import UserError
+
+URL = "https://github.com/brendenlake/omniglot/raw/master/python/images_background.zip"
+MD5 = "68d2efa1b9178cc56df9314c21c6e718"
+VARIABLE = "OMNIGLOT_ZIP"
+HOLDOUT_ALPHABETS = 5
+_MAX_MEMBERS = 1_000_000
+# Anything above the alphabet is the root: usually images_background or images_evaluation, or nothing.
+_LAYOUT = re.compile(r"(?:(?P<root>.*)/)?(?P<alphabet>[^/]+)/(?P<character>character\d+)/[^/]+\.png", re.IGNORECASE)
+_EVALUATION = "images_evaluation"
+
+
+@contextmanager
+def open_omniglot(
+    source: Path | None, holdout_alphabets: int | None, seed: int, progress: Progress | None = None
+) -> Iterator[Source]:
+    """An identity is a character ("Greek/character03"); whole alphabets are held out.
+
+    `holdout_alphabets` of them are chosen by the seed. By default those of images_evaluation are held out where it is
+    part of the source, else 5.
+
+    Args:
+        source: a zip or folder; None: the zip that the environment variable OMNIGLOT_ZIP names, else a download from
+            the official repository, checked by its published MD5.
+
+    Raises:
+        UserError: no source can be had, or it does not have the layout.
+    """
+    path = source or _default(progress)
+    if path.is_dir():
+        names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*.png"))
+        yield _source(path, names, lambda name: read_file(path / name, name), holdout_alphabets, seed)
+        return
+    try:
+        archive = zipfile.ZipFile(path)
+    except OSError as error:
+        raise UserError(f"cannot read SOURCE '{path}': {error.strerror}; give Omniglot's zip or folder") from error
+    except zipfile.BadZipFile as error:
+        raise UserError(f"SOURCE '{path}' is not a zip ({error}); give images_background.zip or its folder") from error
+    with archive:
+        members = archive.infolist()
+        if len(members) > _MAX_MEMBERS:
+            raise UserError(f"SOURCE '{path}' has {len(members)} members; at most {_MAX_MEMBERS} are read")
+        by_name = {member.filename: member for member in members}
+        yield _source(path, sorted(by_name), lambda name: _read(archive, by_name[name]), holdout_alphabets, seed)
+
+
+def _default(progress: Progress | None) -> Path:
+    named = os.environ.get(VARIABLE)
+    if named:
+        if not Path(named).exists():
+            raise UserError(f"{VARIABLE}='{named}' does not exist; name Omniglot's images_background.zip, or unset it")
+        return Path(named)
+    return fetch(URL, MD5, "omniglot-images_background.zip", progress)
+
+
+def _source(
+    path: Path, names: list[str], read: Callable[[str], bytes], holdout_alphabets: int | None, seed: int
+) -> Source:
+    kept, samples, roots = [], [], dict[str, str]()
+    for name in names:
+        match = _LAYOUT.fullmatch(name)
+        if match is None or any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
+            continue
+        root, alphabet = match["root"] or "", match["alphabet"]
+        if roots.setdefault(alphabet, root) != root:
+            raise UserError(
+                f"the alphabet '{alphabet}' is in '{roots[alphabet]}' and in '{root}' of SOURCE '{path}'; "
+                "give a source that holds each alphabet once"
+            )
+        kept.append(name)
+        samples.append(Sample(f"{alphabet}/{match['character']}", name))
+    if not samples:
+        raise UserError(
+            f"SOURCE '{path}' does not have Omniglot's layout; "
+            "expected images_background/<Alphabet>/character<NN>/<id>_<drawer>.png"
+        )
+    held = _held_out(roots, holdout_alphabets, seed)
+    return Source(
+        kind="omniglot",
+        samples=samples,
+        read=lambda row: read(kept[row]),
+        held_out=frozenset(sample.identity for sample in samples if sample.identity.split("/")[0] in held),
+        provenance={"source": path.name, "held_out_alphabets": ", ".join(sorted(held)), "licence": "MIT, B. Lake"},
+    )
+
+
+def _held_out(roots: dict[str, str], count: int | None, seed: int) -> set[str]:
+    evaluation = {alphabet for alphabet, root in roots.items() if root.split("/")[-1] == _EVALUATION}
+    if count is None and evaluation:
+        return evaluation
+    count = min(HOLDOUT_ALPHABETS, len(roots) - 1) if count is None else count
+    if not 0 <= count <= len(roots):
+        raise UserError(
+            f"--holdout-alphabets {count} is not allowed; SOURCE has {len(roots)} alphabets: give 0 to that"
+        )
+    return set(choose(list(roots), count, seed))
+
+
+def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """One member, in memory; nothing is ever extracted to a path that an archive names.
+
+    Raises:
+        UserError: larger than an image may be (whatever its header claims), encrypted or damaged.
+    """
+    name = member.filename
+    if member.file_size > MAX_BYTES:
+        raise UserError(f"image '{name}' has {member.file_size} bytes; at most {MAX_BYTES} are read")
+    try:
+        with archive.open(member) as file:
+            return file.read(MAX_BYTES + 1)
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"image '{name}' cannot be unpacked ({error}); pack the archive again") from error

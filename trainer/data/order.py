@@ -1,0 +1,192 @@
+"""Which samples make up the global batch of a step: a pure function of (seed, epoch, step), whatever the world size.
+
+Nothing is read for it but the manifest's counts, and any step can be asked for directly, which is all that an exact
+resume needs.
+
+Arithmetic of the shuffled order at 10M identities x 10 samples in 10,000 shards: the permutation of the shards is
+80 kB, that of a window of 50,000 samples 400 kB, and nothing grows with the number of samples. The order of P x K
+batches needs the labels: 4 + 8 bytes a sample (1.2 GB there) and 12 bytes a group of K samples.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.manifest import Split
+from trainer.errors import UserError
+
+_SHARDS, _WINDOW, _GROUPS, _CLASS = range(4)  # keep the streams of random numbers apart
+
+
+class Order(Protocol):
+    """Positions of samples: sample i is the i-th of the split, in the manifest's order of shards."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def positions(self, epoch: int, step: int) -> NDArray[np.int64]:
+        """Positions of the samples of one global batch; fewer than batch_size only in the last one of an epoch."""
+        ...
+
+
+class Sequential:
+    """The order in which the samples lie in the shards."""
+
+    def __init__(self, samples: int, batch_size: int) -> None:
+        self._samples = samples
+        self._batch_size = batch_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self._samples // self._batch_size)
+
+    def positions(self, epoch: int, step: int) -> NDArray[np.int64]:
+        start = step * self._batch_size
+        return np.arange(start, min(start + self._batch_size, self._samples))
+
+
+class Shuffled:
+    """Shards in random order, laid end to end, and cut into windows; inside a window samples are in random order.
+
+    Every sample comes once an epoch. The shards in which the samples of a batch lie are those of one or two windows.
+    """
+
+    def __init__(self, shard_samples: list[int], batch_size: int, window: int, seed: int) -> None:
+        self._counts = np.array(shard_samples, dtype=np.int64)
+        self._starts = np.cumsum(self._counts) - self._counts
+        self._samples = int(self._counts.sum())
+        self._batch_size = batch_size
+        self._window = window
+        self._seed = seed
+        self._shards = lru_cache(2)(self._shuffle_shards)
+        self._inside = lru_cache(2)(self._shuffle_window)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self._samples // self._batch_size)
+
+    def positions(self, epoch: int, step: int) -> NDArray[np.int64]:
+        start = step * self._batch_size
+        stop = min(start + self._batch_size, self._samples)
+        places = np.arange(start, stop)
+        for window in range(start // self._window, (stop - 1) // self._window + 1):
+            first = window * self._window
+            inside = (places >= first) & (places < first + self._window)
+            # `places` is written to only where `inside`, and a shuffled place never leaves its window
+            places[inside] = first + self._inside(epoch, window)[np.arange(start, stop)[inside] - first]
+        order, ends = self._shards(epoch)
+        rank = np.searchsorted(ends, places, side="right")
+        shard = order[rank]
+        return self._starts[shard] + places - (ends[rank] - self._counts[shard])
+
+    def _shuffle_shards(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        order = np.random.default_rng([self._seed, epoch, _SHARDS]).permutation(len(self._counts))
+        return order, np.cumsum(self._counts[order])
+
+    def _shuffle_window(self, epoch: int, window: int) -> NDArray[np.int64]:
+        size = min(self._window, self._samples - window * self._window)
+        return np.random.default_rng([self._seed, epoch, _WINDOW, window]).permutation(size)
+
+
+class Identities:
+    """P identities x K samples a batch, for losses on pairs. Row p * K + k is the k-th sample of the p-th identity.
+
+    Each epoch deals the samples of every class, shuffled, into groups of K; what is left over (fewer than K) waits for
+    another epoch. Round j takes the j-th group of each class that has one, in random order; batches are P groups from
+    the rounds laid end to end, rearranged so that the P identities of a batch differ. Round 0 holds all classes, so an
+    epoch covers all identities. A round with fewer than P classes cannot fill a batch: an epoch ends before it, so that
+    a few very large classes are seen in part. The last batch is filled up with further identities and is never short.
+
+    Raises:
+        UserError: fewer than P classes, or a class with fewer than K samples. Samples are never drawn twice into a
+            batch to make up for it: a pair of equal images would be a positive that teaches nothing.
+    """
+
+    def __init__(
+        self, split: Split, identities: int, batch_size: int, seed: int, labels: Callable[[], NDArray[np.int32]]
+    ) -> None:
+        self._p = identities
+        self._k = batch_size // identities
+        self._seed = seed
+        self._labels = labels
+        self._counts = np.array(split.class_counts, dtype=np.int64)
+        self._check(split)
+        self._groups = self._counts // self._k
+        self._rounds = int(np.sort(self._groups)[-self._p])  # rounds 0 to this one have P classes or more
+        self._epoch = lru_cache(2)(self._deal)
+        self._members: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-int(np.minimum(self._groups, self._rounds).sum()) // self._p)
+
+    def positions(self, epoch: int, step: int) -> NDArray[np.int64]:
+        classes, rounds = self._epoch(epoch)
+        batch = slice(step * self._p, (step + 1) * self._p)
+        return np.concatenate(
+            [self._group(epoch, int(c), int(j)) for c, j in zip(classes[batch], rounds[batch], strict=True)]
+        )
+
+    def _check(self, split: Split) -> None:
+        p, k = self._p, self._k
+        if len(self._counts) < p:
+            raise UserError(
+                f"data.identities_per_batch {p} is more than the {len(self._counts)} classes of the split; "
+                f"give at most {len(self._counts)}"
+            )
+        small = np.flatnonzero(self._counts < k)
+        if len(small):
+            first = int(small[0])
+            raise UserError(
+                f"a batch takes K = {k} samples of each identity, but class '{split.classes[first]}' has "
+                f"{split.class_counts[first]} and {len(small)} of {len(self._counts)} classes have fewer than {k}; "
+                f"raise data.identities_per_batch, lower data.batch_size, or import with --min-samples {k}"
+            )
+
+    def _group(self, epoch: int, label: int, group: int) -> NDArray[np.int64]:
+        if self._members is None:
+            labels = self._labels()
+            by_class = np.argsort(labels, kind="stable")
+            counts = np.bincount(labels, minlength=len(self._counts))
+            if not np.array_equal(counts, self._counts):
+                wrong = int(np.flatnonzero(counts != self._counts)[0])
+                raise UserError(
+                    f"the shards hold {counts[wrong]} samples of class {wrong}, but the manifest says "
+                    f"{self._counts[wrong]}; import the data again"
+                )
+            self._members = by_class, np.cumsum(counts) - counts
+        by_class, starts = self._members
+        dealt = np.random.default_rng([self._seed, epoch, _CLASS, label]).permutation(self._counts[label])
+        chosen: NDArray[np.int64] = by_class[starts[label] + dealt[group * self._k : (group + 1) * self._k]]
+        return chosen
+
+    def _deal(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Class and number of each group of the epoch, in order."""
+        random = np.random.default_rng([self._seed, epoch, _GROUPS])
+        classes: list[NDArray[np.int64]] = []
+        tail = np.empty(0, dtype=np.int64)  # groups of the batch that the last round left unfinished
+        for j in range(self._rounds):
+            fresh = random.permutation(np.flatnonzero(self._groups > j))
+            _part(fresh, self._p - len(tail), tail)
+            classes.append(fresh)
+            laid = np.concatenate([tail, fresh])
+            tail = laid[len(laid) - len(laid) % self._p :]
+        rounds = [np.full(len(fresh), j) for j, fresh in enumerate(classes)]
+        if len(tail):
+            others = random.permutation(np.setdiff1d(classes[-1], tail))[: self._p - len(tail)]
+            classes.append(others)
+            rounds.append(self._rounds % self._groups[others])
+        return np.concatenate(classes), np.concatenate(rounds)
+
+
+def _part(fresh: NDArray[np.int64], need: int, tail: NDArray[np.int64]) -> None:
+    """Exchange, in place, those of the first `need` classes that are in `tail` with later ones that are not.
+
+    There are always enough: of the P or more classes in `fresh` at most len(tail) = P - need are in `tail`.
+    """
+    clash = np.flatnonzero(np.isin(fresh[:need], tail))
+    free = need + np.flatnonzero(~np.isin(fresh[need:], tail))[: len(clash)]
+    fresh[clash], fresh[free] = fresh[free], fresh[clash]

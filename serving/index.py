@@ -1,0 +1,215 @@
+"""The FAISS projection of a gallery: exact inner-product search over unit vectors, collapsed to subjects.
+
+It can be rebuilt from the store at any time and is never written to disk. It is exact because what an approximate index
+misses is added to FNIR; up to about ten million vectors a scan is fast enough.
+
+Row i of the FAISS index belongs to `_subject_N[i]` (a number given to the subject here) and `_sample_N[i]` (the 16
+bytes of the sample's UUID). A flat index keeps the order of its rows when some are removed, so these arrays follow it.
+
+Axes: Q queries, B vectors of one call, N rows, D dimensions.
+"""
+
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+NORM_TOLERANCE = 1e-3
+# FAISS multiplies matrices instead of scanning query by query from this many queries x D on. Its default never does so
+# below 250 queries at D = 512; a batch of 8 gains a factor of two.
+BLAS_THRESHOLD = 2048
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A subject, its best score (cosine similarity), and the sample that reached it."""
+
+    subject_id: str
+    score: float
+    sample_id: str
+
+
+class ReadersWriter:
+    """Many readers or one writer. A waiting writer goes before new readers, so that it always gets its turn."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._readers, self._waiting, self._writing = 0, 0, False
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(lambda: not self._writing and not self._waiting)
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._readers -= 1
+                self._condition.notify_all()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        with self._condition:
+            self._waiting += 1
+            try:
+                self._condition.wait_for(lambda: not self._writing and not self._readers)
+            finally:
+                self._waiting -= 1
+            self._writing = True
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._writing = False
+                self._condition.notify_all()
+
+
+class Index:
+    """Unit vectors of subjects' samples in memory. Searches run side by side; a change excludes them while it lasts.
+
+    `threads` bounds the cores that one call of FAISS uses.
+    """
+
+    def __init__(self, dimension: int, threads: int = 1) -> None:
+        faiss.cvar.distance_compute_blas_threshold = BLAS_THRESHOLD
+        self.dimension = dimension
+        self._threads = threads
+        self._lock = ReadersWriter()
+        self._faiss = faiss.IndexFlatIP(self.dimension)
+        self._subject_N = np.empty(0, np.int64)  # longer than the index: room to grow
+        self._sample_N = np.empty((0, 16), np.uint8)
+        self._names: dict[int, str] = {}
+        self._numbers: dict[str, int] = {}
+        self._next = 0
+
+    @property
+    def samples(self) -> int:
+        return int(self._faiss.ntotal)
+
+    @property
+    def subjects(self) -> int:
+        return len(self._numbers)
+
+    def check(self, vectors_BD: NDArray[np.float32]) -> None:
+        """FAISS accepts NaN and any length in silence; this does not.
+
+        Raises:
+            ValueError: a vector is not of the index's dimension, not finite, or not of length 1.
+        """
+        if vectors_BD.ndim != 2 or vectors_BD.shape[1] != self.dimension:
+            raise ValueError(f"vectors of shape {vectors_BD.shape}; the index takes [B, {self.dimension}]")
+        lengths_B = np.linalg.norm(vectors_BD.astype(np.float64), axis=1)
+        wrong_B = ~(np.abs(lengths_B - 1) <= NORM_TOLERANCE)  # written so that NaN is wrong
+        if wrong_B.any():
+            first = int(np.flatnonzero(wrong_B)[0])
+            raise ValueError(f"vector {first} has length {lengths_B[first]:.4g}; the index takes vectors of length 1")
+
+    def add(self, subject_ids: Sequence[str], sample_ids: Sequence[str], vectors_BD: NDArray[np.float32]) -> None:
+        """Add one sample per vector. Nothing is added when one of them is refused.
+
+        Raises:
+            ValueError: shapes differ, or a vector is not finite or not of length 1.
+        """
+        self.check(vectors_BD)
+        if not len(subject_ids) == len(sample_ids) == len(vectors_BD):
+            raise ValueError(f"{len(subject_ids)} subjects, {len(sample_ids)} samples and {len(vectors_BD)} vectors")
+        samples_B = np.frombuffer(b"".join(uuid.UUID(item).bytes for item in sample_ids), np.uint8).reshape(-1, 16)
+        with self._lock.writing():
+            start, end = self.samples, self.samples + len(vectors_BD)
+            self._reserve(end)
+            for row, subject_id in enumerate(subject_ids, start):
+                self._subject_N[row] = self._number(subject_id)
+            self._sample_N[start:end] = samples_B
+            self._faiss.add(np.ascontiguousarray(vectors_BD, np.float32))
+
+    def remove(self, subject_id: str) -> int:
+        """Remove a subject; the number of its samples (0: it was not there). One pass over the index."""
+        with self._lock.writing():
+            number = self._numbers.pop(subject_id, None)
+            if number is None:
+                return 0
+            del self._names[number]
+            size = self.samples
+            gone_N = self._subject_N[:size] == number
+            self._faiss.remove_ids(faiss.IDSelectorBatch(np.flatnonzero(gone_N).astype(np.int64)))
+            left = self.samples
+            self._subject_N[:left] = self._subject_N[:size][~gone_N]
+            self._sample_N[:left] = self._sample_N[:size][~gone_N]
+            self._sample_N[left:size] = 0
+            return size - left
+
+    def search(self, queries_QD: NDArray[np.float32], top_k: int) -> list[list[Candidate]]:
+        """The `top_k` subjects with the highest best scores for each query, best first; fewer if there are fewer.
+
+        Same as scoring every sample, taking the maximum over each subject's samples, and sorting the subjects.
+
+        Raises:
+            ValueError: a query is not of the index's dimension, not finite, or not of length 1.
+        """
+        self.check(queries_QD)
+        queries_QD = np.ascontiguousarray(queries_QD, np.float32)
+        with self._lock.reading():
+            if not self.samples:
+                return [[] for _ in queries_QD]
+            scores_QK, rows_QK = self._scan(queries_QD, min(self.samples, top_k + 32))
+            found = zip(queries_QD, scores_QK, rows_QK, strict=True)
+            return [self._collapse(query_D, scores_K, rows_K, top_k) for query_D, scores_K, rows_K in found]
+
+    def compare(self, query_D: NDArray[np.float32], subject_id: str) -> Candidate | None:
+        """The best score among one subject's samples; None if it is not there.
+
+        Raises:
+            ValueError: as `search`.
+        """
+        self.check(query_D[None])
+        with self._lock.reading():
+            number = self._numbers.get(subject_id)
+            if number is None:
+                return None
+            rows = np.flatnonzero(self._subject_N[: self.samples] == number)
+            scores_B = self._faiss.reconstruct_batch(rows) @ np.asarray(query_D, np.float32)
+            best = int(scores_B.argmax())
+            return self._candidate(int(rows[best]), float(scores_B[best]))
+
+    def _collapse(
+        self, query_D: NDArray[np.float32], scores_K: NDArray[np.float32], rows_K: NDArray[np.int64], top_k: int
+    ) -> list[Candidate]:
+        """The first row of each subject, searching deeper until `top_k` different subjects have been seen.
+
+        Rows come in order of falling score, so the first row of a subject is its best, and no subject that has not been
+        seen can score above one that has.
+        """
+        while True:
+            _, first = np.unique(self._subject_N[rows_K], return_index=True)
+            if len(first) >= top_k or len(rows_K) == self.samples:
+                return [self._candidate(int(rows_K[k]), float(scores_K[k])) for k in np.sort(first)[:top_k]]
+            scores_1K, rows_1K = self._scan(query_D[None], min(self.samples, 4 * len(rows_K)))
+            scores_K, rows_K = scores_1K[0], rows_1K[0]
+
+    def _scan(self, queries_QD: NDArray[np.float32], depth: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        faiss.omp_set_num_threads(self._threads)  # OpenMP keeps this number per calling thread
+        scores_QK, rows_QK = self._faiss.search(queries_QD, depth)
+        return scores_QK, rows_QK
+
+    def _candidate(self, row: int, score: float) -> Candidate:
+        sample_id = str(uuid.UUID(bytes=self._sample_N[row].tobytes()))
+        return Candidate(self._names[int(self._subject_N[row])], max(-1.0, min(1.0, score)), sample_id)
+
+    def _number(self, subject_id: str) -> int:
+        number = self._numbers.get(subject_id)
+        if number is None:
+            number, self._next = self._next, self._next + 1
+            self._numbers[subject_id], self._names[number] = number, subject_id
+        return number
+
+    def _reserve(self, rows: int) -> None:
+        if rows > len(self._subject_N):
+            more = max(rows, 2 * len(self._subject_N), 1024) - len(self._subject_N)
+            self._subject_N = np.concatenate([self._subject_N, np.zeros(more, np.int64)])
+            self._sample_N = np.concatenate([self._sample_N, np.zeros((more, 16), np.uint8)])

@@ -1,0 +1,173 @@
+"""The service's JSON: requests that carry embeddings, and all answers."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+# U+FFFD stands for bytes that are not UTF-8: different ids would become one.
+SUBJECT_ID_PATTERN = r"^[^\s/\\\x00-\x1f\x7f\ufffd]([^/\\\x00-\x1f\x7f\ufffd]{0,126}[^\s/\\\x00-\x1f\x7f\ufffd])?$"
+SubjectId = Annotated[
+    str,
+    StringConstraints(pattern=SUBJECT_ID_PATTERN),
+    Field(description="1 to 128 characters, without slashes, control characters, or space at the ends"),
+]
+ModelId = Annotated[
+    str | None,
+    Field(max_length=64, description="the model that made the embeddings; checked against the service's if given"),
+]
+Embedding = Annotated[
+    list[Annotated[float, Field(allow_inf_nan=False)]],
+    Field(min_length=1, max_length=8192, description="unit vector of the model's dimension, as POST /v1/embed gives"),
+]
+TopK = Annotated[int, Field(ge=1, le=100, description="subjects to return")]
+
+
+class Request(BaseModel):
+    """JSON that a client sends: unknown keys are errors, and faults do not repeat the values."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+
+class VerifyRequest(Request):
+    """Two embeddings, or one and an enrolled subject."""
+
+    probe: Embedding
+    reference: Embedding | None = None
+    subject_id: SubjectId | None = None
+    model_id: ModelId = None
+
+    @model_validator(mode="after")
+    def _one_reference(self) -> "VerifyRequest":
+        if (self.reference is None) == (self.subject_id is None):
+            raise ValueError("give either reference or subject_id")
+        return self
+
+
+class IdentifyRequest(Request):
+    """The embedding of somebody unknown."""
+
+    embedding: Embedding
+    top_k: TopK = 5
+    model_id: ModelId = None
+
+
+class EnrolRequest(Request):
+    """Embeddings of one subject."""
+
+    embeddings: Annotated[list[Embedding], Field(min_length=1)]
+    model_id: ModelId = None
+
+
+class Answer(BaseModel):
+    """What every answer carries."""
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    model_id: str = Field(description="digest of the model that made the vectors")
+    request_id: str
+
+
+class VerifyAnswer(Answer):
+    """Whether two samples are of the same identity, and why."""
+
+    score: float = Field(description="cosine similarity, -1 to 1")
+    decision: Literal["match", "no_match"] = Field(description="match: score >= threshold")
+    threshold: float
+    threshold_source: str
+    fmr_target: float | None = Field(description="false match rate that the threshold was calibrated for")
+    fmr_interval: tuple[float, float] | None = Field(description="bounds of the rate that the calibration reached")
+    subject_id: str | None = Field(None, description="the enrolled subject that was compared")
+    sample_id: str | None = Field(None, description="the subject's sample that scored best")
+
+
+class CandidateAnswer(BaseModel):
+    """A subject, by its best sample."""
+
+    subject_id: str
+    score: float
+    sample_id: str
+
+
+class IdentifyAnswer(Answer):
+    """The nearest subjects, and whether the first of them is the one."""
+
+    candidates: list[CandidateAnswer] = Field(description="best first; below the threshold too")
+    decision: Literal["match", "unknown"] = Field(description="match: the first candidate's score >= threshold")
+    threshold: float
+    threshold_source: str
+    fpir_target: float | None = Field(
+        description="share of searches for strangers that return a match, for which the threshold was calibrated"
+    )
+    fpir_interval: tuple[float, float] | None = Field(description="bounds of the rate that the calibration reached")
+    fpir_expected: float | None = Field(description="fpir_target carried over to this gallery_size: at most about this")
+    gallery_size: int = Field(description="enrolled subjects that were searched")
+    calibrated_gallery_size: int | None = Field(description="gallery size that the threshold was calibrated for")
+
+
+class SampleAnswer(BaseModel):
+    """A stored sample."""
+
+    sample_id: str
+
+
+class EnrolAnswer(Answer):
+    """The samples that were added; they are on disk and found by the next search."""
+
+    subject_id: str
+    samples: list[SampleAnswer] = Field(description="those added now, in the order they were sent")
+    subject_created: bool = Field(description="the subject was new")
+    subject_samples: int = Field(description="samples of the subject now")
+    gallery_size: int = Field(description="enrolled subjects now")
+
+
+class SubjectAnswer(BaseModel):
+    """An enrolled subject."""
+
+    subject_id: str
+    samples: int
+    created: str = Field(description="UTC, ISO 8601")
+
+
+class SubjectsAnswer(Answer):
+    """A page of subjects, in order of enrolment."""
+
+    subjects: list[SubjectAnswer]
+    next_cursor: str | None = Field(description="send it as cursor for the next page; null: this is the last")
+    gallery_size: int
+
+
+class EmbedAnswer(Answer):
+    """Unit vectors of the images, in the order they were sent."""
+
+    embeddings: list[list[float]]
+    dimension: int
+
+
+class ReadyAnswer(Answer):
+    """The service can answer."""
+
+    status: Literal["ready"] = "ready"
+    gallery_size: int
+    samples: int
+    revision: int = Field(description="changes that the gallery has been through")
+
+
+class HealthAnswer(BaseModel):
+    """The process is alive."""
+
+    status: Literal["alive"] = "alive"
+
+
+class ErrorBody(BaseModel):
+    """A refusal."""
+
+    code: str = Field(description="for programs", examples=["wrong_model"])
+    message: str = Field(description="for people: what was wrong, what is allowed, what to do")
+    details: dict[str, object]
+
+
+class ErrorAnswer(BaseModel):
+    """The shape of every error."""
+
+    error: ErrorBody
+    request_id: str

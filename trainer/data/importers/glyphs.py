@@ -1,11 +1,221 @@
+"""Characters of many scripts, rendered from the fonts that matplotlib carries and distorted: needs no network.
+
+An identity is a character across faces and weights: 105 x 105 pixels, dark strokes on white paper, as in Omniglot.
+"""
+
+import threading
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
 
-from trainer.data.importers.source import Source
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter, ImageFont
+
+from trainer.data.importers.source import Sample, Source, hold_out_share
 from trainer.errors import UserError
+
+SIDE = 105
+SAMPLES = 20  # of each character
+MAX_CHARACTERS = 700
+_FACES = (  # all styles in which matplotlib carries a face with more than the ASCII letters
+    "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique",
+    "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique",
+    "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic",
+    "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta",
+)  # fmt: skip
+_LETTER_FACES = ("cmr10", "cmb10", "cmss10", "cmti10", "cmtt10")  # TeX's encoding agrees with ASCII on letters alone
+_MIN_FACES = 4
+_RANGES = (  # in order of preference where two characters look alike
+    (0x21, 0x7E),  # ASCII
+    (0xA1, 0x17F),  # Latin-1, Latin Extended-A
+    (0x370, 0x3FF),  # Greek and Coptic
+    (0x400, 0x52F),  # Cyrillic
+    (0x531, 0x58A),  # Armenian
+    (0x10A0, 0x10FF),  # Georgian
+    (0x5D0, 0x5EA),  # Hebrew
+    (0x250, 0x2AF),  # IPA
+    (0x180, 0x24F),  # Latin Extended-B
+    (0xE81, 0xEDF),  # Lao
+    (0x2100, 0x214F),  # letter-like symbols
+    (0x2200, 0x22FF),  # mathematical operators
+    (0x2190, 0x21FF),  # arrows
+    (0x2600, 0x26FF),  # symbols
+)
+_FONT_PIXELS = 96
+_REFERENCE_PIXELS = 24
+_ALIKE = 0.9  # correlation of two characters, brought to one size, above which they count as one
 
 
 @contextmanager
 def open_glyphs(holdout_share: float, seed: int) -> Iterator[Source]:
-    raise UserError(f"glyphs {holdout_share} {seed}")
-    yield Source("glyphs", [], lambda row: b"", frozenset())
+    """Several hundred characters with 20 samples each; the same fonts and seed give the same pixels.
+
+    Characters that look alike (Latin A, Greek Alpha, Cyrillic A; o and O, since size is no feature; d and p, a half
+    turn apart) are taken once.
+
+    Raises:
+        UserError: matplotlib, whose fonts are used, is not installed.
+    """
+    fonts = _Fonts()
+    characters = _distinct(fonts)[:MAX_CHARACTERS]
+    jobs = [(code, faces[j % len(faces)], j) for code, faces in characters for j in range(SAMPLES)]
+    samples = [Sample(_identity(code), f"U+{code:04X}/{face}/{j:02d}") for code, face, j in jobs]
+    held_out = hold_out_share([_identity(code) for code, _ in characters], holdout_share, seed)
+    yield Source(
+        kind="glyphs",
+        samples=samples,
+        read=lambda row: _draw(fonts, *jobs[row], seed),
+        held_out=held_out,
+        provenance={
+            "source": f"fonts of matplotlib {fonts.version}",
+            "held_out": f"{holdout_share:g} of the characters",
+        },
+    )
+
+
+class _Fonts:
+    """matplotlib's faces, and a character's ink in one of them."""
+
+    def __init__(self) -> None:
+        try:
+            import matplotlib
+            from matplotlib.ft2font import FT2Font
+        except ImportError as error:
+            raise UserError(
+                "--kind glyphs renders the fonts of matplotlib, which is not installed; "
+                "pip install 'hypersphere[trainer]', or import another kind"
+            ) from error
+        self.version: str = matplotlib.__version__
+        folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+        paths = {face: folder / f"{face}.ttf" for face in (*_FACES, *_LETTER_FACES)}
+        self._fonts = {
+            face: ImageFont.truetype(path, _FONT_PIXELS, layout_engine=ImageFont.Layout.BASIC)
+            for face, path in paths.items()
+            if path.exists()
+        }
+        self._covered = {face: set(FT2Font(str(paths[face])).get_charmap()) for face in self._fonts}
+        self._lock = threading.Lock()  # a FreeType face serves one thread at a time
+
+    def faces(self, code: int) -> list[str]:
+        letter = chr(code).isascii() and chr(code).isalpha()
+        wanted = (*_FACES, *_LETTER_FACES) if letter else _FACES
+        return [face for face in wanted if face in self._fonts and code in self._covered[face]]
+
+    def ink(self, code: int, face: str) -> Image.Image | None:
+        """The character, white on black, cut to its outline; None if it leaves no ink."""
+        with self._lock:
+            left, top, right, bottom = self._fonts[face].getbbox(chr(code))
+            if right <= left or bottom <= top:
+                return None
+            mask = self._fonts[face].getmask(chr(code), mode="L")
+            image = Image.frombytes("L", mask.size, bytes(mask))
+        box = image.getbbox()
+        return image.crop(box) if box is not None else None
+
+
+def _identity(code: int) -> str:
+    return f"U+{code:04X} {unicodedata.name(chr(code), 'character')}"
+
+
+def _distinct(fonts: _Fonts) -> list[tuple[int, list[str]]]:
+    """Characters with enough faces, each unlike all before it, also after quarter turns."""
+    kept: list[tuple[int, list[str]]] = []
+    shapes = np.empty((0, _REFERENCE_PIXELS**2), dtype=np.float32)
+    for code in (code for first, last in _RANGES for code in range(first, last + 1)):
+        if unicodedata.category(chr(code))[0] not in "LNSP" or unicodedata.decomposition(chr(code)):
+            continue  # accented letters differ too little from each other
+        faces = fonts.faces(code)
+        ink = fonts.ink(code, faces[0]) if len(faces) >= _MIN_FACES else None
+        if ink is None:
+            continue
+        turned = np.stack([np.rot90(_reference(ink), turns).ravel() for turns in range(4)])
+        if len(kept) and float((shapes @ turned.T).max()) > _ALIKE:
+            continue
+        kept.append((code, faces))
+        shapes = np.concatenate([shapes, turned[:1]])
+    return kept
+
+
+def _reference(ink: Image.Image) -> NDArray[np.float32]:
+    """A character at one size, blurred a little, with mean 0 and norm 1: products are correlations."""
+    scale = _REFERENCE_PIXELS / max(ink.size)
+    size = (max(1, round(ink.width * scale)), max(1, round(ink.height * scale)))
+    paper = Image.new("L", (_REFERENCE_PIXELS, _REFERENCE_PIXELS))
+    paper.paste(ink.resize(size), ((_REFERENCE_PIXELS - size[0]) // 2, (_REFERENCE_PIXELS - size[1]) // 2))
+    values = np.asarray(paper.filter(ImageFilter.GaussianBlur(0.7)), dtype=np.float32)
+    values = values - values.mean()
+    unit: NDArray[np.float32] = values / max(float(np.linalg.norm(values)), 1e-6)
+    return unit
+
+
+def _draw(fonts: _Fonts, code: int, face: str, number: int, seed: int) -> bytes:
+    """One sample as a PNG file; its random numbers depend on the character and its number alone."""
+    random = np.random.default_rng([seed, code, number])
+    ink = fonts.ink(code, face)
+    if ink is None:
+        raise UserError(f"U+{code:04X} leaves no ink in {face}; report this font")
+    warped = _warp(np.asarray(ink, dtype=np.float32), _Distortion.draw(random), random)
+    # The width of the stroke: blur, then cut at a level below (thicker) or above (thinner) the edge's middle.
+    soft = Image.fromarray(warped.astype(np.uint8)).filter(ImageFilter.GaussianBlur(random.uniform(0.8, 1.8)))
+    level, steepness = random.uniform(0.25, 0.5), random.uniform(3, 8)
+    strokes = np.clip((np.asarray(soft, dtype=np.float32) / 255 - level) * steepness + 0.5, 0, 1)
+    buffer = BytesIO()
+    Image.fromarray((255 * (1 - strokes)).astype(np.uint8)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True, slots=True)
+class _Distortion:
+    """An affine map; lengths in pixels of the sample, angles in radians."""
+
+    size: float
+    stretch: float
+    angle: float
+    shear: float
+    shift: tuple[float, float]
+    elastic: float
+
+    @classmethod
+    def draw(cls, random: np.random.Generator) -> "_Distortion":
+        return cls(
+            size=random.uniform(52, 82),
+            stretch=random.uniform(0.85, 1.18),
+            angle=np.deg2rad(random.uniform(-12, 12)),
+            shear=random.uniform(-0.25, 0.25),
+            shift=(random.uniform(-8, 8), random.uniform(-8, 8)),
+            elastic=random.uniform(1.0, 3.5),
+        )
+
+
+def _warp(ink: NDArray[np.float32], distortion: _Distortion, random: np.random.Generator) -> NDArray[np.float32]:
+    """Resample the ink (0 to 255) on the sample's grid: for each pixel, where in the ink it comes from (bilinear)."""
+    height, width = ink.shape
+    zoom = max(height, width) / distortion.size
+    y, x = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) - (SIDE - 1) / 2
+    x = x - distortion.shift[0] + distortion.elastic * _smooth_field(random)
+    y = y - distortion.shift[1] + distortion.elastic * _smooth_field(random)
+    cos, sin = np.cos(distortion.angle), np.sin(distortion.angle)
+    turned_x, turned_y = cos * x + sin * y, cos * y - sin * x
+    from_x = (turned_x + distortion.shear * turned_y) * zoom * distortion.stretch + (width - 1) / 2
+    from_y = turned_y * zoom / distortion.stretch + (height - 1) / 2
+    # shrinking needs an average over the pixels that fall together
+    soft = Image.fromarray(ink.astype(np.uint8)).filter(ImageFilter.BoxBlur(max(0.0, (zoom - 1) / 2)))
+    padded = np.pad(np.asarray(soft, dtype=np.float32), 1)
+    column = np.clip(from_x + 1, 0, width + 0.999)
+    row = np.clip(from_y + 1, 0, height + 0.999)
+    left, top = column.astype(np.intp), row.astype(np.intp)
+    right_share, bottom_share = column - left, row - top
+    upper = padded[top, left] * (1 - right_share) + padded[top, left + 1] * right_share
+    lower = padded[top + 1, left] * (1 - right_share) + padded[top + 1, left + 1] * right_share
+    result: NDArray[np.float32] = upper * (1 - bottom_share) + lower * bottom_share
+    return result
+
+
+def _smooth_field(random: np.random.Generator) -> NDArray[np.float32]:
+    """Displacements of about unit size that change slowly over the image (elastic distortion, Simard et al. 2003)."""
+    coarse = random.standard_normal((6, 6), dtype=np.float32)
+    return np.asarray(Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=np.float32)

@@ -33,7 +33,9 @@ class DataConfig(Section):
     identities_per_batch: int | None = Field(
         None, ge=2, description="P of a P x K batch, for losses on pairs; K = batch_size / P; null: plain shuffling"
     )
-    cache: Literal["auto", "memory", "none"] = Field("auto", description="keep decoded images: auto = when they fit in 1 GiB")
+    cache: Literal["auto", "memory", "none"] = Field(
+        "auto", description="keep decoded images: auto = when they fit in 1 GiB"
+    )
     decode_threads: int = Field(2, ge=1, le=64, description="threads of each worker that decode images")
 
     @model_validator(mode="after")
@@ -76,7 +78,14 @@ class HeadConfig(Section):
 
     algorithm: Literal["auto", "store", "recompute"] = Field("auto", description="auto: store when P fits the memory")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="of the matrix products and of the stored P")
-    tile: int = Field(8192, ge=16, description="classes a tile")
+    weights: Literal["fp32", "bf16"] = Field("fp32", description="of the class centres themselves")
+    rows: Literal["unit", "free"] = Field(
+        "unit", description="centres of margins on the cosine: unit = kept at length 1; free = divided by their length"
+    )
+    fused: bool = Field(
+        False, description="step the centres inside the backward, so that their gradient is never stored"
+    )
+    tile: int = Field(8192, ge=1, description="classes a tile")
     sample_rate: float = Field(1.0, gt=0, le=1, description="share of the negative classes used in a step (PartialFC)")
 
 
@@ -127,7 +136,9 @@ class TrackingConfig(Section):
     uri: str = "sqlite:///mlflow.db"
     experiment: str = "hypersphere"
     run_name: str | None = None
-    model_name: str = Field("hypersphere-embedder", description="the registered model that export gives the alias champion")
+    model_name: str = Field(
+        "hypersphere-embedder", description="the registered model that export gives the alias champion"
+    )
     enabled: bool = True
 
 

@@ -5,9 +5,18 @@ from typing import Annotated, get_args
 from pydantic import Field
 
 from trainer.losses.base import LossSpec
-from trainer.losses.margins import ArcFace, CosFace, Margin
+from trainer.losses.margins import Margin
+from trainer.losses.margins_cosine import (
+    ArcFace,
+    Combined,
+    CosFace,
+    DynamicMargin,
+    ElasticFace,
+    NormFace,
+    SubCenterArcFace,
+)
 
-AnyLoss = ArcFace | CosFace
+AnyLoss = NormFace | CosFace | ArcFace | Combined | SubCenterArcFace | DynamicMargin | ElasticFace
 Loss = Annotated[AnyLoss, Field(discriminator="name")]
 
 
@@ -16,4 +25,17 @@ def by_name() -> dict[str, type[LossSpec]]:
     return {spec.model_fields["name"].default: spec for spec in get_args(AnyLoss)}
 
 
-__all__ = ["AnyLoss", "ArcFace", "CosFace", "Loss", "LossSpec", "Margin", "by_name"]
+__all__ = [
+    "AnyLoss",
+    "ArcFace",
+    "Combined",
+    "CosFace",
+    "DynamicMargin",
+    "ElasticFace",
+    "Loss",
+    "LossSpec",
+    "Margin",
+    "NormFace",
+    "SubCenterArcFace",
+    "by_name",
+]

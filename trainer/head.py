@@ -1,0 +1,305 @@
+"""The sharded head: class centres, of which each rank holds some rows, plus a margin. (x, labels) -> loss.
+
+Legend: b samples of this rank, B of all ranks, C classes, R rows of this rank (its classes x K centres), D dimension.
+
+One step, on every rank:
+  1. all-gather of embeddings and labels (`distributed.gather_rows`); every rank then computes e_BD from them
+  2. this rank's part of the denominator, without the targets (`head_tiles.negatives`), and, for the samples whose
+     class it owns, the target's logit t (`Margin.target`)
+  3. ONE all-reduce of [B, 2]: the denominator's sum, and t (a rank that does not own a target puts 0)
+  4. the loss from both, the same on every rank
+and in the backward one reduce-scatter of the embeddings' gradient: three messages. More are sent by margins that
+re-weight hard negatives (all targets' cosines, [B], between 1 and 2) and by learnable scalars (4 bytes, backward).
+Where logits have no bound, message 3 is an all-gather of [B, 2] with log sums.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import HeadConfig
+from trainer.distributed import (
+    Group,
+    RowRange,
+    gather_rows,
+    own_slice,
+    replicated,
+    stack_over_ranks,
+    sum_over_ranks,
+)
+from trainer.errors import UserError
+from trainer.head_memory import BufferSink, Workspace, free_memory
+from trainer.head_tiles import Own, Rows, RowSink, TilePlan, fixed_shift, negatives
+from trainer.losses.margins import Margin, Positives
+
+INIT_BLOCK = 1024  # classes whose first values come from one seed, so that W does not depend on the number of ranks
+STORE_SHARE = 0.25  # of the free memory that P may take for `algorithm: auto` to keep it
+
+
+class Head(nn.Module):
+    """Class centres, sharded by rows, plus a margin.
+
+    `head(x_bD, labels_b, keys)` is the mean loss over the valid samples of the *global* batch, equal on all ranks. Its
+    backward gives x the exact gradient of that mean by this rank's samples (see `distributed.sum_not_mean` for engines
+    that average over ranks), and writes this rank's rows of `weight.grad`:
+
+    - where the margin has unit rows and `config.rows` is "unit", the rows of `weight` are kept at length 1 by
+      `HeadOptimizer`, and the gradient is the plain one; its part along the row is removed by the optimizer.
+    - with sampling it is a sparse tensor over the sampled rows.
+    - its memory is used again in the next step; copy what must last.
+
+    Call `head.set_progress(step, warm)` before each step: margin warm-up, class sampling and random margins follow it.
+
+    Attributes:
+        rows: the classes of this rank.
+        weight: [R, D], row k of class c at (c - rows.start) * K + k.
+        bias: [classes of this rank], or None.
+        scalars: the margin's learnable numbers, held by every rank.
+        group: the ranks, with `group.traffic` counting what is sent.
+    """
+
+    def __init__(
+        self,
+        margin: Margin,
+        classes: int,
+        dimension: int,
+        config: HeadConfig | None = None,
+        seed: int = 0,
+        class_counts: Sequence[int] | Tensor | None = None,
+        device: torch.device | str = "cpu",
+        group: Group | None = None,
+    ) -> None:
+        """
+        Args:
+            classes: C, of all ranks together.
+            class_counts: samples of each class, [C]; for class weights and margins by frequency.
+            group: the ranks; default: `Group.current()`.
+
+        Raises:
+            UserError: fewer than two classes, or a margin outside what so many classes allow.
+        """
+        super().__init__()
+        if classes < 2:
+            raise UserError(f"{classes} class(es) cannot be told apart; a head needs at least 2")
+        self.margin = margin.resolve(classes, dimension)
+        self.classes, self.dimension, self.seed = classes, dimension, seed
+        self.config = config or HeadConfig()
+        self.group = group or Group.current()
+        self.rows = RowRange.of(classes, self.group.rank, self.group.size)
+        self.centres = self.margin.centres_per_class()
+        self.normalise = self.margin.unit_rows and self.config.rows == "free"
+        dtype = torch.bfloat16 if self.config.weights == "bf16" else torch.float32
+        self.weight = nn.Parameter(self._first_rows(dtype, torch.device(device)))
+        zeros = torch.zeros(len(self.rows), device=device)
+        self.bias = nn.Parameter(zeros) if self.margin.bias else None
+        self.scalars = nn.ParameterDict(
+            {name: nn.Parameter(torch.tensor(value, device=device)) for name, value in self.margin.learnables().items()}
+        )
+        for name, value in self.margin.buffers().items():
+            self.register_buffer(name, torch.tensor(value, device=device))
+        self._class_values = self._per_class(class_counts, torch.device(device))
+        self.sink: RowSink = BufferSink(self.weight)
+        self._memory = Workspace()
+        self._step, self._warm = 0, 1.0
+        self._slots: int | None = None
+
+    @property
+    def unit_rows(self) -> bool:
+        """Whether the rows of `weight` are unit vectors, to be kept so by the optimizer."""
+        return self.margin.unit_rows and not self.normalise
+
+    def set_progress(self, step: int, warm: float = 1.0) -> None:
+        """Where the run is: the number of the step, and how far the margin's warm-up has come, in [0, 1]."""
+        self._step, self._warm = step, warm
+
+    def forward(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str] | None = None) -> Tensor:
+        """The mean loss over the valid samples of the global batch; 0 where there is none.
+
+        Args:
+            x_bD: embeddings of this rank's samples, not normalised.
+            labels_b: int64 classes, -1 for a slot that only fills the batch; equally many on every rank.
+            keys: the samples' names, for messages.
+
+        Raises:
+            UserError: on every rank, if a label is no class, an embedding is not finite, or the ranks' batches differ.
+        """
+        self._check_shape(x_bD, labels_b)
+        x_BD, labels_B = gather_rows(x_bD, labels_b.to(x_bD.device), self.group)
+        if x_BD.dtype in (torch.bfloat16, torch.float16):
+            x_BD = x_BD.float()
+        fault = _Fault(x_BD, labels_B, self.classes)
+        margin = self.margin.at(self._step, self._warm) if self.training else self.margin
+        values = {name: replicated(scalar, self.group) for name, scalar in self.scalars.items()}
+        values |= dict(self.named_buffers(recurse=False))
+        loss = _Step(self, margin, x_BD, labels_B, values).loss()
+        fault.raise_if_any(self.group, x_bD.shape[0], keys)
+        return loss
+
+    def plan(self, margin: Margin, slots: int, classes: int, wide: torch.dtype) -> TilePlan:
+        """How this step's tiles are computed, for `slots` samples of all ranks and the classes that take part."""
+        dtype = torch.bfloat16 if self.config.dtype == "bf16" and wide == torch.float32 else wide
+        bound = margin.bound()
+        shift = None if bound is None else fixed_shift(*bound, self.classes, wide)
+        store = self.config.algorithm == "store"
+        if self.config.algorithm == "auto":
+            size = slots * classes * self.centres * dtype.itemsize
+            spare = 0 if self._memory.spare is None else self._memory.spare.numel() * self._memory.spare.element_size()
+            store = size <= STORE_SHARE * (free_memory(self.weight.device) + spare)
+        return TilePlan(classes, self.centres, self.config.tile, store, dtype, shift, self.normalise)
+
+    def _first_rows(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Random directions; each block of `INIT_BLOCK` classes from its own seed, whichever rank holds it."""
+        K, D = self.centres, self.dimension
+        weight = torch.empty(len(self.rows) * K, D, dtype=dtype, device=device)
+        generator = torch.Generator()
+        for block in range(self.rows.start // INIT_BLOCK, math.ceil(self.rows.stop / INIT_BLOCK)):
+            generator.manual_seed((self.seed * 0x9E3779B97F4A7C15 + block * 0xD1B54A32D192ED03 + 1) % 2**63)
+            first, last = block * INIT_BLOCK, min((block + 1) * INIT_BLOCK, self.rows.stop)
+            values = nn.functional.normalize(torch.randn(INIT_BLOCK * K, D, generator=generator))
+            begin = max(first, self.rows.start)
+            part = values[(begin - first) * K : (last - first) * K]
+            weight[(begin - self.rows.start) * K : (last - self.rows.start) * K] = part.to(device, dtype)
+        return weight
+
+    def _per_class(self, counts: Sequence[int] | Tensor | None, device: torch.device) -> Tensor | None:
+        """The margin's number for each of all C classes: 4 bytes a class, on every rank."""
+        if type(self.margin).per_class is Margin.per_class:
+            return None
+        if counts is None:
+            raise UserError(f"{self.margin.name} depends on how many samples each class has; give class_counts")
+        counts_C = torch.as_tensor(counts)
+        if counts_C.shape != (self.classes,):
+            raise UserError(f"class_counts has {counts_C.numel()} numbers for {self.classes} classes; give one a class")
+        values = self.margin.per_class(counts_C)
+        return None if values is None else values.to(device)
+
+    def _check_shape(self, x_bD: Tensor, labels_b: Tensor) -> None:
+        if x_bD.ndim != 2 or x_bD.shape[1] != self.dimension:
+            raise UserError(f"embeddings of shape {tuple(x_bD.shape)}; the head was made for [b, {self.dimension}]")
+        if labels_b.shape != x_bD.shape[:1] or labels_b.dtype != torch.int64:
+            raise UserError(
+                f"labels of shape {tuple(labels_b.shape)} and type {labels_b.dtype} for {x_bD.shape[0]} embeddings; "
+                "give one int64 label each"
+            )
+        if self._slots is None:
+            self.group.check_equal(x_bD.shape[0], "batches of sizes")
+            self._slots = x_bD.shape[0]
+
+
+class _Step:
+    """The computation of one loss; its parts share the gathered batch."""
+
+    def __init__(self, head: Head, margin: Margin, x_BD: Tensor, labels_B: Tensor, values: dict[str, Tensor]) -> None:
+        self.head, self.margin, self.labels_B, self.values = head, margin, labels_B, values
+        self.valid_B = labels_B >= 0
+        square_B = x_BD.square().sum(dim=1)
+        some_B = square_B > 0
+        self.norms_B = torch.where(some_B, torch.where(some_B, square_B, 1).sqrt(), 0)
+        self.lengths_B = self.norms_B
+        self.e_BD = x_BD
+        if margin.unit_embedding:
+            # An embedding of length 0 has no direction: it counts as the null vector and gets no gradient.
+            scale = margin.scale_of(values)
+            inverse_B = torch.where(some_B, torch.where(some_B, square_B, 1).rsqrt(), 0)
+            self.e_BD = x_BD * (inverse_B * scale)[:, None]
+            self.lengths_B = torch.ones_like(square_B) * scale
+        start, stop = head.rows.start, head.rows.stop
+        mask_B = (labels_B >= start) & (labels_B < stop)
+        self.own = Own(mask_B, (labels_B - start).clamp(0, max(len(head.rows) - 1, 0)))
+
+    def loss(self) -> Tensor:
+        head, margin = self.head, self.margin
+        rows = Rows(head.weight, head.bias, None, head.centres)
+        plan = head.plan(margin, self.labels_B.shape[0], len(head.rows), self.e_BD.dtype)
+        sums_B, centres_BKD, bias_B = negatives(self.e_BD, rows, self.own, plan, head.sink, head._memory)
+        targets_B = margin.target(self._positives(centres_BKD, bias_B))
+        targets_B = torch.where(self.own.mask_B, targets_B, 0)
+        negatives_B, targets_B = self._exchange(sums_B, targets_B, plan.shift)
+        losses_B = margin.per_sample(negatives_B, targets_B, self._class_values())
+        extra_B = margin.regularizer(own_slice(self.norms_B, head.group))
+        if extra_B is not None:
+            losses_B = losses_B + extra_B
+        return torch.where(self.valid_B, losses_B, 0).sum() / self.valid_B.sum().clamp_min(1)
+
+    def _exchange(self, sums_B: Tensor, targets_B: Tensor, shift: float | None) -> tuple[Tensor, Tensor]:
+        """N and t of every sample, from each rank's part: one message of [B, 2]."""
+        mine_B2 = torch.stack([sums_B, targets_B], dim=1)
+        if shift is not None:
+            total_B2 = sum_over_ranks(mine_B2, self.head.group)
+            return total_B2[:, 0].log() + shift, total_B2[:, 1]
+        all_WB2 = stack_over_ranks(mine_B2, self.head.group)
+        return torch.logsumexp(all_WB2[:, :, 0], dim=0), all_WB2[:, :, 1].sum(dim=0)
+
+    def _positives(self, centres_BKD: Tensor, bias_B: Tensor) -> Positives:
+        """What the margin is told of each sample's own class; of several centres the nearest."""
+        dots_BK = (centres_BKD * self.e_BD[:, None]).sum(dim=2)
+        lengths_B = self.lengths_B
+        if self.head.normalise or not self.margin.unit_rows:
+            square_BK = centres_BKD.square().sum(dim=2)
+            some_BK = square_BK > 0
+            norms_BK = torch.where(some_BK, torch.where(some_BK, square_BK, 1).sqrt(), 1)
+            if self.head.normalise:
+                dots_BK = dots_BK / norms_BK
+            else:
+                lengths_B = lengths_B * norms_BK[:, 0]
+        dots_B = dots_BK.max(dim=1).values
+        cos_B = (dots_B / torch.where(lengths_B > 0, lengths_B, 1)).clamp(-1, 1)
+        return Positives(
+            cos_B,
+            dots_B + bias_B,
+            lengths_B,
+            self.norms_B,
+            self.labels_B,
+            self.values,
+            self._noise() if self.margin.noisy else None,
+            self._class_values(),
+        )
+
+    def _class_values(self) -> Tensor | None:
+        table_C = self.head._class_values
+        return None if table_C is None else table_C[self.labels_B.clamp(0, self.head.classes - 1)]
+
+    def _noise(self) -> Tensor:
+        generator = torch.Generator()
+        generator.manual_seed((self.head.seed * 0x9E3779B97F4A7C15 + self.head._step * 0xD1B54A32D192ED03 + 2) % 2**63)
+        return torch.randn(self.labels_B.shape[0], generator=generator).to(self.e_BD.device)
+
+
+class _Fault:
+    """Which samples of the global batch cannot be used. Asked for early and read late, so that a GPU need not wait."""
+
+    def __init__(self, x_BD: Tensor, labels_B: Tensor, classes: int) -> None:
+        self.labels_B, self.classes = labels_B, classes
+        self.finite_B = torch.isfinite(x_BD.detach()).all(dim=1)
+        self.known_B = (labels_B >= -1) & (labels_B < classes)
+        good = (self.finite_B & self.known_B).all()
+        self.event: torch.cuda.Event | None = None
+        if good.is_cuda:
+            self.good = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self.good.copy_(good, non_blocking=True)
+            self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.event.record()
+        else:
+            self.good = good
+
+    def raise_if_any(self, group: Group, b: int, keys: Sequence[str] | None) -> None:
+        """The same error on every rank, in which the rank that holds the sample adds its name."""
+        if self.event is not None:
+            self.event.synchronize()
+        if bool(self.good):
+            return
+        slot = int((~(self.finite_B & self.known_B)).nonzero()[0])
+        rank, place = divmod(slot, b)
+        who = f"slot {place} of rank {rank}"
+        if rank == group.rank and keys is not None:
+            who = f"sample '{keys[place]}'"
+        if not bool(self.known_B[slot]):
+            raise UserError(
+                f"{who} has label {int(self.labels_B[slot])}, but the head has the classes 0 to {self.classes - 1}; "
+                "the data and the number of classes do not belong together"
+            )
+        raise UserError(
+            f"{who} has an embedding that is not finite; lower the learning rate or look at its image and the weights"
+        )

@@ -1,0 +1,36 @@
+# make demo | test | lint | bench: each makes .venv and installs what it needs, once.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint bench clean help
+
+help: ## what there is to make
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed: '$(PYTHON)' is not on the PATH; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serving,trainer,dev]'
+	touch $(STAMP)
+
+demo: $(STAMP) ## images to a running service, in one go; KEEP=1 leaves the service running
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python deploy/demo.py $(if $(filter 1,$(KEEP)),--keep)
+
+test: $(STAMP) ## every test
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(TESTS)
+
+lint: $(STAMP) ## ruff, mypy in strict mode, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP) ## the head against its peers; see benchmarks/README.md
+	$(BIN)/python benchmarks/head.py --classes 200000 --batch 256 --dim 512 --ranks 1 --device cpu --dtype fp32
+
+clean: ## remove .venv and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,186 @@
+"""Checkpoints: everything that a run needs to go on, whole or not at all, without a pickle.
+
+A checkpoint is a folder `step-00001000/` with safetensors files and `checkpoint.json`, which names each file with its
+size and SHA-256. The ranks write into `step-00001000.partial/`; when all have, rank 0 writes the manifest and renames
+the folder. A folder without a manifest is therefore not a checkpoint, whenever the writers died.
+
+Tensors are named by what they are, never by who wrote them: the backbone in full, the head by ranges of class rows.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trainer.distributed import Group
+from trainer.errors import UserError
+
+MANIFEST = "checkpoint.json"
+_PARTIAL = ".partial"
+
+
+class FileEntry(BaseModel):
+    """One file of a checkpoint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: int
+    sha256: str
+
+
+class CheckpointManifest(BaseModel):
+    """`checkpoint.json`: where the run stood, and what belongs to the checkpoint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    step: int
+    world_size: int
+    classes: int
+    class_digest: str
+    config: dict[str, Any]
+    files: dict[str, FileEntry]
+
+
+class Checkpoint:
+    """A whole checkpoint on disk, its files not yet read."""
+
+    def __init__(self, folder: Path, manifest: CheckpointManifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    @property
+    def step(self) -> int:
+        """Steps done when it was written; the run goes on with this step."""
+        return self.manifest.step
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one file, after checking its digest.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        entry = self.manifest.files.get(name)
+        path = self.folder / name
+        remedy = f"remove '{self.folder}' to go on from the checkpoint before it"
+        if entry is None:
+            raise UserError(f"the checkpoint '{self.folder}' has no '{name}', only {sorted(self.manifest.files)}")
+        try:
+            if (found := _sha256(path)) != entry.sha256:
+                raise UserError(f"'{path}' is damaged: SHA-256 {found}, written as {entry.sha256}; {remedy}")
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"'{path}' cannot be read ({error}); {remedy}") from error
+
+
+def save(
+    parent: Path,
+    manifest: CheckpointManifest,
+    files: Mapping[str, Mapping[str, Tensor]],
+    keep: int,
+    group: Group,
+) -> Path:
+    """Write a checkpoint; every rank calls it with the files that it holds (other names on each rank).
+
+    Blocks until the checkpoint is whole on disk, then removes all but the newest `keep`. A collective: three barriers.
+
+    Args:
+        parent: folder of the run's checkpoints, the same (shared) one on every rank.
+        manifest: as rank 0 shall write it; its `files` are filled in here.
+        files: name to tensors by name.
+        keep: how many checkpoints stay.
+        group: the ranks that write.
+    """
+    final = parent / f"step-{manifest.step:08d}"
+    partial = final.with_name(final.name + _PARTIAL)
+    if group.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    group.barrier()
+    for name, tensors in files.items():
+        _write(partial / name, tensors)
+    group.barrier()
+    if group.rank == 0:
+        _finish(partial, final, manifest)
+        for old in _whole(parent)[:-keep]:
+            shutil.rmtree(old)
+    group.barrier()
+    return final
+
+
+def latest(parent: Path) -> Checkpoint | None:
+    """The newest whole checkpoint under `parent`; None where there is none.
+
+    Raises:
+        UserError: its manifest is damaged, or a file is missing or has another size.
+    """
+    folders = _whole(parent)
+    return open_checkpoint(folders[-1]) if folders else None
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read and check a checkpoint's manifest and the sizes of its files.
+
+    Raises:
+        UserError: it is not a whole checkpoint.
+    """
+    remedy = f"remove '{folder}' to go on from the checkpoint before it"
+    try:
+        manifest = CheckpointManifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except OSError as error:
+        raise UserError(f"'{folder}' is not a checkpoint: cannot read {MANIFEST} ({error.strerror})") from error
+    except ValidationError as error:
+        raise UserError(f"'{folder / MANIFEST}' is damaged ({error.errors()[0]['msg']}); {remedy}") from error
+    for name, entry in manifest.files.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != entry.bytes:
+            raise UserError(f"'{path}' has {size} bytes, written with {entry.bytes}; {remedy}")
+    return Checkpoint(folder, manifest)
+
+
+def _whole(parent: Path) -> list[Path]:
+    return sorted(path.parent for path in parent.glob(f"step-*/{MANIFEST}") if not path.parent.name.endswith(_PARTIAL))
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    _sync(path)
+    entry = FileEntry(bytes=path.stat().st_size, sha256=_sha256(path))
+    path.with_name(path.name + ".entry").write_text(entry.model_dump_json())
+
+
+def _finish(partial: Path, final: Path, manifest: CheckpointManifest) -> None:
+    entries = {}
+    for path in sorted(partial.glob("*.entry")):
+        entries[path.name.removesuffix(".entry")] = FileEntry.model_validate_json(path.read_text())
+        path.unlink()
+    whole = manifest.model_copy(update={"files": entries})
+    (partial / MANIFEST).write_text(json.dumps(whole.model_dump(mode="json"), indent=1))
+    _sync(partial / MANIFEST)
+    _sync(partial)
+    if final.exists():  # the same step again, after a resume from an older checkpoint
+        shutil.rmtree(final)
+    partial.rename(final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

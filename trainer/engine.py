@@ -1,0 +1,223 @@
+"""DeepSpeed around the backbone: the only door to it.
+
+The engine averages the backbone's gradients over the ranks, clips them and steps its optimizer. The head's centres stay
+outside: its parameters are never given to the engine, so neither the average nor the clipping touches them.
+
+The state is read and written as full fp32 tensors by parameter name, never as DeepSpeed's own files: those are pickles,
+and refuse another number of ranks.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.config import EngineConfig, OptimizerConfig
+from trainer.errors import UserError
+
+# Optimizer states of a parameter that have its shape, by torch's names.
+_MOMENTS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
+_STEP_KEY = "optimizer.step"
+
+
+class Engine:
+    """A DeepSpeed engine that trains `module` and nothing else.
+
+    Args:
+        module: the backbone, float pixels BCHW to embeddings x_BD.
+        config: ZeRO stage, bf16, clipping.
+        optimizer: name, momentum and weight decay; the learning rate comes with each `step`.
+        batch_size: samples a step over all ranks, for DeepSpeed's own bookkeeping.
+        world_size: ranks.
+        device: where this rank computes.
+
+    Raises:
+        UserError: bf16 on a device that cannot compute it.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: EngineConfig,
+        optimizer: OptimizerConfig,
+        batch_size: int,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        if device.type == "cuda" and config.bf16 and not torch.cuda.is_bf16_supported():
+            raise UserError("engine.bf16=true: this GPU does not compute in bfloat16; set engine.bf16=false")
+        self._moments = _MOMENTS[optimizer.name]
+        self._engine = _initialize(module, config, optimizer, batch_size, world_size, device)
+        self._create_moments()
+
+    @property
+    def module(self) -> nn.Module:
+        """The backbone itself, with this rank's buffers."""
+        module: nn.Module = self._engine.module
+        return module
+
+    def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Embeddings x_BD, always fp32, of float pixels; with bf16 the products run in bf16 over fp32 weights."""
+        x_BD: torch.Tensor = self._engine(images_BCHW)
+        return x_BD.float()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Back-propagate; the backbone's gradients are averaged over the ranks, the head's are left alone."""
+        self._engine.backward(loss)
+
+    def step(self, lr: float) -> None:
+        """Clip, update the backbone with learning rate `lr`, and clear its gradients."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+
+    def gradient_norm(self) -> float | None:
+        """Norm of the backbone's gradient before the last step's clipping; None where DeepSpeed does not compute it."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Master weights, moments and buffers in full, by name. A collective: every rank calls it and gets the same."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        state: dict[str, torch.Tensor] = {}
+        for name, parameter in self.module.named_parameters():
+            if self._partitioned:
+                state[f"weight.{name}"] = safe_get_full_fp32_param(parameter)
+                for moment in self._moments:
+                    state[f"{moment}.{name}"] = safe_get_full_optimizer_state(parameter, moment)
+                continue
+            state[f"weight.{name}"] = parameter.detach().clone()
+            for moment in self._moments:
+                state[f"{moment}.{name}"] = self._engine.optimizer.state[parameter][moment].detach().clone()
+        for name, buffer in self.module.named_buffers():
+            state[f"buffer.{name}"] = buffer.detach().clone()
+        state[_STEP_KEY] = torch.tensor(self._optimizer_steps())
+        return {name: tensor.cpu() for name, tensor in state.items()}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Continue from what `state` returned, at any number of ranks.
+
+        Raises:
+            UserError: a tensor is missing or has another shape, so the checkpoint is of another backbone.
+        """
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        device = self._engine.device
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                weight = _take(state, f"weight.{name}", parameter.shape).to(device)
+                moments = {key: _take(state, f"{key}.{name}", parameter.shape).to(device) for key in self._moments}
+                parameter.copy_(weight)
+                if self._partitioned:
+                    safe_set_full_fp32_param(parameter, weight)
+                    for key, value in moments.items():
+                        safe_set_full_optimizer_state(parameter, value, key)
+                else:
+                    self._engine.optimizer.state[parameter].update(moments)
+            for name, buffer in self.module.named_buffers():
+                buffer.copy_(_take(state, f"buffer.{name}", buffer.shape))
+            self._set_optimizer_steps(int(state[_STEP_KEY]))
+
+    @property
+    def _partitioned(self) -> bool:
+        """Whether DeepSpeed keeps the weights and moments of a rank's share in flat partitions (ZeRO 1 and 2)."""
+        return self._engine.optimizer is not self._engine.basic_optimizer
+
+    def _create_moments(self) -> None:
+        """Give every parameter its moments before the first step; zeros are what the first step would start from.
+
+        ZeRO ties parameters to their moments after the first group's first step, when the later groups have none yet;
+        tied here instead, every moment can be read and written from the start.
+        """
+        optimizer = self._engine.basic_optimizer
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter] = {key: torch.zeros_like(parameter) for key in self._moments}
+                if "exp_avg" in self._moments:
+                    optimizer.state[parameter]["step"] = torch.tensor(0.0)
+        if self._partitioned:
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _optimizer_steps(self) -> int:
+        states = self._engine.basic_optimizer.state.values()
+        return max((int(state["step"]) for state in states if "step" in state), default=0)
+
+    def _set_optimizer_steps(self, steps: int) -> None:
+        """AdamW's bias correction counts the steps beside the moments."""
+        for state in self._engine.basic_optimizer.state.values():
+            if "step" in state:
+                state["step"] = torch.tensor(float(steps))
+
+
+def _take(state: dict[str, torch.Tensor], name: str, shape: torch.Size) -> torch.Tensor:
+    if name not in state or state[name].shape != shape:
+        found = "missing" if name not in state else f"of shape {tuple(state[name].shape)}"
+        raise UserError(
+            f"the checkpoint's '{name}' is {found}, the backbone wants {tuple(shape)}: "
+            "resume with the config that the checkpoint was made with"
+        )
+    return state[name]
+
+
+def _optimizer(config: OptimizerConfig) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    """A factory, since DeepSpeed wants to hand over the parameters itself. No decay on biases, norms and PReLU."""
+
+    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        parameters = list(parameters)
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        if config.name == "sgd":
+            return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+        return torch.optim.AdamW(groups, lr=config.lr)
+
+    return make
+
+
+def _initialize(
+    module: nn.Module,
+    config: EngineConfig,
+    optimizer: OptimizerConfig,
+    batch_size: int,
+    world_size: int,
+    device: torch.device,
+) -> Any:
+    # DeepSpeed picks its accelerator from this variable when it is first imported, hence before the import.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    # On the CPU, DeepSpeed compiles a shared-memory collective at its first use (20 s, and a C++ compiler). Only
+    # inference_all_reduce calls it, which training never does: declare it unavailable.
+    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    parameters = sum(p.numel() for p in module.parameters())
+    settings = {
+        "train_batch_size": batch_size,
+        "train_micro_batch_size_per_gpu": batch_size // world_size,
+        "gradient_clipping": config.gradient_clipping,
+        # Autocast keeps the weights, the moments and the batch norms in fp32.
+        "torch_autocast": {"enabled": config.bf16, "dtype": "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            # The default bucket reserves 2 GB; no bucket needs to be larger than the backbone.
+            "reduce_bucket_size": min(parameters, 500_000_000),
+            "allgather_bucket_size": min(parameters, 500_000_000),
+        },
+        "steps_per_print": 2**31 - 1,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        model_parameters=[p for p in module.parameters() if p.requires_grad],
+        optimizer=_optimizer(optimizer),
+        config=settings,
+        dist_init_required=False,
+    )
+    return engine

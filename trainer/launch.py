@@ -1,0 +1,216 @@
+"""Ray: the only door to Ray Train and Ray Jobs.
+
+`launch` runs `train.run` on the workers that the config asks for, on a cluster that is already there or on one started
+here. Rank 0 reports to a small actor; the process that launched reads it, shows progress and writes MLflow, so that the
+workers wait for neither.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from trainer.config import Config, from_tree
+from trainer.errors import UserError
+from trainer.train import Record
+
+_POLL_S = 0.3
+
+
+class _Board:
+    """Where rank 0 leaves its records and the launcher picks them up. An actor without a CPU of its own."""
+
+    def __init__(self) -> None:
+        self._records: list[Record] = []
+
+    def put(self, record: Record) -> None:
+        self._records.append(record)
+
+    def take(self) -> list[Record]:
+        records, self._records = self._records, []
+        return records
+
+
+def launch(config: Config, resume: bool, on_record: Callable[[Record], None]) -> None:
+    """Train on Ray workers; returns when the run is done.
+
+    Args:
+        config: the resolved tree; its paths must mean the same on every node.
+        resume: go on from the newest checkpoint in `config.run.out`.
+        on_record: called in this process, from a second thread, with each record of rank 0.
+
+    Raises:
+        UserError: what a worker found wrong with the input, or resources that the cluster does not have.
+        RuntimeError: the training failed; the message holds the worker's traceback.
+    """
+    _connect(config)
+    _check_resources(config)
+    board = ray.remote(num_cpus=0)(_Board).remote()
+    errors: list[str] = []
+
+    def dispatch(record: Record) -> None:
+        if record.kind == "error":
+            errors.append(record.text)
+        else:
+            on_record(record)
+
+    reader = _Reader(board, dispatch)
+    try:
+        _trainer(config, resume, board).fit()
+    except ray.train.TrainingFailedError as error:
+        reader.stop()
+        if errors:
+            raise UserError(errors[0]) from error
+        raise RuntimeError(str(error)) from error
+    finally:
+        reader.stop()
+        ray.shutdown()
+
+
+def _connect(config: Config) -> None:
+    """Join the cluster at `scaling.address` or RAY_ADDRESS, else start one on this machine."""
+    workers = config.scaling.workers
+    address = config.scaling.address or os.environ.get("RAY_ADDRESS")
+    # Every process of Ray's imports this package; the usage report would wait for a network that may not be there.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray's next release does by itself
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            return
+        cpus = max(os.cpu_count() or 1, int(workers * config.scaling.cpus_per_worker + 0.999))
+        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"cannot reach the Ray cluster '{address or 'local'}': {str(error).splitlines()[0]}; "
+            "start one with 'ray start --head', or leave scaling.address empty to train on this machine"
+        ) from error
+
+
+def _check_resources(config: Config) -> None:
+    """Ray would wait for ever for workers that do not fit; a fixed cluster's totals are known, so say it now."""
+    scaling, total = config.scaling, ray.cluster_resources()
+    wanted = {"CPU": scaling.workers * scaling.cpus_per_worker, "GPU": scaling.workers * float(scaling.use_gpu)}
+    for resource, amount in wanted.items():
+        if amount > total.get(resource, 0.0):
+            raise UserError(
+                f"{scaling.workers} workers want {amount:g} {resource}, the Ray cluster has {total.get(resource, 0):g}; "
+                f"lower scaling.workers{' or set scaling.use_gpu=false' if resource == 'GPU' else ''}, or add nodes"
+            )
+
+
+def _trainer(config: Config, resume: bool, board: Any) -> TorchTrainer:
+    scaling = config.scaling
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"config": config.model_dump(mode="json"), "resume": resume, "board": board},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scaling.workers,
+            use_gpu=scaling.use_gpu,
+            resources_per_worker={"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=str(config.run.out.resolve()),
+            failure_config=ray.train.FailureConfig(max_failures=0),
+        ),
+        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=1800),
+    )
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """Body of one Ray worker: the process group is up; run the one training loop."""
+    from trainer import train
+
+    board = settings["board"]
+    config = from_tree(settings["config"])
+    context = ray.train.get_context()
+
+    def report(record: Record) -> None:
+        if context.get_world_rank() == 0 or record.kind == "error":
+            board.put.remote(record)
+
+    try:
+        train.run(config, resume=settings["resume"], report=report, local_rank=context.get_local_rank())
+    except UserError as error:
+        ray.get(board.put.remote(Record(kind="error", text=str(error))))
+        raise
+
+
+class _Reader:
+    """Takes records off the board in a thread, and the rest when stopped."""
+
+    def __init__(self, board: Any, dispatch: Callable[[Record], None]) -> None:
+        import threading
+
+        self._board, self._dispatch = board, dispatch
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="records", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        while not self._stopped.wait(_POLL_S):
+            self._drain()
+
+    def _drain(self) -> None:
+        for record in ray.get(self._board.take.remote()):
+            self._dispatch(record)
+
+    def stop(self) -> None:
+        if not self._stopped.is_set():
+            self._stopped.set()
+            self._thread.join()
+            self._drain()
+
+
+def submit(address: str, config: Config, command: str, arguments: list[str], folder: Path) -> Iterator[str]:
+    """Send a training run to a cluster through Ray Jobs, and yield its log as it grows.
+
+    The last item is "" and the status, such as "\\0SUCCEEDED".
+
+    Args:
+        address: of the cluster's dashboard, http://HEAD:8265.
+        config: the resolved tree, sent along as a file.
+        command: the program on the cluster that runs it, usually `hypersphere`.
+        arguments: further words of `COMMAND train`.
+        folder: an empty folder to put the config in; it becomes the job's working directory on the cluster.
+
+    Raises:
+        UserError: nothing answers at the address.
+    """
+    import asyncio
+    import shlex
+
+    from ray.job_submission import JobSubmissionClient
+
+    (folder / "config.yaml").write_text(config.to_yaml())
+    try:
+        client = JobSubmissionClient(address)
+        job = client.submit_job(
+            entrypoint=shlex.join([command, "train", "--config", "config.yaml", *arguments]),
+            runtime_env={"working_dir": str(folder)},
+            metadata={"project": "hypersphere", "experiment": config.tracking.experiment},
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the Ray cluster at '{address}' did not take the job: {str(error).splitlines()[0]}; "
+            "give the address of its dashboard, such as http://HEAD:8265, and its token in RAY_AUTH_TOKEN if it wants one"
+        ) from error
+    yield f"job {job} is on {address}; stop it with: ray job stop --address {address} {job}\n"
+    with asyncio.Runner() as runner:
+        lines = aiter(client.tail_job_logs(job))
+        while (part := runner.run(_next(lines))) is not None:
+            yield part
+    while not client.get_job_status(job).is_terminal():
+        time.sleep(0.5)
+    yield "\0" + str(client.get_job_status(job).value)
+
+
+async def _next(lines: Any) -> str | None:
+    return str(line) if (line := await anext(lines, None)) is not None else None

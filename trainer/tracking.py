@@ -1,0 +1,166 @@
+"""MLflow: the only door to it.
+
+Everything goes through one background thread, so that a slow or absent server never holds up a training step. A server
+that cannot be reached is reported once; the run goes on without it.
+"""
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.config import Config, TrackingConfig
+
+_STOP = None
+CHAMPION = "champion"
+
+
+def absolute_uri(uri: str, base: Path) -> str:
+    """A tracking URI that means the same from every working directory."""
+    for scheme in ("sqlite:///", "file:"):
+        if uri.startswith(scheme) and not uri.startswith(scheme + "/"):
+            return scheme + str((base / uri.removeprefix(scheme)).resolve())
+    return uri
+
+
+class Tracker:
+    """One MLflow run, written in the background.
+
+    Args:
+        config: where to, and under which names; `enabled: false` makes every call do nothing.
+        on_trouble: called with one sentence when MLflow cannot be used.
+        run_id: an existing run to add to; None: a new one is made by `start`.
+    """
+
+    def __init__(self, config: TrackingConfig, on_trouble: Callable[[str], None], run_id: str | None = None) -> None:
+        self._config = config
+        self._on_trouble = on_trouble
+        self._run_id = run_id
+        self._client: Any = None
+        self._broken = not config.enabled
+        self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def start(self, config: Config, tags: Mapping[str, str]) -> None:
+        """Make the run (or go on with the one named), with the resolved config as parameters and as an artifact."""
+        self._calls.put(lambda: self._start(config, tags))
+
+    def run_id(self, timeout_s: float = 60.0) -> str | None:
+        """Identity of the run, once MLflow has answered; None where it has not."""
+        self._ready.wait(timeout_s)
+        return self._run_id
+
+    def metrics(self, values: Mapping[str, float], step: int, time_ms: int) -> None:
+        """Record numbers of one step."""
+        self._calls.put(lambda: self._metrics(values, step, time_ms))
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Store a file, or a folder with all it holds."""
+        self._calls.put(lambda: self._artifact(path, folder))
+
+    def register(self, embedder: Path, model_id: str) -> None:
+        """Store an Embedder with the run, register it as a model version, and give that the alias `champion`."""
+        self._calls.put(lambda: self._register(embedder, model_id))
+
+    def close(
+        self, status: Literal["FINISHED", "FAILED", "KILLED"] | None = "FINISHED", timeout_s: float = 60.0
+    ) -> None:
+        """Write what is queued and end the run; None leaves the run's status as it is."""
+        if status is not None:
+            self._calls.put(lambda: self._client.set_terminated(self._run_id, status))
+        self._calls.put(_STOP)
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._trouble(f"it did not take the last records within {timeout_s:.0f} s")
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not _STOP:
+            if self._broken:
+                self._ready.set()
+                continue
+            try:
+                if self._client is None:
+                    self._client = _client(self._config.uri)
+                call()
+            except Exception as error:  # noqa: BLE001  whatever MLflow, its database or the network raises, training goes on
+                self._trouble(str(error).splitlines()[0] if str(error) else type(error).__name__)
+
+    def _trouble(self, reason: str) -> None:
+        self._broken = True
+        self._ready.set()
+        self._on_trouble(f"MLflow at '{self._config.uri}' cannot be used: {reason}; going on without tracking")
+
+    def _start(self, config: Config, tags: Mapping[str, str]) -> None:
+        if self._run_id is None:
+            experiment = _experiment(self._client, self._config)
+            run = self._client.create_run(experiment, run_name=self._config.run_name, tags=dict(tags))
+            self._run_id = run.info.run_id
+        else:
+            self._client.update_run(self._run_id, status="RUNNING")
+        self._ready.set()
+        flat = _flatten(config.model_dump(mode="json"))
+        from mlflow.entities import Param
+
+        self._client.log_batch(self._run_id, params=[Param(key, str(value)[:6000]) for key, value in flat.items()])
+        self._client.log_text(self._run_id, config.to_yaml(), "config.yaml")
+
+    def _metrics(self, values: Mapping[str, float], step: int, time_ms: int) -> None:
+        from mlflow.entities import Metric
+
+        self._client.log_batch(
+            self._run_id, metrics=[Metric(key, value, time_ms, step) for key, value in values.items()]
+        )
+
+    def _artifact(self, path: Path, folder: str | None) -> None:
+        if path.is_dir():
+            self._client.log_artifacts(self._run_id, str(path), folder)
+        else:
+            self._client.log_artifact(self._run_id, str(path), folder)
+
+    def _register(self, embedder: Path, model_id: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        name = self._config.model_name
+        self._client.log_artifacts(self._run_id, str(embedder), "embedder")
+        try:
+            self._client.get_registered_model(name)
+        except MlflowException:
+            self._client.create_registered_model(name, description="Embedders of Hypersphere: image to unit vector")
+        source = f"{self._client.get_run(self._run_id).info.artifact_uri}/embedder"
+        version = self._client.create_model_version(name, source, self._run_id, tags={"model_id": model_id})
+        self._client.set_registered_model_alias(name, CHAMPION, version.version)
+
+
+def _client(uri: str) -> Any:
+    # MLflow reads these when it is imported. Its own patience with a dead server is several minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _experiment(client: Any, config: TrackingConfig) -> str:
+    found = client.get_experiment_by_name(config.experiment)
+    if found is not None:
+        return str(found.experiment_id)
+    # Beside the database, wherever the run was started from; a server chooses its own place.
+    location = None
+    if config.uri.startswith("sqlite:////"):
+        location = (Path(config.uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+    return str(client.create_experiment(config.experiment, artifact_location=location))
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

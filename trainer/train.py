@@ -1,0 +1,249 @@
+"""The one training loop. Every rank runs it, on one machine or many, on CPUs or GPUs.
+
+    pixels -> backbone (inside the DeepSpeed engine) -> head -> loss -> both are stepped, visibly
+
+Nothing random is carried from step to step: order, augmentation, dropout and margins' noise are functions of the seed
+and the step. A resumed run therefore needs no generator's state, and gives the losses of the uninterrupted one.
+"""
+
+import hashlib
+import json
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from trainer import checkpoint
+from trainer.backbones.build import build
+from trainer.checkpoint import Checkpoint, CheckpointManifest
+from trainer.config import Config
+from trainer.data.augment import Augment
+from trainer.data.batch import Batch
+from trainer.data.manifest import Manifest
+from trainer.data.stream import Stream, preprocessing
+from trainer.distributed import Group, average_buffers, sum_not_mean
+from trainer.engine import Engine
+from trainer.errors import UserError
+from trainer.objective import Objective
+from trainer.schedule import learning_rate_factor, margin_factor
+from trainer.validation import Validation
+
+_DROPOUT_PRIME = 1_000_003  # spreads (seed, step, rank) over the generator's seeds
+
+
+@dataclass(frozen=True)
+class Record:
+    """What rank 0 tells the launcher."""
+
+    kind: Literal["start", "step", "metrics", "note", "error", "done"]
+    step: int = 0
+    total_steps: int = 0
+    values: dict[str, float] = field(default_factory=dict)
+    text: str = ""
+    time_ms: int = field(default_factory=lambda: int(time.time() * 1000))
+
+
+Report = Callable[[Record], None]
+
+
+def run(config: Config, *, resume: bool, report: Report, local_rank: int = 0) -> None:
+    """Train from the config's first step, or from the newest checkpoint, to the last; the process group is up.
+
+    Args:
+        config: the resolved tree, the same on every rank.
+        resume: go on from the newest checkpoint in `config.run.out`.
+        report: takes records; called on every rank, so that a caller may listen to rank 0 only.
+        local_rank: which GPU of this machine is this rank's.
+
+    Raises:
+        UserError: data, config and checkpoint do not fit together, or a sample is bad.
+    """
+    device = torch.device("cuda", local_rank) if config.scaling.use_gpu else torch.device("cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
+    trainer = _Run(config, device, report)
+    if resume:
+        trainer.resume()
+    trainer.train()
+
+
+class _Run:
+    """The objects of one run on one rank."""
+
+    def __init__(self, config: Config, device: torch.device, report: Report) -> None:
+        self.config, self.device, self.report = config, device, report
+        data, group = config.data, Group.current()
+        self.group = group
+        self.manifest = Manifest.read(data.path)
+        split = self.manifest.split(data.train_split)
+        seed = config.run.seed
+        self.stream = Stream(
+            data.path, self.manifest, data.train_split, data, rank=group.rank, world_size=group.size, seed=seed
+        )
+        self.validation = self._validation()
+        self.augment = Augment(config.augment, config.run.seed, len(split.classes))
+        turns = 4 if config.augment.quarter_turns else 1
+        self.classes = turns * len(split.classes)
+        torch.manual_seed(seed)
+        pixels = preprocessing(self.manifest, data)
+        backbone = build(config.backbone, pixels.channels, pixels.height, pixels.width).to(device)
+        self.engine = Engine(backbone, config.engine, config.optimizer, data.batch_size, group.size, device)
+        self.objective = Objective(config, self.classes, list(split.class_counts) * turns, device)
+        self.total_steps = config.run.epochs * self.stream.steps_per_epoch
+        if config.run.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.run.max_steps)
+        self.step = 0
+
+    def train(self) -> None:
+        """Every step that is left, with evaluations and checkpoints where the config wants them."""
+        config = self.config
+        self.report(Record("start", self.step, self.total_steps, {"classes": float(self.classes)}))
+        meter = _Meter(self.device)
+        while self.step < self.total_steps:
+            epoch, first = divmod(self.step, self.stream.steps_per_epoch)
+            for batch in self.stream.batches(epoch, first):
+                losses = self._step(batch, epoch)
+                meter.count(int((batch.labels_B >= 0).sum()) * self.group.size)
+                self.step += 1
+                if self.step % config.run.log_every == 0 or self.step == self.total_steps:
+                    self._report_step(losses, meter)
+                if config.run.checkpoint_every and self.step % config.run.checkpoint_every == 0:
+                    self.save()
+                if self.step == self.total_steps:
+                    break
+            self._after_epoch(epoch)
+            meter.restart()
+        if not config.run.checkpoint_every or self.step % config.run.checkpoint_every:
+            self.save()
+        self.report(Record("done", self.step, self.total_steps))
+
+    def _step(self, batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
+        """One update of backbone and head; the losses of the global batch, still on the device."""
+        config = self.config
+        torch.manual_seed((config.run.seed * _DROPOUT_PRIME + self.step) * _DROPOUT_PRIME + self.group.rank)
+        images_BCHW, labels_B = self.augment(batch, epoch, self.step, config.data.batch_size)
+        x_BD = self.engine(images_BCHW.to(self.device))
+        # The engine averages gradients over the ranks, but each rank's gradient is its part of one global mean: the sum
+        # is right. The factor is applied here, to what flows into the backbone only.
+        x_BD = sum_not_mean(x_BD, self.group)
+        self.objective.set_progress(self.step, margin_factor(self.step, config.schedule))
+        loss, parts = self.objective(x_BD, labels_B.to(self.device), batch.keys)
+        self.engine.backward(loss)
+        factor = learning_rate_factor(self.step, self.total_steps, config.schedule)
+        self.engine.step(config.optimizer.lr * factor)
+        self.objective.step((config.optimizer.head_lr or config.optimizer.lr) * factor)
+        return parts
+
+    def _report_step(self, losses: dict[str, torch.Tensor], meter: "_Meter") -> None:
+        values = {name: float(value) for name, value in losses.items()}
+        if not all(map(_finite, values.values())):
+            raise UserError(
+                f"the loss at step {self.step} is {values}: the run has diverged; lower optimizer.lr "
+                f"(now {self.config.optimizer.lr}), lengthen schedule.warmup_steps or set engine.gradient_clipping"
+            )
+        values["learning_rate"] = self.config.optimizer.lr * learning_rate_factor(
+            self.step - 1, self.total_steps, self.config.schedule
+        )
+        self.report(Record("step", self.step, self.total_steps, values | meter.read()))
+
+    def _after_epoch(self, epoch: int) -> None:
+        every, last = self.config.run.eval_every, self.step == self.total_steps
+        if not every or (not last and (epoch + 1) % every):
+            return
+        if self.validation is None:
+            return
+        average_buffers(self.engine.module, self.group)
+        values = self.validation(self.engine.module, self.device)
+        self.report(Record("metrics", self.step, self.total_steps, values))
+
+    def _validation(self) -> Validation | None:
+        """None where nothing is held out, or nothing is to be evaluated."""
+        split = self.manifest.splits.get(self.config.data.val_split)
+        if not self.config.run.eval_every or split is None or not split.samples:
+            return None
+        return Validation(self.config, self.manifest, self.group)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step. A collective."""
+        average_buffers(self.engine.module, self.group)
+        backbone = self.engine.state()
+        files = self.objective.files()
+        if self.group.rank == 0:
+            files["backbone.safetensors"] = backbone
+        manifest = CheckpointManifest(
+            step=self.step,
+            world_size=self.group.size,
+            classes=self.classes,
+            class_digest=class_digest(self.manifest, self.config.data.train_split),
+            config=self.config.model_dump(mode="json"),
+            files={},
+        )
+        parent, keep = self.config.run.out / "checkpoints", self.config.run.keep_checkpoints
+        checkpoint.save(parent, manifest, files, keep, self.group)
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint; a run that has none starts from its first step."""
+        found = checkpoint.latest(self.config.run.out / "checkpoints")
+        if found is None:
+            self.report(Record("note", text=f"no checkpoint in '{self.config.run.out}' yet: starting at step 0"))
+            return
+        self._check(found)
+        self.engine.load_state(found.read("backbone.safetensors"))
+        self.objective.load(found)
+        self.step = found.step
+        self.report(Record("note", text=f"going on from step {found.step} of '{found.folder}'"))
+
+    def _check(self, found: Checkpoint) -> None:
+        manifest = found.manifest
+        if manifest.world_size != self.group.size:
+            raise UserError(
+                f"the checkpoint '{found.folder}' was written by {manifest.world_size} workers, this run has "
+                f"{self.group.size}; resume with scaling.workers={manifest.world_size}"
+            )
+        digest = class_digest(self.manifest, self.config.data.train_split)
+        if (manifest.classes, manifest.class_digest) != (self.classes, digest):
+            raise UserError(
+                f"the checkpoint '{found.folder}' was trained on other classes ({manifest.classes}) than "
+                f"'{self.config.data.path}' has ({self.classes}); resume with the data set that it was trained on"
+            )
+        if found.step > self.total_steps:
+            raise UserError(
+                f"the checkpoint '{found.folder}' is at step {found.step}, the run ends at {self.total_steps}; "
+                "raise run.epochs or run.max_steps to train on"
+            )
+
+
+class _Meter:
+    """Samples a second since it was last read, and memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.restart()
+
+    def restart(self) -> None:
+        """Leave out what is not training, such as an evaluation."""
+        self._samples, self._since = 0, time.perf_counter()
+
+    def count(self, samples: int) -> None:
+        self._samples += samples
+
+    def read(self) -> dict[str, float]:
+        rate = self._samples / max(1e-9, time.perf_counter() - self._since)
+        self.restart()
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        values = {"samples_per_s": rate, "memory_mb": memory}
+        if self._device.type == "cuda":
+            values["gpu_memory_mb"] = torch.cuda.max_memory_allocated(self._device) / 2**20
+        return values
+
+
+def class_digest(manifest: Manifest, split: str) -> str:
+    """Digest of a split's class names in order: which centre belongs to whom."""
+    return hashlib.sha256(json.dumps(manifest.splits[split].classes).encode()).hexdigest()
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")

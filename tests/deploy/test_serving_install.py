@@ -1,0 +1,207 @@
+"""The Dockerfile's serving target without an engine: its build steps run in an empty folder and an empty virtual
+environment, then its command and its health check run from there.
+
+Paths that the image has at its root are put below the temporary folder; apart from that the steps are the file's own.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from trainer.artifact import (
+    MODEL_FILE,
+    Calibration,
+    EmbedderManifest,
+    Preprocessing,
+    Threshold,
+    model_id,
+    write_manifest,
+)
+
+pytestmark = pytest.mark.timeout(900)
+
+LIMIT = 500_000_000  # bytes of installed packages
+ABSENT = ["torch", "ray", "deepspeed", "mlflow", "webdataset", "matplotlib", "scipy"]
+IMAGE_PATHS = re.compile(r"(?<![\w.])/(?=(?:deps|src|opt|embedders?|var/lib/hypersphere)\b)")
+
+
+@dataclass(frozen=True)
+class Installed:
+    """The replayed image: `folder` stands for its root."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def locate(self, text: str) -> str:
+        return IMAGE_PATHS.sub(f"{self.folder}/", text)
+
+    def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        # The command is looked up in the image's PATH, not in that of the tests.
+        program = shutil.which(command[0], path=self.environment["PATH"]) or command[0]
+        words = [program, *command[1:]]
+        return subprocess.run(words, env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def installed(root: Path, stages: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    folder = tmp_path_factory.mktemp("image")
+    _require_an_index(folder)
+    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    building = inherited | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    image = Installed(folder, building)
+    workdir = folder
+    for keyword, rest in stages["serving-build"].instructions:
+        if keyword == "WORKDIR":
+            workdir = Path(image.locate(rest))
+            workdir.mkdir()
+        elif keyword == "COPY":
+            _copy(root, workdir, rest.split())
+        elif keyword == "RUN":
+            step = image.locate(re.sub(r"--mount=\S+ ", "", rest))
+            result = subprocess.run(["/bin/sh", "-c", step], cwd=workdir, env=building, capture_output=True, text=True)
+            assert result.returncode == 0, f"{step}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+    shutil.rmtree(folder / "src")  # the image has the installed packages, not the sources
+    shutil.rmtree(folder / "deps")
+    environment = {
+        name: image.locate(value.replace("${PATH}", "/usr/bin:/bin"))
+        for name, value in stages["serving"].environment().items()
+    }
+    return Installed(folder, {"HOME": str(folder), "LANG": "C.UTF-8"} | environment)
+
+
+def _require_an_index(folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder / "probe"), "setuptools>=80"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        pytest.skip(f"pip reaches no package index, so the serving target was not installed: {reason}")
+
+
+def _copy(root: Path, workdir: Path, words: list[str]) -> None:
+    """COPY without flags: files into a folder, or one folder to a folder."""
+    *sources, target = words
+    for source in sources:
+        if (root / source).is_dir():
+            shutil.copytree(root / source, workdir / target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(root / source, workdir / target)
+
+
+def test_it_stays_below_500_megabytes(installed: Installed) -> None:
+    files = [path for path in (installed.folder / "opt/hypersphere").rglob("*") if not path.is_symlink()]
+    size = sum(path.stat().st_size for path in files)
+    print(f"serving target: {size / 1e6:.0f} MB of installed packages")
+    assert size < LIMIT
+
+
+def test_training_frameworks_are_absent(installed: Installed) -> None:
+    code = f"import importlib.util as u; print([name for name in {ABSENT} if u.find_spec(name)])"
+    result = installed.run(["python", "-c", code])
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_the_installed_packages_are_the_pinned_ones(installed: Installed, pins: dict[str, str]) -> None:
+    code = "import importlib.metadata as m; print(*[d.name + '==' + d.version for d in m.distributions()])"
+    found = dict(word.split("==") for word in installed.run(["python", "-c", code]).stdout.split())
+    assert found.pop("hypersphere")
+    assert len(found) > 10
+    different = {name: version for name, version in found.items() if pins.get(_canonical(name)) != version}
+    assert not different
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_the_command_line_and_the_service_import(installed: Installed) -> None:
+    result = installed.run(["hypersphere", "--help"])
+    assert result.returncode == 0, result.stderr
+    assert "serve" in result.stdout
+    result = installed.run(["python", "-c", "import serving.api, sys; print('torch' in sys.modules)"])
+    assert result.stdout.strip() == "False", result.stderr
+
+
+@pytest.fixture(scope="module")
+def embedder(installed: Installed) -> Path:
+    """An Embedder of one matrix, where the image expects its mount."""
+    preprocessing = Preprocessing(mode="L", height=8, width=8)
+    weights = np.random.default_rng(0).standard_normal((64, 4)).astype(np.float32)
+    nodes = [
+        helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Flatten", ["float"], ["flat"], axis=1),
+        helper.make_node("MatMul", ["flat", "weights"], ["raw"]),
+        helper.make_node("LpNormalization", ["raw"], ["embeddings"], axis=1, p=2),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "embedder",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["B", 1, 8, 8])],
+        [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["B", 4])],
+        [numpy_helper.from_array(weights, "weights")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx.checker.check_model(model)
+    content = model.SerializeToString()
+    folder = installed.folder / "embedder"
+    folder.mkdir()
+    (folder / MODEL_FILE).write_bytes(content)
+    identity = model_id(content, preprocessing)
+    threshold = Threshold(
+        value=0.5, target="FMR", rate=0.01, low=0, high=0.02, probes=100, subjects=10, model_id=identity, source="none"
+    )
+    calibration = Calibration(verify=threshold, identify=threshold.model_copy(update={"target": "FPIR"}))
+    manifest = EmbedderManifest(model_id=identity, dimension=4, preprocessing=preprocessing, calibration=calibration)
+    write_manifest(folder, manifest)
+    return folder
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        number: int = free.getsockname()[1]
+    return number
+
+
+def test_the_images_command_serves_until_it_is_stopped(
+    installed: Installed, stages: dict[str, Any], embedder: Path, port: int
+) -> None:
+    """ENTRYPOINT, CMD and HEALTHCHECK as they stand, on a free port of the loopback."""
+    stage = stages["serving"]
+    (installed.folder / "var/lib/hypersphere").mkdir(parents=True)
+    replaced = {"0.0.0.0": "127.0.0.1", "8000": str(port)}
+    words = [replaced.get(word, installed.locate(word)) for word in stage.words("ENTRYPOINT") + stage.words("CMD")]
+    health = [
+        word.replace(":8000/", f":{port}/") for word in json.loads(stage.last("HEALTHCHECK").partition("CMD ")[2])
+    ]
+
+    log = installed.folder / "log"
+    program = shutil.which(words[0], path=installed.environment["PATH"])
+    assert program is not None
+    with log.open("w") as file:
+        process = subprocess.Popen([program, *words[1:]], env=installed.environment, stdout=file, stderr=file)
+    try:
+        deadline = time.monotonic() + 60
+        while installed.run(health).returncode and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.3)
+        assert process.poll() is None, log.read_text()
+        assert installed.run(health).returncode == 0, log.read_text()
+    finally:
+        process.terminate()
+        code = process.wait(timeout=60)
+    assert code == 0, log.read_text()
+    assert installed.run(health).returncode != 0, "the health check must fail once the service is gone"
+    assert list((installed.folder / "var/lib/hypersphere").iterdir()), "the store must be on the volume"

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter, ImageFont
+from PIL import Image, ImageFilter, ImageFont, ImageOps
 
 from trainer.data.importers.source import Sample, Source, hold_out_share
 from trainer.errors import UserError
 
 SIDE = 105
 SAMPLES = 20  # of each character
-MAX_CHARACTERS = 700
+MAX_CHARACTERS = 600
 _FACES = (  # all styles in which matplotlib carries a face with more than the ASCII letters
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique",
     "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique",
@@ -47,6 +47,9 @@ _RANGES = (  # in order of preference where two characters look alike
 )
 _FONT_PIXELS = 96
 _REFERENCE_PIXELS = 24
+_CELLS = 5  # of the mesh that bends a character, in each direction
+_FRAME = 4
+_GREYS = np.arange(256) / 255
 _ALIKE = 0.9  # correlation of two characters, brought to one size, above which they count as one
 
 
@@ -158,13 +161,13 @@ def _draw(fonts: _Fonts, code: int, face: str, number: int, seed: int) -> bytes:
     ink = fonts.ink(code, face)
     if ink is None:
         raise UserError(f"U+{code:04X} leaves no ink in {face}; report this font")
-    warped = _warp(np.asarray(ink, dtype=np.float32), _Distortion.draw(random), random)
+    warped = _warp(ink, _Distortion.draw(random), random)
     # The width of the stroke: blur, then cut at a level below (thicker) or above (thinner) the edge's middle.
-    soft = Image.fromarray(warped.astype(np.uint8)).filter(ImageFilter.GaussianBlur(random.uniform(0.8, 1.8)))
+    soft = warped.filter(ImageFilter.GaussianBlur(random.uniform(0.8, 1.8)))
     level, steepness = random.uniform(0.25, 0.5), random.uniform(3, 8)
-    strokes = np.clip((np.asarray(soft, dtype=np.float32) / 255 - level) * steepness + 0.5, 0, 1)
+    paper = soft.point((255 * np.clip((level - _GREYS) * steepness + 0.5, 0, 1)).astype(int).tolist())
     buffer = BytesIO()
-    Image.fromarray((255 * (1 - strokes)).astype(np.uint8)).save(buffer, format="PNG")
+    paper.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -191,31 +194,33 @@ class _Distortion:
         )
 
 
-def _warp(ink: NDArray[np.float32], distortion: _Distortion, random: np.random.Generator) -> NDArray[np.float32]:
-    """Resample the ink (0 to 255) on the sample's grid: for each pixel, where in the ink it comes from (bilinear)."""
-    height, width = ink.shape
-    zoom = max(height, width) / distortion.size
-    y, x = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) - (SIDE - 1) / 2
+def _warp(ink: Image.Image, distortion: _Distortion, random: np.random.Generator) -> Image.Image:
+    """Resample the ink on the sample's grid, cell by cell of a bent mesh."""
+    zoom = max(ink.size) / distortion.size
+    nodes = np.linspace(0, SIDE, _CELLS + 1)
+    y, x = np.meshgrid(nodes - SIDE / 2, nodes - SIDE / 2, indexing="ij")
     x = x - distortion.shift[0] + distortion.elastic * _smooth_field(random)
     y = y - distortion.shift[1] + distortion.elastic * _smooth_field(random)
     cos, sin = np.cos(distortion.angle), np.sin(distortion.angle)
     turned_x, turned_y = cos * x + sin * y, cos * y - sin * x
-    from_x = (turned_x + distortion.shear * turned_y) * zoom * distortion.stretch + (width - 1) / 2
-    from_y = turned_y * zoom / distortion.stretch + (height - 1) / 2
-    # shrinking needs an average over the pixels that fall together
-    soft = Image.fromarray(ink.astype(np.uint8)).filter(ImageFilter.BoxBlur(max(0.0, (zoom - 1) / 2)))
-    padded = np.pad(np.asarray(soft, dtype=np.float32), 1)
-    column = np.clip(from_x + 1, 0, width + 0.999)
-    row = np.clip(from_y + 1, 0, height + 0.999)
-    left, top = column.astype(np.intp), row.astype(np.intp)
-    right_share, bottom_share = column - left, row - top
-    upper = padded[top, left] * (1 - right_share) + padded[top, left + 1] * right_share
-    lower = padded[top + 1, left] * (1 - right_share) + padded[top + 1, left + 1] * right_share
-    result: NDArray[np.float32] = upper * (1 - bottom_share) + lower * bottom_share
-    return result
+    from_x = (turned_x + distortion.shear * turned_y) * zoom * distortion.stretch + ink.width / 2
+    from_y = turned_y * zoom / distortion.stretch + ink.height / 2
+    # shrinking needs an average over the pixels that fall together; the frame of paper is what lies outside
+    soft = ImageOps.expand(ink, _FRAME).filter(ImageFilter.BoxBlur(max(0.0, (zoom - 1) / 2)))
+    from_xy = (np.stack([from_x, from_y], axis=-1) + _FRAME).tolist()
+    edges = np.round(nodes).astype(int).tolist()
+    mesh = [
+        (
+            (edges[j], edges[i], edges[j + 1], edges[i + 1]),
+            (*from_xy[i][j], *from_xy[i + 1][j], *from_xy[i + 1][j + 1], *from_xy[i][j + 1]),
+        )
+        for i in range(_CELLS)
+        for j in range(_CELLS)
+    ]
+    return soft.transform((SIDE, SIDE), Image.Transform.MESH, mesh, Image.Resampling.BILINEAR)
 
 
 def _smooth_field(random: np.random.Generator) -> NDArray[np.float32]:
-    """Displacements of about unit size that change slowly over the image (elastic distortion, Simard et al. 2003)."""
-    coarse = random.standard_normal((6, 6), dtype=np.float32)
-    return np.asarray(Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=np.float32)
+    """Displacements of about unit size at the mesh's nodes (elastic distortion, Simard et al. 2003)."""
+    coarse = Image.fromarray(random.standard_normal((4, 4), dtype=np.float32))
+    return np.asarray(coarse.resize((_CELLS + 1, _CELLS + 1), Image.Resampling.BICUBIC), dtype=np.float32)

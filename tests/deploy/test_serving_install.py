@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class Installed:
 
 
 @pytest.fixture(scope="module")
-def installed(root: Path, stages: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Installed:
+def installed(root: Path, stages: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
     folder = tmp_path_factory.mktemp("image")
     _require_an_index(folder)
     inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
@@ -79,7 +80,8 @@ def installed(root: Path, stages: dict[str, Any], tmp_path_factory: pytest.TempP
         name: image.locate(value.replace("${PATH}", "/usr/bin:/bin"))
         for name, value in stages["serving"].environment().items()
     }
-    return Installed(folder, {"HOME": str(folder), "LANG": "C.UTF-8"} | environment)
+    yield Installed(folder, {"HOME": str(folder), "LANG": "C.UTF-8"} | environment)
+    shutil.rmtree(folder)  # pytest would keep the last three
 
 
 def _require_an_index(folder: Path) -> None:

@@ -88,7 +88,7 @@ class Service:
 
     def identify(self, sent: Sent, request_id: str) -> IdentifyAnswer:
         if isinstance(sent, Form):
-            (probe_D,) = self._embed(sent.files["image"], "image")
+            (probe_D,) = self._embed(sent, "image")
             top_k = _top_k(sent.fields.get("top_k", "5"))
         else:
             body = _parse(IdentifyRequest, sent)
@@ -116,10 +116,9 @@ class Service:
     def verify(self, sent: Sent, request_id: str) -> VerifyAnswer:
         if isinstance(sent, Form):
             subject_id = sent.fields.get("subject_id")
-            references = sent.files.get("reference", [])
-            if (subject_id is None) != bool(references):
+            if (subject_id is None) != ("reference" in sent.files):
                 raise _invalid("give either a 'reference' image or a 'subject_id'", "reference")
-            vectors = self._embed([*sent.files["probe"], *references], "probe and reference")
+            vectors = self._embed(sent, "probe", "reference")
         else:
             body = _parse(VerifyRequest, sent)
             subject_id = body.subject_id
@@ -153,7 +152,7 @@ class Service:
         done = self.gallery.replay(once) if once else None  # spares embedding again
         if done is None:
             if isinstance(sent, Form):
-                vectors_BD = self._embed(parts, "images")
+                vectors_BD = self._embed(sent, "images")
             else:
                 body = _parse(EnrolRequest, sent)
                 vectors_BD = self._vectors(body.embeddings, body.model_id, "embeddings")
@@ -179,7 +178,7 @@ class Service:
         )
 
     def embed(self, sent: Form, request_id: str) -> EmbedAnswer:
-        vectors_BD = self._embed(sent.files["images"], "images")
+        vectors_BD = self._embed(sent, "images")
         return EmbedAnswer(
             embeddings=vectors_BD.tolist(),
             dimension=self.gallery.dimension,
@@ -209,30 +208,32 @@ class Service:
             request_id=request_id,
         )
 
-    def _embed(self, images: Sequence[bytes], part: str) -> Vectors:
-        """Unit vectors of image files; the message of a fault says which file."""
+    def _embed(self, form: Form, *parts: str) -> Vectors:
+        """Unit vectors of the image files in these parts, in order; the message of a fault says which file."""
         limit = self.settings.max_image_bytes
         pixels = []
-        for number, image in enumerate(images, 1):
-            where: dict[str, object] = {"part": part, "number": number}
-            if len(image) > limit:
-                raise ApiError(
-                    413,
-                    "image_too_large",
-                    f"file {number} of '{part}' has {len(image)} bytes; at most {limit} are allowed: send it smaller",
-                    where | {"max_bytes": limit},
-                )
-            try:
-                pixels.append(load_image(image, self.embedder.preprocessing, f"{part} {number}"))
-            except UserError as error:
-                if isinstance(error.__cause__, UnidentifiedImageError):
-                    raise ApiError(415, "not_an_image", str(error), where) from error
-                raise ApiError(422, "bad_image", str(error), where) from error
-        with self.metrics.embedding(len(images)):
+        for part in parts:
+            for number, image in enumerate(form.files.get(part, ()), 1):
+                where: dict[str, object] = {"part": part, "number": number}
+                name = part if len(form.files[part]) == 1 else f"{part} {number}"
+                if len(image) > limit:
+                    raise ApiError(
+                        413,
+                        "image_too_large",
+                        f"image '{name}' has {len(image)} bytes; at most {limit} are allowed: send it smaller",
+                        where | {"max_bytes": limit},
+                    )
+                try:
+                    pixels.append(load_image(image, self.embedder.preprocessing, name))
+                except UserError as error:
+                    if isinstance(error.__cause__, UnidentifiedImageError):
+                        raise ApiError(415, "not_an_image", str(error), where) from error
+                    raise ApiError(422, "bad_image", str(error), where) from error
+        with self.metrics.embedding(len(pixels)):
             try:
                 return self.embedder.embed(np.stack(pixels))
             except UserError as error:
-                raise ApiError(422, "bad_image", str(error), {"part": part}) from error
+                raise ApiError(422, "bad_image", str(error), {"parts": list(parts)}) from error
 
     def _vectors(self, embeddings: Sequence[Sequence[float]], model_id: str | None, part: str) -> Vectors:
         """Embeddings that a client sent, checked and brought to length 1 exactly."""

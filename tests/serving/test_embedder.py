@@ -1,0 +1,118 @@
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from serving.embedder import Embedder
+from trainer.artifact import Preprocessing, model_id, read_manifest, write_manifest
+from trainer.data.image import load_image
+from trainer.errors import UserError
+
+
+def _with_model(folder, source, content):
+    """A copy of an Embedder whose ONNX file is `content`, with a manifest that fits its digest."""
+    manifest = read_manifest(source)
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(content)
+    fitting = manifest.model_copy(update={"model_id": model_id(content, manifest.preprocessing), "calibration": None})
+    write_manifest(folder, fitting)
+    return folder
+
+
+def test_vectors_are_those_of_the_formula(embedder, photos):
+    opened = Embedder.open(embedder)
+    sources = [photos(identity) for identity in range(3)]
+    weights = np.random.default_rng(0).normal(size=(256, 32)).astype(np.float32)
+    x_BD = opened.embed_files(sources)
+    for source, x_D in zip(sources, x_BD, strict=True):
+        pixels = load_image(source, Preprocessing(mode="L", height=16, width=16)).reshape(-1).astype(np.float64)
+        expected_D = (pixels - pixels.mean()) @ weights.astype(np.float64)
+        np.testing.assert_allclose(x_D, expected_D / np.linalg.norm(expected_D), atol=1e-5)
+    assert x_BD.dtype == np.float32
+    assert (opened.dimension, opened.model_id) == (32, read_manifest(embedder).model_id)
+
+
+def test_batches_do_not_change_the_vectors(embedder, photos, tmp_path):
+    paths = []
+    for identity in range(7):
+        paths.append(tmp_path / f"{identity}.png")
+        paths[-1].write_bytes(photos(identity))
+    at_once, in_twos = Embedder.open(embedder), Embedder.open(embedder, batch_size=2)
+    np.testing.assert_allclose(in_twos.embed_files(paths), at_once.embed_files(paths), atol=1e-6)
+    assert at_once.embed_files([]).shape == (0, 32)
+    assert at_once.embed(np.zeros((0, 1, 16, 16), np.uint8)).shape == (0, 32)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [np.zeros((1, 3, 16, 16), np.uint8), np.zeros((1, 1, 16, 16), np.float32), np.zeros((1, 16, 16), np.uint8)],
+)
+def test_other_shapes_and_types_are_refused(embedder, images):
+    with pytest.raises(UserError, match=r"the model takes uint8 \[B, 1, 16, 16\]"):
+        Embedder.open(embedder).embed(images)
+
+
+def test_an_image_without_direction_is_refused(embedder):
+    images = np.full((2, 1, 16, 16), 7, np.uint8)
+    images[0] = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    with pytest.raises(UserError, match="the model gave image 1 a vector of length"):
+        Embedder.open(embedder).embed(images)
+
+
+def test_a_changed_model_is_refused(embedder, tmp_path):
+    shutil.copytree(embedder, tmp_path / "changed")
+    content = bytearray((embedder / "model.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "changed/model.onnx").write_bytes(content)
+    with pytest.raises(UserError, match="was changed after export"):
+        Embedder.open(tmp_path / "changed")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", bytes(range(256)) * 40])
+def test_bytes_that_are_no_model_are_refused(embedder, tmp_path, content):
+    with pytest.raises(UserError, match="export the embedder again"):
+        Embedder.open(_with_model(tmp_path / "bad", embedder, content))
+
+
+def test_truncated_models_are_refused(embedder, tmp_path):
+    content = (embedder / "model.onnx").read_bytes()
+    for number, length in enumerate((1, 100, len(content) // 2, len(content) - 1)):
+        with pytest.raises(UserError, match="export the embedder again"):
+            Embedder.open(_with_model(tmp_path / str(number), embedder, content[:length]))
+
+
+def test_a_model_that_does_not_normalise_is_refused(make_embedder):
+    with pytest.raises(UserError, match="an embedder normalises them to 1"):
+        Embedder.open(make_embedder(normalise=False))
+
+
+def test_another_signature_is_refused(embedder, tmp_path):
+    graph = helper.make_graph(
+        [helper.make_node("Cast", ["pixels"], ["embeddings"], to=TensorProto.FLOAT)],
+        "other",
+        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["B", 32])],
+        [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["B", 32])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    with pytest.raises(UserError, match="an embedder takes uint8 'images'"):
+        Embedder.open(_with_model(tmp_path / "other", embedder, model.SerializeToString()))
+
+
+def test_weights_outside_the_file_are_refused(embedder, tmp_path):
+    """They would not be covered by the digest."""
+    model = onnx.load_from_string((embedder / "model.onnx").read_bytes())
+    onnx.save(model, tmp_path / "split.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    folder = _with_model(tmp_path / "split", embedder, (tmp_path / "split.onnx").read_bytes())
+    shutil.copy(tmp_path / "weights.bin", folder)
+    with pytest.raises(UserError, match="export the embedder again"):
+        Embedder.open(folder)
+
+
+def test_a_wrong_dimension_is_refused(embedder, tmp_path):
+    shutil.copytree(embedder, tmp_path / "lying")
+    manifest = read_manifest(embedder)
+    write_manifest(tmp_path / "lying", manifest.model_copy(update={"dimension": 64}))
+    with pytest.raises(UserError, match="its manifest names dimension 64"):
+        Embedder.open(tmp_path / "lying")

@@ -1,0 +1,199 @@
+import threading
+
+import numpy as np
+import pytest
+
+from serving.gallery import Gallery
+from serving.store import IdempotencyKey, Store, StoreError, SubjectUnknown
+from serving.threshold import Rule
+from trainer.errors import UserError
+
+MODEL = "a" * 32
+
+
+def _open(path):
+    return Gallery(Store(path, MODEL, 32), Rule(0.5, "a test"), Rule(0.6, "a test"))
+
+
+@pytest.fixture
+def gallery(tmp_path):
+    opened = _open(tmp_path / "gallery.db")
+    yield opened
+    opened.close()
+
+
+def _near(vector, score):
+    """A unit vector whose inner product with `vector` is `score`."""
+    other = np.zeros_like(vector)
+    other[int(np.abs(vector).argmin())] = 1
+    other -= vector * (other @ vector)
+    other /= np.linalg.norm(other)
+    return (score * vector + np.sqrt(1 - score**2) * other).astype(np.float32)
+
+
+def test_decisions_follow_the_threshold(gallery, vectors):
+    x = vectors(2)
+    assert gallery.identify(x[0], 5).decision == "unknown"
+    gallery.enrol("alice", x[:1])
+    for score, decision in ((0.99, "match"), (0.61, "match"), (0.59, "unknown")):
+        found = gallery.identify(_near(x[0], score), 5)
+        assert (found.decision, found.gallery_size) == (decision, 1)
+        assert found.candidates[0].score == pytest.approx(score, abs=1e-5)
+    assert gallery.verify(x[0], _near(x[0], 0.51)).decision == "match"
+    assert gallery.verify(x[0], _near(x[0], 0.49)).decision == "no_match"
+
+
+def test_a_subject_is_as_near_as_its_nearest_sample(gallery, vectors):
+    x = vectors(1)[0]
+    done = gallery.enrol("alice", np.stack([_near(x, 0.2), _near(x, 0.9), _near(x, 0.4)]))
+    found = gallery.identify(x, 5).candidates
+    assert [(c.subject_id, c.sample_id) for c in found] == [("alice", done.sample_ids[1])]
+    verified = gallery.verify_subject(x, "alice")
+    assert (verified.decision, verified.sample_id) == ("match", done.sample_ids[1])
+    with pytest.raises(SubjectUnknown):
+        gallery.verify_subject(x, "bob")
+
+
+def test_the_index_is_rebuilt_from_the_store(tmp_path, vectors):
+    x = vectors(300)
+    gallery = _open(tmp_path / "gallery.db")
+    for number in range(50):
+        gallery.enrol(f"s{number}", x[6 * number : 6 * number + 6])
+    gallery.delete("s7")
+    before = [gallery.identify(row, 10) for row in x]
+    gallery.close()
+    gallery = _open(tmp_path / "gallery.db")
+    assert [gallery.identify(row, 10) for row in x] == before
+    assert (gallery.size, gallery.samples) == (49, 294)
+    gallery.close()
+
+
+def test_bad_vectors_reach_neither_store_nor_index(gallery):
+    with pytest.raises(ValueError, match="length"):
+        gallery.enrol("alice", np.ones((1, 32), np.float32))
+    with pytest.raises(ValueError, match="takes"):
+        gallery.enrol("alice", np.ones((1, 31), np.float32))
+    assert gallery.check().samples == 0
+
+
+class _Faulty:
+    """An index whose next change fails, as it would out of memory."""
+
+    def __init__(self, index):
+        self._index = index
+
+    def __getattr__(self, name):
+        return getattr(self._index, name)
+
+    def add(self, *_):
+        raise MemoryError("no room for the vectors")
+
+    def remove(self, _):
+        raise MemoryError("no room for the mask")
+
+
+def test_a_change_that_the_index_fails_to_make_is_not_lost(gallery, vectors):
+    """The store has it; the next search sees it, because the index is rebuilt first."""
+    x = vectors(2)
+    gallery.enrol("bob", x[1:])
+    gallery._index = _Faulty(gallery._index)
+    with pytest.raises(MemoryError):
+        gallery.enrol("alice", x[:1])
+    with pytest.raises(StoreError, match="behind the store"):
+        gallery.check()
+    assert gallery.identify(x[0], 1).candidates[0].subject_id == "alice"
+    assert gallery.check().samples == 2
+    gallery._index = _Faulty(gallery._index)
+    with pytest.raises(MemoryError):
+        gallery.delete("alice")
+    assert gallery.identify(x[0], 1).candidates[0].subject_id == "bob"
+    assert gallery.check().samples == 1
+
+
+def test_an_enrolment_repeated_after_such_a_failure_is_done_once(gallery, vectors):
+    x, key = vectors(1), IdempotencyKey("k", b"digest")
+    gallery._index = _Faulty(gallery._index)
+    with pytest.raises(MemoryError):
+        gallery.enrol("alice", x, key)
+    assert gallery.enrol("alice", x, key).replayed
+    assert gallery.identify(x[0], 1).candidates[0].subject_id == "alice"
+    assert (gallery.size, gallery.samples) == (1, 1)
+
+
+def test_a_failing_disk_leaves_both_as_they_were(gallery, vectors):
+    x = vectors(400)
+    writer = gallery._store._writer
+    writer.execute("PRAGMA max_page_count = 20")
+    acknowledged = 0
+
+    def fill():
+        nonlocal acknowledged
+        for number, row in enumerate(x):
+            gallery.enrol(f"s{number}", row[None])
+            acknowledged += 1
+
+    with pytest.raises(StoreError):
+        fill()
+    assert gallery.check().samples == gallery.samples == acknowledged
+    assert gallery.identify(x[acknowledged], 1).decision == "unknown"
+    assert gallery.identify(x[acknowledged - 1], 1).candidates[0].subject_id == f"s{acknowledged - 1}"
+    writer.execute("PRAGMA max_page_count = 100000")
+    gallery.enrol("after", x[acknowledged : acknowledged + 1])
+    assert gallery.identify(x[acknowledged], 1).candidates[0].subject_id == "after"
+
+
+def test_a_vector_that_is_none_is_found_at_the_start(tmp_path, vectors):
+    store = Store(tmp_path / "gallery.db", MODEL, 32)
+    store.enrol("alice", 2 * vectors(1))
+    with pytest.raises(UserError, match="cannot be one of an embedder's"):
+        Gallery(store, Rule(0.5, ""), Rule(0.5, ""))
+    store.close()
+
+
+def test_acknowledged_changes_are_seen_by_everybody(gallery, vectors):
+    """Linearizability, of each subject's register: `enrol` and `delete` write it, `identify` reads it.
+
+    A reader notes what had been acknowledged before it asked and what after; a subject acknowledged as present
+    throughout must be found, one acknowledged as absent throughout must not.
+    """
+    x = vectors(24)
+    acknowledged: dict[int, tuple[int, bool]] = dict.fromkeys(range(24), (0, False))  # version, present
+    finished, faults = threading.Event(), []
+
+    def change(numbers, seed):
+        rng = np.random.default_rng(seed)
+        for _ in range(40):
+            number = int(rng.choice(numbers))
+            version, present = acknowledged[number]
+            acknowledged[number] = (version + 1, present)  # odd: under way
+            if present:
+                gallery.delete(f"s{number}")
+            else:
+                gallery.enrol(f"s{number}", x[number : number + 1])
+            acknowledged[number] = (version + 2, not present)
+
+    def read(seed):
+        rng = np.random.default_rng(seed)
+        while not finished.is_set():
+            number = int(rng.integers(24))
+            before = acknowledged[number]
+            candidates = gallery.identify(x[number], 1).candidates
+            found = bool(candidates) and candidates[0].subject_id == f"s{number}"
+            after = acknowledged[number]
+            if before == after and before[0] % 2 == 0 and found != before[1]:
+                faults.append((number, before, found))
+
+    readers = [threading.Thread(target=read, args=(seed,)) for seed in range(3)]
+    writers = [threading.Thread(target=change, args=(range(k, 24, 3), k)) for k in range(3)]
+    for thread in readers + writers:
+        thread.start()
+    for thread in writers:
+        thread.join(60)
+    finished.set()
+    for thread in readers:
+        thread.join(60)
+    assert not faults
+    present = {f"s{number}" for number, (_, there) in acknowledged.items() if there}
+    assert {row.subject_id for row in gallery.subjects(0, 100)} == present
+    assert all(version > 0 for version, _ in acknowledged.values())
+    assert gallery.check().subjects == len(present) == gallery.size

@@ -1,0 +1,176 @@
+import threading
+import uuid
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving.index import Index, ReadersWriter
+
+FEW = st.integers(1, 6)
+
+
+def _expected(rows, query, top_k):
+    """Score everything, take each subject's maximum, sort: the definition."""
+    best = {}
+    for subject_id, _, vector in rows:
+        score = float(np.dot(vector.astype(np.float64), query.astype(np.float64)))
+        best[subject_id] = max(best.get(subject_id, -2.0), score)
+    return sorted(best.items(), key=lambda item: -item[1])[:top_k]
+
+
+def _rows(rng, subjects, samples, dimension=8):
+    x = rng.normal(size=(samples, dimension))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    owners = rng.integers(0, subjects, samples)
+    return [(f"s{owner}", str(uuid.uuid4()), row) for owner, row in zip(owners, x, strict=True)]
+
+
+def _fill(index, rows):
+    index.add([row[0] for row in rows], [row[1] for row in rows], np.stack([row[2] for row in rows]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), subjects=FEW, samples=st.integers(1, 300), top_k=FEW, removed=st.integers(0, 3))
+def test_search_is_the_definition(seed, subjects, samples, top_k, removed):
+    """Few subjects with very many samples make the search go deeper than its first try."""
+    rng = np.random.default_rng(seed)
+    rows = _rows(rng, subjects, samples)
+    index = Index(8)
+    _fill(index, rows)
+    for number in range(removed):
+        held = [row for row in rows if row[0] != f"s{number}"]
+        assert index.remove(f"s{number}") == len(rows) - len(held)
+        rows = held
+    if rows:
+        more = _rows(rng, subjects, 5)
+        _fill(index, more)
+        rows += more
+    assert (index.samples, index.subjects) == (len(rows), len({row[0] for row in rows}))
+    queries = np.stack([row[2] for row in _rows(rng, 1, 3)])
+    owner = {row[1]: row for row in rows}
+    for query, found in zip(queries, index.search(queries, top_k), strict=True):
+        expected = _expected(rows, query, top_k)
+        assert [candidate.subject_id for candidate in found] == [subject_id for subject_id, _ in expected]
+        np.testing.assert_allclose([c.score for c in found], [score for _, score in expected], atol=1e-6)
+        for candidate in found:
+            subject_id, _, vector = owner[candidate.sample_id]
+            assert subject_id == candidate.subject_id
+            assert float(vector @ query) == pytest.approx(candidate.score, abs=1e-6)
+            assert index.compare(query, subject_id).score == pytest.approx(candidate.score, abs=1e-6)
+
+
+def test_one_subject_with_most_samples_does_not_crowd_out_the_others():
+    rng = np.random.default_rng(0)
+    query = np.eye(8, dtype=np.float32)[:1]
+    near = np.eye(8, dtype=np.float32)[[0]] + rng.normal(scale=0.01, size=(2000, 8)).astype(np.float32)
+    near /= np.linalg.norm(near, axis=1, keepdims=True)
+    index = Index(8)
+    index.add(["crowd"] * 2000, [str(uuid.uuid4()) for _ in near], near)
+    index.add(["a", "b"], [str(uuid.uuid4()) for _ in "ab"], np.eye(8, dtype=np.float32)[1:3])
+    (found,) = index.search(query, 3)
+    assert found[0].subject_id == "crowd"
+    assert {candidate.subject_id for candidate in found[1:]} == {"a", "b"}
+
+
+def test_batches_large_enough_for_matrix_products_give_the_same_scores(vectors):
+    x = vectors(500, dimension=256)
+    index = Index(256)
+    index.add([f"s{i % 100}" for i in range(500)], [str(uuid.uuid4()) for _ in x], x)
+    queries = vectors(40, seed=1, dimension=256)
+    together = index.search(queries, 10)
+    for query, found in zip(queries, together, strict=True):
+        (alone,) = index.search(query[None], 10)
+        assert [c.subject_id for c in found] == [c.subject_id for c in alone]
+        np.testing.assert_allclose([c.score for c in found], [c.score for c in alone], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("vector", "message"),
+    [
+        (np.full((1, 8), np.nan, np.float32), "length nan"),
+        (np.full((1, 8), np.inf, np.float32), "length inf"),
+        (np.ones((1, 8), np.float32), "length 2.828"),
+        (np.zeros((1, 8), np.float32), "length 0"),
+        (np.eye(9, dtype=np.float32)[:1], r"the index takes \[B, 8\]"),
+        (np.eye(8, dtype=np.float32)[0], r"the index takes \[B, 8\]"),
+    ],
+)
+def test_what_faiss_would_take_in_silence_is_refused(vector, message):
+    index = Index(8)
+    with pytest.raises(ValueError, match=message):
+        index.add(["a"], [str(uuid.uuid4())], vector)
+    with pytest.raises(ValueError, match=message):
+        index.search(vector, 1)
+    assert index.samples == 0
+
+
+def test_an_empty_index_finds_nobody(vectors):
+    index = Index(32)
+    assert index.search(vectors(2), 5) == [[], []]
+    assert index.compare(vectors(1)[0], "nobody") is None
+    assert index.remove("nobody") == 0
+
+
+def test_a_change_waits_for_readers_and_new_readers_wait_for_it():
+    lock, order = ReadersWriter(), []
+    inside, leave, waiting = threading.Event(), threading.Event(), threading.Event()
+
+    def read_first():
+        with lock.reading():
+            inside.set()
+            assert leave.wait(10)
+            order.append("first reader")
+
+    def write():
+        waiting.set()
+        with lock.writing():
+            order.append("writer")
+
+    def read_second():
+        with lock.reading():
+            order.append("second reader")
+
+    threads = [threading.Thread(target=step) for step in (read_first, write, read_second)]
+    threads[0].start()
+    assert inside.wait(10)
+    threads[1].start()
+    assert waiting.wait(10)
+    while not lock._waiting:  # the writer is in the queue
+        pass
+    threads[2].start()
+    leave.set()
+    for thread in threads:
+        thread.join(10)
+    assert order == ["first reader", "writer", "second reader"]
+
+
+def test_searches_beside_changes_never_see_half_of_one(vectors):
+    """Each subject has one vector; a search for it finds it with score 1 or not at all, never somebody else's row."""
+    x = vectors(200)
+    index = Index(32)
+    stable = [f"stable{i}" for i in range(100)]
+    index.add(stable, [str(uuid.uuid4()) for _ in stable], x[:100])
+    done, faults = threading.Event(), []
+
+    def search():
+        while not done.is_set():
+            for number in (3, 50, 99):
+                (found,) = index.search(x[number : number + 1], 1)
+                if found[0].subject_id != f"stable{number}" or found[0].score < 0.999:
+                    faults.append(found)
+
+    threads = [threading.Thread(target=search) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(15):
+        for number in range(100, 200):
+            index.add([f"fleeting{number}"], [str(uuid.uuid4())], x[number : number + 1])
+        for number in range(100, 200):
+            index.remove(f"fleeting{number}")
+    done.set()
+    for thread in threads:
+        thread.join(10)
+    assert not faults
+    assert (index.samples, index.subjects) == (100, 100)

@@ -225,7 +225,7 @@ def serve(
     from serving.api import run
     from serving.settings import from_values
 
-    values = {
+    values: dict[str, object] = {
         "embedder": embedder,
         "store": store,
         "verify_threshold": verify_threshold,

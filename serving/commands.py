@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,12 @@ from trainer.errors import UserError
 
 if TYPE_CHECKING:
     from serving.embedder import Embedder
+    from serving.terminal import TrainingView
     from trainer.artifact import EmbedderManifest
     from trainer.checkpoint import Checkpoint
     from trainer.config import Config
     from trainer.data.manifest import Manifest
+    from trainer.tracking import Tracker
     from trainer.train import Record
 
 _PARITY_IMAGES = 16
@@ -55,7 +57,7 @@ def train_and_track(config: "Config", resume: bool, out: Console, err: Console) 
     earlier = read_run(folder).get("mlflow_run_id") if resume else None
     tracker = Tracker(config.tracking, lambda text: err.print(text, style="yellow", highlight=False), earlier)
     tracker.start(config, {"data": str(config.data.path), "data_kind": manifest.kind})
-    status: str = "FAILED"
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
         with TrainingView(out) as view:
             launch(config, resume, lambda record: _on_record(record, view, tracker))
@@ -70,12 +72,7 @@ def train_and_track(config: "Config", resume: bool, out: Console, err: Console) 
     out.print(f"checkpoints are in {folder / 'checkpoints'}; next: hypersphere export --run {folder}", highlight=False)
 
 
-def _on_record(record: "Record", view: "object", tracker: "object") -> None:
-    from serving.terminal import TrainingView
-    from trainer.tracking import Tracker
-
-    assert isinstance(view, TrainingView)
-    assert isinstance(tracker, Tracker)
+def _on_record(record: "Record", view: "TrainingView", tracker: "Tracker") -> None:
     if record.kind == "note":
         view.line(record.text)
     elif record.kind in ("start", "step"):
@@ -213,7 +210,7 @@ def evaluate_embedder(
     from trainer.evaluation.plots import report_plots
 
     from serving.embedder import Embedder
-    from serving.terminal import rows_table
+    from serving.terminal import report_rows, rows_table
     from trainer.evaluation.protocols import evaluate
 
     embedder = Embedder.open(folder, threads)
@@ -223,7 +220,7 @@ def evaluate_embedder(
     to.mkdir(parents=True, exist_ok=True)
     (to / "report.json").write_text(report.to_json())
     plots = report_plots(report, to)
-    out.print(rows_table(f"{split}: {len(labels)} images of {len(names)} identities", report.rows()))
+    out.print(rows_table(f"{split}: {len(labels)} images of {len(names)} identities", report_rows(report)))
     out.print(f"report and {len(plots)} plots are in {to}", highlight=False)
     _track_evaluation(embedder, to, report.scalars(), err)
 
@@ -257,11 +254,10 @@ def calibrate_embedder(
     out: Console,
 ) -> None:
     """Choose the thresholds and write them into the Embedder's manifest."""
-    from trainer.evaluation.calibration import calibrate
-
     from serving.embedder import Embedder
     from serving.terminal import rows_table
     from trainer.artifact import write_manifest
+    from trainer.evaluation.calibration import calibrate
 
     embedder = Embedder.open(folder, threads)
     vectors, labels, manifest = embed_split(embedder, data, split, out)

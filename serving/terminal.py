@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,6 +16,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from trainer.evaluation.report import Report
 
 _PLAIN_EVERY = 0.1  # without a terminal, a line each tenth of the way
 
@@ -96,6 +99,29 @@ def rows_table(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     for what, value in rows:
         table.add_row(escape(what), escape(value))
     return table
+
+
+def report_rows(report: "Report") -> list[tuple[str, str]]:
+    """The headline figures of an evaluation, each with what it was measured on; a figure not resolved says why."""
+    shot, open_set = report.one_shot, report.open_set
+    rows = [
+        (
+            f"rank-1, one image enrolled per identity, gallery of {shot.gallery_size}",
+            f"{shot.rank1:.2%}  (95 %: {shot.low:.2%} to {shot.high:.2%}; {shot.probes} probes)",
+        )
+    ]
+    for far in report.verification.tar_at_far:
+        rows.append((f"TAR at FAR {far.far:g}", _rate(far.tar, far.reason)))
+    rows.append(("EER", f"{report.verification.eer:.2%}"))
+    for point in open_set.points:
+        interval = f"  (95 %: {point.low:.2%} to {point.high:.2%})" if point.low is not None and point.high else ""
+        what = f"FNIR at FPIR {point.fpir:g}, {open_set.unenrolled} identities not enrolled, gallery of"
+        rows.append((f"{what} {open_set.gallery_size}", _rate(point.fnir, point.reason) + interval))
+    return rows
+
+
+def _rate(value: float | None, reason: str | None) -> str:
+    return f"{value:.2%}" if value is not None else f"not resolved: {reason}"
 
 
 def losses_table(losses: Sequence[Mapping[str, Any]]) -> Table:

@@ -1,4 +1,4 @@
-"""What an Embedder carries beside its ONNX file: the manifest that export writes, calibrate completes and serving reads.
+"""What an Embedder carries beside its ONNX file: the manifest that export writes and calibrate completes.
 
 An Embedder is a folder with `model.onnx` (uint8 pixels [B, channels, height, width] to unit vectors [B, dimension])
 and `manifest.json`. This file runs without torch, so that the service can read both.

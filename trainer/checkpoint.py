@@ -76,7 +76,8 @@ class Checkpoint:
         try:
             if (found := _sha256(path)) != entry.sha256:
                 raise UserError(f"'{path}' is damaged: SHA-256 {found}, written as {entry.sha256}; {remedy}")
-            return load_file(path)
+            tensors: dict[str, Tensor] = load_file(path)
+            return tensors
         except (OSError, SafetensorError) as error:
             raise UserError(f"'{path}' cannot be read ({error}); {remedy}") from error
 

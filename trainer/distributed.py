@@ -262,7 +262,7 @@ def average_buffers(module: nn.Module, group: Group) -> None:
     if group.size == 1 or not buffers:
         return
     flat = group.all_reduce(torch.cat([buffer.reshape(-1).float() for buffer in buffers])) / group.size
-    for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+    for buffer, part in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
         buffer.copy_(part.view_as(buffer))
 
 

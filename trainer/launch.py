@@ -100,7 +100,7 @@ def _check_resources(config: Config) -> None:
     for resource, amount in wanted.items():
         if amount > total.get(resource, 0.0):
             raise UserError(
-                f"{scaling.workers} workers want {amount:g} {resource}, the Ray cluster has {total.get(resource, 0):g}; "
+                f"{scaling.workers} workers want {amount:g} {resource}, the cluster has {total.get(resource, 0):g}; "
                 f"lower scaling.workers{' or set scaling.use_gpu=false' if resource == 'GPU' else ''}, or add nodes"
             )
 
@@ -200,7 +200,7 @@ def submit(address: str, config: Config, command: str, arguments: list[str], fol
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(
             f"the Ray cluster at '{address}' did not take the job: {str(error).splitlines()[0]}; "
-            "give the address of its dashboard, such as http://HEAD:8265, and its token in RAY_AUTH_TOKEN if it wants one"
+            "give its dashboard's address, such as http://HEAD:8265, and its token in RAY_AUTH_TOKEN if it wants one"
         ) from error
     yield f"job {job} is on {address}; stop it with: ray job stop --address {address} {job}\n"
     with asyncio.Runner() as runner:

@@ -79,7 +79,7 @@ class _HeadPart:
         dimension = config.backbone.dimension
         if classes < group.size:
             raise UserError(
-                f"{classes} classes cannot be shared by {group.size} workers; lower scaling.workers to {classes} or less"
+                f"{classes} classes cannot be shared by {group.size} workers; set scaling.workers to {classes} or less"
             )
         self._name = spec.name
         self._head = Head(spec, classes, dimension, config.head, config.run.seed, class_counts, device, group)

@@ -15,6 +15,7 @@ from trainer.config import Config, TrackingConfig
 
 _STOP = None
 CHAMPION = "champion"
+Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 def absolute_uri(uri: str, base: Path) -> str:

@@ -1,0 +1,17 @@
+"""What several rooms' tests need: real images, and a small data set."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def omniglot_zip() -> Path:
+    """The archive of the background set, by OMNIGLOT_ZIP or beside the project; it is never copied into it."""
+    path = Path(os.environ.get("OMNIGLOT_ZIP", ROOT.parent / "shared" / "data" / "omniglot" / "images_background.zip"))
+    if not path.is_file():
+        pytest.skip(f"the Omniglot archive is not at '{path}'; set OMNIGLOT_ZIP to test on it")
+    return path

@@ -1,0 +1,78 @@
+"""The Config: strict keys, overrides in YAML, one sentence an error."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from trainer.config import Config, load
+from trainer.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def test_resolved_tree_reads_back_equal(tmp_path: Path) -> None:
+    config = load(None, ["run.epochs=3", "loss={name: cosface, margin: 0.2}", "scaling.workers=4"])
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    assert load(tmp_path / "c.yaml") == config
+
+
+def test_overrides_are_yaml_and_come_after_the_file(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("run: {epochs: 7}\nloss: {name: cosface, scale: 30}\n")
+    config = load(tmp_path / "c.yaml", ["loss.margin=0.1", "optimizer.head_lr=null", "augment.flip=true"])
+    assert (config.run.epochs, config.loss.name, config.loss.margin, config.loss.scale) == (7, "cosface", 0.1, 30)
+    assert config.augment.flip is True
+    assert config.optimizer.head_lr is None
+
+
+def test_a_loss_can_be_given_by_its_name_alone() -> None:
+    assert load(None, ["loss=cosface"]).loss.name == "cosface"
+    assert [loss.name for loss in load(None, ["auxiliary=[cosface]"]).auxiliary] == ["cosface"]
+
+
+def test_the_tree_is_frozen() -> None:
+    with pytest.raises(ValidationError):
+        Config().run.epochs = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("run.epoch=3", ["run.epoch", "epochs"]),
+        ("run.epochs=x", ["run.epochs", "'x'", "integer"]),
+        ("run.epochs=0", ["run.epochs", "0", "greater than or equal to 1"]),
+        ("loss.margn=2", ["margn", "margin"]),
+        ("loss.name=foo", ["foo", "arcface"]),
+        ("data.batch_size=7", ["7", "multiple", "workers"]),
+        ("nothing", ["nothing", "section.key=value"]),
+        ("head.dtype=fp16", ["head.dtype", "fp16", "bf16"]),
+        ("engine.zero_stage=3", ["engine.zero_stage", "3"]),
+        ("auxiliary.0.weight=3", ["auxiliary"]),
+        ("loss.margin=[", ["loss.margin=[", "YAML"]),
+    ],
+)
+def test_what_is_not_allowed_is_named(override: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load(None, [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="missing.yaml"):
+        load(tmp_path / "missing.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match="list"):
+        load(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("run: {epochs: [}\n")
+    with pytest.raises(UserError, match="not YAML"):
+        load(tmp_path / "broken.yaml")
+    (tmp_path / "python.yaml").write_text("run: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(UserError, match="not YAML"):
+        load(tmp_path / "python.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_of_the_project_is_valid(path: Path) -> None:
+    assert yaml.safe_load(load(path).to_yaml())

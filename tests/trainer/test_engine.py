@@ -1,0 +1,104 @@
+"""The engine on two ranks: gradients are averaged, the head is left alone, and its state survives a restart."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.ranks import run_on_ranks
+from trainer.config import EngineConfig, OptimizerConfig
+from trainer.engine import Engine
+from trainer.errors import UserError
+
+CASES = [(0, False, "sgd"), (0, True, "adamw"), (1, False, "sgd"), (2, False, "adamw"), (2, True, "sgd")]
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def make(stage: int, bf16: bool, name: str, clipping: float = 0.0) -> Engine:
+    settings = EngineConfig(zero_stage=stage, bf16=bf16, gradient_clipping=clipping)  # type: ignore[arg-type]
+    optimizer = OptimizerConfig(name=name, lr=0.1)  # type: ignore[arg-type]
+    return Engine(small_network(), settings, optimizer, 8, 2, torch.device("cpu"))
+
+
+def steps(engine: Engine, rank: int, first: int, last: int) -> list[float]:
+    losses = []
+    for step in range(first, last):
+        x_BD = torch.randn(4, 8, generator=torch.Generator().manual_seed(10 * step + rank))
+        loss = engine(x_BD).square().mean()
+        engine.backward(loss)
+        engine.step(0.05)
+        losses.append(float(loss))
+    return losses
+
+
+def goes_on_after_a_restart(rank: int) -> None:
+    for stage, bf16, name in CASES:
+        engine = make(stage, bf16, name)
+        steps(engine, rank, 0, 3)
+        state = {key: value.clone() for key, value in engine.state().items()}
+        expected = steps(engine, rank, 3, 6)
+        again = make(stage, bf16, name)
+        again.load_state(state)
+        assert steps(again, rank, 3, 6) == expected, (stage, bf16, name)
+        assert {key.partition(".")[0] for key in state} >= {"weight", "buffer", "optimizer"}
+
+
+def averages_and_leaves_the_head_alone(rank: int) -> None:
+    """One step against plain torch on the whole batch; the clipping is far below the head's gradient."""
+    for stage in (0, 1, 2):
+        centres = nn.Parameter(torch.full((4,), 2.0))
+        engine = make(stage, False, "sgd", clipping=1e-3)
+        module = engine.module
+        before = {name: value.clone() for name, value in engine.state().items()}
+        x_BD = torch.randn(4, 8, generator=torch.Generator().manual_seed(rank))
+        loss = (engine(x_BD) * centres).square().mean() * 100
+        engine.backward(loss)
+        plain = small_network()
+        plain_centres = nn.Parameter(torch.full((4,), 2.0))
+        both = [torch.randn(4, 8, generator=torch.Generator().manual_seed(r)) for r in (0, 1)]
+        ((plain(both[rank]) * plain_centres).square().mean() * 100).backward()
+        assert plain_centres.grad is not None
+        assert centres.grad is not None
+        torch.testing.assert_close(centres.grad, plain_centres.grad)
+        engine.step(1.0)
+        torch.testing.assert_close(centres.grad, plain_centres.grad)
+        gradients = []
+        for x_r in both:
+            copy = small_network()
+            ((copy(x_r) * plain_centres.detach()).square().mean() * 100).backward()
+            gradients.append([p.grad for p in copy.parameters()])
+        mean = [(a + b) / 2 for a, b in zip(*gradients, strict=True) if a is not None and b is not None]
+        norm = torch.sqrt(sum((g.square().sum() for g in mean), torch.tensor(0.0)))
+        after = engine.state()
+        for (name, parameter), gradient in zip(module.named_parameters(), mean, strict=True):
+            start = before[f"weight.{name}"]
+            decay = 5e-4 * start if parameter.ndim > 1 else 0.0
+            clipped = gradient * 1e-3 / norm
+            # Nesterov's first step is (1 + momentum) times the gradient.
+            torch.testing.assert_close(after[f"weight.{name}"], start - 1.9 * (clipped + decay), atol=2e-6, rtol=1e-4)
+
+
+def test_state_survives_a_restart_at_every_stage() -> None:
+    run_on_ranks(2, goes_on_after_a_restart)
+
+
+def test_gradients_are_averaged_and_the_head_is_left_alone() -> None:
+    run_on_ranks(2, averages_and_leaves_the_head_alone)
+
+
+def refuses_another_backbone(rank: int, _: Path) -> None:
+    engine = make(0, False, "sgd")
+    state = engine.state()
+    with pytest.raises(UserError, match="missing"):
+        engine.load_state({key: value for key, value in state.items() if key != "weight.0.weight"})
+    with pytest.raises(UserError, match="shape"):
+        engine.load_state(state | {"weight.0.weight": torch.zeros(3, 3)})
+
+
+def test_a_state_of_another_backbone_is_refused(tmp_path: Path) -> None:
+    run_on_ranks(2, refuses_another_backbone, tmp_path)

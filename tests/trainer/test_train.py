@@ -1,0 +1,126 @@
+"""The training loop on two gloo ranks: it learns, resumes exactly, and names what is wrong."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import folder_of_shapes, run_on_ranks
+from trainer.checkpoint import latest
+from trainer.config import Config, load
+from trainer.data.importers.run import ImportOptions, run_import
+from trainer.errors import UserError
+from trainer.train import Record, run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shapes")
+    source = folder_of_shapes(folder / "images", identities=8, samples=5)
+    run_import("folder", source, folder / "data", ImportOptions(holdout_share=0.3))
+    return folder / "data"
+
+
+def config(data: Path, out: Path, *overrides: str) -> Config:
+    """14 samples a step do not divide the 30 of an epoch: the last batch is short."""
+    small = ["backbone.name=convnet", "backbone.dimension=16", "backbone.width=4", "data.height=24", "data.width=24"]
+    return load(
+        None,
+        [f"data.path={data}", f"run.out={out}", *small, "data.batch_size=14", "run.epochs=4", "run.log_every=1"]
+        + ["loss.scale=16", "augment.rotate_degrees=10", "augment.translate=0.1", "optimizer.lr=0.05", *overrides],
+    )
+
+
+class Stop(Exception):
+    """What cuts a run off."""
+
+
+def train(config: Config, out: Path, rank: int, resume: bool = False, stop_at: int | None = None) -> list[Record]:
+    records: list[Record] = []
+
+    def report(record: Record) -> None:
+        records.append(record)
+        if record.kind == "step" and record.step == stop_at:
+            raise Stop
+
+    if stop_at is None:
+        run(config, resume=resume, report=report)
+    else:
+        with pytest.raises(Stop):
+            run(config, resume=resume, report=report)
+    return records
+
+
+def losses(records: list[Record]) -> dict[int, float]:
+    return {record.step: record.values["loss"] for record in records if record.kind == "step"}
+
+
+def whole_and_cut_off(rank: int, data: Path, folder: Path) -> None:
+    cases: list[dict[str, Any]] = []
+    for number, extra in enumerate(
+        (
+            ["backbone.dropout=0.2"],
+            ["engine.zero_stage=2", "engine.bf16=true", "optimizer.name=adamw", "optimizer.lr=0.001", "loss=cosface"],
+        )
+    ):
+        whole = train(config(data, folder / f"whole{number}", "run.checkpoint_every=5", *extra), folder, rank)
+        cut = config(data, folder / f"cut{number}", "run.checkpoint_every=5", *extra)
+        before = train(cut, folder, rank, stop_at=7)
+        after = train(cut, folder, rank, resume=True)
+        cases.append({"whole": losses(whole), "before": losses(before), "after": losses(after)})
+        cases[-1]["metrics"] = [record.values for record in whole if record.kind == "metrics"]
+        cases[-1]["notes"] = [record.text for record in after if record.kind == "note"]
+    if rank == 0:
+        (folder / "cases.json").write_text(json.dumps(cases))
+
+
+def test_resume_gives_the_losses_of_the_uninterrupted_run(data: Path, tmp_path: Path) -> None:
+    run_on_ranks(2, whole_and_cut_off, data, tmp_path)
+    for number, case in enumerate(json.loads((tmp_path / "cases.json").read_text())):
+        whole = case["whole"]
+        assert len(whole) == 12  # 4 epochs of 3 batches
+        assert case["before"] == {step: whole[step] for step in map(str, range(1, 8))}
+        assert case["after"] == {step: whole[step] for step in map(str, range(6, 13))}
+        assert "going on from step 5" in case["notes"][0]
+        assert all(map(math.isfinite, whole.values()))
+        assert 0 <= case["metrics"][-1]["val/rank1"] <= 1
+        assert len(case["metrics"]) == 4
+        found = latest(tmp_path / f"cut{number}" / "checkpoints")
+        assert found is not None
+        assert found.step == 12
+        assert sum(name.startswith(("arcface", "cosface")) for name in found.manifest.files) == 2
+
+
+def one_rank(rank: int, data: Path, folder: Path) -> None:
+    train(config(data, folder / "run", "scaling.workers=1", "run.max_steps=2"), folder, rank)
+    for overrides, words in (
+        (["run.max_steps=1"], "raise run.epochs or run.max_steps"),
+        (["augment.quarter_turns=true"], "other classes"),
+        (["backbone.dimension=8"], "16"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(config(data, folder / "run", "scaling.workers=1", *overrides), resume=True, report=lambda _: None)
+    with pytest.raises(UserError, match="lower"):
+        run(config(data, folder / "wild", "optimizer.lr=1e30"), resume=False, report=lambda _: None)
+    empty = train(config(data, folder / "empty", "run.max_steps=1"), folder, rank, resume=True)
+    assert any("no checkpoint" in record.text for record in empty)
+
+
+def test_what_does_not_fit_is_named(data: Path, tmp_path: Path) -> None:
+    run_on_ranks(1, one_rank, data, tmp_path)
+
+
+def other_world(rank: int, data: Path, folder: Path) -> None:
+    with pytest.raises(UserError, match=r"written by 2 workers.*scaling\.workers=2"):
+        run(config(data, folder / "cut0", "scaling.workers=1"), resume=True, report=lambda _: None)
+
+
+def two_ranks(rank: int, data: Path, folder: Path) -> None:
+    train(config(data, folder / "cut0", "run.max_steps=1"), folder, rank)
+
+
+def test_another_number_of_workers_is_refused_for_now(data: Path, tmp_path: Path) -> None:
+    run_on_ranks(2, two_ranks, data, tmp_path)
+    run_on_ranks(1, other_world, data, tmp_path)

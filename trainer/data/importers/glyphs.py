@@ -57,14 +57,14 @@ _ALIKE = 0.9  # correlation of two characters, brought to one size, above which 
 def open_glyphs(holdout_share: float, seed: int) -> Iterator[Source]:
     """Several hundred characters with 20 samples each; the same fonts and seed give the same pixels.
 
-    Characters that look alike (Latin A, Greek Alpha, Cyrillic A; o and O, since size is no feature; d and p, a half
+    Characters that look alike (Latin A, Greek Alpha, Cyrillic A; s and S, since size is no feature; d and p, a half
     turn apart) are taken once.
 
     Raises:
         UserError: matplotlib, whose fonts are used, is not installed.
     """
     fonts = _Fonts()
-    characters = _distinct(fonts)[:MAX_CHARACTERS]
+    characters = _distinct(fonts, MAX_CHARACTERS)
     jobs = [(code, faces[j % len(faces)], j) for code, faces in characters for j in range(SAMPLES)]
     samples = [Sample(_identity(code), f"U+{code:04X}/{face}/{j:02d}") for code, face, j in jobs]
     held_out = hold_out_share([_identity(code) for code, _ in characters], holdout_share, seed)
@@ -124,8 +124,8 @@ def _identity(code: int) -> str:
     return f"U+{code:04X} {unicodedata.name(chr(code), 'character')}"
 
 
-def _distinct(fonts: _Fonts) -> list[tuple[int, list[str]]]:
-    """Characters with enough faces, each unlike all before it, also after quarter turns."""
+def _distinct(fonts: _Fonts, most: int) -> list[tuple[int, list[str]]]:
+    """The first `most` characters with enough faces, each unlike all before it, also after quarter turns."""
     kept: list[tuple[int, list[str]]] = []
     shapes = np.empty((0, _REFERENCE_PIXELS**2), dtype=np.float32)
     for code in (code for first, last in _RANGES for code in range(first, last + 1)):
@@ -140,6 +140,8 @@ def _distinct(fonts: _Fonts) -> list[tuple[int, list[str]]]:
             continue
         kept.append((code, faces))
         shapes = np.concatenate([shapes, turned[:1]])
+        if len(kept) == most:
+            break
     return kept
 
 

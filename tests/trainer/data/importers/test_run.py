@@ -1,0 +1,279 @@
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from trainer.data.image import decode
+from trainer.data.importers.run import ImportOptions, run_import
+from trainer.data.index import verify
+from trainer.data.manifest import Manifest
+from trainer.errors import UserError
+
+WHOLE = ImportOptions(holdout_share=0, samples_per_shard=10)
+
+
+def stored(folder: Path, manifest: Manifest, split: str = "train") -> dict[str, tuple[str, int, bytes]]:
+    """By the name of the source: suffix, label and bytes of each image."""
+    found = {}
+    for entry in manifest.splits[split].shards:
+        with tarfile.open(folder / entry.name) as tar:
+            files = {member.name: tar.extractfile(member).read() for member in tar}
+        for name, data in files.items():
+            key, suffix = name.split(".")
+            if suffix in ("png", "jpg"):
+                described = json.loads(files[f"{key}.json"])
+                assert manifest.splits[split].classes[int(files[f"{key}.cls"])] == described["identity"]
+                found[described["name"]] = (suffix, int(files[f"{key}.cls"]), data)
+    return found
+
+
+@pytest.fixture
+def people(tmp_path: Path, image_folder: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(image_folder, tmp_path / "people"))
+
+
+def test_everything_arrives(data_set: Path, manifest: Manifest, image_folder: Path):
+    split = manifest.splits["train"]
+    assert split.classes == ["ada", "bob", "cy", "dot", "eve", "fay", "gus"]
+    assert split.class_counts == [9, 4, 7, 5, 12, 4, 6]
+    assert [entry.samples for entry in split.shards] == [10, 10, 10, 10, 7]
+    assert (manifest.kind, manifest.image_mode, manifest.bad) == ("folder", "L", [])
+    found = stored(data_set, manifest)
+    assert len(found) == 47
+    for name, (suffix, label, data) in found.items():
+        assert (suffix, data) == ("png", (image_folder / name).read_bytes())
+        assert split.classes[label] == name.split("/")[0]
+    verify(data_set, manifest)
+
+
+def test_same_input_gives_the_same_bytes(tmp_path: Path, data_set: Path, people: Path):
+    for path in sorted(people.rglob("*.png"), reverse=True):  # another order and other times on the disk
+        path.write_bytes(path.read_bytes())
+    run_import("folder", people, tmp_path / "again", WHOLE)
+    names = sorted(path.name for path in data_set.iterdir())
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (data_set / name).read_bytes()
+
+
+def test_another_seed_gives_another_order(tmp_path: Path, image_folder: Path, manifest: Manifest):
+    options = ImportOptions(holdout_share=0, samples_per_shard=10, seed=1)
+    other = run_import("folder", image_folder, tmp_path / "set", options)
+    assert other.splits["train"].shards[0].sha256 != manifest.splits["train"].shards[0].sha256
+
+
+def test_identities_are_held_out_whole(tmp_path: Path, image_folder: Path):
+    made = run_import("folder", image_folder, tmp_path / "set", ImportOptions(holdout_share=0.4))
+    train, val = made.splits["train"], made.splits["val"]
+    assert (len(train.classes), len(val.classes)) == (4, 3)
+    assert not set(train.classes) & set(val.classes)
+    assert train.samples + val.samples == 47
+    assert len(stored(tmp_path / "set", made, "val")) == val.samples
+    assert [entry.name for entry in val.shards] == ["val-000000.tar"]
+
+
+def test_unreadable_images_are_named_counted_and_left_out(tmp_path: Path, people: Path):
+    whole = (people / "eve" / "03.png").read_bytes()
+    (people / "eve" / "03.png").write_bytes(whole[: len(whole) // 2])
+    (people / "gus" / "00.png").write_text("a cat, from memory")
+    made = run_import("folder", people, tmp_path / "set", ImportOptions(holdout_share=0, max_bad=0.05))
+    assert [bad.name for bad in made.bad] == ["eve/03.png", "gus/00.png"]
+    assert "damaged" in made.bad[0].reason
+    assert "not an image" in made.bad[1].reason
+    assert made.splits["train"].samples == 45
+    assert Manifest.read(tmp_path / "set") == made
+
+
+def test_too_many_unreadable_images_fail(tmp_path: Path, people: Path):
+    (people / "gus" / "00.png").write_text("a cat, from memory")
+    with pytest.raises(UserError, match=r"1 or more of 47 images .* --max-bad 0\.01 .*gus/00\.png"):
+        run_import("folder", people, tmp_path / "set", WHOLE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["people"]
+
+
+def test_share_of_bad_images_that_is_just_allowed(tmp_path: Path, people: Path):
+    (people / "gus" / "00.png").write_text("a cat, from memory")
+    assert len(run_import("folder", people, tmp_path / "a", ImportOptions(max_bad=1 / 47)).bad) == 1
+    with pytest.raises(UserError, match="max-bad"):
+        run_import("folder", people, tmp_path / "b", ImportOptions(max_bad=0.99 / 47))
+
+
+def test_identity_without_readable_images_is_no_class(tmp_path: Path, people: Path):
+    (people / "hal").mkdir()
+    (people / "hal" / "0.png").write_bytes(b"")
+    made = run_import("folder", people, tmp_path / "set", ImportOptions(holdout_share=0, max_bad=0.05))
+    assert "hal" not in made.splits["train"].classes
+    assert [bad.name for bad in made.bad] == ["hal/0.png"]
+    assert sum(entry.samples for entry in made.splits["train"].shards) == 47
+    assert sorted(p.name for p in (tmp_path / "set").iterdir()) == ["manifest.json", "train-000000.tar"]
+
+
+def test_small_identities_can_be_left_out(tmp_path: Path, people: Path):
+    for path in (people / "dot").glob("0[0-1].png"):  # 5 become 3 readable ones
+        path.write_bytes(b"")
+    options = ImportOptions(holdout_share=0, min_samples=5, max_bad=0.1)
+    made = run_import("folder", people, tmp_path / "set", options)
+    assert made.splits["train"].classes == ["ada", "cy", "eve", "gus"]
+    assert made.provenance["identities_left_out"] == "3 with fewer than 5 readable images"
+
+
+@pytest.mark.parametrize("names", [[], ["ada"]])
+def test_fewer_than_two_identities_fail(tmp_path: Path, people: Path, names: list[str]):
+    for folder in people.iterdir():
+        if folder.name not in names:
+            shutil.rmtree(folder)
+    with pytest.raises(UserError, match=r"2 identities|holds no files"):
+        run_import("folder", people, tmp_path / "set", WHOLE)
+
+
+def test_split_of_one_identity_fails(tmp_path: Path, people: Path):
+    for name in ("cy", "dot", "eve", "fay", "gus"):
+        shutil.rmtree(people / name)
+    (people / "zoe").mkdir()
+    shutil.copy(people / "ada" / "00.png", people / "zoe")
+    with pytest.raises(UserError, match="1 in the train split"):
+        run_import("folder", people, tmp_path / "set", ImportOptions(holdout_share=0.5))
+
+
+def test_all_identities_can_be_held_out(tmp_path: Path, image_folder: Path):
+    made = run_import("folder", image_folder, tmp_path / "set", ImportOptions(holdout_share=1))
+    assert list(made.splits) == ["val"]
+
+
+def test_what_is_kept_and_what_is_stored_anew(tmp_path: Path):
+    grey = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    saved = {
+        "a/grey.png": (grey, {}),
+        "a/bits.png": (grey.point(lambda v: 255 * (v > 30)).convert("1"), {}),
+        "a/photo.jpeg": (grey, {"quality": 90}),
+        "a/turned.jpg": (grey, {"exif": exif}),
+        "b/grey.pgm": (grey, {}),
+        "b/moving.gif": (grey, {}),
+        "b/clear.png": (Image.new("LA", (8, 8), (0, 128)), {}),
+        "b/grey.tiff": (grey.transpose(Image.Transpose.ROTATE_90), {}),
+    }
+    for name, (image, options) in saved.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "in" / name, **options)
+    made = run_import("folder", tmp_path / "in", tmp_path / "set", WHOLE)
+    assert made.image_mode == "L"
+    found = stored(tmp_path / "set", made)
+    kept = {name for name, (_, _, data) in found.items() if data == (tmp_path / "in" / name).read_bytes()}
+    assert kept == {"a/grey.png", "a/bits.png", "a/photo.jpeg"}
+    assert {name: suffix for name, (suffix, _, _) in found.items() if suffix == "jpg"} == {"a/photo.jpeg": "jpg"}
+    for name, (_, _, data) in found.items():
+        again, original = decode(data), decode(tmp_path / "in" / name)
+        assert again.plain
+        np.testing.assert_array_equal(np.asarray(again.image), np.asarray(original.image))
+
+
+def test_colour_anywhere_makes_a_colour_set(tmp_path: Path, people: Path):
+    Image.new("RGB", (9, 9), (200, 30, 30)).save(people / "ada" / "red.jpg")
+    assert run_import("folder", people, tmp_path / "set", WHOLE).image_mode == "RGB"
+
+
+def test_progress_is_told(tmp_path: Path, image_folder: Path):
+    told: list[tuple[str, int, int]] = []
+    run_import("folder", image_folder, tmp_path / "set", WHOLE, lambda *step: told.append(step))
+    assert told == [("import", 47, 47)]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_bad": 1.5}, r"--max-bad 1\.5"),
+        ({"holdout_share": -0.1}, "--holdout-share"),
+        ({"min_samples": 0}, "--min-samples 0"),
+        ({"seed": -1}, "--seed -1"),
+        ({"samples_per_shard": 0}, "--samples-per-shard 0"),
+    ],
+)
+def test_options_out_of_range(options: dict, words: str):
+    with pytest.raises(UserError, match=words):
+        ImportOptions(**options)
+
+
+def test_unknown_kind(tmp_path: Path):
+    with pytest.raises(UserError, match="--kind faces is not known; allowed: omniglot, folder, glyphs"):
+        run_import("faces", tmp_path, tmp_path / "set")
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, sys, time
+from pathlib import Path
+from trainer.data.importers.run import ImportOptions, run_import
+
+def wait(stage, done, total):
+    print(done, flush=True)
+    time.sleep(60)
+
+run_import("folder", Path(sys.argv[1]), Path(sys.argv[2]), ImportOptions(holdout_share=0, samples_per_shard=10), wait)
+"""
+
+
+def test_killed_import_leaves_nothing_that_looks_finished(tmp_path: Path, data_set: Path, people: Path):
+    for i in range(30):  # enough that the first call of the progress comes in the middle
+        Image.fromarray(np.random.default_rng(i + 900).integers(0, 256, (12, 12), dtype=np.uint8)).save(
+            people / "ada" / f"x{i}.png"
+        )
+    out = tmp_path / "set"
+    command = [sys.executable, "-c", KILLED, str(people), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().strip() == "64"
+        left = sorted(path.name for path in (tmp_path / ".set.importing").iterdir())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert left[:3] == ["train-000000.tar", "train-000001.tar", "train-000002.tar"]
+    assert not out.exists()
+    with pytest.raises(UserError, match="is not a data set"):
+        Manifest.read(tmp_path / ".set.importing")
+    for path in people.glob("ada/x*.png"):
+        path.unlink()
+    deadline = time.monotonic() + 10
+    while True:  # the lock goes with the process, which the system may take a moment to clear away
+        try:
+            run_import("folder", people, out, WHOLE)
+            break
+        except UserError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["people", "set"]
+    for path in data_set.iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+def test_duplicates_within_an_identity_are_left_out(tmp_path: Path, people: Path):
+    shutil.copy(people / "ada" / "00.png", people / "ada" / "copy.png")
+    shutil.copy(people / "ada" / "00.png", people / "bob" / "copy.png")  # another identity's: not for us to decide
+    made = run_import("folder", people, tmp_path / "set", WHOLE)
+    assert made.provenance["duplicates_left_out"] == "1"
+    assert Counter(dict(zip(made.splits["train"].classes, made.splits["train"].class_counts, strict=True)))["ada"] == 9
+    assert made.splits["train"].samples == 48
+
+
+def test_pgm_has_its_pixels(tmp_path: Path):
+    random = np.random.default_rng(0)
+    pixels = {}
+    for name in ("s1/1.pgm", "s1/2.pgm", "s2/1.pgm", "s2/2.pgm"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels[name] = random.integers(0, 256, (11, 9), dtype=np.uint8)
+        (tmp_path / "in" / name).write_bytes(b"P5\n# made by hand\n9 11\n255\n" + pixels[name].tobytes())
+    made = run_import("folder", tmp_path / "in", tmp_path / "set", WHOLE)
+    assert made.image_mode == "L"
+    for name, (suffix, _, data) in stored(tmp_path / "set", made).items():
+        assert suffix == "png"
+        np.testing.assert_array_equal(np.asarray(Image.open(BytesIO(data))), pixels[name])

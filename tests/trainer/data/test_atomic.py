@@ -1,0 +1,98 @@
+from pathlib import Path
+
+import pytest
+
+from trainer.data.atomic import fresh_folder
+from trainer.errors import UserError
+
+
+def fill(out: Path, text: str, overwrite: bool = False) -> None:
+    with fresh_folder(out, overwrite) as folder:
+        (folder / "manifest.json").write_text(text)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_folder_appears_whole(tmp_path: Path):
+    out = tmp_path / "deep" / "set"
+    with fresh_folder(out) as folder:
+        (folder / "manifest.json").write_text("1")
+        assert not out.exists()
+    assert names(out) == ["manifest.json"]
+    assert names(out.parent) == ["set"]
+
+
+def test_failure_leaves_nothing(tmp_path: Path):
+    def interrupted() -> None:
+        with fresh_folder(tmp_path / "set") as folder:
+            (folder / "train-000000.tar").write_text("1")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert names(tmp_path) == []
+
+
+def test_finished_set_is_kept_unless_overwritten(tmp_path: Path):
+    fill(tmp_path / "set", "1")
+    with pytest.raises(UserError, match="--overwrite"):
+        fill(tmp_path / "set", "2")
+    assert (tmp_path / "set" / "manifest.json").read_text() == "1"
+    fill(tmp_path / "set", "2", overwrite=True)
+    assert (tmp_path / "set" / "manifest.json").read_text() == "2"
+    assert names(tmp_path) == ["set"]
+
+
+def test_failed_overwrite_keeps_the_old_set(tmp_path: Path):
+    fill(tmp_path / "set", "1")
+
+    def failing() -> None:
+        with fresh_folder(tmp_path / "set", overwrite=True):
+            raise UserError("no")
+
+    with pytest.raises(UserError, match="no"):
+        failing()
+    assert (tmp_path / "set" / "manifest.json").read_text() == "1"
+
+
+def test_other_files_are_never_replaced(tmp_path: Path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "thesis.tex").write_text("years")
+    with pytest.raises(UserError, match="not a data set"):
+        fill(tmp_path / "set", "1", overwrite=True)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file"):
+        fill(tmp_path / "file", "1", overwrite=True)
+
+
+def test_empty_folder_is_taken(tmp_path: Path):
+    (tmp_path / "set").mkdir()
+    fill(tmp_path / "set", "1")
+    assert names(tmp_path / "set") == ["manifest.json"]
+
+
+def test_leftovers_of_a_killed_import_are_cleared(tmp_path: Path):
+    work = tmp_path / ".set.importing"
+    (work / "sub").mkdir(parents=True)
+    (work / "train-000000.tar").write_text("half")
+    (work / "manifest.json.partial").write_text("half")
+    fill(tmp_path / "set", "1")
+    assert names(tmp_path) == ["set"]
+    assert names(tmp_path / "set") == ["manifest.json"]
+
+
+def test_set_that_was_being_replaced_comes_back(tmp_path: Path):
+    fill(tmp_path / ".set.replaced", "old")  # killed after the old one stepped aside
+    with pytest.raises(UserError, match="finished data set already"):
+        fill(tmp_path / "set", "new")
+    assert (tmp_path / "set" / "manifest.json").read_text() == "old"
+
+
+def test_two_imports_do_not_mix(tmp_path: Path):
+    with fresh_folder(tmp_path / "set") as folder:
+        (folder / "manifest.json").write_text("first")
+        with pytest.raises(UserError, match="another import is writing"):
+            fill(tmp_path / "set", "second")
+    assert (tmp_path / "set" / "manifest.json").read_text() == "first"

@@ -1,0 +1,270 @@
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trainer.config import DataConfig
+from trainer.data.batch import PADDING, Batch
+from trainer.data.image import load_image
+from trainer.data.manifest import Manifest
+from trainer.data.shards import SplitWriter
+from trainer.data.stream import Stream, preprocessing
+from trainer.errors import UserError
+
+
+def with_(config: DataConfig, **changes: object) -> DataConfig:
+    return DataConfig.model_validate({**config.model_dump(), **changes})
+
+
+def joined(parts: list[Batch]) -> Batch:
+    return Batch(
+        torch.cat([part.images_BCHW for part in parts]),
+        torch.cat([part.labels_B for part in parts]),
+        tuple(key for part in parts for key in part.keys),
+        torch.cat([part.rows_B for part in parts]),
+    )
+
+
+def assert_equal(a: Batch, b: Batch) -> None:
+    assert a.keys == b.keys
+    assert torch.equal(a.labels_B, b.labels_B)
+    assert torch.equal(a.rows_B, b.rows_B)
+    assert torch.equal(a.images_BCHW, b.images_BCHW)
+
+
+def test_an_epoch_gives_each_image_once_with_its_label(
+    data_set: Path, manifest: Manifest, config: DataConfig, image_folder: Path
+):
+    split = manifest.splits["train"]
+    expected = sorted(
+        (load_image(path, preprocessing(manifest, config)).tobytes(), split.classes.index(path.parent.name))
+        for path in image_folder.rglob("*.png")
+    )
+    stream = Stream(data_set, manifest, "train", config, seed=1)
+    for epoch in range(3):
+        batches = list(stream.batches(epoch))
+        assert len(batches) == stream.steps_per_epoch == 4
+        found = [
+            (image.numpy().tobytes(), int(label))
+            for batch in batches
+            for image, label in zip(batch.images_BCHW, batch.labels_B, strict=True)
+            if label != PADDING
+        ]
+        assert sorted(found) == expected
+        keys = [key for batch in batches for key in batch.keys if key]
+        assert len(set(keys)) == 47
+
+
+def test_types_and_shapes(data_set: Path, manifest: Manifest, config: DataConfig):
+    batch = next(Stream(data_set, manifest, "train", with_(config, height=16, width=9)).batches(0))
+    assert (batch.images_BCHW.dtype, batch.images_BCHW.shape) == (torch.uint8, (12, 1, 16, 9))
+    assert (batch.labels_B.dtype, batch.rows_B.tolist()) == (torch.int64, list(range(12)))
+    assert batch.images_BCHW.is_contiguous()
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+@pytest.mark.parametrize("identities", [None, 3])
+def test_ranks_deal_out_the_same_global_batches(
+    data_set: Path, manifest: Manifest, config: DataConfig, world_size: int, identities: int | None
+):
+    config = with_(config, identities_per_batch=identities)
+    whole = list(Stream(data_set, manifest, "train", config, seed=5).batches(1))
+    ranks = [
+        list(Stream(data_set, manifest, "train", config, rank=rank, world_size=world_size, seed=5).batches(1))
+        for rank in range(world_size)
+    ]
+    assert {len(parts) for parts in ranks} == {len(whole)}
+    for step, batch in enumerate(whole):
+        assert {len(parts[step].labels_B) for parts in ranks} == {12 // world_size}
+        assert_equal(joined([parts[step] for parts in ranks]), batch)
+
+
+def test_short_last_batch_is_filled_with_its_own_images(data_set: Path, manifest: Manifest, config: DataConfig):
+    last = list(Stream(data_set, manifest, "train", config).batches(0))[-1]  # 47 = 3 x 12 + 11
+    assert (last.labels_B == PADDING).tolist() == [False] * 11 + [True]
+    assert last.keys[11] == ""
+    assert torch.equal(last.images_BCHW[11], last.images_BCHW[0])
+
+
+def test_batch_larger_than_the_data_set(data_set: Path, manifest: Manifest, config: DataConfig):
+    streams = [
+        Stream(data_set, manifest, "train", with_(config, batch_size=200), rank=rank, world_size=4) for rank in range(4)
+    ]
+    parts = [list(stream.batches(0)) for stream in streams]
+    assert [len(part) for part in parts] == [1] * 4
+    assert [int((part[0].labels_B != PADDING).sum()) for part in parts] == [47, 0, 0, 0]
+
+
+@pytest.mark.parametrize("cache", ["memory", "none"])
+@pytest.mark.parametrize("start", [0, 1, 3, 4])
+def test_resume_goes_on_exactly(data_set: Path, manifest: Manifest, config: DataConfig, start: int, cache: str):
+    config = with_(config, cache=cache)
+    stream = Stream(data_set, manifest, "train", config, seed=2)
+    list(stream.batches(0))
+    whole = list(stream.batches(1))
+    rest = list(Stream(data_set, manifest, "train", config, seed=2).batches(1, start))
+    assert len(rest) == len(whole) - start
+    for step, batch in enumerate(rest, start):
+        assert_equal(batch, whole[step])
+        assert_equal(batch, stream.batch(1, step))
+
+
+def test_later_epochs_decode_nothing(
+    data_set: Path, manifest: Manifest, config: DataConfig, monkeypatch: pytest.MonkeyPatch
+):
+    decoded = []
+
+    def counting(*arguments: object) -> np.ndarray:
+        decoded.append(arguments)
+        return load_image(*arguments)
+
+    monkeypatch.setattr("trainer.data.stream.load_image", counting)
+    for cache, expected in (("none", 3 * 47), ("memory", 47), ("auto", 47)):
+        decoded.clear()
+        stream = Stream(data_set, manifest, "train", with_(config, cache=cache))
+        for epoch in range(3):
+            list(stream.batches(epoch))
+        assert len(decoded) == expected
+
+
+def test_a_rank_decodes_its_own_samples_only(
+    data_set: Path, manifest: Manifest, config: DataConfig, monkeypatch: pytest.MonkeyPatch
+):
+    decoded = []
+    monkeypatch.setattr(
+        "trainer.data.stream.load_image", lambda *arguments: decoded.append(arguments) or load_image(*arguments)
+    )
+    list(Stream(data_set, manifest, "train", config, rank=1, world_size=3).batches(0))
+    assert len(decoded) == 4 * 4  # a third of each batch of 12
+
+
+def test_batches_of_a_caller_cannot_spoil_the_cache(data_set: Path, manifest: Manifest, config: DataConfig):
+    stream = Stream(data_set, manifest, "train", config)
+    for batch in stream.batches(0):
+        batch.images_BCHW.zero_()
+    assert_equal(stream.batch(0, 0), Stream(data_set, manifest, "train", config).batch(0, 0))
+
+
+def test_unshuffled_is_the_order_of_the_shards(data_set: Path, manifest: Manifest, config: DataConfig):
+    config = with_(config, identities_per_batch=3)  # of no concern to evaluation
+    batches = list(Stream(data_set, manifest, "train", config, shuffle=False).batches(3))
+    assert [key for batch in batches for key in batch.keys] == [f"{i:09d}" for i in range(47)] + [""]
+
+
+def test_p_by_k_from_shards(data_set: Path, manifest: Manifest, config: DataConfig):
+    for batch in Stream(data_set, manifest, "train", with_(config, identities_per_batch=3), seed=1).batches(0):
+        table = batch.labels_B.reshape(3, 4)
+        assert (table == table[:, :1]).all()
+        assert len(set(table[:, 0].tolist())) == 3
+        assert len(set(batch.keys)) == 12
+
+
+def test_p_by_k_that_the_data_cannot_give(data_set: Path, manifest: Manifest, config: DataConfig):
+    with pytest.raises(UserError, match=r"K = 6 .* class 'bob' has 4 and 3 of 7 classes"):
+        Stream(data_set, manifest, "train", with_(config, identities_per_batch=2))
+    with pytest.raises(UserError, match="identities_per_batch 12 is more than the 7 classes"):
+        Stream(data_set, manifest, "train", with_(config, identities_per_batch=12))
+
+
+def test_world_size_that_does_not_divide_the_batch(data_set: Path, manifest: Manifest, config: DataConfig):
+    with pytest.raises(UserError, match="batch_size 12 is not a multiple of the 5 workers"):
+        Stream(data_set, manifest, "train", config, world_size=5)
+
+
+def test_unknown_split(data_set: Path, manifest: Manifest, config: DataConfig):
+    with pytest.raises(UserError, match="no split 'val'"):
+        Stream(data_set, manifest, "val", config)
+
+
+def test_shard_of_another_size_is_named_at_the_start(
+    tmp_path: Path, data_set: Path, manifest: Manifest, config: DataConfig
+):
+    copy = Path(shutil.copytree(data_set, tmp_path / "copy"))
+    (copy / "train-000003.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"train-000003\.tar' has 0 bytes"):
+        Stream(copy, manifest, "train", config)
+
+
+def test_damaged_image_is_named_with_key_and_shard(
+    tmp_path: Path, data_set: Path, manifest: Manifest, config: DataConfig
+):
+    copy = Path(shutil.copytree(data_set, tmp_path / "copy"))
+    path = copy / "train-000001.tar"
+    data = path.read_bytes()
+    start = data.index(b"\x89PNG")
+    path.write_bytes(data[: start + 20] + b"\xff" * 40 + data[start + 60 :])
+    with pytest.raises(UserError, match=r"image 'train-000001\.tar: 000000010' "):
+        list(Stream(copy, manifest, "train", config).batches(0))
+
+
+def test_label_outside_the_classes_is_named(tmp_path: Path, noise, config: DataConfig):
+    noise(1).save(tmp_path / "x.png")
+    with SplitWriter(tmp_path, "train") as writer:
+        for label in (0, 1, 7):
+            writer.write((tmp_path / "x.png").read_bytes(), "png", label, "who", "x.png")
+    tree = {
+        "kind": "folder",
+        "image_mode": "L",
+        "splits": {
+            "train": {
+                "samples": 3,
+                "classes": ["a", "b"],
+                "class_counts": [1, 2],
+                "shards": [entry.model_dump() for entry in writer.entries],
+            }
+        },
+    }
+    stream = Stream(tmp_path, Manifest.model_validate(tree), "train", config)
+    with pytest.raises(UserError, match=r"sample '000000002' of shard '.*train-000000\.tar' has label 7, .* 2 classes"):
+        next(stream.batches(0))
+
+
+def test_leaving_an_epoch_early_ends_its_threads(data_set: Path, manifest: Manifest, config: DataConfig):
+    before = threading.active_count()
+    batches = Stream(data_set, manifest, "train", with_(config, batch_size=1)).batches(0)
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()
+    assert threading.active_count() == before
+
+
+def test_many_shards_keep_few_files_open(
+    data_set: Path, manifest: Manifest, config: DataConfig, monkeypatch: pytest.MonkeyPatch
+):
+    reference = list(Stream(data_set, manifest, "train", with_(config, cache="none")).batches(0))
+    monkeypatch.setattr("trainer.data.stream._OPEN_SHARDS", 1)
+    stream = Stream(data_set, manifest, "train", with_(config, cache="none"))
+    stream._reader._keep_indexes = 1
+    for a, b in zip(stream.batches(0), reference, strict=True):
+        assert_equal(a, b)
+    assert len(stream._reader._files) == len(stream._reader._indexes) == 1
+
+
+def test_two_epochs_at_a_time_do_not_disturb_each_other(data_set: Path, manifest: Manifest, config: DataConfig):
+    stream = Stream(data_set, manifest, "train", config)
+    pairs = list(zip(stream.batches(0), stream.batches(1), strict=True))
+    fresh = Stream(data_set, manifest, "train", config)
+    for step, (a, b) in enumerate(pairs):
+        assert_equal(a, fresh.batch(0, step))
+        assert_equal(b, fresh.batch(1, step))
+
+
+def test_cache_that_does_not_fit_is_refused(
+    data_set: Path, manifest: Manifest, config: DataConfig, monkeypatch: pytest.MonkeyPatch
+):
+    def no_memory(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("trainer.data.stream.np.empty", no_memory)
+    with pytest.raises(UserError, match=r"data\.cache=memory needs"):
+        Stream(data_set, manifest, "train", with_(config, cache="memory"))
+
+
+def test_grey_and_colour_data_sets(tmp_path: Path, config: DataConfig):
+    manifest = Manifest.model_construct(image_mode="RGB")
+    assert preprocessing(manifest, config).channels == 3
+    assert Image.MAX_IMAGE_PIXELS  # Pillow's own limit stays on

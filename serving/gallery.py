@@ -157,29 +157,32 @@ class Gallery:
         return self._verified(candidate.score, candidate.sample_id)
 
     def check(self) -> State:
-        """The store's counts, after making sure in O(1) that it answers and that the index is in step with it.
+        """The store's counts, after making sure that it answers and that the index is in step with it.
+
+        O(1), unless the two have come apart: then the index is rebuilt here and now. A change under way is not waited
+        for.
 
         Raises:
-            StoreError: it is not; the next change or search rebuilds the index.
+            StoreError: the store does not answer, or is damaged.
         """
-        state = self._store.state()
-        if self._changing.acquire(blocking=False):  # else a change is under way, and they may well differ
+        if self._changing.acquire(blocking=False):
             try:
-                state = self._store.state()
-                if self._behind(state):
-                    raise StoreError("the index is behind the store and waits to be rebuilt")
+                self._in_step()
             finally:
                 self._changing.release()
-        return state
+        return self._store.state()
 
     def _verified(self, score: float, sample_id: str | None) -> Verification:
         return Verification(score, "match" if self.verify_rule.matches(score) else "no_match", sample_id)
 
     def _project(self, change: Callable[[], object]) -> None:
         """Apply a committed change to the index, or remember that it has to be rebuilt."""
-        self._broken = True
-        change()
-        self._broken = False
+        applied = False
+        try:
+            change()
+            applied = True
+        finally:
+            self._broken = not applied
         self._revision += 1
 
     def _behind(self, state: State) -> bool:
@@ -197,7 +200,7 @@ class Gallery:
         return self._index
 
     def _searchable(self) -> Index:
-        if self._broken:  # or a change is just being applied: then this waits for its end
+        if self._broken:
             with self._changing:
                 return self._in_step()
         return self._index

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, model_validator
 
 # U+FFFD stands for bytes that are not UTF-8: different ids would become one.
 SUBJECT_ID_PATTERN = r"^[^\s/\\\x00-\x1f\x7f\ufffd]([^/\\\x00-\x1f\x7f\ufffd]{0,126}[^\s/\\\x00-\x1f\x7f\ufffd])?$"
@@ -20,6 +20,32 @@ Embedding = Annotated[
     Field(min_length=1, max_length=8192, description="unit vector of the model's dimension, as POST /v1/embed gives"),
 ]
 TopK = Annotated[int, Field(ge=1, le=100, description="subjects to return")]
+
+# Shown on the documentation page.
+_MODEL: dict[str, JsonValue] = {"model_id": "803e48540b005d3ce4213a2d2cecdf57", "request_id": "0f1e2d3c4b5a"}
+_SAMPLE = "9e910adc-e37c-47c4-94fe-b0e8e129a5fc"
+VERIFIED: dict[str, JsonValue] = _MODEL | {
+    "score": 0.71,
+    "decision": "match",
+    "threshold": 0.43,
+    "threshold_source": "calibrated for FMR 0.001: held-out identities of faces",
+    "fmr_target": 0.001,
+    "fmr_interval": [0.0006, 0.0014],
+    "subject_id": "alice",
+    "sample_id": _SAMPLE,
+}
+IDENTIFIED: dict[str, JsonValue] = _MODEL | {
+    "candidates": [{"subject_id": "alice", "score": 0.71, "sample_id": _SAMPLE}],
+    "decision": "match",
+    "threshold": 0.52,
+    "threshold_source": "calibrated for FPIR 0.01: held-out identities of faces; it was calibrated for 1000 subjects "
+    "and the gallery holds 1200, where FPIR is about 0.012 or less: calibrate for this size",
+    "fpir_target": 0.01,
+    "fpir_interval": [0.007, 0.013],
+    "fpir_expected": 0.012,
+    "gallery_size": 1200,
+    "calibrated_gallery_size": 1000,
+}
 
 
 class Request(BaseModel):
@@ -70,6 +96,8 @@ class Answer(BaseModel):
 class VerifyAnswer(Answer):
     """Whether two samples are of the same identity, and why."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [VERIFIED]})
+
     score: float = Field(description="cosine similarity, -1 to 1")
     decision: Literal["match", "no_match"] = Field(description="match: score >= threshold")
     threshold: float
@@ -90,6 +118,8 @@ class CandidateAnswer(BaseModel):
 
 class IdentifyAnswer(Answer):
     """The nearest subjects, and whether the first of them is the one."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [IDENTIFIED]})
 
     candidates: list[CandidateAnswer] = Field(description="best first; below the threshold too")
     decision: Literal["match", "unknown"] = Field(description="match: the first candidate's score >= threshold")

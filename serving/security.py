@@ -28,6 +28,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
 REQUEST_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 CLIENTS_REMEMBERED = 10_000
+HEADERS = ((b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff"))  # answers are about people
 
 
 class KeyCheck:
@@ -105,7 +106,8 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+                extra = ((b"x-request-id", request_id.encode()), *HEADERS)
+                message["headers"] = [*message.get("headers", []), *extra]
             await send(message)
 
         self._under_way += 1

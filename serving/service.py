@@ -187,7 +187,7 @@ class Service:
         )
 
     def ready(self, request_id: str) -> ReadyAnswer:
-        """Raises StoreError when the store does not answer or the index is not in step with it."""
+        """Raises StoreError when the store does not answer."""
         state = self.gallery.check()
         return ReadyAnswer(
             gallery_size=state.subjects,

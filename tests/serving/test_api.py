@@ -441,7 +441,9 @@ def test_request_ids(server):
 def test_ready(server, embedder):
     answer = server.http.get("/readyz").json()
     assert (answer["status"], answer["model_id"]) == ("ready", read_manifest(embedder).model_id)
-    assert server.http.get("/healthz").json() == {"status": "alive"}
+    answer = server.http.get("/healthz")
+    assert answer.json() == {"status": "alive"}
+    assert (answer.headers["cache-control"], answer.headers["x-content-type-options"]) == ("no-store", "nosniff")
 
 
 def _metric(server, name, **labels):
@@ -499,6 +501,9 @@ def test_the_openapi_page(server):
                 jsonschema.Draft202012Validator.check_schema(content["schema"])
                 if kind == "application/json":
                     jsonschema.validate(content["example"], content["schema"] | components)
+    for name in ("VerifyAnswer", "IdentifyAnswer"):
+        (example,) = schema["components"]["schemas"][name]["examples"]
+        jsonschema.validate(example, {"$ref": f"#/components/schemas/{name}"} | components)
     answer = server.http.get("/readyz").json()
     jsonschema.validate(answer, {"$ref": "#/components/schemas/ReadyAnswer"} | components)
     error = server.http.get("/v1/subjects?limit=0").json()

@@ -116,6 +116,7 @@ class _Import:
         self._options = options
         self._progress = progress
         self._bad: dict[int, str] = {}
+        self._done = 0  # samples of this pass that were read, for the progress
 
     def run(self) -> Manifest:
         """Write the splits; again, without them, if identities turn out to have too few readable images."""
@@ -125,6 +126,7 @@ class _Import:
             left_out |= {name for name, count in counts.items() if count < self._options.min_samples}
             kept = sorted(counts.keys() - left_out)
             classes = self._split_classes(kept)
+            self._done = len(self._bad)
             tally = _Tally(Counter(dict.fromkeys(kept, 0)))
             shards = {name: self._write_split(name, chosen, tally) for name, chosen in classes.items() if chosen}
             counts = tally.counts
@@ -173,14 +175,14 @@ class _Import:
     def _read_all(self, rows: list[int]) -> Iterator[tuple[int, _Checked]]:
         """The readable images of the rows, in order; the others go to the list of bad ones."""
         total = len(self._source.samples)
-        remaining = [row for row in rows if row not in self._bad]
-        for done, (row, checked) in enumerate(_ahead(self._check, remaining), 1):
+        for row, checked in _ahead(self._check, [row for row in rows if row not in self._bad]):
             if isinstance(checked, str):
                 self._note_bad(row, checked)
             else:
                 yield row, checked
-            if self._progress is not None and (done % 64 == 0 or done == len(rows)):
-                self._progress("import", done, total)
+            self._done += 1
+            if self._progress is not None and (self._done % 64 == 0 or self._done == total):
+                self._progress("import", self._done, total)
 
     def _check(self, row: int) -> _Checked | str:
         """Decode one image wholly; an image that cannot be used comes back as the reason."""

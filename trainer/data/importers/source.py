@@ -38,14 +38,20 @@ class Source:
 
 
 def hold_out_share(identities: list[str], share: float, seed: int) -> frozenset[str]:
-    """Choose `share` of the identities, rounded, by the seed; at least two unless the share is 0.
+    """Choose `share` of the identities, rounded, by the seed, so that neither split has just one identity.
+
+    A split of one identity teaches and measures nothing: so at least two are held out and two are left, and of fewer
+    than four none is held out. A share of 0 holds out none, one of 1 all.
 
     Raises:
         UserError: the share is not in [0, 1].
     """
     if not 0 <= share <= 1:
         raise UserError(f"--holdout-share {share} is not a share; give a number from 0 to 1")
-    count = min(len(identities), max(2, round(share * len(identities)))) if share else 0
+    total = len(identities)
+    count = round(share * total)
+    if 0 < share < 1:
+        count = min(max(2, count), total - 2) if total >= 4 else 0
     return frozenset(choose(identities, count, seed))
 
 

@@ -59,6 +59,13 @@ def test_share_held_out(tmp_path: Path, share: float, count: int):
         assert source.held_out <= {sample.identity for sample in source.samples}
 
 
+@pytest.mark.parametrize(("identities", "count"), [(2, 0), (3, 0), (4, 2), (5, 3)])
+def test_neither_split_is_left_with_one_identity(tmp_path: Path, identities: int, count: int):
+    touch(tmp_path, *(f"{i}/1.png" for i in range(identities)))
+    with open_folder(tmp_path, 0.9, 3) as source:
+        assert len(source.held_out) == count
+
+
 def test_sources_that_cannot_be_used(tmp_path: Path):
     for wrong in (None, tmp_path / "none"):
         with pytest.raises(UserError, match="is not a folder"), open_folder(wrong, 0, 0):

@@ -14,6 +14,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from trainer.data.image import decode
+from trainer.data.importers.folder import open_folder
 from trainer.data.importers.run import ImportOptions, run_import
 from trainer.data.index import verify
 from trainer.data.manifest import Manifest
@@ -138,12 +139,13 @@ def test_fewer_than_two_identities_fail(tmp_path: Path, people: Path, names: lis
 
 
 def test_split_of_one_identity_fails(tmp_path: Path, people: Path):
-    for name in ("cy", "dot", "eve", "fay", "gus"):
-        shutil.rmtree(people / name)
-    (people / "zoe").mkdir()
-    shutil.copy(people / "ada" / "00.png", people / "zoe")
-    with pytest.raises(UserError, match="1 in the train split"):
-        run_import("folder", people, tmp_path / "set", ImportOptions(holdout_share=0.5))
+    with open_folder(people, 0.5, 0) as source:
+        held_out = sorted(source.held_out)
+    for name in held_out[1:]:
+        for path in (people / name).iterdir():
+            path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"at least 2 identities .* 1 in the val split"):
+        run_import("folder", people, tmp_path / "set", ImportOptions(holdout_share=0.5, max_bad=1))
 
 
 def test_all_identities_can_be_held_out(tmp_path: Path, image_folder: Path):
@@ -185,10 +187,12 @@ def test_colour_anywhere_makes_a_colour_set(tmp_path: Path, people: Path):
     assert run_import("folder", people, tmp_path / "set", WHOLE).image_mode == "RGB"
 
 
-def test_progress_is_told(tmp_path: Path, image_folder: Path):
+def test_progress_is_told_over_both_splits(tmp_path: Path, people: Path):
+    for i in range(90):
+        Image.new("L", (8, 8), 2 * i).save(people / "ada" / f"x{i}.png")
     told: list[tuple[str, int, int]] = []
-    run_import("folder", image_folder, tmp_path / "set", WHOLE, lambda *step: told.append(step))
-    assert told == [("import", 47, 47)]
+    run_import("folder", people, tmp_path / "set", ImportOptions(holdout_share=0.5), lambda *step: told.append(step))
+    assert told == [("import", 64, 137), ("import", 128, 137), ("import", 137, 137)]
 
 
 @pytest.mark.parametrize(
@@ -215,6 +219,7 @@ def test_unknown_kind(tmp_path: Path):
 KILLED = """
 import os, sys, time
 from pathlib import Path
+from trainer.data.importers.folder import open_folder
 from trainer.data.importers.run import ImportOptions, run_import
 
 def wait(stage, done, total):

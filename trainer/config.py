@@ -98,8 +98,9 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(5e-4, ge=0)
     head_name: Literal["sgd", "adamw"] = "sgd"
     head_lr: float | None = Field(None, gt=0, description="null: the same as lr")
-    head_momentum: float = Field(0.9, ge=0, lt=1)
-    head_weight_decay: float = Field(5e-4, ge=0)
+    head_momentum: float = Field(0.9, ge=0, lt=1, description="of SGD; beta1 of AdamW")
+    head_beta2: float = Field(0.999, ge=0, lt=1, description="of AdamW")
+    head_weight_decay: float = Field(5e-4, ge=0, description="of centres with a length; unit centres have no decay")
     head_state: Literal["fp32", "bf16", "int8"] = Field("fp32", description="type of the head optimizer's state")
 
 

@@ -15,6 +15,7 @@ Where logits have no bound, message 3 is an all-gather of [B, 2] with log sums.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,9 @@ from trainer.distributed import (
     sum_over_ranks,
 )
 from trainer.errors import UserError
-from trainer.head_memory import BufferSink, Workspace, free_memory
-from trainer.head_tiles import Own, Rows, RowSink, TilePlan, fixed_shift, negatives
+from trainer.head_memory import Workspace, free_memory
+from trainer.head_rows import GradientSink, Rows, RowSink, sample_classes
+from trainer.head_tiles import Own, Reweight, TilePlan, fixed_shift, negatives, own_centres
 from trainer.losses.margins import Margin, Positives
 
 INIT_BLOCK = 1024  # classes whose first values come from one seed, so that W does not depend on the number of ranks
@@ -100,10 +102,10 @@ class Head(nn.Module):
         for name, value in self.margin.buffers().items():
             self.register_buffer(name, torch.tensor(value, device=device))
         self._class_values = self._per_class(class_counts, torch.device(device))
-        self.sink: RowSink = BufferSink(self.weight)
+        self.sink: RowSink = GradientSink(self.weight)
         self._memory = Workspace()
         self._step, self._warm = 0, 1.0
-        self._slots: int | None = None
+        self._first = True
 
     @property
     def unit_rows(self) -> bool:
@@ -137,7 +139,9 @@ class Head(nn.Module):
         fault.raise_if_any(self.group, x_bD.shape[0], keys)
         return loss
 
-    def plan(self, margin: Margin, slots: int, classes: int, wide: torch.dtype) -> TilePlan:
+    def plan(
+        self, margin: Margin, slots: int, classes: int, wide: torch.dtype, reweight: Reweight | None = None
+    ) -> TilePlan:
         """How this step's tiles are computed, for `slots` samples of all ranks and the classes that take part."""
         dtype = torch.bfloat16 if self.config.dtype == "bf16" and wide == torch.float32 else wide
         bound = margin.bound()
@@ -147,7 +151,7 @@ class Head(nn.Module):
             size = slots * classes * self.centres * dtype.itemsize
             spare = 0 if self._memory.spare is None else self._memory.spare.numel() * self._memory.spare.element_size()
             store = size <= STORE_SHARE * (free_memory(self.weight.device) + spare)
-        return TilePlan(classes, self.centres, self.config.tile, store, dtype, shift, self.normalise)
+        return TilePlan(classes, self.centres, self.config.tile, store, dtype, shift, self.normalise, reweight)
 
     def _first_rows(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Random directions; each block of `INIT_BLOCK` classes from its own seed, whichever rank holds it."""
@@ -155,7 +159,7 @@ class Head(nn.Module):
         weight = torch.empty(len(self.rows) * K, D, dtype=dtype, device=device)
         generator = torch.Generator()
         for block in range(self.rows.start // INIT_BLOCK, math.ceil(self.rows.stop / INIT_BLOCK)):
-            generator.manual_seed((self.seed * 0x9E3779B97F4A7C15 + block * 0xD1B54A32D192ED03 + 1) % 2**63)
+            generator.manual_seed(mixed_seed(self.seed, block, _INIT))
             first, last = block * INIT_BLOCK, min((block + 1) * INIT_BLOCK, self.rows.stop)
             values = nn.functional.normalize(torch.randn(INIT_BLOCK * K, D, generator=generator))
             begin = max(first, self.rows.start)
@@ -183,9 +187,22 @@ class Head(nn.Module):
                 f"labels of shape {tuple(labels_b.shape)} and type {labels_b.dtype} for {x_bD.shape[0]} embeddings; "
                 "give one int64 label each"
             )
-        if self._slots is None:
+        if self._first:
             self.group.check_equal(x_bD.shape[0], "batches of sizes")
-            self._slots = x_bD.shape[0]
+            self._first = False
+
+
+_INIT, _NOISE, _SAMPLING = 1, 2, 3  # what random numbers are for: no two uses share a seed
+
+
+def mixed_seed(seed: int, position: int, use: int) -> int:
+    """A seed for the generator of one use at one position (a step or a block of rows)."""
+    return (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + use * 0x2545F4914F6CDD1D) % 2**63
+
+
+def step_noise(seed: int, step: int, batch: int) -> Tensor:
+    """The standard normal numbers of a step's samples, [B], by place in the global batch: on any number of ranks."""
+    return torch.randn(batch, generator=torch.Generator().manual_seed(mixed_seed(seed, step, _NOISE)))
 
 
 class _Step:
@@ -205,14 +222,25 @@ class _Step:
             inverse_B = torch.where(some_B, torch.where(some_B, square_B, 1).rsqrt(), 0)
             self.e_BD = x_BD * (inverse_B * scale)[:, None]
             self.lengths_B = torch.ones_like(square_B) * scale
-        start, stop = head.rows.start, head.rows.stop
-        mask_B = (labels_B >= start) & (labels_B < stop)
-        self.own = Own(mask_B, (labels_B - start).clamp(0, max(len(head.rows) - 1, 0)))
+        self.rows, self.own = self._rows()
+
+    def _rows(self) -> tuple[Rows, Own]:
+        """The classes that take part, and where among them each sample's own class is."""
+        head, (start, stop) = self.head, (self.head.rows.start, self.head.rows.stop)
+        mask_B = (self.labels_B >= start) & (self.labels_B < stop)
+        place_B = (self.labels_B - start).clamp(0, max(stop - start - 1, 0))
+        chosen = None
+        if head.training and head.config.sample_rate < 1:
+            seed = mixed_seed(head.seed, head._step, _SAMPLING)
+            sampled = sample_classes(start, stop, head.config.sample_rate, seed, mask_B.device) - start
+            chosen = torch.cat([sampled, place_B[mask_B]]).unique()  # type: ignore[no-untyped-call]
+            place_B = torch.searchsorted(chosen, place_B).clamp(0, max(chosen.shape[0] - 1, 0))
+        return Rows(head.weight, head.bias, chosen, head.centres), Own(mask_B, place_B)
 
     def loss(self) -> Tensor:
-        head, margin = self.head, self.margin
-        rows = Rows(head.weight, head.bias, None, head.centres)
-        plan = head.plan(margin, self.labels_B.shape[0], len(head.rows), self.e_BD.dtype)
+        head, margin, rows = self.head, self.margin, self.rows
+        reweight = self._observe()
+        plan = head.plan(margin, self.labels_B.shape[0], len(rows), self.e_BD.dtype, reweight)
         sums_B, centres_BKD, bias_B = negatives(self.e_BD, rows, self.own, plan, head.sink, head._memory)
         targets_B = margin.target(self._positives(centres_BKD, bias_B))
         targets_B = torch.where(self.own.mask_B, targets_B, 0)
@@ -223,12 +251,40 @@ class _Step:
             losses_B = losses_B + extra_B
         return torch.where(self.valid_B, losses_B, 0).sum() / self.valid_B.sum().clamp_min(1)
 
+    @torch.no_grad()
+    def _observe(self) -> Reweight | None:
+        """Bring the margin's running statistics up to date; for margins that re-weight, fetch all targets' cosines."""
+        head, margin = self.head, self.margin
+        positives = None
+        if margin.reweights:
+            positives = self._positives(*own_centres(self.rows, self.own, self.e_BD.dtype))
+            own_cos_B = torch.where(self.own.mask_B, positives.cos_B, 0)
+            positives = replace(positives, cos_B=head.group.all_reduce(own_cos_B))
+        if head.training:
+            cos_B = None if positives is None else positives.cos_B
+            for name, value in margin.observe(self.norms_B, cos_B, self.valid_B, self.values).items():
+                self.values[name] = value
+                head.get_buffer(name).copy_(value)
+        if positives is None:
+            return None
+        scale, values = float(margin.scale_of(self.values)), self.values
+        least_B = margin.target(positives) / scale
+
+        def reweight(z_TB: Tensor) -> tuple[Tensor, Tensor]:
+            cos_TB = z_TB / scale
+            changed_TB, slope_TB = margin.reweight(cos_TB, cos_TB > least_B, values)
+            return changed_TB.mul_(scale), slope_TB
+
+        return reweight
+
     def _exchange(self, sums_B: Tensor, targets_B: Tensor, shift: float | None) -> tuple[Tensor, Tensor]:
         """N and t of every sample, from each rank's part: one message of [B, 2]."""
         mine_B2 = torch.stack([sums_B, targets_B], dim=1)
         if shift is not None:
             total_B2 = sum_over_ranks(mine_B2, self.head.group)
-            return total_B2[:, 0].log() + shift, total_B2[:, 1]
+            # The bound keeps S normal; only a sample without any negative (sampling, few classes) has 0: N = a minimum.
+            least = torch.finfo(total_B2.dtype).tiny
+            return total_B2[:, 0].clamp_min(least).log() + shift, total_B2[:, 1]
         all_WB2 = stack_over_ranks(mine_B2, self.head.group)
         return torch.logsumexp(all_WB2[:, :, 0], dim=0), all_WB2[:, :, 1].sum(dim=0)
 
@@ -253,18 +309,18 @@ class _Step:
             self.norms_B,
             self.labels_B,
             self.values,
-            self._noise() if self.margin.noisy else None,
+            self._noise(),
             self._class_values(),
         )
+
+    def _noise(self) -> Tensor | None:
+        if not self.margin.noisy:
+            return None
+        return step_noise(self.head.seed, self.head._step, self.labels_B.shape[0]).to(self.e_BD.device)
 
     def _class_values(self) -> Tensor | None:
         table_C = self.head._class_values
         return None if table_C is None else table_C[self.labels_B.clamp(0, self.head.classes - 1)]
-
-    def _noise(self) -> Tensor:
-        generator = torch.Generator()
-        generator.manual_seed((self.head.seed * 0x9E3779B97F4A7C15 + self.head._step * 0xD1B54A32D192ED03 + 2) % 2**63)
-        return torch.randn(self.labels_B.shape[0], generator=generator).to(self.e_BD.device)
 
 
 class _Fault:

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(slots=True)
@@ -24,32 +24,6 @@ class Workspace:
 
     def give_back(self, buffer: Tensor) -> None:
         self.spare = buffer if buffer._base is None else buffer._base
-
-
-class BufferSink:
-    """Writes the rows' gradient to `weight.grad`, and keeps its memory for the next step."""
-
-    def __init__(self, weight: nn.Parameter) -> None:
-        self.weight = weight
-        self.buffer: Tensor | None = None
-
-    def begin(self, device: torch.device, dtype: torch.dtype) -> bool:
-        if self.weight.grad is not None:
-            return True
-        if self.buffer is None or self.buffer.dtype != self.weight.dtype or self.buffer.device != device:
-            self.buffer = torch.empty_like(self.weight)
-        self.weight.grad = self.buffer
-        return False
-
-    def tile(self, start: int, stop: int) -> Tensor:
-        assert self.weight.grad is not None
-        return self.weight.grad[start:stop]
-
-    def finished(self, start: int, stop: int, gradient: Tensor) -> None:
-        """Nothing is left to do: the tile is a part of `weight.grad`."""
-
-    def end(self) -> None:
-        """Every row was written."""
 
 
 def free_memory(device: torch.device) -> int:

@@ -21,32 +21,18 @@ is log S, and the ranks' results are joined by logsumexp. P is never rescaled: t
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from trainer.head_memory import Workspace
+from trainer.head_rows import Rows, RowSink, rows_of
+
+EMPTY = -1e30  # log S of a rank that has no class but the target's; finite, so that no difference of two is nan
 
 # logits z_TB of a tile -> changed logits, and their derivative by z
 Reweight = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-class RowSink(Protocol):
-    """Where the gradient of the rows goes: a buffer, or an optimizer that uses it up at once."""
-
-    def begin(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Called before the first tile; True: add to what `tile` returns, False: write over it."""
-
-    def tile(self, start: int, stop: int) -> Tensor:
-        """Memory for the gradient of rows [start, stop), of the rows that take part in this step."""
-
-    def finished(self, start: int, stop: int, gradient: Tensor) -> None:
-        """The gradient of these rows is complete."""
-
-    def end(self) -> None:
-        """Called after the last tile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,44 +60,6 @@ class TilePlan:
 
     def tiles(self) -> list[tuple[int, int]]:
         return [(start, min(start + self.tile, self.classes)) for start in range(0, self.classes, self.tile)]
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """The class centres of this rank.
-
-    Attributes:
-        weight_RD: all rows, class by class, K rows each.
-        bias_C: or None.
-        chosen: the classes that take part in this step, sorted; None: all.
-    """
-
-    weight_RD: Tensor
-    bias_C: Tensor | None
-    chosen: Tensor | None
-    centres: int
-
-    def tile(self, start: int, stop: int) -> Tensor:
-        if self.chosen is None:
-            return self.weight_RD[start * self.centres : stop * self.centres]
-        return self.weight_RD.index_select(0, self.positions(start, stop))
-
-    def positions(self, start: int, stop: int) -> Tensor:
-        """Rows of `weight_RD` of the chosen classes [start, stop)."""
-        assert self.chosen is not None
-        return rows_of(self.chosen[start:stop], self.centres)
-
-    def bias(self, start: int, stop: int) -> Tensor | None:
-        if self.bias_C is None:
-            return None
-        return self.bias_C[start:stop] if self.chosen is None else self.bias_C[self.chosen[start:stop]]
-
-
-def rows_of(classes: Tensor, centres: int) -> Tensor:
-    """The K rows of each class, class by class."""
-    if centres == 1:
-        return classes
-    return (classes[:, None] * centres + torch.arange(centres, device=classes.device)).flatten()
 
 
 def fixed_shift(least: float, greatest: float, classes: int, dtype: torch.dtype) -> float | None:
@@ -162,7 +110,7 @@ class _Negatives(torch.autograd.Function):
             if shift_B is not None:
                 shifts.append(shift_B)
         result_B = maker.join(sums, shifts)
-        centres_BKD, own_bias_B = maker.own_rows()
+        centres_BKD, own_bias_B = own_centres(rows, own, maker.wide)
         ctx.state = (maker, kept, shifts, result_B, sink, memory)  # type: ignore[attr-defined]
         ctx.save_for_backward(weight_RD)  # notices a weight changed before the backward
         return result_B, centres_BKD, own_bias_B
@@ -195,6 +143,18 @@ class Own:
 
     mask_B: Tensor
     place_B: Tensor
+
+
+def own_centres(rows: Rows, own: Own, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The centres of each sample's class, [B, K, D], and its bias, [B]; zeros where this rank has no class at all."""
+    B, D = own.place_B.shape[0], rows.weight_RD.shape[1]
+    if len(rows) == 0:
+        zeros = rows.weight_RD.new_zeros(B, rows.centres, D, dtype=dtype)
+        return zeros, zeros[:, 0, 0].clone()
+    place_B = own.place_B if rows.chosen is None else rows.chosen[own.place_B]
+    centres_BKD = rows.weight_RD.index_select(0, rows_of(place_B, rows.centres)).to(dtype).view(B, rows.centres, D)
+    bias_C = rows.bias_C
+    return centres_BKD, centres_BKD.new_zeros(B) if bias_C is None else bias_C[place_B].to(dtype)
 
 
 class TileMaker:
@@ -252,8 +212,7 @@ class TileMaker:
         maxima_B = None
         if shift_B is None and self.plan.shift is None:
             maxima_B = z_TB.amax(dim=0)
-            shift_B = torch.where(maxima_B == -math.inf, 0, maxima_B)
-            maxima_B = shift_B
+            shift_B = maxima_B = torch.where(maxima_B == -math.inf, 0, maxima_B)
         if shift_B is not None:
             z_TB.sub_(shift_B)
         elif self.plan.shift:
@@ -278,23 +237,11 @@ class TileMaker:
     def join(self, sums: list[Tensor], shifts: list[Tensor]) -> Tensor:
         """S_B of all tiles with a fixed shift, else log S_B. Tiles are added in fp64: there may be thousands."""
         if not sums:
-            empty = 0.0 if self.plan.shift is not None else -math.inf
-            return self.e_BD.new_full((self.e_BD.shape[0],), empty)
+            return self.e_BD.new_full((self.e_BD.shape[0],), 0.0 if self.plan.shift is not None else EMPTY)
         stacked = torch.stack(sums).double()
         if self.plan.shift is not None:
             return stacked.sum(dim=0).to(self.wide)
-        return torch.logsumexp(stacked.log() + torch.stack(shifts).double(), dim=0).to(self.wide)
-
-    def own_rows(self) -> tuple[Tensor, Tensor]:
-        """The centres of each sample's class, [B, K, D], and its bias, [B]; zeros where this rank has no class."""
-        B, D = self.e_BD.shape
-        if self.plan.classes == 0:
-            return self.e_BD.new_zeros(B, self.plan.centres, D), self.e_BD.new_zeros(B)
-        place_B = self.own.place_B if self.rows.chosen is None else self.rows.chosen[self.own.place_B]
-        rows = rows_of(place_B, self.plan.centres)
-        centres = self.rows.weight_RD.index_select(0, rows).to(self.wide).view(B, self.plan.centres, D)
-        bias_C = self.rows.bias_C
-        return centres, self.e_BD.new_zeros(B) if bias_C is None else bias_C[place_B].to(self.wide)
+        return torch.logsumexp(stacked.log() + torch.stack(shifts).double(), dim=0).clamp_min(EMPTY).to(self.wide)
 
     def backward(
         self,
@@ -307,11 +254,11 @@ class TileMaker:
     ) -> tuple[Tensor, Tensor | None]:
         """Products 2 and 3 of every tile; returns dE and the negatives' part of the bias' gradient."""
         plan, dtype = self.plan, self.plan.dtype
-        add = sink.begin(self.e_BD.device, self.wide)
+        add = sink.begin(self.rows)
         de_BD = torch.zeros_like(self.e_BD)
         dbias: list[Tensor] = []
-        finite_B = torch.where(result_B == -math.inf, 0, result_B)
-        dresult_B = torch.where(result_B == -math.inf, 0, dresult_B)
+        empty_B = result_B <= EMPTY
+        finite_B, dresult_B = torch.where(empty_B, 0, result_B), torch.where(empty_B, 0, dresult_B)
         dcentres = dcentres_BKD.flatten(0, 1)
         for number, (start, stop) in enumerate(plan.tiles()):
             r_B = dresult_B
@@ -389,14 +336,15 @@ class TileMaker:
         gradient.index_add_(0, rows_of(row_B, K), torch.where(inside, dcentres, 0).to(gradient.dtype))
 
     def add_own_bias(self, dbias: Tensor, down_B: Tensor) -> Tensor:
-        """The whole gradient of the bias, [C] of this rank; zeros for classes that took no part."""
+        """The whole gradient of the bias, [C] of this rank; sparse where not all classes took part."""
         if self.plan.classes == 0:
             return dbias
         dbias = dbias.index_add(0, self.own.place_B, torch.where(self.own.mask_B, down_B, 0))
         if self.rows.chosen is None:
             return dbias
         assert self.rows.bias_C is not None
-        return torch.zeros_like(self.rows.bias_C).index_copy_(0, self.rows.chosen, dbias)
+        shape = self.rows.bias_C.shape
+        return torch.sparse_coo_tensor(self.rows.chosen[None], dbias, shape, is_coalesced=True, check_invariants=False)
 
 
 def negatives(

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from trainer.losses.base import LossSpec
 from trainer.losses.margins import Margin
+from trainer.losses.margins_adaptive import AdaFace, CurricularFace, MagFace, MVSoftmax
 from trainer.losses.margins_cosine import (
     ArcFace,
     Combined,
@@ -15,8 +16,29 @@ from trainer.losses.margins_cosine import (
     NormFace,
     SubCenterArcFace,
 )
+from trainer.losses.margins_multiple import ASoftmax, LSoftmax
+from trainer.losses.margins_softmax import Focal, L2Softmax, ModifiedSoftmax, Softmax, WeightedSoftmax
 
-AnyLoss = NormFace | CosFace | ArcFace | Combined | SubCenterArcFace | DynamicMargin | ElasticFace
+AnyLoss = (
+    Softmax
+    | WeightedSoftmax
+    | Focal
+    | ModifiedSoftmax
+    | LSoftmax
+    | ASoftmax
+    | L2Softmax
+    | NormFace
+    | CosFace
+    | ArcFace
+    | Combined
+    | SubCenterArcFace
+    | AdaFace
+    | MagFace
+    | ElasticFace
+    | DynamicMargin
+    | CurricularFace
+    | MVSoftmax
+)
 Loss = Annotated[AnyLoss, Field(discriminator="name")]
 
 
@@ -26,16 +48,27 @@ def by_name() -> dict[str, type[LossSpec]]:
 
 
 __all__ = [
+    "ASoftmax",
+    "AdaFace",
     "AnyLoss",
     "ArcFace",
     "Combined",
     "CosFace",
+    "CurricularFace",
     "DynamicMargin",
     "ElasticFace",
+    "Focal",
+    "L2Softmax",
+    "LSoftmax",
     "Loss",
     "LossSpec",
+    "MVSoftmax",
+    "MagFace",
     "Margin",
+    "ModifiedSoftmax",
     "NormFace",
+    "Softmax",
     "SubCenterArcFace",
+    "WeightedSoftmax",
     "by_name",
 ]

@@ -192,6 +192,14 @@ def least_scale(classes: int, probability: float) -> float:
     return (classes - 1) / classes * math.log(probability * (classes - 1) / (1 - probability))
 
 
+def least_alpha(classes: int, probability: float) -> float:
+    """The smallest length of embeddings at which L2-softmax reaches this posterior: log(p (C-2) / (1-p)).
+
+    Source: Ranjan et al. 2017, eq. 6; C > 2.
+    """
+    return math.log(probability * (classes - 2) / (1 - probability))
+
+
 def auto_scale(name: str, classes: int, probability: float) -> float:
     """`least_scale`, where it is positive.
 
@@ -265,9 +273,9 @@ def chebyshev(cos: Tensor, degree: int) -> tuple[Tensor, Tensor]:
 def monotone_cosine(cos: Tensor, factor: float = 1.0, offset: float | Tensor = 0.0) -> Tensor:
     """psi(theta) = (-1)^k cos(phi) - 2k with phi = factor theta + offset and k = floor(phi / pi).
 
-    This is cos(phi) for phi in [0, pi]. Beyond, where the cosine would rise again and reward a worse sample, psi goes
-    on falling, with a continuous derivative: the extension of L-Softmax (Liu et al. 2016, eq. 6), here for any
-    factor and offset. So ArcFace's target is -2 - cos(theta + m) where theta + m > pi.
+    This is cos(phi) for phi in [0, pi], and 1 for phi < 0. Beyond pi, where the cosine would rise again and reward a
+    worse sample, psi goes on falling, with a continuous derivative: the extension of L-Softmax (Liu et al. 2016,
+    eq. 6), here for any factor and offset. So ArcFace's target is -2 - cos(theta + m) where theta + m > pi.
 
     d psi / d cos = (-1)^k factor sin(phi) / sin(theta). For a whole factor the part without offset is a polynomial
     and exact at theta = 0 and pi (where it is factor^2); an offset brings the pole that `sine_of` guards.
@@ -276,9 +284,10 @@ def monotone_cosine(cos: Tensor, factor: float = 1.0, offset: float | Tensor = 0
         branch = torch.floor((factor * torch.atan2(_sine(cos), cos) + offset) / math.pi)
         sign = 1 - 2 * torch.remainder(branch, 2)
     if factor != round(factor):
-        return sign * torch.cos(factor * angle(cos) + offset) - 2 * branch
-    cos_n, sin_ratio = chebyshev(cos, round(factor))
-    if isinstance(offset, float) and offset == 0.0:
-        return sign * cos_n - 2 * branch
-    turn = torch.as_tensor(offset, dtype=cos.dtype, device=cos.device)
-    return sign * (cos_n * torch.cos(turn) - sine_of(cos) * sin_ratio * torch.sin(turn)) - 2 * branch
+        value = torch.cos(factor * angle(cos) + offset)
+    else:
+        value, sine_ratio = chebyshev(cos, round(factor))
+        if isinstance(offset, Tensor) or offset != 0:
+            turn = torch.as_tensor(offset, dtype=cos.dtype, device=cos.device)
+            value = value * torch.cos(turn) - sine_of(cos) * sine_ratio * torch.sin(turn)
+    return torch.where(branch < 0, 1, sign * value - 2 * branch)

@@ -31,6 +31,7 @@ from trainer.distributed import (
     sum_over_ranks,
 )
 from trainer.errors import UserError
+from trainer.faults import Fault, check_shapes
 from trainer.head_memory import Workspace, free_memory
 from trainer.head_rows import GradientSink, Rows, RowSink, sample_classes
 from trainer.head_tiles import Own, Reweight, TilePlan, fixed_shift, negatives, own_centres
@@ -131,7 +132,7 @@ class Head(nn.Module):
         x_BD, labels_B = gather_rows(x_bD, labels_b.to(x_bD.device), self.group)
         if x_BD.dtype in (torch.bfloat16, torch.float16):
             x_BD = x_BD.float()
-        fault = _Fault(x_BD, labels_B, self.classes)
+        fault = Fault(x_BD, labels_B, self.classes, "head")
         margin = self.margin.at(self._step, self._warm) if self.training else self.margin
         values = {name: replicated(scalar, self.group) for name, scalar in self.scalars.items()}
         values |= dict(self.named_buffers(recurse=False))
@@ -180,13 +181,7 @@ class Head(nn.Module):
         return None if values is None else values.to(device)
 
     def _check_shape(self, x_bD: Tensor, labels_b: Tensor) -> None:
-        if x_bD.ndim != 2 or x_bD.shape[1] != self.dimension:
-            raise UserError(f"embeddings of shape {tuple(x_bD.shape)}; the head was made for [b, {self.dimension}]")
-        if labels_b.shape != x_bD.shape[:1] or labels_b.dtype != torch.int64:
-            raise UserError(
-                f"labels of shape {tuple(labels_b.shape)} and type {labels_b.dtype} for {x_bD.shape[0]} embeddings; "
-                "give one int64 label each"
-            )
+        check_shapes(x_bD, labels_b, self.dimension, "head")
         if self._first:
             self.group.check_equal(x_bD.shape[0], "batches of sizes")
             self._first = False
@@ -321,41 +316,3 @@ class _Step:
     def _class_values(self) -> Tensor | None:
         table_C = self.head._class_values
         return None if table_C is None else table_C[self.labels_B.clamp(0, self.head.classes - 1)]
-
-
-class _Fault:
-    """Which samples of the global batch cannot be used. Asked for early and read late, so that a GPU need not wait."""
-
-    def __init__(self, x_BD: Tensor, labels_B: Tensor, classes: int) -> None:
-        self.labels_B, self.classes = labels_B, classes
-        self.finite_B = torch.isfinite(x_BD.detach()).all(dim=1)
-        self.known_B = (labels_B >= -1) & (labels_B < classes)
-        good = (self.finite_B & self.known_B).all()
-        self.event: torch.cuda.Event | None = None
-        if good.is_cuda:
-            self.good = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self.good.copy_(good, non_blocking=True)
-            self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.event.record()
-        else:
-            self.good = good
-
-    def raise_if_any(self, group: Group, b: int, keys: Sequence[str] | None) -> None:
-        """The same error on every rank, in which the rank that holds the sample adds its name."""
-        if self.event is not None:
-            self.event.synchronize()
-        if bool(self.good):
-            return
-        slot = int((~(self.finite_B & self.known_B)).nonzero()[0])
-        rank, place = divmod(slot, b)
-        who = f"slot {place} of rank {rank}"
-        if rank == group.rank and keys is not None:
-            who = f"sample '{keys[place]}'"
-        if not bool(self.known_B[slot]):
-            raise UserError(
-                f"{who} has label {int(self.labels_B[slot])}, but the head has the classes 0 to {self.classes - 1}; "
-                "the data and the number of classes do not belong together"
-            )
-        raise UserError(
-            f"{who} has an embedding that is not finite; lower the learning rate or look at its image and the weights"
-        )

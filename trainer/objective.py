@@ -4,18 +4,16 @@ Each part maps the same embeddings and labels to a scalar that is equal on every
 class centres never enter the engine.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config
-from trainer.distributed import Group
 from trainer.errors import UserError
-from trainer.head import Head
-from trainer.head_optimizer import HeadOptimizer
-from trainer.losses import LossSpec, Margin
+from trainer.losses.projections import Projected, ProjectedTriplet
+from trainer.objective_parts import BatchPart, make_part, read_projection
 
 
 class Objective:
@@ -36,8 +34,13 @@ class Objective:
         names = [spec.name for spec in specs]
         if doubled := {name for name in names if names.count(name) > 1}:
             raise UserError(f"the losses {sorted(doubled)} are named twice; name each loss once and set its weight")
-        self._parts = {spec.name: _HeadPart(spec, config, classes, class_counts, device) for spec in specs}
+        if len(learners := [spec.name for spec in specs if isinstance(spec, ProjectedTriplet)]) > 1:
+            raise UserError(
+                f"{' and '.join(learners)} each learn a projection, but an embedder has one; name one of them"
+            )
+        self._parts = {spec.name: make_part(spec, config, classes, class_counts, device) for spec in specs}
         self._weights = {spec.name: spec.weight for spec in specs}
+        self._told: dict[str, float] = {}
 
     def set_progress(self, step: int, warm: float) -> None:
         """Where the run is: the step, and how far the margin's warm-up has come, in [0, 1]."""
@@ -45,13 +48,38 @@ class Objective:
             part.set_progress(step, warm)
 
     def __call__(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, and by name its parts without their weights (where there is more than one)."""
+        """The weighted sum, and by name its parts without their weights (where there is more than one) and their
+        further numbers."""
         losses = {name: part(x_bD, labels_b, keys) for name, part in self._parts.items()}
         total = torch.stack([self._weights[name] * loss for name, loss in losses.items()]).sum()
         named = {"loss": total.detach()}
         if len(losses) > 1:
             named |= {f"loss/{name}": loss.detach() for name, loss in losses.items()}
+        for part in self._parts.values():
+            named |= part.metrics()
         return total, named
+
+    def notes(self, values: Mapping[str, float]) -> list[str]:
+        """What a user should read of reported numbers: losses that found nothing to learn from in some steps.
+
+        Each is told when it first happens, and again whenever it has happened twice as often.
+        """
+        notes = []
+        for key, count in values.items():
+            if key.startswith("empty_steps/") and count >= max(1, 2 * self._told.get(key, 0)):
+                self._told[key] = count
+                notes.append(
+                    f"{key.removeprefix('empty_steps/')} lacked a kind of pair or triplet in {count:.0f} step(s) so "
+                    "far: see its selection, data.identities_per_batch and data.batch_size"
+                )
+        return notes
+
+    def embedder(self, backbone: nn.Module) -> nn.Module:
+        """What is evaluated: the backbone, followed by the projection of a loss that learns one."""
+        for part in self._parts.values():
+            if isinstance(part, BatchPart) and part.projection is not None:
+                return Projected(backbone, part.projection)
+        return backbone
 
     def step(self, lr: float) -> None:
         """Update every part's own parameters and forget their gradients."""
@@ -68,48 +96,12 @@ class Objective:
             part.load(checkpoint)
 
 
-class _HeadPart:
-    """A margin with its sharded head and the optimizer of its rows."""
+def embedder_of(config: Config, checkpoint: Checkpoint, backbone: nn.Module) -> nn.Module:
+    """As `Objective.embedder`, from a checkpoint alone: what is to be exported.
 
-    def __init__(
-        self, spec: LossSpec, config: Config, classes: int, class_counts: Sequence[int], device: torch.device
-    ) -> None:
-        assert isinstance(spec, Margin)
-        group = Group.current()
-        dimension = config.backbone.dimension
-        if classes < group.size:
-            raise UserError(
-                f"{classes} classes cannot be shared by {group.size} workers; set scaling.workers to {classes} or less"
-            )
-        self._name = spec.name
-        self._head = Head(spec, classes, dimension, config.head, config.run.seed, class_counts, device, group)
-        self._optimizer = HeadOptimizer(self._head, config.optimizer)
-
-    def set_progress(self, step: int, warm: float) -> None:
-        self._head.set_progress(step, warm)
-
-    def __call__(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str]) -> Tensor:
-        loss: Tensor = self._head(x_bD, labels_b, keys)
-        return loss
-
-    def step(self, lr: float) -> None:
-        self._optimizer.step(lr)
-        self._optimizer.zero_grad()
-
-    def files(self) -> dict[str, dict[str, Tensor]]:
-        """One file, named by the classes whose rows it holds; the few numbers that all ranks share lie in each."""
-        state = {f"head.{name}": tensor for name, tensor in self._head.state_dict().items()}
-        state |= {f"optimizer.{name}": tensor for name, tensor in self._optimizer.state_dict().items()}
-        return {self._file(): state}
-
-    def load(self, checkpoint: Checkpoint) -> None:
-        parts: dict[str, dict[str, Tensor]] = {"head": {}, "optimizer": {}}
-        for name, tensor in checkpoint.read(self._file()).items():
-            owner, _, key = name.partition(".")
-            parts[owner][key] = tensor
-        self._head.load_state_dict(parts["head"])
-        self._optimizer.load_state_dict(parts["optimizer"])
-
-    def _file(self) -> str:
-        rows = self._head.rows
-        return f"{self._name}-rows-{rows.start:010d}-{rows.stop:010d}.safetensors"
+    Args:
+        config: the one that the checkpoint was trained with.
+        backbone: with the checkpoint's weights.
+    """
+    projection_nD = read_projection((config.loss, *config.auxiliary), checkpoint)
+    return backbone if projection_nD is None else Projected(backbone, projection_nD)

@@ -1,10 +1,12 @@
 """Every loss that a config can name."""
 
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
 from trainer.losses.base import LossSpec
+from trainer.losses.centres import Center, CenterInvariant
+from trainer.losses.coco import CoCo
 from trainer.losses.margins import Margin
 from trainer.losses.margins_adaptive import AdaFace, CurricularFace, MagFace, MVSoftmax
 from trainer.losses.margins_cosine import (
@@ -18,6 +20,10 @@ from trainer.losses.margins_cosine import (
 )
 from trainer.losses.margins_multiple import ASoftmax, LSoftmax
 from trainer.losses.margins_softmax import Focal, L2Softmax, ModifiedSoftmax, Softmax, WeightedSoftmax
+from trainer.losses.pairs import Contrastive, Marginal
+from trainer.losses.projections import TPE, TSE
+from trainer.losses.ranges import Range
+from trainer.losses.triplets import Triplet
 
 AnyLoss = (
     Softmax
@@ -28,6 +34,7 @@ AnyLoss = (
     | ASoftmax
     | L2Softmax
     | NormFace
+    | CoCo
     | CosFace
     | ArcFace
     | Combined
@@ -38,6 +45,14 @@ AnyLoss = (
     | DynamicMargin
     | CurricularFace
     | MVSoftmax
+    | Contrastive
+    | Marginal
+    | Triplet
+    | TSE
+    | TPE
+    | Center
+    | CenterInvariant
+    | Range
 )
 Loss = Annotated[AnyLoss, Field(discriminator="name")]
 
@@ -47,12 +62,32 @@ def by_name() -> dict[str, type[LossSpec]]:
     return {spec.model_fields["name"].default: spec for spec in get_args(AnyLoss)}
 
 
+def table() -> list[dict[str, Any]]:
+    """What each loss says of itself, as plain values: name, family, formula, defaults, source."""
+    return [
+        {
+            "name": name,
+            "family": spec.family,
+            "formula": spec.formula,
+            "defaults": spec.defaults(),
+            "source": spec.source,
+        }
+        for name, spec in by_name().items()
+    ]
+
+
 __all__ = [
+    "TPE",
+    "TSE",
     "ASoftmax",
     "AdaFace",
     "AnyLoss",
     "ArcFace",
+    "Center",
+    "CenterInvariant",
+    "CoCo",
     "Combined",
+    "Contrastive",
     "CosFace",
     "CurricularFace",
     "DynamicMargin",
@@ -65,10 +100,14 @@ __all__ = [
     "MVSoftmax",
     "MagFace",
     "Margin",
+    "Marginal",
     "ModifiedSoftmax",
     "NormFace",
+    "Range",
     "Softmax",
     "SubCenterArcFace",
+    "Triplet",
     "WeightedSoftmax",
     "by_name",
+    "table",
 ]

@@ -229,7 +229,7 @@ def squared_distances(x_ND: Tensor, y_MD: Tensor) -> Tensor:
 
 
 def distances(squared: Tensor) -> Tensor:
-    """The root, whose derivative is 0 at 0, where the direction in which two equal points should part is not defined."""
+    """The root, with derivative 0 at 0, where the direction in which two equal points should part is not defined."""
     some = squared > 0
     return torch.where(some, torch.where(some, squared, 1).sqrt(), 0)
 
@@ -258,7 +258,8 @@ def orthogonal_rows(rows: int, dimension: int, seed: int) -> Tensor:
     """[rows, D] orthonormal rows, rows <= D, drawn evenly from all such matrices; fp32."""
     generator = torch.Generator().manual_seed(seed)
     square, upper = torch.linalg.qr(torch.randn(dimension, rows, generator=generator, dtype=torch.float64))
-    return (square * upper.diagonal().sign()).T.float().contiguous()
+    rows_nD: Tensor = (square * upper.diagonal().sign()).T.float()
+    return rows_nD.contiguous()
 
 
 def principal_rows(x_BD: Tensor, valid_B: Tensor, rows: int) -> Tensor:
@@ -270,7 +271,8 @@ def principal_rows(x_BD: Tensor, valid_B: Tensor, rows: int) -> Tensor:
     count = valid_B.sum().clamp_min(1)
     centred_BD = (x_BD - x_BD.sum(dim=0) / count) * valid_B[:, None]
     _, vectors_DD = torch.linalg.eigh(centred_BD.T @ centred_BD)  # by rising variance
-    return vectors_DD.flip(1)[:, :rows].T.float().contiguous()
+    rows_nD: Tensor = vectors_DD.flip(1)[:, :rows].T.float()
+    return rows_nD.contiguous()
 
 
 def count(mask: Tensor) -> Tensor:

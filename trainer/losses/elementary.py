@@ -1,0 +1,140 @@
+"""The elementary losses that the others grew from: torch's own where torch has them, one line where it has not.
+
+Legend: N samples, C classes, D dimensions; t in {-1, +1} or {0, 1} the target, z a real-valued prediction, p a
+probability. All are means over the samples unless `reduction` says otherwise, and differentiable by torch's autograd.
+
+Binary targets differ by loss, as in the literature: cross entropy and focal take {0, 1}, the margin losses {-1, +1}.
+These are functions for reports, figures and new losses; a config names the losses of `trainer.losses.table`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.functional import (
+    binary_cross_entropy,
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    huber_loss,
+    l1_loss,
+    mse_loss,
+    multi_margin_loss,
+    soft_margin_loss,
+)
+
+__all__ = [
+    "ELEMENTARY",
+    "Elementary",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "exponential_loss",
+    "focal_loss",
+    "hinge_loss",
+    "huber_loss",
+    "l1_loss",
+    "l2_regularized_softmax",
+    "mse_loss",
+    "multi_margin_loss",
+    "soft_margin_loss",
+]
+
+
+def hinge_loss(z_N: Tensor, t_N: Tensor) -> Tensor:
+    """mean of max(0, 1 - t z), t in {-1, +1}; dL/dz = -t / N where t z < 1, else 0.
+
+    Source: Cortes and Vapnik 1995, Support-vector networks. torch's `hinge_embedding_loss` is another function, its
+    `multi_margin_loss` the one for several classes.
+    """
+    return functional.relu(1 - t_N * z_N).mean()
+
+
+def exponential_loss(z_N: Tensor, t_N: Tensor) -> Tensor:
+    """mean of exp(-t z), t in {-1, +1}; dL/dz = -t exp(-t z) / N.
+
+    Source: Freund and Schapire 1997, A decision-theoretic generalization of on-line learning (AdaBoost).
+    """
+    return (-t_N * z_N).exp().mean()
+
+
+def focal_loss(z_N: Tensor, t_N: Tensor, gamma: float = 2.0, balance: float = 0.25) -> Tensor:
+    """mean of -a_t (1 - p_t)^gamma log p_t on logits, t in {0, 1}: p_t = sigmoid(z) for t = 1, else 1 - sigmoid(z);
+    a_t = balance for t = 1, else 1 - balance.
+
+    dL/dp_t = a_t (gamma (1 - p_t)^(gamma-1) log p_t - (1 - p_t)^gamma / p_t) / N. Computed from log p_t, so that
+    neither end loses digits. Source: Lin et al. 2017, Focal loss for dense object detection, eq. 5.
+    """
+    signed_N = z_N * (2 * t_N - 1)
+    weight_N = balance * t_N + (1 - balance) * (1 - t_N)
+    fade_N = (gamma * functional.logsigmoid(-signed_N)).exp()
+    return (-weight_N * fade_N * functional.logsigmoid(signed_N)).mean()
+
+
+def l2_regularized_softmax(x_ND: Tensor, w_CD: Tensor, bias_C: Tensor, labels_N: Tensor, decay: float) -> Tensor:
+    """Softmax regression: cross entropy of x W^T + bias, plus decay / 2 |W|^2 (the bias is not held down).
+
+    dL/dW = (p - onehot)^T x / N + decay W. Source: Bishop 2006, Pattern recognition and machine learning, 4.3.4 and
+    3.1.4.
+    """
+    return cross_entropy(functional.linear(x_ND, w_CD, bias_C), labels_N) + decay / 2 * w_CD.square().sum()
+
+
+@dataclass(frozen=True)
+class Elementary:
+    """A row of the table of elementary losses.
+
+    Attributes:
+        per_sample: the formula for one sample; the loss is its mean.
+        function: what computes it.
+    """
+
+    name: str
+    per_sample: str
+    source: str
+    function: Callable[..., Tensor]
+
+
+ELEMENTARY = (
+    Elementary("l1", "|z - t|", "Laplace 1774; torch.nn.functional.l1_loss", l1_loss),
+    Elementary("l2", "(z - t)^2", "Legendre 1805; torch.nn.functional.mse_loss", mse_loss),
+    Elementary(
+        "huber",
+        "(z - t)^2 / 2 where |z - t| < delta, else delta (|z - t| - delta / 2)",
+        "Huber 1964, Robust estimation of a location parameter; torch.nn.functional.huber_loss",
+        huber_loss,
+    ),
+    Elementary(
+        "binary_cross_entropy",
+        "-t log p - (1 - t) log(1 - p), t in {0, 1}",
+        "Cox 1958, The regression analysis of binary sequences; torch.nn.functional.binary_cross_entropy",
+        binary_cross_entropy,
+    ),
+    Elementary(
+        "logistic",
+        "log(1 + exp(-t z)), t in {-1, +1}",
+        "Friedman et al. 2000, Additive logistic regression; torch.nn.functional.soft_margin_loss",
+        soft_margin_loss,
+    ),
+    Elementary(
+        "hinge", "max(0, 1 - t z), t in {-1, +1}", "Cortes and Vapnik 1995, Support-vector networks", hinge_loss
+    ),
+    Elementary(
+        "exponential",
+        "exp(-t z), t in {-1, +1}",
+        "Freund and Schapire 1997, A decision-theoretic generalization of on-line learning",
+        exponential_loss,
+    ),
+    Elementary(
+        "softmax_l2",
+        "-log softmax(W x + b)_t, once plus decay / 2 |W|^2",
+        "Bishop 2006, Pattern recognition and machine learning, 4.3.4",
+        l2_regularized_softmax,
+    ),
+    Elementary(
+        "focal",
+        "-a_t (1 - p_t)^gamma log p_t, t in {0, 1}",
+        "Lin et al. 2017, Focal loss for dense object detection, eq. 5",
+        focal_loss,
+    ),
+)

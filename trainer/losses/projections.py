@@ -1,0 +1,134 @@
+"""Triplet losses that learn a projection T of the embedding: similarity (TSE) and probabilistic (TPE) embedding.
+
+Legend: b anchors of this rank, B samples of all ranks, D dimension of the embedding, n of the projection.
+
+S(a, b) = (T a-hat) . (T b-hat), with a-hat = a/|a|: not a cosine, its size belongs to the loss. T [n, D] is held by
+every rank, stepped by the objective with the optimizer of the head, and kept in the checkpoint. What is compared
+afterwards is T x: `Projected` puts T behind the backbone for evaluation and export.
+
+Triplets are formed within the global batch: every anchor and positive, with the negative most similar to the anchor.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainer.errors import UserError
+from trainer.losses.batchwise import (
+    BatchLoss,
+    GlobalBatch,
+    Terms,
+    count,
+    orthogonal_rows,
+    principal_rows,
+    unit_vectors,
+)
+
+PROJECTION = "projection"  # T's name among the loss's parameters
+PAPER_DIMENSION = 128
+
+
+class ProjectedTriplet(BatchLoss):
+    """What TSE and TPE share: T, the similarities, the hardest negative.
+
+    The first T has orthonormal rows. `pca`: the n directions of greatest variance of the first batch's unit embeddings,
+    as in the papers, taken once in the first step of a run; where they span fewer dimensions, the rest is some
+    orthonormal completion. `orthogonal`: random directions from the run's seed.
+
+    With `frozen` T learns from the embeddings as they are and the backbone gets no gradient from this loss: beside
+    another loss, or with a backbone that is not to change.
+
+    A step without an anchor that has both a positive and a negative has loss 0 and counts as empty.
+    """
+
+    dimension: int | None = Field(None, ge=1, description="n, rows of T; null: 128 as in the papers, or D if less")
+    init: Literal["pca", "orthogonal"] = "pca"
+    frozen: bool = Field(False, description="learn T alone: no gradient to the embeddings")
+
+    def resolve(self, classes: int, dimension: int) -> Self:
+        if self.dimension is not None and self.dimension > dimension:
+            raise UserError(
+                f"{self.name}: dimension {self.dimension} is more than the embedding's {dimension}; "
+                f"a projection has at most {dimension} rows"
+            )
+        return self.model_copy(update={"dimension": self.dimension or min(PAPER_DIMENSION, dimension)})
+
+    def learnables(self, dimension: int, seed: int) -> dict[str, Tensor]:
+        rows = self.resolve(2, dimension).dimension
+        assert rows is not None
+        return {PROJECTION: orthogonal_rows(rows, dimension, seed)}
+
+    def first_values(self, batch: GlobalBatch, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.init != "pca":
+            return {}
+        return {PROJECTION: principal_rows(unit_vectors(batch.x_BD), batch.valid_B, values[PROJECTION].shape[0])}
+
+    def terms(self, batch: GlobalBatch, values: Mapping[str, Tensor]) -> Terms:
+        x_BD = batch.x_BD.detach() if self.frozen else batch.x_BD
+        t_Bn = unit_vectors(x_BD) @ values[PROJECTION].to(x_BD.dtype).T
+        s_bB = t_Bn[batch.own] @ t_Bn.T
+        same_bB, other_bB = batch.positives_bB(), batch.negatives_bB()
+        same_bB = same_bB & other_bB.any(dim=1, keepdim=True)
+        hardest_b = torch.where(other_bB, s_bB, -torch.inf).amax(dim=1)
+        hardest_b = torch.where(other_bB.any(dim=1), hardest_b, 0)
+        loss_bB = torch.where(same_bB, self.of(hardest_b[:, None] - s_bB), 0)
+        triplets = count(same_bB)[None]
+        return Terms(loss_bB.sum()[None], triplets, triplets)
+
+    def of(self, difference: Tensor) -> Tensor:
+        """The loss of triplets from S(a, n) - S(a, p)."""
+        raise NotImplementedError
+
+
+class TSE(ProjectedTriplet):
+    """Triplet similarity embedding: a positive shall be more similar than a negative by alpha.
+
+    L = mean over triplets of max(0, alpha + S(a, n) - S(a, p)). Where it is not 0, with t = T x-hat:
+    dL/dt_a = t_n - t_p, dL/dt_p = -t_a, dL/dt_n = t_a, dL/dT = t_a (n - p)^T + (t_n - t_p) a^T.
+    """
+
+    formula: ClassVar[str] = "max(0, alpha + S(a, n) - S(a, p)), S(a, b) = (T a).(T b)"
+    source: ClassVar[str] = "Sankaranarayanan et al. 2016, Triplet similarity embedding for face verification"
+
+    name: Literal["tse"] = "tse"
+    alpha: float = Field(0.1, ge=0, allow_inf_nan=False)
+
+    def of(self, difference: Tensor) -> Tensor:
+        return (self.alpha + difference).clamp_min(0)
+
+
+class TPE(ProjectedTriplet):
+    """Triplet probabilistic embedding: the probability of telling the positive from the negative.
+
+    L = mean over triplets of -log(exp S(a, p) / (exp S(a, p) + exp S(a, n))) = log(1 + exp(S(a, n) - S(a, p))).
+    dL/dS(a, n) = -dL/dS(a, p) = q, q = sigmoid(S(a, n) - S(a, p)); dL/dT = q (t_a (n - p)^T + (t_n - t_p) a^T).
+    """
+
+    formula: ClassVar[str] = "-log(e^S(a,p) / (e^S(a,p) + e^S(a,n))), S(a, b) = (T a).(T b)"
+    source: ClassVar[str] = (
+        "Sankaranarayanan et al. 2016, Triplet probabilistic embedding for face verification and clustering"
+    )
+
+    name: Literal["tpe"] = "tpe"
+
+    def of(self, difference: Tensor) -> Tensor:
+        return functional.softplus(difference)
+
+
+class Projected(nn.Module):
+    """A backbone followed by T: pixels to T x/|x|, [B, n]."""
+
+    def __init__(self, backbone: nn.Module, projection_nD: Tensor) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.register_buffer(PROJECTION, projection_nD.detach())
+
+    projection: Tensor
+
+    def forward(self, images: Tensor) -> Tensor:
+        x_BD: Tensor = self.backbone(images)
+        return functional.normalize(x_BD, dim=1) @ self.projection.to(x_BD.dtype).T

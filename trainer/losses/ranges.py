@@ -1,0 +1,92 @@
+"""Range loss: the widest distances within each identity of the batch, and the two identities nearest to each other.
+
+Legend: B samples of all ranks, S slots for identities (S = B), D dimension, k distances of an identity.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from trainer.losses.base import Family
+from trainer.losses.batchwise import BatchLoss, GlobalBatch, Terms, count, members, squared_distances, unit_vectors
+
+# Two equal images: far below any distance that a fp32 product tells from 0, yet its square is a normal fp32 number.
+_LEAST = 1e-12
+
+
+class Range(BatchLoss):
+    """Each identity's harmonic mean of its k largest distances, plus a hinge on the shortest distance of two centres.
+
+    L = a L_intra + b L_inter;
+    L_intra = mean over the identities of the batch of H_i = k / sum_j 1/D_ij, D_i1 >= D_i2 >= ... the k largest squared
+    distances between samples of identity i; L_inter = max(0, m - D_c), D_c the smallest squared distance between two
+    identities' centres (means) in the batch. The papers sum H_i over identities; the mean does not depend on how many
+    there are.
+    dH_i/dD_ij = H_i^2 / (k D_ij^2): the smallest of the k is shortened most. dL_inter/dD_c = -1 where D_c < m.
+
+    An identity with fewer than k pairs (n samples have n (n - 1) / 2) takes those that it has; one sample has none and
+    is left out. A batch in which no identity has a pair lacks L_intra, one with a single identity lacks L_inter; both
+    count as empty steps.
+
+    The paper's constants are for embeddings as they are, beside softmax: unit false, intra 5e-5, inter 1e-4,
+    margin 2e4. The ones here are for unit vectors.
+    """
+
+    family: ClassVar[Family] = "centre"
+    formula: ClassVar[str] = "a mean_i(k / sum_j 1/D_ij) + b max(0, m - min |c_i - c_j|^2)"
+    source: ClassVar[str] = "Zhang et al. 2017, Range loss for deep face recognition with long-tailed data, section 3"
+
+    name: Literal["range"] = "range"
+    k: int = Field(2, ge=1, le=1024, description="largest distances of each identity")
+    margin: float = Field(1.0, gt=0, allow_inf_nan=False, description="m, in squared distance of two centres")
+    intra: float = Field(1.0, ge=0, allow_inf_nan=False, description="a")
+    inter: float = Field(1.0, ge=0, allow_inf_nan=False, description="b")
+    unit: bool = Field(True, description="on unit vectors; the paper: as they are")
+
+    def mix(self) -> tuple[float, ...]:
+        return self.intra, self.inter
+
+    def terms(self, batch: GlobalBatch, values: Mapping[str, Tensor]) -> Terms:
+        """Every rank computes all distances and answers for the identities in its share of the slots; the first one
+        answers for the pair of centres."""
+        x_BD = unit_vectors(batch.x_BD) if self.unit else batch.x_BD
+        slot_B, member_SB = members(batch.labels_B)
+        means_S, some_S = self._harmonic_means(x_BD, batch.labels_B, slot_B)
+        own_S = torch.zeros_like(some_S)
+        own_S[batch.own] = True
+        own_S = own_S & some_S
+        hinge, pairs = self._nearest_centres(x_BD, member_SB)
+        first = float(batch.start == 0)
+        totals = torch.stack([torch.where(own_S, means_S, 0).sum(), first * hinge])
+        return Terms(
+            totals, torch.stack([count(own_S), totals.new_full((), first).double()]), torch.stack([count(own_S), pairs])
+        )
+
+    def _harmonic_means(self, x_BD: Tensor, labels_B: Tensor, slot_B: Tensor) -> tuple[Tensor, Tensor]:
+        """H of each slot's identity, and whether it has one."""
+        size, k = x_BD.shape[0], min(self.k, x_BD.shape[0])
+        pair_BB = ((labels_B[:, None] == labels_B) & (labels_B >= 0)).triu(diagonal=1)
+        # The k largest of an identity are among the k largest of each of its rows: sort those by (slot, -distance).
+        rows_Bk = torch.where(pair_BB, squared_distances(x_BD, x_BD), -torch.inf).topk(k, dim=1).values
+        values_N, order_N = rows_Bk.flatten().sort(descending=True)
+        slots_N, by_slot_N = slot_B.repeat_interleave(k)[order_N].sort(stable=True)
+        values_N = values_N[by_slot_N]
+        slots_S = torch.arange(size, device=x_BD.device)
+        place_Sk = torch.searchsorted(slots_N, slots_S)[:, None] + torch.arange(k, device=x_BD.device)
+        within_Sk = place_Sk.clamp_max(len(slots_N) - 1)
+        kept_Sk = (place_Sk < len(slots_N)) & (slots_N[within_Sk] == slots_S[:, None])
+        kept_Sk = kept_Sk & (values_N[within_Sk] != -torch.inf)
+        inverse_Sk = torch.where(kept_Sk, 1 / torch.where(kept_Sk, values_N[within_Sk], 1).clamp_min(_LEAST), 0)
+        some_S = kept_Sk.any(dim=1)
+        return kept_Sk.sum(dim=1) / torch.where(some_S, inverse_Sk.sum(dim=1), 1), some_S
+
+    def _nearest_centres(self, x_BD: Tensor, member_SB: Tensor) -> tuple[Tensor, Tensor]:
+        """The hinge on the nearest two centres, and the number of pairs of centres; 0 where there is no pair."""
+        size_S = member_SB.sum(dim=1)
+        centres_SD = (member_SB.to(x_BD.dtype) @ x_BD) / size_S.clamp_min(1)[:, None]
+        pair_SS = ((size_S > 0)[:, None] & (size_S > 0)).triu(diagonal=1)
+        nearest = torch.where(pair_SS, squared_distances(centres_SD, centres_SD), torch.inf).amin()
+        return (self.margin - nearest).clamp_min(0), count(pair_SS)

@@ -119,6 +119,7 @@ def export_run(
     from trainer.data.manifest import Manifest
     from trainer.data.stream import preprocessing
     from trainer.export import export
+    from trainer.objective import embedder_of
 
     found = open_checkpoint(run) if (run / MANIFEST).is_file() else latest(run / "checkpoints")
     if found is None:
@@ -129,6 +130,7 @@ def export_run(
     pixels = preprocessing(manifest, config.data)
     backbone = build(config.backbone, pixels.channels, pixels.height, pixels.width)
     backbone.load_state_dict(_weights(found))
+    model = embedder_of(config, found, backbone)
     images = np.stack(list(islice(_images(folder, manifest, config), _PARITY_IMAGES)))
     import torch
 
@@ -141,7 +143,7 @@ def export_run(
         "tracking_uri": noted.get("tracking_uri", "") if "@" not in noted.get("tracking_uri", "") else "",
         "data": manifest.kind,
     }
-    written = export(backbone, pixels, to, torch.from_numpy(images), provenance, overwrite=overwrite)
+    written = export(model, pixels, to, torch.from_numpy(images), provenance, overwrite=overwrite)
     if register and noted.get("mlflow_run_id"):
         from trainer.tracking import Tracker
 

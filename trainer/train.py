@@ -147,6 +147,8 @@ class _Run:
         values["learning_rate"] = self.config.optimizer.lr * learning_rate_factor(
             self.step - 1, self.total_steps, self.config.schedule
         )
+        for note in self.objective.notes(values):
+            self.report(Record("note", text=note))
         self.report(Record("step", self.step, self.total_steps, values | meter.read()))
 
     def _after_epoch(self, epoch: int) -> None:
@@ -156,7 +158,7 @@ class _Run:
         if self.validation is None:
             return
         average_buffers(self.engine.module, self.group)
-        values = self.validation(self.engine.module, self.device)
+        values = self.validation(self.objective.embedder(self.engine.module), self.device)
         self.report(Record("metrics", self.step, self.total_steps, values))
 
     def _validation(self) -> Validation | None:

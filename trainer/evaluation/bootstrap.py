@@ -1,5 +1,8 @@
 """Resampling of subjects: samples of one subject err together, so a subject is drawn as a whole or not at all."""
 
+from math import sqrt
+from statistics import NormalDist
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,6 +16,19 @@ def interval(replicates_R: NDArray[np.float64], confidence: float) -> tuple[floa
     """The central percentile interval of bootstrap replicates (Efron and Tibshirani, 1993, chapter 13)."""
     low, high = np.quantile(replicates_R, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def score_interval(rate: float, variance: float, confidence: float) -> tuple[float, float]:
+    """Interval of a rate from its variance, which is taken to grow in proportion to the rate, as that of a count does.
+
+    The score interval of a Poisson count (Rao): all r with (rate - r)^2 <= z^2 variance r / rate. Unlike a percentile
+    interval it stays above 0, and it holds its confidence with few hits.
+    """
+    if rate <= 0 or variance <= 0:
+        return max(rate, 0.0), min(max(rate, 0.0), 1.0)
+    spread = NormalDist().inv_cdf((1 + confidence) / 2) ** 2 * variance / rate
+    centre, width = rate + spread / 2, sqrt(spread * rate + spread**2 / 4)
+    return max(centre - width, 0.0), min(centre + width, 1.0)
 
 
 def mean_interval(

@@ -31,7 +31,7 @@ def counts(mated: list[float], non_mated: list[float]) -> PairCounts:
     return PairCounts(*(np.bincount(cell(np.array(s, np.float32)), minlength=CELLS) for s in (mated, non_mated)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(score_lists, score_lists)
 def test_the_curve_is_the_definition_at_every_threshold(mated: list[float], non_mated: list[float]) -> None:
     curve = verification_curve(counts(mated, non_mated))
@@ -43,7 +43,7 @@ def test_the_curve_is_the_definition_at_every_threshold(mated: list[float], non_
     assert (np.diff(curve.fnmr_T) >= 0).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(score_lists, score_lists)
 def test_the_area_is_the_chance_that_a_mated_pair_scores_higher(mated: list[float], non_mated: list[float]) -> None:
     wins = sum((m > n) + (m == n) / 2 for m in mated for n in non_mated) / len(mated) / len(non_mated)
@@ -53,7 +53,7 @@ def test_the_area_is_the_chance_that_a_mated_pair_scores_higher(mated: list[floa
     assert area == pytest.approx(roc_auc_score(truth, mated + non_mated), abs=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(score_lists, score_lists)
 def test_the_equal_error_rate_lies_where_the_rates_cross(mated: list[float], non_mated: list[float]) -> None:
     curve = verification_curve(counts(mated, non_mated))
@@ -81,7 +81,7 @@ def test_the_equal_error_rate_of_two_normal_distributions() -> None:
     assert equal_error_rate(curve) == pytest.approx(0.02275, abs=0.001)  # Phi(-2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(score_lists, score_lists, st.sampled_from([0.05, 0.25, 0.5, 0.9]))
 def test_tar_is_the_best_that_keeps_the_far(mated: list[float], non_mated: list[float], far: float) -> None:
     few = counts(mated, non_mated)
@@ -128,7 +128,7 @@ def test_ties_are_broken_by_lot_in_expectation(ahead: int, tied: int) -> None:
     assert match_characteristic(searches([ahead], [tied]), 14) == pytest.approx(expected)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(score_lists, st.floats(0.001, 0.999))
 def test_the_threshold_is_the_lowest_that_keeps_the_rate(non_mated: list[float], rate: float) -> None:
     assume(abs(rate * len(non_mated) - round(rate * len(non_mated))) > 1e-6)
@@ -156,7 +156,7 @@ def test_fnir_at_fpir_and_its_limit() -> None:
     assert short.reason == "299 non-mated probes do not show FPIR 0.01; it takes 300"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(score_lists, score_lists)
 def test_the_identification_curve_is_the_definition(mated: list[float], non_mated: list[float]) -> None:
     curve = identification_curve(np.array(mated, np.float32), np.array(non_mated, np.float32))

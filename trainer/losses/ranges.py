@@ -67,12 +67,14 @@ class Range(BatchLoss):
 
     def _harmonic_means(self, x_BD: Tensor, labels_B: Tensor, slot_B: Tensor) -> tuple[Tensor, Tensor]:
         """H of each slot's identity, and whether it has one."""
-        size, k = x_BD.shape[0], min(self.k, x_BD.shape[0])
+        size = x_BD.shape[0]
+        of_row = min(self.k, size)
+        k = min(self.k, size * of_row)
         pair_BB = ((labels_B[:, None] == labels_B) & (labels_B >= 0)).triu(diagonal=1)
         # The k largest of an identity are among the k largest of each of its rows: sort those by (slot, -distance).
-        rows_Bk = torch.where(pair_BB, squared_distances(x_BD, x_BD), -torch.inf).topk(k, dim=1).values
-        values_N, order_N = rows_Bk.flatten().sort(descending=True)
-        slots_N, by_slot_N = slot_B.repeat_interleave(k)[order_N].sort(stable=True)
+        rows_BK = torch.where(pair_BB, squared_distances(x_BD, x_BD), -torch.inf).topk(of_row, dim=1).values
+        values_N, order_N = rows_BK.flatten().sort(descending=True)
+        slots_N, by_slot_N = slot_B.repeat_interleave(of_row)[order_N].sort(stable=True)
         values_N = values_N[by_slot_N]
         slots_S = torch.arange(size, device=x_BD.device)
         place_Sk = torch.searchsorted(slots_N, slots_S)[:, None] + torch.arange(k, device=x_BD.device)

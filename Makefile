@@ -17,8 +17,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serving,trainer,dev]'
 	touch $(STAMP)
 
-demo: $(STAMP) ## images to a running service, in one go; KEEP=1 leaves the service running
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python deploy/demo.py $(if $(filter 1,$(KEEP)),--keep)
+demo: $(STAMP) ## images to a running service; KEEP=1 leaves it running, TRAIN='run.epochs=2' overrides the config
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python deploy/demo.py $(if $(filter 1,$(KEEP)),--keep) $(TRAIN)
 
 test: $(STAMP) ## every test
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(TESTS)

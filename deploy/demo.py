@@ -37,13 +37,22 @@ def main() -> int:
     """Run every step; the exit code is 0 when all of them, and the answers' format, were right."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", action="store_true", help="leave the service running")
-    keep = parser.parse_args().keep
+    parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="for the training, e.g. run.epochs=2")
+    arguments = parser.parse_args()
+    keep = arguments.keep
     started = time.monotonic()
     shutil.rmtree(DEMO, ignore_errors=True)
     DEMO.mkdir()
     step("1/7 images to WebDataset shards", *import_command())
     overrides = [f"data.path={DATA}", f"run.out={RUN}", f"tracking.uri=sqlite:///{DEMO / 'mlflow.db'}"]
-    step("2/7 train: Ray, DeepSpeed, sharded ArcFace", "train", "--config", str(ROOT / "configs/demo.yaml"), *overrides)
+    step(
+        "2/7 train: Ray, DeepSpeed, sharded ArcFace",
+        "train",
+        "--config",
+        str(ROOT / "configs/demo.yaml"),
+        *overrides,
+        *arguments.overrides,
+    )
     step("3/7 export to ONNX, register in MLflow", "export", "--run", str(RUN), "--out", str(EMBEDDER))
     both = ["--embedder", str(EMBEDDER), "--data", str(DATA)]
     step("4/7 evaluate on alphabets never seen", "evaluate", *both)

@@ -111,8 +111,13 @@ def train(
     """
     from serving.commands import train_and_track
     from trainer.config import load
+    from trainer.launch import TrainingFailed
 
-    train_and_track(load(config, overrides), resume, out, err)
+    try:
+        train_and_track(load(config, overrides), resume, out, err)
+    except TrainingFailed as error:
+        err.print(f"[bold red]the training failed:[/] {_plain(str(error))}", highlight=False)
+        raise typer.Exit(1) from error
 
 
 @app.command()

@@ -22,6 +22,10 @@ from trainer.train import Record
 _POLL_S = 0.3
 
 
+class TrainingFailed(RuntimeError):
+    """A worker failed by no fault of the input; the message holds its traceback."""
+
+
 class _Board:
     """Where rank 0 leaves its records and the launcher picks them up. An actor without a CPU of its own."""
 
@@ -46,7 +50,7 @@ def launch(config: Config, resume: bool, on_record: Callable[[Record], None]) ->
 
     Raises:
         UserError: what a worker found wrong with the input, or resources that the cluster does not have.
-        RuntimeError: the training failed; the message holds the worker's traceback.
+        TrainingFailed: anything else went wrong in a worker.
     """
     _connect(config)
     _check_resources(config)
@@ -66,7 +70,7 @@ def launch(config: Config, resume: bool, on_record: Callable[[Record], None]) ->
         reader.stop()
         if errors:
             raise UserError(errors[0]) from error
-        raise RuntimeError(str(error)) from error
+        raise TrainingFailed(str(error)) from error
     finally:
         reader.stop()
         ray.shutdown()

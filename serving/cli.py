@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from serving.plot_commands import plot_app
 from trainer.errors import UserError
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Turn images into WebDataset shards, and check them.")
 app.add_typer(data_app, name="data")
+app.add_typer(plot_app, name="plot")
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)

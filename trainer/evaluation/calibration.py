@@ -228,12 +228,12 @@ def _clean_subjects(name: str, rate: float, independent: int, what: str = "subje
 
 def _capped(labels_N: Labels, most: int, seed: int) -> NDArray[np.int64]:
     """Rows of at most so many samples: as many of every subject as fit, then fewer subjects, drawn by the seed."""
-    order_N = np.random.default_rng([seed, 5]).permutation(len(labels_N))
+    generator = np.random.default_rng([seed, 5])
+    order_N = generator.permutation(len(labels_N))
     order_N = order_N[np.argsort(labels_N[order_N], kind="stable")]
     sorted_N = labels_N[order_N]
     place_N = np.arange(len(sorted_N)) - np.searchsorted(sorted_N, sorted_N)
-    kept_N = order_N[np.lexsort((order_N, place_N))][:most]
-    return np.sort(kept_N)
+    return np.sort(order_N[np.lexsort((generator.random(len(order_N)), place_N))[:most]])
 
 
 def _check_rate(name: str, rate: float) -> None:

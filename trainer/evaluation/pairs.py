@@ -1,6 +1,7 @@
 """The verification protocol: all pairs of the held-out samples, and LFW's ten folds of drawn ones."""
 
 from collections.abc import Sequence
+from math import isqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from trainer.evaluation.metrics import (
 from trainer.evaluation.report import Histogram, TarAtFar, TenFold, Verification, rounded, thinned
 from trainer.evaluation.scores import GRID, STEPS, Labels, PairCounts, Vectors, pair_counts
 
-HISTOGRAM_BINS = 200  # from the lowest score that occurs to the highest
+HISTOGRAM_BINS = 200  # from the lowest score that occurs to the highest; fewer where pairs are few
 FOLDS = 10
 PAIRS_PER_FOLD = 300  # mated, and as many non-mated, as in LFW
 
@@ -99,7 +100,8 @@ def whole_identities(labels_N: Labels, most: int, seed: int) -> NDArray[np.int64
 def histogram_of(counts: PairCounts) -> Histogram:
     """Densities of the mated and non-mated scores, over the range that occurs."""
     cells = np.flatnonzero(counts.mated + counts.non_mated)
-    width = max(1, -(-int(cells[-1] + 1 - cells[0]) // HISTOGRAM_BINS))
+    bins = min(HISTOGRAM_BINS, 20 + isqrt(int(counts.mated.sum())))
+    width = max(1, -(-int(cells[-1] + 1 - cells[0]) // bins))
     starts = np.arange(cells[0], cells[-1] + 1, width)
     edges = (np.append(starts, starts[-1] + width) - STEPS) * GRID
     mated, non_mated = (

@@ -5,7 +5,7 @@ import pytest
 
 from trainer.artifact import Calibration
 from trainer.errors import UserError
-from trainer.evaluation import rates
+from trainer.evaluation import calibration, rates
 from trainer.evaluation.calibration import calibrate, fpir_at, identify_threshold, verify_threshold
 from trainer.evaluation.scores import GRID
 
@@ -96,11 +96,11 @@ def test_the_reached_fmr_lies_in_the_interval_as_often_as_claimed(fmr: float) ->
 
 def test_a_calibration_says_what_it_is_for() -> None:
     vectors, labels = population(60, 6, 0)
-    calibration = calibrate(
+    found = calibrate(
         vectors, labels, model_id="digest", fpir=0.1, fmr=1e-3, gallery_size=50, seed=1, source="val of made-up people"
     )
-    assert Calibration.model_validate_json(calibration.model_dump_json()) == calibration
-    verify, identify = calibration.verify, calibration.identify
+    assert Calibration.model_validate_json(found.model_dump_json()) == found
+    verify, identify = found.verify, found.identify
     assert (verify.target, verify.rate, verify.gallery_size) == ("FMR", 1e-3, 1)
     assert (identify.target, identify.rate, identify.gallery_size) == ("FPIR", 0.1, 50)
     assert (identify.probes, identify.subjects, identify.model_id) == (360, 60, "digest")
@@ -112,7 +112,7 @@ def test_a_calibration_says_what_it_is_for() -> None:
     again = calibrate(
         vectors, labels, model_id="digest", fpir=0.1, fmr=1e-3, gallery_size=50, seed=1, source="val of made-up people"
     )
-    assert again == calibration
+    assert again == found
 
 
 def test_the_empirical_threshold_is_the_lowest_that_keeps_the_rate() -> None:
@@ -203,6 +203,16 @@ def test_too_few_pairs_for_an_fmr_are_an_error() -> None:
         UserError, match="7020 non-mated pairs of 40 subjects cannot tell FMR 1e-07; it takes 1000000 pairs"
     ):
         verify_threshold(vectors, labels, model_id="m", fmr=1e-7, source="s")
+
+
+def test_a_cap_keeps_as_many_samples_of_every_subject(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, labels = population(30, 8, 0)
+    monkeypatch.setattr(calibration, "MAX_PROBES", 100)
+    monkeypatch.setattr(calibration, "MAX_PAIR_SAMPLES", 60)
+    found = calibrate(vectors, labels, model_id="m", fpir=0.1, fmr=0.01, gallery_size=20, source="s")
+    assert (found.identify.probes, found.identify.subjects) == (100, 30)
+    assert (found.verify.probes, found.verify.subjects) == (60, 30)
+    assert "1740 non-mated pairs" in found.verify.source  # two samples of each: 60 x 58 / 2
 
 
 def test_too_few_subjects_are_an_error() -> None:

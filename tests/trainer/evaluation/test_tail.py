@@ -4,7 +4,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from trainer.evaluation.bootstrap import score_interval, subject_weights
@@ -100,6 +100,7 @@ def test_a_weight_of_two_is_the_same_as_two_hits() -> None:
 def test_rate_and_quantile_of_a_pareto_tail_are_inverse(shape: float, scale: float, rate: float) -> None:
     tail = Pareto(0.4, 0.1, shape, scale)
     threshold = tail.quantile(rate)
+    assume(threshold < 1)  # where no score below 1 is rare enough, there is none to be had
     assert tail.rate(threshold) <= rate * (1 + 1e-6)
     assert tail.rate(threshold - 2 * GRID) >= rate * (1 - 1e-6)
 

@@ -1,0 +1,210 @@
+"""Figures of a Report: ROC, DET, scores, open set and CMC, each a PNG that prints in black and white.
+
+Only matplotlib's Agg canvas is used: nothing here needs a display or touches global state.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import NormalDist
+from typing import Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from numpy.typing import NDArray
+
+from trainer.evaluation.metrics import RESOLVED_ERRORS, SHOWN_ERRORS
+from trainer.evaluation.plots_style import COLOURS, DPI, GREY, LINES, PALE, SINGLE, new_figure, paper_style
+from trainer.evaluation.report import Report
+
+HEIGHT = 2.75  # inches
+DEVIATE_TICKS = (1e-6, 1e-4, 1e-3, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95)
+BLACK, BLUE = COLOURS[0], COLOURS[1]
+
+
+def report_plots(report: Report, folder: Path) -> list[Path]:
+    """Draw every figure of the report into the folder, which is made where it is missing.
+
+    Returns:
+        `roc.png`, `det.png`, `scores.png`, `open_set.png` and `cmc.png`; the same report gives the same bytes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, Callable[[Axes, Report], None]] = {
+        "roc": draw_roc,
+        "det": draw_det,
+        "scores": draw_scores,
+        "open_set": draw_open_set,
+        "cmc": draw_cmc,
+    }
+    paths = []
+    with paper_style():
+        for name, draw in figures.items():
+            figure: Figure = new_figure(SINGLE, HEIGHT)
+            figure.set_layout_engine("constrained")
+            draw(figure.add_subplot(), report)
+            path = folder / f"{name}.png"
+            figure.savefig(path, dpi=DPI, metadata={"Software": None})
+            paths.append(path)
+    return paths
+
+
+def draw_roc(axes: Axes, report: Report) -> None:
+    """TAR over FAR, the latter logarithmic, with the operating points of the report marked."""
+    found = report.verification
+    far, tar = np.array(found.fmr), 1 - np.array(found.fnmr)
+    lowest = 1 / found.non_mated_pairs
+    axes.plot(np.maximum(far, lowest), tar, color=BLACK, drawstyle="steps-post", zorder=3)
+    chance = np.geomspace(lowest, 1, 200)
+    axes.plot(chance, chance, color=GREY, linestyle=LINES[2], linewidth=0.8)
+    for point in found.tar_at_far:
+        if point.tar is not None:
+            axes.plot(point.far, point.tar, "o", color=BLACK, markerfacecolor="white", markersize=4.5, zorder=4)
+            _note(axes, f"{_percent(point.tar)} at {_percent(point.far)}", (point.far, point.tar), (-5, 4), "right")
+    _unresolved(axes, "x", lowest, RESOLVED_ERRORS / found.non_mated_pairs)
+    axes.set(xscale="log", xlim=(lowest, 1), xlabel="false accept rate (FAR)", ylabel="true accept rate (TAR)")
+    _percent_axis(axes, "x")
+    _zoom(axes, [point.tar for point in found.tar_at_far if point.tar is not None])
+    axes.set_title(f"Verification: EER {_percent(found.eer)}, AUC {found.auc:.4f}", loc="left")
+
+
+def draw_det(axes: Axes, report: Report) -> None:
+    """FNMR over FMR on normal-deviate axes, where normally distributed scores give a straight line."""
+    found = report.verification
+    fmr, fnmr = np.array(found.fmr), np.array(found.fnmr)
+    low_x, low_y = max(1 / found.non_mated_pairs, 1e-6), max(1 / found.mated_pairs, 1e-6)
+    inside = (fmr > 0) & (fmr < 1) & (fnmr > 0) & (fnmr < 1)
+    axes.plot(_deviate(fmr[inside]), _deviate(fnmr[inside]), color=BLACK, drawstyle="steps-post", zorder=3)
+    if np.count_nonzero(inside) < 2:
+        axes.text(
+            0.5, 0.5, "no threshold makes both errors", ha="center", transform=axes.transAxes, backgroundcolor="w"
+        )
+    ends = _deviate(np.array([max(low_x, low_y), 0.5]))
+    axes.plot(ends, ends, color=GREY, linestyle=LINES[2], linewidth=0.8)
+    if 0 < found.eer < 1:
+        at = _deviate(np.array([found.eer]))
+        axes.plot(at, at, "o", color=BLACK, markerfacecolor="white", markersize=4.5, zorder=4)
+        _note(axes, f"EER {_percent(found.eer)}", (at[0], at[0]), (6, 4))
+    for axis, low in (("x", low_x), ("y", low_y)):
+        ticks = [tick for tick in DEVIATE_TICKS if tick >= low]
+        high = max(0.5, found.eer)
+        getattr(axes, f"set_{axis}ticks")(_deviate(np.array(ticks)), [_percent(tick) for tick in ticks])
+        getattr(axes, f"set_{axis}lim")(*_deviate(np.array([low, min(high * 1.2, 0.99)])))
+    _unresolved(axes, "x", *_deviate(np.array([low_x, min(RESOLVED_ERRORS / found.non_mated_pairs, 0.5)])))
+    _unresolved(axes, "y", *_deviate(np.array([low_y, min(RESOLVED_ERRORS / found.mated_pairs, 0.5)])))
+    axes.grid(color=PALE, linewidth=0.4)
+    axes.set(xlabel="false match rate (FMR), normal deviate", ylabel="false non-match rate (FNMR)")
+    axes.set_title("Detection error trade-off", loc="left")
+
+
+def draw_scores(axes: Axes, report: Report) -> None:
+    """Densities of mated and non-mated scores, with the thresholds of the report."""
+    histogram = report.verification.histogram
+    edges = np.array(histogram.edges)
+    axes.stairs(histogram.non_mated, edges, fill=True, color=PALE, edgecolor=GREY, label="non-mated pairs")
+    axes.stairs(histogram.mated, edges, color=BLACK, hatch="////", label="mated pairs", zorder=3)
+    top = max(*histogram.mated, *histogram.non_mated)
+    lines = [(p.threshold, f"FAR {_percent(p.far)}", LINES[1]) for p in report.verification.tar_at_far[1:2]]
+    lines += [(p.threshold, f"FPIR {_percent(p.fpir)}", LINES[3]) for p in report.open_set.points[:1]]
+    for threshold, label, style in lines:
+        if threshold is not None:
+            label = f"{label}: {threshold:.3f}"
+            axes.axvline(threshold, ymax=0.78, color=BLUE, linestyle=style, linewidth=1.2, label=label, zorder=4)
+    axes.set(xlabel="cosine similarity", ylabel="density (share per unit of score)", ylim=(0, 1.3 * top))
+    axes.set_xlim(edges[0], edges[-1])
+    axes.legend(loc="upper right", ncols=2, columnspacing=1.2)
+    axes.set_title("Scores of all pairs", loc="left")
+
+
+def draw_open_set(axes: Axes, report: Report) -> None:
+    """FNIR over FPIR, both logarithmic, with the operating points and their intervals."""
+    found = report.open_set
+    fpir, fnir = np.array(found.fpir), np.array(found.fnir)
+    low_x, low_y = 1 / found.non_mated_probes, 1 / found.mated_probes
+    axes.plot(np.maximum(fpir, low_x), np.maximum(fnir, low_y), color=BLACK, drawstyle="steps-post", zorder=3)
+    for point in found.points:
+        if point.fnir is None or point.low is None or point.high is None:
+            continue
+        at = max(point.fnir, low_y)
+        bars = [[max(at - max(point.low, low_y), 0.0)], [max(point.high - at, 0.0)]]
+        axes.errorbar(
+            [point.fpir],
+            [at],
+            yerr=bars,
+            fmt="o",
+            color=BLACK,
+            markerfacecolor="white",
+            markersize=4.5,
+            capsize=2,
+            zorder=4,
+        )
+        _note(axes, f"{_percent(point.fnir)} at {_percent(point.fpir)}", (point.fpir, at), (-5, -9), "right")
+    _unresolved(axes, "x", low_x, SHOWN_ERRORS / found.non_mated_probes)
+    floor = min([point.low for point in found.points if point.low is not None], default=1.0) / 3
+    axes.set(xscale="log", yscale="log", xlim=(low_x, 1), ylim=(max(low_y, floor), 1.05))
+    axes.set(xlabel="false positive identification rate (FPIR)", ylabel="false negative identification rate (FNIR)")
+    _percent_axis(axes, "x")
+    _percent_axis(axes, "y")
+    axes.set_title(f"Open set: {found.gallery_size} enrolled, {found.unenrolled} not", loc="left")
+
+
+def draw_cmc(axes: Axes, report: Report) -> None:
+    """The share of mates among the first k candidates."""
+    found = report.one_shot
+    ranks = np.arange(1, len(found.cmc) + 1)
+    axes.plot(ranks, found.cmc, "o-", color=BLACK, markersize=3, label="first sample enrolled", zorder=3)
+    bars = [[max(found.rank1 - found.low, 0.0)], [max(found.high - found.rank1, 0.0)]]
+    axes.errorbar([1], [found.rank1], yerr=bars, color=BLACK, capsize=2, zorder=3)
+    _note(axes, f"rank 1: {_percent(found.rank1)}", (1, found.rank1), (8, -10))
+    axes.set(xlabel="rank k", ylabel="mate among the first k", xlim=(0.5, len(found.cmc) + 0.5))
+    axes.set_xticks([rank for rank in (1, 5, 10, 15, 20) if rank <= len(found.cmc)])
+    _zoom(axes, [found.low, *found.cmc])
+    axes.grid(axis="y", color=PALE, linewidth=0.4)
+    axes.set_title(f"Closed set: {found.gallery_size} identities, one sample each", loc="left")
+
+
+def _note(
+    axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], side: Literal["left", "right"] = "left"
+) -> None:
+    """A remark beside a point, the offset in points of type."""
+    axes.annotate(text, at, offset, textcoords="offset points", fontsize=7, ha=side, zorder=5)
+
+
+def _percent(rate: float) -> str:
+    """A rate in per cent, with four digits and never a power of ten."""
+    return f"{np.format_float_positional(100 * rate, precision=4, fractional=False, trim='-')} %"
+
+
+def _deviate(rates: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The normal deviate of each rate: 0.5 is 0, 0.0228 is -2."""
+    normal = NormalDist()
+    return np.array([normal.inv_cdf(rate) for rate in rates], dtype=np.float64)
+
+
+def _percent_axis(axes: Axes, which: Literal["x", "y"]) -> None:
+    """A tick a decade, more where they are few and fewer where they are many, in per cent, on a logarithmic axis."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    lowest = (axes.get_xlim() if which == "x" else axes.get_ylim())[0]
+    step, parts = (1, (1, 2, 5) if which == "y" and lowest > 2e-3 else (1,)) if lowest > 1e-6 else (2, (1,))
+    axis.set_major_locator(FixedLocator([part * 10.0**power for power in range(0, -11, -step) for part in parts]))
+    axis.set_major_formatter(FuncFormatter(lambda rate, _: _percent(rate)))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
+    axes.grid(axis=which, color=PALE, linewidth=0.4)
+
+
+def _zoom(axes: Axes, rates: list[float]) -> None:
+    """A rate axis that ends at 100 % and begins where the figures are."""
+    low = min([*rates, 0.95])
+    axes.set_ylim(max(0.0, 1 - 1.35 * (1 - low)), 1 + 0.03 * (1 - low))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: _percent(rate)))
+
+
+def _unresolved(axes: Axes, which: str, low: float, high: float) -> None:
+    """Shade the rates that too few trials stand behind."""
+    if high > low:
+        span = axes.axvspan if which == "x" else axes.axhspan
+        span(low, high, facecolor="none", edgecolor=PALE, hatch="\\\\\\\\", linewidth=0)
+        if which == "x":
+            anchor = axes.get_xaxis_transform()
+            axes.text(low, 0.04, " too few trials", transform=anchor, rotation=90, va="bottom", fontsize=6, color=GREY)

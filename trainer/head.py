@@ -49,7 +49,7 @@ class Head(nn.Module):
     that average over ranks), and writes this rank's rows of `weight.grad`:
 
     - where the margin has unit rows and `config.rows` is "unit", the rows of `weight` are kept at length 1 by
-      `HeadOptimizer`, and the gradient is the plain one; its part along the row is removed by the optimizer.
+      `HeadOptimizer`, and the gradient's part along the row has no meaning; the optimizer removes it.
     - with sampling it is a sparse tensor over the sampled rows.
     - its memory is used again in the next step; copy what must last.
 
@@ -136,7 +136,7 @@ class Head(nn.Module):
         margin = self.margin.at(self._step, self._warm) if self.training else self.margin
         values = {name: replicated(scalar, self.group) for name, scalar in self.scalars.items()}
         values |= dict(self.named_buffers(recurse=False))
-        loss = _Step(self, margin, x_BD, labels_B, values).loss()
+        loss = Step(self, margin, x_BD, labels_B, values).loss()
         fault.raise_if_any(self.group, x_bD.shape[0], keys)
         return loss
 
@@ -200,23 +200,22 @@ def step_noise(seed: int, step: int, batch: int) -> Tensor:
     return torch.randn(batch, generator=torch.Generator().manual_seed(mixed_seed(seed, step, _NOISE)))
 
 
-class _Step:
+class Step:
     """The computation of one loss; its parts share the gathered batch."""
 
     def __init__(self, head: Head, margin: Margin, x_BD: Tensor, labels_B: Tensor, values: dict[str, Tensor]) -> None:
         self.head, self.margin, self.labels_B, self.values = head, margin, labels_B, values
         self.valid_B = labels_B >= 0
-        square_B = x_BD.square().sum(dim=1)
-        some_B = square_B > 0
-        self.norms_B = torch.where(some_B, torch.where(some_B, square_B, 1).sqrt(), 0)
-        self.lengths_B = self.norms_B
-        self.e_BD = x_BD
+        # Targets are B numbers: they are computed in fp64, since 1 - cos^2 of a fp32 cosine near 1 has few digits left.
+        self.exact_BD = x_BD.double()
+        self.norms_B, inverse_B = _length(self.exact_BD)
+        self.unit_BD = self.exact_BD * inverse_B[:, None]
+        self.e_BD, self.lengths_B = x_BD, self.norms_B
         if margin.unit_embedding:
-            # An embedding of length 0 has no direction: it counts as the null vector and gets no gradient.
             scale = margin.scale_of(values)
-            inverse_B = torch.where(some_B, torch.where(some_B, square_B, 1).rsqrt(), 0)
-            self.e_BD = x_BD * (inverse_B * scale)[:, None]
-            self.lengths_B = torch.ones_like(square_B) * scale
+            self.e_BD = x_BD * (inverse_B * scale).to(x_BD)[:, None]
+            self.exact_BD = self.unit_BD * scale
+            self.lengths_B = torch.ones_like(self.norms_B) * scale
         self.rows, self.own = self._rows()
 
     def _rows(self) -> tuple[Rows, Own]:
@@ -233,18 +232,25 @@ class _Step:
         return Rows(head.weight, head.bias, chosen, head.centres), Own(mask_B, place_B)
 
     def loss(self) -> Tensor:
+        """The mean over the valid samples of all ranks."""
+        head, margin = self.head, self.margin
+        sums_B, targets_B, shift = self.parts()
+        negatives_B, targets_B = self._exchange(sums_B, targets_B, shift)
+        losses_B = margin.per_sample(negatives_B, targets_B, self._class_values())
+        extra_B = margin.regularizer(own_slice(self.norms_B, head.group))
+        if extra_B is not None:
+            losses_B = losses_B + extra_B.to(losses_B)
+        return torch.where(self.valid_B, losses_B, 0).sum() / self.valid_B.sum().clamp_min(1)
+
+    def parts(self) -> tuple[Tensor, Tensor, float | None]:
+        """What this rank knows: its part of the denominator (its logarithm where the shift, which comes third, is
+        None), and the targets' logits, 0 where another rank owns the class."""
         head, margin, rows = self.head, self.margin, self.rows
         reweight = self._observe()
         plan = head.plan(margin, self.labels_B.shape[0], len(rows), self.e_BD.dtype, reweight)
         sums_B, centres_BKD, bias_B = negatives(self.e_BD, rows, self.own, plan, head.sink, head._memory)
         targets_B = margin.target(self._positives(centres_BKD, bias_B))
-        targets_B = torch.where(self.own.mask_B, targets_B, 0)
-        negatives_B, targets_B = self._exchange(sums_B, targets_B, plan.shift)
-        losses_B = margin.per_sample(negatives_B, targets_B, self._class_values())
-        extra_B = margin.regularizer(own_slice(self.norms_B, head.group))
-        if extra_B is not None:
-            losses_B = losses_B + extra_B
-        return torch.where(self.valid_B, losses_B, 0).sum() / self.valid_B.sum().clamp_min(1)
+        return sums_B, torch.where(self.own.mask_B, targets_B, 0).to(sums_B), plan.shift
 
     @torch.no_grad()
     def _observe(self) -> Reweight | None:
@@ -263,7 +269,7 @@ class _Step:
         if positives is None:
             return None
         scale, values = float(margin.scale_of(self.values)), self.values
-        least_B = margin.target(positives) / scale
+        least_B = (margin.target(positives) / scale).to(self.e_BD)
 
         def reweight(z_TB: Tensor) -> tuple[Tensor, Tensor]:
             cos_TB = z_TB / scale
@@ -285,18 +291,16 @@ class _Step:
 
     def _positives(self, centres_BKD: Tensor, bias_B: Tensor) -> Positives:
         """What the margin is told of each sample's own class; of several centres the nearest."""
-        dots_BK = (centres_BKD * self.e_BD[:, None]).sum(dim=2)
+        centres_BKD = centres_BKD.double()
+        norms_BK, inverse_BK = _length(centres_BKD)
+        cos_BK = (centres_BKD * self.unit_BD[:, None]).sum(dim=2) * inverse_BK
+        cos_B = cos_BK.max(dim=1).values.clamp(-1, 1)
         lengths_B = self.lengths_B
-        if self.head.normalise or not self.margin.unit_rows:
-            square_BK = centres_BKD.square().sum(dim=2)
-            some_BK = square_BK > 0
-            norms_BK = torch.where(some_BK, torch.where(some_BK, square_BK, 1).sqrt(), 1)
-            if self.head.normalise:
-                dots_BK = dots_BK / norms_BK
-            else:
-                lengths_B = lengths_B * norms_BK[:, 0]
-        dots_B = dots_BK.max(dim=1).values
-        cos_B = (dots_B / torch.where(lengths_B > 0, lengths_B, 1)).clamp(-1, 1)
+        if self.margin.unit_rows:
+            dots_B = lengths_B * cos_B
+        else:
+            lengths_B = lengths_B * norms_BK[:, 0]
+            dots_B = (centres_BKD[:, 0] * self.exact_BD).sum(dim=1)
         return Positives(
             cos_B,
             dots_B + bias_B,
@@ -316,3 +320,11 @@ class _Step:
     def _class_values(self) -> Tensor | None:
         table_C = self.head._class_values
         return None if table_C is None else table_C[self.labels_B.clamp(0, self.head.classes - 1)]
+
+
+def _length(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """|v| over the last axis and 1/|v|; both 0, without gradient, where v is 0: such a vector has no direction."""
+    square = vectors.square().sum(dim=-1)
+    some = square > 0
+    safe = torch.where(some, square, 1)
+    return torch.where(some, safe.sqrt(), 0), torch.where(some, safe.rsqrt(), 0)

@@ -120,12 +120,12 @@ class _Negatives(torch.autograd.Function):
         ctx.saved_tensors  # type: ignore[attr-defined]  # noqa: B018
         state = ctx.state  # type: ignore[attr-defined]
         if state is None:
-            raise RuntimeError("the head's loss was used for a second backward; its buffers are gone, compute it again")
-        ctx.state = None  # type: ignore[attr-defined]
+            raise RuntimeError("a second backward through a loss of the head: its P is gone, compute the loss again")
         maker, kept, shifts, result_B, sink, memory = state
         dsum_B, dcentres_BKD, dbias_B = gradients
         de_BD, dbias_C = maker.backward(kept, shifts, result_B, dsum_B, dcentres_BKD, sink)
         if kept is not None:
+            ctx.state = None  # type: ignore[attr-defined]
             memory.give_back(kept)
         if dbias_C is not None:
             dbias_C = maker.add_own_bias(dbias_C, dbias_B)

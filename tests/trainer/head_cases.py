@@ -8,7 +8,7 @@ from torch import Tensor
 from tests.trainer.head_oracle import World, mean_loss
 from trainer.config import HeadConfig
 from trainer.distributed import Group
-from trainer.head import Head
+from trainer.head import Head, step_noise
 from trainer.losses import (
     AdaFace,
     ArcFace,
@@ -30,6 +30,7 @@ from trainer.losses import (
     SubCenterArcFace,
     WeightedSoftmax,
 )
+from trainer.losses.margins_multiple import MultipleAngle
 
 CLASSES, DIMENSION, STEP = 23, 6, 40
 MARGINS: dict[str, Margin] = {
@@ -109,39 +110,50 @@ def make_head(margin: Margin, config: HeadConfig, counts: list[int], group: Grou
     return head
 
 
-def compare(name: str, config: HeadConfig, batch: int, group: Group | None = None, classes: int = CLASSES) -> None:
-    """Loss and all gradients of one step against the oracle; raises AssertionError with what differs."""
+def compare(
+    name: str, configs: list[HeadConfig], batch: int, group: Group | None = None, classes: int = CLASSES
+) -> None:
+    """Loss and all gradients of one step against the oracle; raises AssertionError with what differs.
+
+    The configs may differ in anything but `rows`: the oracle is asked once.
+    """
     group = group or Group()
-    given = problem(batch, classes)
-    margin = MARGINS[name]
-    head = make_head(margin, config, given.counts, group)
+    given, margin = problem(batch, classes), MARGINS[name]
+    world, expected = solve(margin, configs[0], given, classes)
+    for config in configs:
+        head = make_head(margin, config, given.counts, group)
+        b = batch // group.size
+        mine = slice(group.rank * b, (group.rank + 1) * b)
+        x_bD = given.x_BD[mine].clone().requires_grad_()
+        loss = head(x_bD, given.labels_B[mine])
+        loss.backward()
+        label = f"{name} {config.algorithm} {config.rows} rank {group.rank} of {group.size}"
+        # What a margin knows of each class is kept in fp32.
+        tolerance = 1e-8 if type(margin).per_class is Margin.per_class else 1e-6
+        close(loss, expected, f"{label}: loss", tolerance)
+        close(x_bD.grad, world.x.grad[mine], f"{label}: gradient of x", tolerance)
+        check_rows(head, world, label, tolerance)
+        for key, scalar in head.scalars.items():
+            close(scalar.grad, world.scalars[key].grad, f"{label}: gradient of {key}")
+
+
+def solve(margin: Margin, config: HeadConfig, given: Problem, classes: int) -> tuple[World, Tensor]:
+    """The oracle's loss, and its gradients in the World's tensors."""
     whole = make_head(margin, config, given.counts, Group())
     world = World(
         given.x_BD.clone().requires_grad_(),
-        whole.weight.detach().view(classes, head.centres, DIMENSION).clone().requires_grad_(),
+        whole.weight.detach().view(classes, whole.centres, DIMENSION).clone().requires_grad_(),
         (torch.zeros(classes) if whole.bias is None else whole.bias.detach().clone()).double().requires_grad_(),
         given.labels_B.tolist(),
         given.counts,
-        expected_noise(head, batch),
+        step_noise(whole.seed, STEP, len(given.labels_B)).double(),
         {key: value.detach().clone().requires_grad_() for key, value in whole.scalars.items()},
         RUNNING,
-        margin.relaxation(STEP) if hasattr(margin, "relaxation") else 0.0,
+        margin.relaxation(STEP) if isinstance(margin, MultipleAngle) else 0.0,
     )
     expected = mean_loss(whole.margin, world)
     expected.backward()
-    b = batch // group.size
-    mine = slice(group.rank * b, (group.rank + 1) * b)
-    x_bD = given.x_BD[mine].clone().requires_grad_()
-    loss = head(x_bD, given.labels_B[mine])
-    loss.backward()
-    label = f"{name} {config.algorithm} {config.rows} rank {group.rank} of {group.size}"
-    # What a margin knows of each class is kept in fp32.
-    tolerance = 1e-8 if type(margin).per_class is Margin.per_class else 1e-6
-    close(loss, expected, f"{label}: loss", tolerance)
-    close(x_bD.grad, world.x.grad[mine], f"{label}: gradient of x", tolerance)
-    check_rows(head, world, label, tolerance)
-    for key, scalar in head.scalars.items():
-        close(scalar.grad, world.scalars[key].grad, f"{label}: gradient of {key}")
+    return world, expected
 
 
 def check_rows(head: Head, world: World, label: str, tolerance: float) -> None:
@@ -153,13 +165,6 @@ def check_rows(head: Head, world: World, label: str, tolerance: float) -> None:
     close(found, wanted, f"{label}: gradient of W", tolerance)
     if head.bias is not None:
         close(head.bias.grad, world.bias.grad[start:stop], f"{label}: gradient of the bias", tolerance)
-
-
-def expected_noise(head: Head, batch: int) -> Tensor:
-    """The random numbers that the head documents: of (seed, step), by place in the global batch."""
-    from trainer.head import step_noise
-
-    return step_noise(head.seed, STEP, batch).double()
 
 
 def close(found: Tensor, wanted: Tensor, what: str, tolerance: float = 1e-8) -> None:

@@ -281,7 +281,9 @@ def monotone_cosine(cos: Tensor, factor: float = 1.0, offset: float | Tensor = 0
     and exact at theta = 0 and pi (where it is factor^2); an offset brings the pole that `sine_of` guards.
     """
     with torch.no_grad():
-        branch = torch.floor((factor * torch.atan2(_sine(cos), cos) + offset) / math.pi)
+        turns = torch.as_tensor(offset, dtype=cos.dtype, device=cos.device) / math.pi
+        branch = torch.floor(factor * torch.atan2(_sine(cos), cos) / math.pi + turns)
+        branch = torch.minimum(branch, torch.ceil(factor + turns) - 1)  # theta = pi belongs to the branch before it
         sign = 1 - 2 * torch.remainder(branch, 2)
     if factor != round(factor):
         value = torch.cos(factor * angle(cos) + offset)

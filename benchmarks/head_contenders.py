@@ -1,0 +1,351 @@
+"""What `benchmarks/head.py` compares: six ways to compute the same ArcFace loss, s = 64, m = 0.5, and its gradients.
+
+Legend: b samples of this rank, B of all ranks, C classes, R rows of this rank, D dimension. The sharded ways (floor,
+store, recompute, insightface_ops) hold R = C / ranks rows; the others hold all of W and add up dW over the ranks.
+"""
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
+
+from trainer.config import HeadConfig, OptimizerConfig
+from trainer.distributed import Group
+from trainer.head import Head
+from trainer.head_optimizer import HeadOptimizer
+from trainer.losses import ArcFace
+
+SCALE, MARGIN, MOMENTUM, LEARNING_RATE = 64.0, 0.5, 0.9, 1e-4
+
+
+@dataclass
+class Problem:
+    """Attributes: x_bD, labels_b of this rank; rows_RD: this rank's unit rows, shared by all contenders."""
+
+    x_bD: Tensor
+    labels_b: Tensor
+    rows_RD: Tensor
+    classes: int
+    dtype: torch.dtype
+    group: Group
+
+    @property
+    def start(self) -> int:
+        return self.group.rank * (self.classes // self.group.size)
+
+    def whole(self) -> Tensor:
+        """All rows, for the ways that do not shard."""
+        if self.group.size == 1:
+            return self.rows_RD
+        rows = self.rows_RD.new_empty(self.classes, self.rows_RD.shape[1])
+        dist.all_gather_into_tensor(rows, self.rows_RD) if not hasattr(dist, "all_gather_single") else (
+            dist.all_gather_single(rows, self.rows_RD)
+        )
+        return rows
+
+
+class Contender(Protocol):
+    """One way to compute a step. `traffic` counts what it sends."""
+
+    name: str
+    dx_bD: Tensor | None
+    messages: int
+    bytes: float
+
+    def step(self) -> None:
+        """Forward and backward."""
+
+    def optimize(self) -> None:
+        """Update the rows: SGD with momentum."""
+
+    def rows_gradient(self) -> Tensor | None:
+        """dW of this rank's rows, [R, D]; without its part along the rows."""
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+
+
+class Base:
+    name = ""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.dx_bD: Tensor | None = None
+        self.messages, self.bytes = 0, 0.0
+        self.momentum: Tensor | None = None
+
+    def _sgd(self, weight: Tensor, gradient: Tensor) -> None:
+        if self.momentum is None:
+            self.momentum = torch.zeros_like(weight)
+        self.momentum.mul_(MOMENTUM).add_(gradient)
+        weight.detach().sub_(self.momentum, alpha=LEARNING_RATE)
+
+    def _sent(self, tensor: Tensor, share: float) -> None:
+        if self.problem.group.size > 1:
+            self.messages += 1
+            self.bytes += share * tensor.numel() * tensor.element_size()
+
+    def clear(self) -> None:
+        self.dx_bD = None
+
+
+class Floor(Base):
+    """The three matrix products alone, into memory that is already there."""
+
+    name = "floor"
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        size, dtype = problem.group.size, problem.dtype
+        self.x_BD = functional.normalize(problem.x_bD).repeat(size, 1).to(dtype)
+        self.w_RD = problem.rows_RD.to(dtype)
+        self.z_BR: Tensor | None = None
+        self.dw_RD: Tensor | None = None
+
+    def step(self) -> None:
+        if self.z_BR is None or self.dw_RD is None:
+            self.z_BR = self.x_BD.new_empty(self.x_BD.shape[0], self.w_RD.shape[0])
+            self.dw_RD = torch.empty_like(self.w_RD)
+        torch.mm(self.x_BD, self.w_RD.t(), out=self.z_BR)
+        torch.mm(self.z_BR, self.w_RD)
+        torch.mm(self.z_BR.t(), self.x_BD, out=self.dw_RD)
+
+    def optimize(self) -> None:
+        assert self.dw_RD is not None
+        self._sgd(self.problem.rows_RD, self.dw_RD)
+
+    def rows_gradient(self) -> Tensor | None:
+        return None
+
+
+class Ours(Base):
+    """The head of this project."""
+
+    def __init__(self, problem: Problem, algorithm: str, fused: bool) -> None:
+        super().__init__(problem)
+        self.name = algorithm
+        kind = "bf16" if problem.dtype == torch.bfloat16 else "fp32"
+        config = HeadConfig(algorithm=algorithm, dtype=kind, fused=fused)  # type: ignore[arg-type]
+        D, device = problem.x_bD.shape[1], problem.x_bD.device
+        self.head = Head(ArcFace(scale=SCALE, margin=MARGIN), problem.group.size * 2, D, config, device=device)
+        self._adopt(problem)
+        self.optimizer: HeadOptimizer | None = None
+        self.x_bD = problem.x_bD.clone().requires_grad_()
+
+    def _adopt(self, problem: Problem) -> None:
+        """Use the rows that all contenders share instead of rows of its own."""
+        from trainer.distributed import RowRange
+
+        head, group = self.head, problem.group
+        head.classes, head.rows = problem.classes, RowRange.of(problem.classes, group.rank, group.size)
+        head.weight.data = problem.rows_RD
+
+    def step(self) -> None:
+        if self.head.config.fused:
+            self._made().prepare(LEARNING_RATE)
+        traffic = self.head.group.traffic
+        traffic.reset()
+        self.head(self.x_bD, self.problem.labels_b).backward()
+        self.messages, self.bytes = traffic.calls, traffic.bytes
+        self.dx_bD = self.x_bD.grad
+
+    def optimize(self) -> None:
+        self._made().step(LEARNING_RATE)
+
+    def _made(self) -> HeadOptimizer:
+        if self.optimizer is None:
+            self.optimizer = HeadOptimizer(self.head, OptimizerConfig(head_momentum=MOMENTUM))
+        return self.optimizer
+
+    def rows_gradient(self) -> Tensor | None:
+        gradient, w = self.head.weight.grad, self.head.weight.detach()
+        return None if gradient is None else gradient - w * (gradient * w).sum(1, keepdim=True)
+
+    def clear(self) -> None:
+        super().clear()
+        self.head.weight.grad = self.x_bD.grad = None
+
+
+class Dense(Base):
+    """What one writes with autograd: normalise, multiply, put the margin on the target, cross entropy."""
+
+    name = "dense"
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.w_CD = problem.whole().detach().requires_grad_()
+        self.x_bD = problem.x_bD.clone().requires_grad_()
+
+    def _loss(self) -> Tensor:
+        dtype, labels = self.problem.dtype, self.problem.labels_b
+        x, w = functional.normalize(self.x_bD), functional.normalize(self.w_CD)
+        cos = functional.linear(x.to(dtype), w.to(dtype)).float()
+        target = cos.gather(1, labels[:, None]).clamp(-1 + 1e-7, 1 - 1e-7)
+        logits = SCALE * cos.scatter(1, labels[:, None], torch.cos(torch.acos(target) + MARGIN))
+        return functional.cross_entropy(logits, labels)
+
+    def step(self) -> None:
+        self.messages, self.bytes = 0, 0.0
+        self._loss().backward()
+        self._share(self.w_CD)
+        self.dx_bD = self._scaled()
+
+    def _share(self, weight: Tensor) -> None:
+        size = self.problem.group.size
+        if size > 1:
+            assert weight.grad is not None
+            dist.all_reduce(weight.grad)
+            weight.grad.div_(size)
+            self._sent(weight.grad, 2 * (size - 1) / size)
+
+    def _scaled(self) -> Tensor | None:
+        """The gradient of the global mean: each rank took the mean of its own b samples."""
+        return None if self.x_bD.grad is None else self.x_bD.grad / self.problem.group.size
+
+    def optimize(self) -> None:
+        assert self.w_CD.grad is not None
+        self._sgd(self.w_CD, self.w_CD.grad)
+
+    def rows_gradient(self) -> Tensor | None:
+        gradient = self.w_CD.grad
+        start, count = self.problem.start, self.problem.rows_RD.shape[0]
+        return None if gradient is None else gradient[start : start + count]
+
+    def clear(self) -> None:
+        super().clear()
+        self.w_CD.grad = self.x_bD.grad = None
+
+
+class MetricLearning(Dense):
+    """pytorch-metric-learning's ArcFaceLoss."""
+
+    name = "pml"
+
+    def __init__(self, problem: Problem) -> None:
+        from pytorch_metric_learning.losses import ArcFaceLoss
+
+        Base.__init__(self, problem)
+        D = problem.x_bD.shape[1]
+        self.loss = ArcFaceLoss(2, D, margin=math.degrees(MARGIN), scale=SCALE).to(problem.x_bD.device)
+        self.loss.num_classes = problem.classes
+        self.loss.W = torch.nn.Parameter(problem.whole().t().contiguous())
+        self.x_bD = problem.x_bD.clone().requires_grad_()
+
+    def step(self) -> None:
+        self.messages, self.bytes = 0, 0.0
+        self.loss(self.x_bD, self.problem.labels_b).backward()
+        self._share(self.loss.W)
+        self.dx_bD = self._scaled()
+
+    def optimize(self) -> None:
+        assert self.loss.W.grad is not None
+        self._sgd(self.loss.W, self.loss.W.grad)
+
+    def rows_gradient(self) -> Tensor | None:
+        gradient = self.loss.W.grad
+        start, count = self.problem.start, self.problem.rows_RD.shape[0]
+        return None if gradient is None else gradient[:, start : start + count].t()
+
+    def clear(self) -> None:
+        Base.clear(self)
+        self.loss.W.grad = self.x_bD.grad = None
+
+
+class InsightfaceOps(Base):
+    """The dense sequence of the sharded head in common use: angles of all logits, the margin without gradient, three
+    all-reduces in the forward, a reduce for each rank in the backward."""
+
+    name = "insightface_ops"
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.w_RD = problem.rows_RD.detach().requires_grad_()
+        self.x_bD = problem.x_bD
+
+    def _all_gather(self, local: Tensor) -> Tensor:
+        size = self.problem.group.size
+        if size == 1:
+            return local.clone()
+        parts = [torch.empty_like(local) for _ in range(size)]
+        dist.all_gather(parts, local)
+        self._sent(local, size - 1)
+        return torch.cat(parts)
+
+    def _all_reduce(self, values: Tensor, operation: "dist.ReduceOp.RedOpType") -> None:
+        size = self.problem.group.size
+        if size > 1:
+            dist.all_reduce(values, operation)
+            self._sent(values, 2 * (size - 1) / size)
+
+    def step(self) -> None:
+        self.messages, self.bytes = 0, 0.0
+        problem, size = self.problem, self.problem.group.size
+        x_BD = self._all_gather(self.x_bD).requires_grad_()
+        labels_B = self._all_gather(problem.labels_b) - problem.start
+        own_B = (labels_B >= 0) & (labels_B < self.w_RD.shape[0])
+        row, label = own_B.nonzero()[:, 0], labels_B[own_B]
+        cos_BR = functional.linear(functional.normalize(x_BD), functional.normalize(self.w_RD)).clamp(-1, 1)
+        logits_BR = self._with_margin(cos_BR, row, label)
+        gradient_BR = self._softmax_gradient(logits_BR.detach(), row, label)
+        logits_BR.backward(gradient_BR)
+        assert x_BD.grad is not None
+        b = self.x_bD.shape[0]
+        parts = x_BD.grad.split(b)
+        if size > 1:
+            for rank, part in enumerate(parts):
+                dist.reduce(part, rank)
+                self._sent(part, 1)
+        self.dx_bD = parts[problem.group.rank]
+
+    def _with_margin(self, cos_BR: Tensor, row: Tensor, label: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = cos_BR[row, label].arccos()
+            cos_BR.arccos_()
+            cos_BR[row, label] = target + MARGIN
+            cos_BR.cos_()
+        return cos_BR * SCALE
+
+    def _softmax_gradient(self, logits_BR: Tensor, row: Tensor, label: Tensor) -> Tensor:
+        largest = logits_BR.amax(1, keepdim=True)
+        self._all_reduce(largest, dist.ReduceOp.MAX)
+        logits_BR.sub_(largest).exp_()
+        total = logits_BR.sum(1, keepdim=True)
+        self._all_reduce(total, dist.ReduceOp.SUM)
+        logits_BR.div_(total)
+        loss = logits_BR.new_zeros(logits_BR.shape[0], 1)
+        loss[row] = logits_BR[row].gather(1, label[:, None])
+        self._all_reduce(loss, dist.ReduceOp.SUM)
+        loss.clamp_min_(1e-30).log_().mean().mul_(-1)
+        one_hot = logits_BR.new_zeros(row.shape[0], logits_BR.shape[1]).scatter_(1, label[:, None], 1)
+        logits_BR[row] -= one_hot
+        return logits_BR.div_(logits_BR.shape[0])
+
+    def optimize(self) -> None:
+        assert self.w_RD.grad is not None
+        self._sgd(self.w_RD, self.w_RD.grad)
+
+    def rows_gradient(self) -> Tensor | None:
+        return self.w_RD.grad
+
+    def clear(self) -> None:
+        super().clear()
+        self.w_RD.grad = None
+
+
+def contenders(problem: Problem, only: list[str]) -> tuple[list[Contender], list[str]]:
+    """The contenders asked for, and the names of those that are not installed."""
+    missing = [] if importlib.util.find_spec("pytorch_metric_learning") else ["pml"]
+    makers = {
+        "floor": lambda: Floor(problem),
+        "store": lambda: Ours(problem, "store", fused=False),
+        "recompute": lambda: Ours(problem, "recompute", fused=False),
+        "dense": lambda: Dense(problem),
+        "pml": lambda: MetricLearning(problem),
+        "insightface_ops": lambda: InsightfaceOps(problem),
+    }
+    return [make() for name, make in makers.items() if name in only and name not in missing], missing

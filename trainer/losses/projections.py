@@ -6,7 +6,8 @@ S(a, b) = (T a-hat) . (T b-hat), with a-hat = a/|a|: not a cosine, its size belo
 every rank, stepped by the objective with the optimizer of the head, and kept in the checkpoint. What is compared
 afterwards is T x: `Projected` puts T behind the backbone for evaluation and export.
 
-Triplets are formed within the global batch: every anchor and positive, with the negative most similar to the anchor.
+Triplets are formed within the global batch: every anchor and positive, with the negative that is most similar to the
+anchor, or with every negative.
 """
 
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from trainer.errors import UserError
 from trainer.losses.batchwise import (
@@ -27,9 +29,11 @@ from trainer.losses.batchwise import (
     principal_rows,
     unit_vectors,
 )
+from trainer.losses.triplets import sum_over_kind
 
 PROJECTION = "projection"  # T's name among the loss's parameters
 PAPER_DIMENSION = 128
+TILE = 2**24  # triplets of a tile of anchors
 
 
 class ProjectedTriplet(BatchLoss):
@@ -39,6 +43,9 @@ class ProjectedTriplet(BatchLoss):
     as in the papers, taken once in the first step of a run; where they span fewer dimensions, the rest is some
     orthonormal completion. `orthogonal`: random directions from the run's seed.
 
+    `negatives: hardest` is the papers' choice, for embeddings that are good already: of ones that still have to be
+    learned, the hardest negatives draw everything together. `all` is for those; its mean is over all triplets.
+
     With `frozen` T learns from the embeddings as they are and the backbone gets no gradient from this loss: beside
     another loss, or with a backbone that is not to change.
 
@@ -47,6 +54,7 @@ class ProjectedTriplet(BatchLoss):
 
     dimension: int | None = Field(None, ge=1, description="n, rows of T; null: 128 as in the papers, or D if less")
     init: Literal["pca", "orthogonal"] = "pca"
+    negatives: Literal["hardest", "all"] = "hardest"
     frozen: bool = Field(False, description="learn T alone: no gradient to the embeddings")
 
     def resolve(self, classes: int, dimension: int) -> Self:
@@ -72,12 +80,19 @@ class ProjectedTriplet(BatchLoss):
         t_Bn = unit_vectors(x_BD) @ values[PROJECTION].to(x_BD.dtype).T
         s_bB = t_Bn[batch.own] @ t_Bn.T
         same_bB, other_bB = batch.positives_bB(), batch.negatives_bB()
-        same_bB = same_bB & other_bB.any(dim=1, keepdim=True)
-        hardest_b = torch.where(other_bB, s_bB, -torch.inf).amax(dim=1)
-        hardest_b = torch.where(other_bB.any(dim=1), hardest_b, 0)
-        loss_bB = torch.where(same_bB, self.of(hardest_b[:, None] - s_bB), 0)
-        triplets = count(same_bB)[None]
-        return Terms(loss_bB.sum()[None], triplets, triplets)
+        if self.negatives == "all":
+            total, triplets = self.over_all(s_bB, same_bB, other_bB)
+        else:
+            some_b = other_bB.any(dim=1)
+            same_bB = same_bB & some_b[:, None]
+            hardest_b = torch.where(some_b, torch.where(other_bB, s_bB, -torch.inf).amax(dim=1), 0)
+            total = torch.where(same_bB, self.of(hardest_b[:, None] - s_bB), 0).sum()
+            triplets = count(same_bB)
+        return Terms(total[None], triplets[None], triplets[None])
+
+    def over_all(self, s_bB: Tensor, same_bB: Tensor, other_bB: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum over every triplet, and how many there are."""
+        raise NotImplementedError
 
     def of(self, difference: Tensor) -> Tensor:
         """The loss of triplets from S(a, n) - S(a, p)."""
@@ -100,6 +115,11 @@ class TSE(ProjectedTriplet):
     def of(self, difference: Tensor) -> Tensor:
         return (self.alpha + difference).clamp_min(0)
 
+    def over_all(self, s_bB: Tensor, same_bB: Tensor, other_bB: Tensor) -> tuple[Tensor, Tensor]:
+        """By counting, as in `triplets`."""
+        total, selected, _ = sum_over_kind(-s_bB, same_bB, other_bB, self.alpha, "all")
+        return total, selected
+
 
 class TPE(ProjectedTriplet):
     """Triplet probabilistic embedding: the probability of telling the positive from the negative.
@@ -117,6 +137,17 @@ class TPE(ProjectedTriplet):
 
     def of(self, difference: Tensor) -> Tensor:
         return functional.softplus(difference)
+
+    def over_all(self, s_bB: Tensor, same_bB: Tensor, other_bB: Tensor) -> tuple[Tensor, Tensor]:
+        """One by one, in tiles of anchors that are computed again in the backward: never [b, B, B] at once."""
+        tile = max(1, TILE // s_bB.shape[1] ** 2)
+        parts = zip(*(torch.split(values, tile) for values in (s_bB, same_bB, other_bB)), strict=True)
+        total = torch.stack([checkpoint(self._tile, *part, use_reentrant=False) for part in parts]).sum()
+        return total, (same_bB.sum(dim=1).double() * other_bB.sum(dim=1)).sum()
+
+    def _tile(self, s_tB: Tensor, same_tB: Tensor, other_tB: Tensor) -> Tensor:
+        loss_tBB = self.of(s_tB[:, None, :] - s_tB[:, :, None])
+        return torch.where(same_tB[:, :, None] & other_tB[:, None, :], loss_tBB, 0).sum(dtype=torch.float64)
 
 
 class Projected(nn.Module):

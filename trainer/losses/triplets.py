@@ -71,7 +71,7 @@ class Triplet(BatchLoss):
         if self.selection == "batch_hard":
             total, selected, active = self._batch_hard(squared_bB, same_bB, other_bB)
         else:
-            total, selected, active = self._by_kind(squared_bB, same_bB, other_bB)
+            total, selected, active = sum_over_kind(squared_bB, same_bB, other_bB, self.alpha, self.selection)
         divisor = active if self.average == "active" else selected
         return Terms(total[None], divisor[None], selected[None])
 
@@ -83,29 +83,36 @@ class Triplet(BatchLoss):
         loss_b = torch.where(whole_b, loss_b.clamp_min(0), 0)
         return loss_b.sum(), count(whole_b), count(loss_b > 0)
 
-    def _by_kind(self, d_bB: Tensor, same_bB: Tensor, other_bB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The sum of the violations, the number of selected triplets, and of those that violate the margin."""
-        per_positive_bB, per_negative_bB, selected = self._counts(d_bB.detach(), same_bB, other_bB)
-        reach_bB = per_positive_bB.to(d_bB.dtype) * (d_bB + self.alpha)
-        total = (reach_bB - per_negative_bB.to(d_bB.dtype) * d_bB).sum(dtype=torch.float64)
-        return total, selected, per_positive_bB.sum(dtype=torch.float64)
 
-    def _counts(self, d_bB: Tensor, same_bB: Tensor, other_bB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """k_ap (0 where p is no positive), m_an (0 where n is no negative), and how many triplets are selected."""
-        reach_bB = d_bB + self.alpha
-        negatives_bB = torch.where(other_bB, d_bB, torch.inf).sort(dim=1).values
-        positives_bB = torch.where(same_bB, d_bB, -torch.inf).sort(dim=1).values
-        # violating: d_an < d_ap + alpha, counted for each positive and for each negative; hard: d_an <= d_ap
-        violating_p_bB = torch.searchsorted(negatives_bB, reach_bB)
-        hard_p_bB = torch.searchsorted(negatives_bB, d_bB, right=True)
-        violating_n_bB = d_bB.shape[1] - torch.searchsorted(positives_bB + self.alpha, d_bB, right=True)
-        hard_n_bB = d_bB.shape[1] - torch.searchsorted(positives_bB, d_bB)
-        available_b1 = other_bB.sum(dim=1, keepdim=True)
-        of_p_bB, of_n_bB, selected_bB = {
-            "all": (violating_p_bB, violating_n_bB, available_b1.expand_as(d_bB)),
-            "easy": (violating_p_bB * 0, violating_n_bB * 0, available_b1 - violating_p_bB),
-            "semi_hard": (violating_p_bB - hard_p_bB, violating_n_bB - hard_n_bB, violating_p_bB - hard_p_bB),
-            "hard": (hard_p_bB, hard_n_bB, hard_p_bB),
-        }[self.selection]
-        selected = torch.where(same_bB, selected_bB, 0).sum(dtype=torch.float64)
-        return torch.where(same_bB, of_p_bB, 0), torch.where(other_bB, of_n_bB, 0), selected
+def sum_over_kind(
+    d_bB: Tensor, same_bB: Tensor, other_bB: Tensor, alpha: float, kind: Selection
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Over the triplets of a kind (not batch_hard): the sum of max(0, d_ap - d_an + alpha), how many triplets there
+    are, and how many of them have a loss; for any d, also negative ones."""
+    per_positive_bB, per_negative_bB, selected = _counts(d_bB.detach(), same_bB, other_bB, alpha, kind)
+    reach_bB = per_positive_bB.to(d_bB.dtype) * (d_bB + alpha)
+    total = (reach_bB - per_negative_bB.to(d_bB.dtype) * d_bB).sum(dtype=torch.float64)
+    return total, selected, per_positive_bB.sum(dtype=torch.float64)
+
+
+def _counts(
+    d_bB: Tensor, same_bB: Tensor, other_bB: Tensor, alpha: float, kind: Selection
+) -> tuple[Tensor, Tensor, Tensor]:
+    """k_ap (0 where p is no positive), m_an (0 where n is no negative), and how many triplets are selected."""
+    reach_bB = d_bB + alpha
+    negatives_bB = torch.where(other_bB, d_bB, torch.inf).sort(dim=1).values
+    positives_bB = torch.where(same_bB, d_bB, -torch.inf).sort(dim=1).values
+    # violating: d_an < d_ap + alpha, counted for each positive and for each negative; hard: d_an <= d_ap
+    violating_p_bB = torch.searchsorted(negatives_bB, reach_bB)
+    hard_p_bB = torch.searchsorted(negatives_bB, d_bB, right=True)
+    violating_n_bB = d_bB.shape[1] - torch.searchsorted(positives_bB + alpha, d_bB, right=True)
+    hard_n_bB = d_bB.shape[1] - torch.searchsorted(positives_bB, d_bB)
+    available_b1 = other_bB.sum(dim=1, keepdim=True)
+    of_p_bB, of_n_bB, selected_bB = {
+        "all": (violating_p_bB, violating_n_bB, available_b1.expand_as(d_bB)),
+        "easy": (violating_p_bB * 0, violating_n_bB * 0, available_b1 - violating_p_bB),
+        "semi_hard": (violating_p_bB - hard_p_bB, violating_n_bB - hard_n_bB, violating_p_bB - hard_p_bB),
+        "hard": (hard_p_bB, hard_n_bB, hard_p_bB),
+    }[kind]
+    selected = torch.where(same_bB, selected_bB, 0).sum(dtype=torch.float64)
+    return torch.where(same_bB, of_p_bB, 0), torch.where(other_bB, of_n_bB, 0), selected

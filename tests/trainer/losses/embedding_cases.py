@@ -45,6 +45,14 @@ CASES: dict[str, tuple[LossSpec, Formula]] = {
     "triplet wide": _triplet("semi_hard", "selected", 1.5),
     "tse": (TSE(dimension=3), lambda x, labels, t: oracle.projected(x, labels, t[:3], 0.1)),
     "tse wide": (TSE(alpha=2.0), lambda x, labels, t: oracle.projected(x, labels, t[:DIMENSION], 2.0)),
+    "tse all": (
+        TSE(dimension=3, negatives="all", alpha=0.7),
+        lambda x, labels, t: oracle.projected(x, labels, t[:3], 0.7, every=True),
+    ),
+    "tpe all": (
+        TPE(dimension=3, negatives="all"),
+        lambda x, labels, t: oracle.projected(x, labels, t[:3], None, every=True),
+    ),
     "tpe": (TPE(dimension=2), lambda x, labels, t: oracle.projected(x, labels, t[:2], None)),
     "coco": (CoCo(alpha=6.25), lambda x, labels, _: oracle.coco(x, labels, 6.25)),
     "coco auto": (

@@ -87,20 +87,20 @@ def triplet(x: Tensor, labels: list[int], alpha: float, rule: str, average: str)
     return mean(losses, x)
 
 
-def projected(x: Tensor, labels: list[int], t: Tensor, alpha: float | None) -> Tensor:
-    """TSE with a margin, TPE without: every anchor and positive, with the most similar negative."""
+def projected(x: Tensor, labels: list[int], t: Tensor, alpha: float | None, every: bool = False) -> Tensor:
+    """TSE with a margin, TPE without: every anchor and positive, with the most similar negative or every one."""
     x = unit(x)
     losses = []
     for a, p in itertools.permutations(valid(labels), 2):
-        negatives = [n for n in valid(labels) if labels[n] != labels[a]]
+        negatives = [(t @ x[a]) @ (t @ x[n]) for n in valid(labels) if labels[n] != labels[a]]
         if labels[a] != labels[p] or not negatives:
             continue
         s_p = (t @ x[a]) @ (t @ x[p])
-        s_n = max(((t @ x[a]) @ (t @ x[n]) for n in negatives), key=lambda s: s.item())
-        if alpha is None:
-            losses.append(-torch.log(torch.exp(s_p) / (torch.exp(s_p) + torch.exp(s_n))))
-        else:
-            losses.append(torch.relu(alpha + s_n - s_p))
+        for s_n in negatives if every else [max(negatives, key=lambda s: s.item())]:
+            if alpha is None:
+                losses.append(-torch.log(torch.exp(s_p) / (torch.exp(s_p) + torch.exp(s_n))))
+            else:
+                losses.append(torch.relu(alpha + s_n - s_p))
     return mean(losses, x)
 
 

@@ -235,6 +235,16 @@ def test_projection_starts_orthogonal_by_the_seed() -> None:
     assert not torch.allclose(t, other.values[PROJECTION])
 
 
+def test_tiles_of_anchors_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, t = problem()
+    spec = TPE(dimension=3, negatives="all")
+    whole = run_case(spec, x, LABELS, t, ALONE)
+    monkeypatch.setattr("trainer.losses.projections.TILE", 5 * SLOTS**2)  # tiles of 5, 5, 5, 5 and 4 anchors
+    tiled = run_case(spec, x, LABELS, t, ALONE)
+    torch.testing.assert_close(tiled.loss, whole.loss)
+    torch.testing.assert_close(tiled.dx_bD, whole.dx_bD)
+
+
 def test_frozen_embeddings_train_the_projection_alone() -> None:
     x = problem()[0].float().requires_grad_()
     module = BatchLossModule(TSE(frozen=True, alpha=1.0), CLASSES, DIMENSION, group=ALONE)

@@ -30,7 +30,9 @@ from trainer.losses.projections import PROJECTION
 
 # Every rank lacks some identity in the first list, rank 2 of 3 has padding alone in the second.
 BATCHES = [LABELS, [*LABELS[:16], *[-1] * 8], ONE_IDENTITY]
-FEW = ("contrastive", "triplet semi_hard selected", "triplet batch_hard active", "tse", "coco", "range", "center")
+FEW = ("contrastive", "triplet semi_hard selected", "tse", "range", "center")
+# What only changes a constant or a divisor is the same to the ranks.
+NAMES = [name for name in CASES if not name.endswith((" active", " wide", " beyond"))]
 
 
 Expectations = dict[tuple[int, str], Expected]
@@ -38,7 +40,7 @@ Expectations = dict[tuple[int, str], Expected]
 
 def test_two_and_three_ranks_equal_the_whole_batch() -> None:
     x, t = problem()
-    expected = {(0, name): expect(name, x, LABELS, t) for name in CASES}
+    expected = {(0, name): expect(name, x, LABELS, t) for name in NAMES}
     expected |= {(i, name): expect(name, x, BATCHES[i], t) for i in (1, 2) for name in FEW}
     run_on_ranks(3, work, expected)
 

@@ -4,7 +4,7 @@ Legend: b samples of this rank, B samples of all ranks, S slots for identities (
 """
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -23,7 +23,8 @@ class CoCo(BatchLoss):
     also runs through the centroids, to all samples of the batch.
 
     alpha `auto` is the least scale at which the loss can fall to `epsilon`, 1/2 log((C - 1) / (e^epsilon - 1)), for all
-    C identities of the data set; fewer in the batch need less.
+    C identities of the data set; fewer in the batch need less. With a smaller alpha the loss stays above epsilon
+    however good the embeddings are.
 
     A batch with one identity has loss 0 and counts as an empty step.
     """
@@ -37,7 +38,9 @@ class CoCo(BatchLoss):
     needs_positives: ClassVar[bool] = False
 
     name: Literal["coco"] = "coco"
-    alpha: float | Literal["auto"] = Field("auto", description="scale; auto: from epsilon and the number of identities")
+    alpha: Annotated[float, Field(gt=0, le=1000)] | Literal["auto"] = Field(
+        "auto", description="scale; auto: from epsilon and the number of identities"
+    )
     epsilon: float = Field(1e-4, gt=0, le=1, description="for alpha: auto, what the loss shall be able to fall to")
 
     def resolve(self, classes: int, dimension: int) -> Self:

@@ -21,6 +21,7 @@ from tests.trainer.losses.embedding_cases import (
     problem,
     run_case,
 )
+from trainer.config import from_tree
 from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.losses import TPE, TSE, Center, CoCo, Contrastive, Range, Triplet
@@ -200,6 +201,21 @@ def test_what_is_refused() -> None:
         BatchLossModule(Triplet(), 1, DIMENSION, group=ALONE)
     with pytest.raises(UserError, match="2 classes cannot be shared by 3 workers"):
         CentreModule(Center(), 2, DIMENSION, group=Group(0, 3))
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        *[{"name": "coco", "alpha": 0.0}, {"name": "triplet", "alpha": 0.0}, {"name": "triplet", "selection": "best"}],
+        *[{"name": "contrastive", "margin": math.inf}, {"name": "marginal", "theta": 4.5}, {"name": "range", "k": 0}],
+        *[{"name": "center", "alpha": 1.5}, {"name": "tse", "alpha": -0.1}, {"name": "center", "weight": 0}],
+    ],
+    ids=str,
+)
+def test_constants_outside_their_range_are_refused(choice: dict[str, object]) -> None:
+    key = list(choice)[-1]
+    with pytest.raises(UserError, match=rf"config: loss\.{choice['name']}\.{key}"):
+        from_tree({"loss": choice})
 
 
 def test_coco_auto_scale_reaches_its_epsilon() -> None:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class Workspace:
-    """Keeps the buffer given back last, and hands it out again where it fits."""
+    """Keeps the buffer given back last, and hands it out again where it fits; and small ones by name."""
 
-    spare: Tensor | None = field(default=None)
+    spare: Tensor | None = None
+    scratches: dict[str, Tensor] = field(default_factory=dict)
 
     def take(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised tensor; whoever takes it owns it until `give_back`."""
@@ -24,6 +25,13 @@ class Workspace:
 
     def give_back(self, buffer: Tensor) -> None:
         self.spare = buffer if buffer._base is None else buffer._base
+
+    def scratch(self, name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised [rows, columns], valid until the next request for this name."""
+        found = self.scratches.get(name)
+        if found is None or found.numel() < rows * columns or found.dtype != dtype or found.device != device:
+            found = self.scratches[name] = torch.empty(rows * columns, dtype=dtype, device=device)
+        return found[: rows * columns].view(rows, columns)
 
 
 def free_memory(device: torch.device) -> int:

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from trainer.head_memory import Workspace
+from trainer.head_products import Products
 from trainer.head_rows import Rows, RowSink, rows_of
 
 EMPTY = -1e30  # log S of a rank that has no class but the target's; finite, so that no difference of two is nan
@@ -97,7 +98,7 @@ class _Negatives(torch.autograd.Function):
         sink: RowSink,
         memory: Workspace,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        maker = TileMaker(e_BD, rows, plan, own)
+        maker = TileMaker(e_BD, rows, plan, own, memory)
         keep = plan.store and any(ctx.needs_input_grad[:3])  # type: ignore[attr-defined]
         B = e_BD.shape[0]
         kept = memory.take((plan.classes * plan.centres, B), plan.dtype, e_BD.device) if keep else None
@@ -111,7 +112,8 @@ class _Negatives(torch.autograd.Function):
                 shifts.append(shift_B)
         result_B = maker.join(sums, shifts)
         centres_BKD, own_bias_B = own_centres(rows, own, maker.wide)
-        ctx.state = (maker, kept, shifts, result_B, sink, memory)  # type: ignore[attr-defined]
+        # A clone, since an output kept here would be a cycle that keeps P alive.
+        ctx.state = (maker, kept, shifts, result_B.clone(), sink, memory)  # type: ignore[attr-defined]
         ctx.save_for_backward(weight_RD)  # notices a weight changed before the backward
         return result_B, centres_BKD, own_bias_B
 
@@ -158,24 +160,18 @@ def own_centres(rows: Rows, own: Own, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 
 class TileMaker:
-    """One step's tiles: holds the operands in the precision of the products."""
+    """One step's tiles."""
 
-    def __init__(self, e_BD: Tensor, rows: Rows, plan: TilePlan, own: Own) -> None:
+    def __init__(self, e_BD: Tensor, rows: Rows, plan: TilePlan, own: Own, memory: Workspace) -> None:
         self.e_BD, self.rows, self.plan, self.own = e_BD, rows, plan, own
+        self.products = Products(e_BD, plan.dtype, memory)
         self.wide = e_BD.dtype
-        # A CPU rounds the result of a bf16 product to bf16, a whole 0.1 of a logit: there product 1 stays in fp32.
-        self.first = plan.dtype if e_BD.is_cuda else self.wide
-        self.e_first_BD = e_BD.to(self.first)
         self.columns = torch.arange(e_BD.shape[0], device=e_BD.device)
 
     def _logits(self, start: int, stop: int, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Product 1: z_RB of the tile's rows, with W as used and the inverse lengths of its rows."""
+        """z_RB of the tile's rows, with W and the inverse lengths of its rows."""
         w_RD = self.rows.tile(start, stop)
-        first_RD = w_RD.to(self.first)
-        if self.first == self.wide:
-            z_RB = torch.mm(first_RD, self.e_first_BD.t(), out=out)
-        else:
-            z_RB = torch.mm(first_RD, self.e_first_BD.t(), out_dtype=self.wide)
+        z_RB = self.products.logits(w_RD, out)
         inverse_R1 = self._inverse_lengths(w_RD)
         if inverse_R1 is not None:
             z_RB.mul_(inverse_R1)
@@ -253,35 +249,35 @@ class TileMaker:
         sink: RowSink,
     ) -> tuple[Tensor, Tensor | None]:
         """Products 2 and 3 of every tile; returns dE and the negatives' part of the bias' gradient."""
-        plan, dtype = self.plan, self.plan.dtype
+        plan, K = self.plan, self.plan.centres
         add = sink.begin(self.rows)
         de_BD = torch.zeros_like(self.e_BD)
         dbias: list[Tensor] = []
         empty_B = result_B <= EMPTY
         finite_B, dresult_B = torch.where(empty_B, 0, result_B), torch.where(empty_B, 0, dresult_B)
-        dcentres = dcentres_BKD.flatten(0, 1)
+        r_B = dresult_B
+        re_BD = (self.e_BD * r_B[:, None]).to(plan.dtype)
         for number, (start, stop) in enumerate(plan.tiles()):
-            r_B = dresult_B
             if kept is not None:
-                q_RB = kept[start * plan.centres : stop * plan.centres]
-                w_RD = self.rows.tile(start, stop)
+                q_RB, w_RD = kept[start * K : stop * K], self.rows.tile(start, stop)
                 inverse_R1 = self._inverse_lengths(w_RD)
                 if plan.shift is None:
                     r_B = dresult_B * (shifts[number] - finite_B).exp()
+                    re_BD = (self.e_BD * r_B[:, None]).to(plan.dtype)
             else:
                 shift_B = finite_B if plan.shift is None else None
                 _, q_RB, _, w_RD, inverse_R1 = self.probabilities(start, stop, shift_B, None)
                 if inverse_R1 is not None:
                     q_RB = q_RB.mul_(inverse_R1)
-            q_RB, w_RD = q_RB.to(dtype), w_RD.to(dtype)
-            self._add_product(de_BD, q_RB.t(), w_RD, r_B if plan.shift is None else None)
-            re_BD = (self.e_BD * r_B[:, None]).to(dtype)
-            gradient = sink.tile(start * plan.centres, stop * plan.centres)
+                q_RB = self.products.operand(q_RB, "q")
+            narrow_RD = self.products.operand(w_RD, "w")
+            self.products.add_embeddings(de_BD, q_RB, narrow_RD, r_B if plan.shift is None else None)
+            gradient = sink.tile(start * K, stop * K)
             self._row_gradient(gradient, q_RB, re_BD, add, w_RD, inverse_R1)
-            self._add_own(gradient, dcentres, start, stop)
+            self._add_own(gradient, dcentres_BKD, start, stop)
             if self.rows.bias_C is not None:
                 dbias.append(torch.mv(q_RB.to(self.wide), r_B))
-            sink.finished(start * plan.centres, stop * plan.centres, gradient)
+            sink.finished(start * K, stop * K, gradient)
         sink.end()
         if plan.shift is not None:
             de_BD.mul_(dresult_B[:, None])
@@ -295,45 +291,28 @@ class TileMaker:
         lengths_R1: Tensor = torch.linalg.vector_norm(w_RD.to(self.wide), dim=1, keepdim=True)
         return lengths_R1.clamp_min(1e-12).reciprocal()
 
-    def _add_product(self, total_BD: Tensor, q_BR: Tensor, w_RD: Tensor, r_B: Tensor | None) -> None:
-        if r_B is None and q_BR.dtype == self.wide:
-            total_BD.addmm_(q_BR, w_RD)
-            return
-        product = self._product(q_BR, w_RD)
-        if r_B is None:
-            total_BD.add_(product)
-        else:
-            total_BD.addcmul_(product.to(self.wide), r_B[:, None])
-
-    def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        if left.is_cuda and left.dtype != self.wide:
-            return torch.mm(left, right, out_dtype=self.wide)
-        return torch.mm(left, right)
-
     def _row_gradient(
         self, out: Tensor, q_RB: Tensor, re_BD: Tensor, add: bool, w_RD: Tensor, inverse_R1: Tensor | None
     ) -> None:
         """Product 3 into `out`; for rows that are divided by their length, times the Jacobian (I - u u^T) / |w|."""
-        if inverse_R1 is None and q_RB.dtype == out.dtype:
-            out.addmm_(q_RB, re_BD, beta=1 if add else 0)
+        if inverse_R1 is None:
+            self.products.rows(q_RB, re_BD, out, add)
             return
-        gradient = self._product(q_RB, re_BD)
-        if inverse_R1 is not None:
-            gradient = gradient.to(self.wide)
-            unit_RD = w_RD.to(self.wide) * inverse_R1
-            gradient = gradient - unit_RD * (gradient * unit_RD).sum(dim=1, keepdim=True)
+        gradient = torch.empty_like(w_RD, dtype=self.wide)
+        self.products.rows(q_RB, re_BD, gradient, False)
+        unit_RD = w_RD.to(self.wide) * inverse_R1
+        gradient.sub_(unit_RD * (gradient * unit_RD).sum(dim=1, keepdim=True))
         if add:
             out.add_(gradient)
         else:
             out.copy_(gradient)
 
-    def _add_own(self, gradient: Tensor, dcentres: Tensor, start: int, stop: int) -> None:
+    def _add_own(self, gradient: Tensor, dcentres_BKD: Tensor, start: int, stop: int) -> None:
         """The target logits' own, sparse part: dW[y_i] += d t_i / d w. It is 0 where the sample is not this rank's."""
-        K = self.plan.centres
         inside_B = self.own.mask_B & (self.own.place_B >= start) & (self.own.place_B < stop)
         row_B = (self.own.place_B - start).clamp(0, stop - start - 1)
-        inside = inside_B.repeat_interleave(K)[:, None]
-        gradient.index_add_(0, rows_of(row_B, K), torch.where(inside, dcentres, 0).to(gradient.dtype))
+        added_BKD = dcentres_BKD * inside_B[:, None, None]
+        gradient.index_add_(0, rows_of(row_B, self.plan.centres), added_BKD.flatten(0, 1).to(gradient.dtype))
 
     def add_own_bias(self, dbias: Tensor, down_B: Tensor) -> Tensor:
         """The whole gradient of the bias, [C] of this rank; sparse where not all classes took part."""

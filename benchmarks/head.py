@@ -172,8 +172,9 @@ def measure(options: argparse.Namespace, group: Group) -> tuple[list[dict[str, A
                 times[contender.name].append(taken)
             if not isinstance(contender, Ours):
                 contender.clear()
-    for row in rows:
+    for row, contender in zip(rows, found, strict=True):
         row["step_s"] = statistics.median(times[row["contender"]])
+        row |= {"bytes": contender.bytes, "collectives": contender.messages}
     with_optimizer(options, problem, rows)
     if problem.group.size > 1:
         for row in rows:
@@ -182,7 +183,7 @@ def measure(options: argparse.Namespace, group: Group) -> tuple[list[dict[str, A
 
 
 def first_look(contender: Contender, reference: Reference) -> dict[str, Any]:
-    """The first step: what memory it takes, what it sends, how exact it is."""
+    """The first step: what memory it takes, and how exact it is."""
     problem = reference.problem
     contender.clear()
     peak = extra_memory(contender.step, problem.x_bD.device)
@@ -192,8 +193,8 @@ def first_look(contender: Contender, reference: Reference) -> dict[str, Any]:
         "step_with_optimizer_s": None,
         "peak_extra_mb": peak,
         "peak_extra_without_dw_mb": peak - problem.rows_RD.numel() * 4 / 1e6,
-        "bytes": contender.bytes,
-        "collectives": contender.messages,
+        "bytes": None,
+        "collectives": None,
         "rel_error_dx": None,
         "rel_error_dw": None,
     }

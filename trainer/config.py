@@ -152,6 +152,9 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0)
     log_every: int = Field(10, ge=1, description="steps")
     eval_every: int = Field(1, ge=0, description="epochs between evaluations on the validation split; 0: never")
+    collapse: bool = Field(
+        False, description="measure neural collapse at each evaluation, on up to 512 training identities"
+    )
     checkpoint_every: int = Field(1000, ge=0, description="steps; 0: only at the end")
     keep_checkpoints: int = Field(2, ge=1)
 

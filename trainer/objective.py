@@ -13,7 +13,7 @@ from trainer.checkpoint import Checkpoint
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.losses.projections import Projected, ProjectedTriplet
-from trainer.objective_parts import BatchPart, make_part, read_projection
+from trainer.objective_parts import BatchPart, ClassCentres, HeadPart, make_part, read_projection
 
 
 class Objective:
@@ -80,6 +80,16 @@ class Objective:
             if isinstance(part, BatchPart) and part.projection is not None:
                 return Projected(backbone, part.projection)
         return backbone
+
+    def centres(self, classes_c: Tensor) -> ClassCentres | None:
+        """The class centres of these classes, on every rank; None where no loss of the config is a margin.
+
+        A collective; every rank asks for the same classes.
+        """
+        for part in self._parts.values():
+            if isinstance(part, HeadPart):
+                return part.centres(classes_c)
+        return None
 
     def step(self, lr: float) -> None:
         """Update every part's own parameters and forget their gradients."""

@@ -5,10 +5,12 @@ Legend: b samples of this rank, D dimension, C classes.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config, OptimizerConfig
@@ -20,6 +22,21 @@ from trainer.losses import LossSpec, Margin
 from trainer.losses.batchwise import BatchLoss, BatchLossModule
 from trainer.losses.centres import Center, CentreModule
 from trainer.losses.projections import PROJECTION, ProjectedTriplet
+
+
+@dataclass(frozen=True)
+class ClassCentres:
+    """The centres of some classes as the loss uses them: a decision is the class with the greatest score.
+
+    Attributes:
+        rows_cKD: K centres a class, float32; unit vectors where the loss has unit centres.
+        bias_c: 0 where there is none.
+        scale: the length given to embeddings, or None where they enter as they are.
+    """
+
+    rows_cKD: Tensor
+    bias_c: Tensor
+    scale: float | None
 
 
 class Part(Protocol):
@@ -90,6 +107,23 @@ class HeadPart:
 
     def metrics(self) -> dict[str, Tensor]:
         return {}
+
+    @torch.no_grad()
+    def centres(self, classes_c: Tensor) -> ClassCentres:
+        """The centres of these classes, on every rank. A collective: one all-reduce of [c, K D + 1]."""
+        head, margin = self._head, self._head.margin
+        classes_c = classes_c.to(head.weight.device)
+        own_c = (classes_c >= head.rows.start) & (classes_c < head.rows.stop)
+        place_c = (classes_c - head.rows.start).clamp(0, len(head.rows) - 1)
+        bias_c = torch.zeros_like(place_c, dtype=torch.float32) if head.bias is None else head.bias[place_c].float()
+        rows_cX = head.weight.view(len(head.rows), -1)[place_c].float()
+        message_cX = torch.where(own_c[:, None], torch.cat([rows_cX, bias_c[:, None]], dim=1), 0)
+        message_cX = head.group.all_reduce(message_cX)
+        rows_cKD = message_cX[:, :-1].reshape(len(classes_c), head.centres, head.dimension)
+        if margin.unit_rows:
+            rows_cKD = functional.normalize(rows_cKD, dim=2)
+        scale = float(margin.scale_of(dict(head.scalars))) if margin.unit_embedding else None
+        return ClassCentres(rows_cKD, message_cX[:, -1], scale)
 
     def files(self) -> dict[str, dict[str, Tensor]]:
         """One file, named by the classes whose rows it holds; the few numbers that all ranks share lie in each."""

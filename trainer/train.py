@@ -19,6 +19,7 @@ import torch
 from trainer import checkpoint
 from trainer.backbones.build import build
 from trainer.checkpoint import Checkpoint, CheckpointManifest
+from trainer.collapse import Collapse
 from trainer.config import Config
 from trainer.data.augment import Augment
 from trainer.data.batch import Batch
@@ -84,6 +85,7 @@ class _Run:
             data.path, self.manifest, data.train_split, data, rank=group.rank, world_size=group.size, seed=seed
         )
         self.validation = self._validation()
+        self.collapse = Collapse(config, self.manifest, group) if config.run.collapse else None
         self.augment = Augment(config.augment, config.run.seed, len(split.classes))
         turns = 4 if config.augment.quarter_turns else 1
         self.classes = turns * len(split.classes)
@@ -155,10 +157,14 @@ class _Run:
         every, last = self.config.run.eval_every, self.step == self.total_steps
         if not every or (not last and (epoch + 1) % every):
             return
-        if self.validation is None:
+        if self.validation is None and self.collapse is None:
             return
         average_buffers(self.engine.module, self.group)
-        values = self.validation(self.objective.embedder(self.engine.module), self.device)
+        values: dict[str, float] = {}
+        if self.validation is not None:
+            values |= self.validation(self.objective.embedder(self.engine.module), self.device)
+        if self.collapse is not None:
+            values |= self.collapse(self.engine.module, self.objective, self.device)
         self.report(Record("metrics", self.step, self.total_steps, values))
 
     def _validation(self) -> Validation | None:

@@ -30,7 +30,7 @@ def geometry(
         list[int] | None, typer.Option("--dimension", help="2 or 3; may be repeated; default: both.")
     ] = None,
     folder: OutOption = Path("figures"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each loss.")] = 800,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each loss.")] = 600,
     seed: Annotated[int, typer.Option(min=0, help="Of the split, the first weights and the order.")] = 0,
 ) -> None:
     """Train 2-D and 3-D embeddings of scikit-learn's digits under each loss, and draw them.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trainer.config import BackboneConfig, Config, DataConfig, OptimizerConfig, RunConfig, ScalingConfig, from_tree
 from trainer.errors import UserError
 from trainer.evaluation.geometry import Angles, angles, class_means
-from trainer.losses import Margin, by_name
+from trainer.losses import by_name
 from trainer.losses.projections import ProjectedTriplet
 from trainer.objective import Objective
 
@@ -75,7 +75,7 @@ _IN_THE_PLANE: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "elasticface": {"margin": 0.2, "sigma": 0.02},
         "dynamic": {"greatest": 0.2},
         "curricularface": {"margin": 0.2},
-        "mv_softmax": {"margin": 0.1},
+        "mv_softmax": {"margin": 0.1, "scale": 6.0},  # with 16 its hard negatives drive all classes into one another
         "contrastive": {"margin": 0.6},
         "marginal": {"theta": 0.2, "xi": 0.1},
         "range": {"margin": 0.3},
@@ -297,19 +297,12 @@ def _finish(
 
 
 def _centres(config: Config, objective: Objective) -> Centres | None:
-    """The class centres of the config's margin, from what the objective would write into a checkpoint."""
-    spec = config.loss
-    if not isinstance(spec, Margin) or any(isinstance(other, ProjectedTriplet) for other in config.auxiliary):
-        return None  # of pair losses, and of softmax where what is compared is a projection of its embeddings
-    margin = spec.resolve(CLASSES, config.backbone.dimension)
-    files = objective.files()
-    (tensors,) = (part for name, part in files.items() if name.startswith(f"{spec.name}-rows-"))
-    weight = tensors["head.weight"].double().numpy().reshape(CLASSES, margin.centres_per_class(), -1)
-    bias = tensors["head.bias"].double().numpy() if margin.bias else np.zeros(CLASSES)
-    if margin.unit_rows:
-        weight = weight / np.linalg.norm(weight, axis=2, keepdims=True)
-    values = {name: tensors[f"head.scalars.{name}"] for name in margin.learnables()}
-    return Centres(weight, bias, float(margin.scale_of(values)) if margin.unit_embedding else None)
+    """The class centres of the config's margin; None of pair losses, and where a projection of what softmax has
+    learned is compared."""
+    found = objective.centres(torch.arange(CLASSES))
+    if found is None or any(isinstance(spec, ProjectedTriplet) for spec in config.auxiliary):
+        return None
+    return Centres(found.rows_cKD.double().numpy(), found.bias_c.double().numpy(), found.scale)
 
 
 def _unit(rows: Matrix) -> Matrix:

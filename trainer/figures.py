@@ -31,6 +31,7 @@ from trainer.margin_curves import CLASSES, RAW_LENGTH, curve_groups, negative_cu
 
 FAMILIES = ("softmax", "margin", "pair", "centre")
 MULTIPLES = (1, 2, 3, 4)
+LEARNED = 0.7  # below this accuracy the caption says that a loss has not learned to tell the digits apart
 _L_SOFTMAX = "l_softmax"
 _TITLES: Mapping[str, str] = {
     "weighted_softmax": "weighted softmax",
@@ -183,6 +184,9 @@ def _draw_family(
             "centres, or class means where the loss has no centres. Grey lines: where two classes' scores without "
             "margin are equal, for embeddings of the median length."
         )
+    lost = [panel.title for panel, one in zip(panels, trained, strict=True) if one.accuracy_by_means() < LEARNED]
+    if lost:
+        how += f" Not learned with these constants: {', '.join(lost)}."
     angles = (
         f"Angles of the embeddings of geometry_{suffix}: each test sample to the mean direction of its class, and any "
         "two class means to each other. Dashed: the smallest angle between two class means."

@@ -68,8 +68,7 @@ def geometry_figure(panels: Sequence[Panel], columns: int | None = None, width: 
         UserError: no panels, or embeddings of other than 2 or 3 dimensions.
     """
     dimension = _common_dimension(panels)
-    columns = columns or min(len(panels), (5 if len(panels) in (5, 9, 10) else 4) if dimension == 2 else 3)
-    columns = min(columns, len(panels))
+    columns = min(columns or _columns(len(panels), dimension), len(panels))
     rows = -(-len(panels) // columns)
     cell = width / columns
     height = rows * (cell + 0.30 if dimension == 2 else cell / 2 + 0.36) + 0.05
@@ -103,7 +102,7 @@ def angle_figure(panels: Sequence[Panel], columns: int = 4, width: float = DOUBL
         figure = new_figure(width, height)
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
         figure.subplots_adjust(
-            left=0.06, right=0.985, bottom=0.36 / height, top=1 - 0.34 / height, wspace=0.22, hspace=0.42
+            left=0.07, right=0.985, bottom=0.36 / height, top=1 - 0.34 / height, wspace=0.22, hspace=0.42
         )
         for place, axes in enumerate(grid.flat):
             if place < len(panels):
@@ -116,6 +115,13 @@ def angle_figure(panels: Sequence[Panel], columns: int = 4, width: float = DOUBL
             axes.set_ylabel("share")
         figure.align_ylabels(grid[:, 0])
     return figure
+
+
+def _columns(panels: int, dimension: int) -> int:
+    """As many as leave the fewest cells empty; globes are twice as wide as circles."""
+    if dimension == 3:
+        return 2 if panels in (1, 2, 4) else 3
+    return min((4, 5, 3), key=lambda columns: -panels % columns)
 
 
 def _common_dimension(panels: Sequence[Panel]) -> int:
@@ -141,18 +147,17 @@ def _draw(axes: Axes, panel: Panel, dimension: int) -> None:
 def _plane(axes: Axes, panel: Panel) -> None:
     """Features as they are; arrows of the centres end where 90 % of the samples lie."""
     x_ND = panel.features_ND
-    reach = float(np.quantile(np.linalg.norm(x_ND, axis=1), 0.99)) * 1.2
+    reach = float(np.quantile(np.linalg.norm(x_ND, axis=1), 0.99)) * 1.22
     side = np.linspace(-reach, reach, GRID)
     grid_GD = np.stack(np.meshgrid(side, side), axis=2).reshape(-1, 2)
     _boundaries(axes, side, side, panel.scores(grid_GD).reshape(GRID, GRID, -1), None)
     _samples(axes, x_ND, panel.labels_N, 7)
     length = 0.5 * float(np.median(np.linalg.norm(x_ND, axis=1)))
     _arrows(axes, panel.centres_MD, length)
-    for label in np.unique(panel.labels_N):
-        mine_ND = x_ND[panel.labels_N == label]
-        mean_D = mine_ND.mean(axis=0)
-        direction_D = mean_D / max(float(np.linalg.norm(mean_D)), 1e-12)
-        far = min(float(np.quantile(mine_ND @ direction_D, 0.95)) + 0.12 * reach, 0.93 * reach)
+    classes_C = np.unique(panel.labels_N)
+    for label, direction_D in zip(classes_C, _name_directions(x_ND, panel.labels_N, classes_C), strict=True):
+        along_N = x_ND[panel.labels_N == label] @ direction_D
+        far = min(float(np.quantile(along_N, 0.98)) + 0.1 * reach, 0.95 * reach)
         _name(axes, far * direction_D, int(label))
     axes.set_xlim(-reach, reach)
     axes.set_ylim(-reach, reach)
@@ -173,12 +178,28 @@ def _circle(axes: Axes, panel: Panel) -> None:
     jitter_N = RING[0] + (RING[1] - RING[0]) * (np.arange(len(unit_ND)) * 0.6180339887498949 % 1)
     _samples(axes, unit_ND * jitter_N[:, None], panel.labels_N, 5)
     _arrows(axes, panel.centres_MD, 0.74)
-    for label in np.unique(panel.labels_N):
-        mean_D = unit_ND[panel.labels_N == label].mean(axis=0)
-        _name(axes, 1.13 * mean_D / max(float(np.linalg.norm(mean_D)), 1e-12), int(label))
+    classes_C = np.unique(panel.labels_N)
+    for label, direction_D in zip(classes_C, _name_directions(unit_ND, panel.labels_N, classes_C), strict=True):
+        _name(axes, 1.13 * direction_D, int(label))
     axes.set_xlim(-1.24, 1.24)
     axes.set_ylim(-1.24, 1.24)
     axes.set_aspect("equal")
+
+
+def _name_directions(x_ND: Matrix, labels_N: NDArray[np.int64], classes_C: NDArray[np.int64]) -> Matrix:
+    """The directions of the class means in the plane, moved apart where two names would meet."""
+    means_CD = np.stack([x_ND[labels_N == label].mean(axis=0) for label in classes_C])
+    turn_C = np.arctan2(means_CD[:, 1], means_CD[:, 0])
+    order_C = np.argsort(turn_C)
+    sorted_C = turn_C[order_C]
+    least = min(0.16, 2 * np.pi / len(classes_C))
+    for _ in range(200):
+        gap_C = np.roll(sorted_C, -1) - sorted_C
+        gap_C[-1] += 2 * np.pi
+        short_C = np.maximum(least - gap_C, 0) / 2
+        sorted_C = sorted_C - short_C + np.roll(short_C, 1)
+    turn_C[order_C] = sorted_C
+    return np.stack([np.cos(turn_C), np.sin(turn_C)], axis=1)
 
 
 def _sphere(axes: Axes, panel: Panel) -> None:

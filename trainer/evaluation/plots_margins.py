@@ -3,6 +3,7 @@
 Legend: T angles on a grid; all angles in degrees.
 """
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -157,13 +158,13 @@ def boundary_plane_figure(rows: Sequence[BoundaryRow], columns: int = 4) -> Figu
 
 
 def _note_shared(axes: Axes, panels: Sequence[Sequence[BoundaryRow]]) -> None:
-    lines = []
+    lines: list[str] = []
     for same in panels:
         others = list(dict.fromkeys(row.label for row in same[1:]))
         if others:
-            setting = f", {same[0].setting}" if same[0].name == "l_softmax" else ""
-            lines += [f"as {same[0].label}{setting}:", *(f"   {other}" for other in others)]
-    axes.text(0.0, 0.98, "\n".join(lines), transform=axes.transAxes, va="top", fontsize=7, linespacing=1.3)
+            setting = f", {same[0].setting.split(', ')[0]}" if same[0].name == "l_softmax" else ""
+            lines += textwrap.wrap(f"As {same[0].label}{setting}: {', '.join(others)}.", 34, subsequent_indent="   ")
+    axes.text(0.0, 0.98, "\n".join(lines), transform=axes.transAxes, va="top", fontsize=7, linespacing=1.35)
 
 
 def boundary_table_figure(rows: Sequence[BoundaryRow]) -> Figure:
@@ -251,7 +252,7 @@ def _two_rows(
         figure = new_figure(DOUBLE, height)
         grid = figure.subplots(2, columns, squeeze=False, sharex=True, sharey="row" if logarithmic else False)
         figure.subplots_adjust(
-            left=0.06,
+            left=0.07,
             right=0.985,
             bottom=(legend + 0.42) / height,
             top=1 - 0.22 / height,

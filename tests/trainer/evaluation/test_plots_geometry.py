@@ -1,0 +1,106 @@
+"""Figures of embeddings: they have content, and their lines are where the scores are equal."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.contour import QuadContourSet
+from numpy.typing import NDArray
+from PIL import Image
+
+from tests.drawn import meeting
+from trainer.errors import UserError
+from trainer.evaluation.plots_geometry import Panel, _columns, _name_directions, angle_figure, geometry_figure
+from trainer.evaluation.plots_style import save
+
+Matrix = NDArray[np.float64]
+
+
+def panel(dimension: int, angular: bool, classes: int = 5) -> Panel:
+    random = np.random.default_rng(classes)
+    turns = np.linspace(0, 2 * np.pi, classes, endpoint=False)
+    centres_CD = np.stack([np.cos(turns), np.sin(turns), 0.3 * np.cos(3 * turns)], axis=1)[:, :dimension]
+    labels_N = np.repeat(np.arange(classes), 20)
+    features_ND = 5 * centres_CD[labels_N] + 0.4 * random.normal(size=(len(labels_N), dimension))
+    return Panel(
+        "a loss", "test accuracy 99.0 %", angular, features_ND, labels_N, centres_CD, lambda x: x @ centres_CD.T
+    )
+
+
+def ink(path: Path) -> float:
+    """Standard deviation of the grey values: 0 for a blank page."""
+    with Image.open(path) as image:
+        return float(np.asarray(image.convert("L"), dtype=np.float64).std())
+
+
+@pytest.mark.parametrize("dimension", [2, 3])
+def test_figures_are_written_with_content(dimension: int, tmp_path: Path) -> None:
+    panels = [panel(dimension, angular=False), panel(dimension, angular=True), panel(dimension, True, 3)]
+    for name, figure in (("geometry", geometry_figure(panels)), ("angles", angle_figure(panels))):
+        pdf, png = save(figure, tmp_path, name)
+        assert pdf.read_bytes().startswith(b"%PDF")
+        assert len(pdf.read_bytes()) > 5000
+        assert ink(png) > 15
+        with Image.open(png) as image:
+            assert image.width >= 1400  # two columns at 200 dots an inch
+        width, height = figure.get_size_inches()
+        thirds = np.asarray(Image.open(png).convert("L"), dtype=np.float64)
+        for part in np.array_split(thirds, 3, axis=1):
+            assert part.std() > 10, f"a panel of {name} is blank ({width} x {height})"
+
+
+def test_the_same_arrays_give_the_same_bytes(tmp_path: Path) -> None:
+    for folder in ("first", "second"):
+        save(geometry_figure([panel(2, True)]), tmp_path / folder, "geometry")
+    for name in ("geometry.png", "geometry.pdf"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_every_class_is_named_once_and_no_two_names_meet() -> None:
+    figure = geometry_figure([panel(2, True, 5)])
+    names = [text for text in figure.axes[0].texts if text.get_text().isdigit()]
+    assert sorted(text.get_text() for text in names) == list("01234")
+    assert not meeting(figure)
+
+
+def test_no_text_of_a_large_figure_overlaps() -> None:
+    """Thirteen panels, as the margin family has, in the plane and of histograms."""
+    panels = [panel(2, angular=bool(place % 2), classes=3 + place % 4) for place in range(13)]
+    for figure in (geometry_figure(panels), angle_figure(panels)):
+        assert not meeting(figure)
+
+
+def test_names_that_would_meet_are_moved_apart() -> None:
+    turns = np.radians([10, 11, 12, 200, 201])
+    x_ND = np.stack([np.cos(turns), np.sin(turns)], axis=1)
+    directions = _name_directions(x_ND, np.arange(5), np.arange(5))
+    cosines = directions @ directions.T - 2 * np.eye(5)
+    assert np.arccos(cosines.max()) > 0.155
+    apart = np.arange(3) * 2 * np.pi / 3
+    even_ND = np.stack([np.cos(apart), np.sin(apart)], axis=1)
+    np.testing.assert_allclose(_name_directions(even_ND, np.arange(3), np.arange(3)), even_ND, atol=1e-12)
+
+
+def test_boundaries_are_where_the_two_best_scores_are_equal() -> None:
+    drawn = panel(2, angular=False)
+    axes = geometry_figure([drawn]).axes[0]
+    lines = [line for line in axes.collections if isinstance(line, QuadContourSet)]
+    points = np.concatenate([path.vertices for line in lines for path in line.get_paths()])
+    points = points[np.linalg.norm(points, axis=1) > 0.5]  # at the origin all scores are equal
+    ordered = np.sort(drawn.scores(points), axis=1)
+    assert len(points) > 100
+    assert np.abs(ordered[:, -1] - ordered[:, -2]).max() < 0.02
+
+
+@pytest.mark.parametrize(("panels", "columns"), [(4, 4), (5, 5), (6, 3), (9, 3), (13, 5), (3, 3)])
+def test_few_cells_are_left_empty(panels: int, columns: int) -> None:
+    assert _columns(panels, 2) == columns
+
+
+def test_what_cannot_be_drawn_is_refused() -> None:
+    with pytest.raises(UserError, match="name a loss"):
+        geometry_figure([])
+    with pytest.raises(UserError, match="name a loss"):
+        angle_figure([])
+    with pytest.raises(UserError, match="use 2 or 3"):
+        geometry_figure([panel(2, True), panel(3, True)])

@@ -28,9 +28,10 @@ DATA, RUN, EMBEDDER, STORE = DEMO / "data", DEMO / "run", DEMO / "embedder", DEM
 SHARED_COPY = ROOT.parent / "shared" / "data" / "omniglot" / "images_background.zip"
 HELD_OUT_ALPHABETS = 6
 STRANGERS = 20  # identities of the validation split that are not enrolled
+FPIR = 0.05  # what is allowed to the threshold
 SHOWN = 5  # of each kind, in the table of answers
 
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 def main() -> int:
@@ -202,6 +203,8 @@ def identify(client: httpx.Client, image: bytes) -> dict[str, Any]:
 def show(asked: list[tuple[str, dict[str, Any]]], strangers: set[str]) -> None:
     """The table of answers: a few of each kind, and the rates over all."""
     table = Table("probe", "is", "nearest", "score", "decision", "right")
+    for column in (table.columns[0], table.columns[2]):
+        column.overflow = "fold"
     right = {True: 0, False: 0}
     shown = {True: 0, False: 0}
     for name, answer in asked:

@@ -4,6 +4,7 @@ Everything goes through one background thread, so that a slow or absent server n
 that cannot be reached is reported once; the run goes on without it.
 """
 
+import logging
 import os
 import queue
 import threading
@@ -143,6 +144,7 @@ def _client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     from mlflow import MlflowClient
 
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # a new store's tables are no news
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 

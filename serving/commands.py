@@ -209,10 +209,9 @@ def evaluate_embedder(
     err: Console,
 ) -> None:
     """Evaluate, print the table, write report.json and the plots, and add them to the MLflow run."""
-    from trainer.evaluation.plots import report_plots
-
     from serving.embedder import Embedder
     from serving.terminal import report_rows, rows_table
+    from trainer.evaluation.plots import report_plots
     from trainer.evaluation.protocols import evaluate
 
     embedder = Embedder.open(folder, threads)

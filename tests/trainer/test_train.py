@@ -25,12 +25,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(data: Path, out: Path, *overrides: str) -> Config:
     """14 samples a step do not divide the 30 of an epoch: the last batch is short."""
-    small = ["backbone.name=convnet", "backbone.dimension=16", "backbone.width=4", "data.height=24", "data.width=24"]
-    return load(
-        None,
-        [f"data.path={data}", f"run.out={out}", *small, "data.batch_size=14", "run.epochs=4", "run.log_every=1"]
-        + ["loss.scale=16", "augment.rotate_degrees=10", "augment.translate=0.1", "optimizer.lr=0.05", *overrides],
+    overrides = (
+        *(f"data.path={data}", f"run.out={out}", "data.batch_size=14", "run.epochs=4", "run.log_every=1"),
+        *("backbone.name=convnet", "backbone.dimension=16", "backbone.width=4", "data.height=24", "data.width=24"),
+        *("loss.scale=16", "augment.rotate_degrees=10", "augment.translate=0.1", "optimizer.lr=0.05"),
+        *overrides,
     )
+    return load(None, list(overrides))
 
 
 class Stop(Exception):

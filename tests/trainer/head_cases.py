@@ -32,7 +32,7 @@ from trainer.losses import (
 )
 from trainer.losses.margins_multiple import MultipleAngle
 
-CLASSES, DIMENSION, STEP = 23, 6, 40
+CLASSES, DIMENSION, STEP = 13, 6, 40
 MARGINS: dict[str, Margin] = {
     "softmax": Softmax(),
     "weighted_softmax": WeightedSoftmax(),

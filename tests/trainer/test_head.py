@@ -23,12 +23,12 @@ UNIT = [name for name, margin in MARGINS.items() if margin.unit_rows]
 
 @pytest.mark.parametrize("name", MARGINS)
 def test_equals_the_papers_formula(name: str) -> None:
-    compare(name, [HeadConfig(algorithm=algorithm, tile=7) for algorithm in ALGORITHMS], batch=10)
+    compare(name, [HeadConfig(algorithm=algorithm, tile=5) for algorithm in ALGORITHMS], batch=10)
 
 
 @pytest.mark.parametrize("name", UNIT)
 def test_rows_with_a_length_are_divided_by_it(name: str) -> None:
-    compare(name, [HeadConfig(algorithm=algorithm, rows="free", tile=7) for algorithm in ALGORITHMS], batch=10)
+    compare(name, [HeadConfig(algorithm=algorithm, rows="free", tile=5) for algorithm in ALGORITHMS], batch=10)
 
 
 def dense_arcface(x_BD: torch.Tensor, w_CD: torch.Tensor, labels_B: torch.Tensor, scale: float) -> torch.Tensor:
@@ -143,7 +143,7 @@ def test_gradient_of_rows_by_finite_differences(algorithm: Algorithm) -> None:
     head(one.x_BD, one.labels_B).backward()
     assert head.weight.grad is not None
     found = head.weight.grad.clone()
-    for row, column in ((0, 0), (int(one.labels_B[0]), 3), (22, 5)):
+    for row, column in ((0, 0), (int(one.labels_B[0]), 3), (12, 5)):
         with torch.no_grad():
             values = []
             for step in (1e-6, -2e-6):

@@ -30,10 +30,9 @@ def rows(path: Path) -> dict[str, dict[str, Any]]:
     return {row["contender"]: row for row in json.loads(path.read_text())["rows"]}
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_one_rank(tmp_path: Path, dtype: str) -> None:
+def test_one_rank_in_bf16_without_more_than_torch_and_numpy(tmp_path: Path) -> None:
     out = tmp_path / "head.json"
-    printed = run(["pydantic", "yaml", "pytorch_metric_learning"], "--dtype", dtype, "--json", str(out))
+    printed = run(["pydantic", "yaml", "pytorch_metric_learning"], "--dtype", "bf16", "--json", str(out))
     assert "pml is not installed: left out" in printed
     found = rows(out)
     assert list(found) == ["floor", "store", "recompute", "dense", "insightface_ops"]
@@ -41,10 +40,9 @@ def test_one_rank(tmp_path: Path, dtype: str) -> None:
         assert row["step_s"] > 0
         assert row["step_with_optimizer_s"] > 0
         assert row["collectives"] == 0
-    limit = 1e-5 if dtype == "fp32" else 1e-2
-    for name in ("store", "recompute", "dense"):
-        assert found[name]["rel_error_dx"] < (limit if name != "dense" else 0.2)
-        assert found[name]["rel_error_dw"] < (limit if name != "dense" else 0.2)
+    for name in ("store", "recompute"):
+        assert found[name]["rel_error_dx"] < 1e-2
+        assert found[name]["rel_error_dw"] < 1e-2
     assert found["insightface_ops"]["rel_error_dx"] > 0.01  # the factor that its margin leaves out
     config = json.loads(out.read_text())["config"]
     assert (config["classes"], config["batch"], config["dim"], config["ranks"]) == (3000, 8, 16, 1)

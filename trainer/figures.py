@@ -13,7 +13,8 @@ from trainer import digits
 from trainer.config import Config
 from trainer.digits import Trained
 from trainer.errors import UserError
-from trainer.evaluation.plots_geometry import Panel, angle_figure, geometry_figure
+from trainer.evaluation.plots_angles import angle_figure
+from trainer.evaluation.plots_geometry import Panel, geometry_figure
 from trainer.evaluation.plots_margins import (
     CurveGroup,
     boundary_markdown,

@@ -10,7 +10,8 @@ from PIL import Image
 
 from tests.drawn import meeting
 from trainer.errors import UserError
-from trainer.evaluation.plots_geometry import Panel, _columns, _name_directions, angle_figure, geometry_figure
+from trainer.evaluation.plots_angles import angle_figure
+from trainer.evaluation.plots_geometry import Panel, _columns, _name_directions, geometry_figure
 from trainer.evaluation.plots_style import save
 
 Matrix = NDArray[np.float64]

@@ -51,7 +51,7 @@ def test_every_evaluation_has_its_figures(identities: int, samples: int, spread:
     assert [path.name for path in paths] == NAMES
     for path in paths:
         with Image.open(path) as image:
-            assert image.size == (770, 605)
+            assert image.size == (700, 550)
             grey = np.asarray(image.convert("L"))
         assert 0.002 < np.mean(grey < 96) < 0.5  # ink, and not too much of it
 

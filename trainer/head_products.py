@@ -2,10 +2,14 @@
 
 Legend: R rows of a tile, B samples, D dimension. *Wide* is fp32 (fp64 in tests), *narrow* the type of the operands.
 
-A GPU multiplies bf16 operands into fp32 results. A CPU rounds the results of such products to bf16 as well, which for
-product 1 would be an error of a whole 0.1 in a logit: there product 1 takes fp32 operands, and only products 2 and 3,
-whose results are gradients, are narrow.
+Product 1 makes logits, so its result must be wide: a logit of 60 in bf16 is off by 0.1. A GPU multiplies bf16 operands
+into fp32 results. A CPU has no such product by its types, but oneDNN rounds fp32 operands to bf16 on the way where it
+is asked to and the processor can (else product 1 stays fp32). Products 2 and 3 make gradients; on a CPU their tiles'
+results are rounded to bf16 before they are added up in fp32.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -42,7 +46,10 @@ class Products:
         if w_RD.dtype != self.wide:
             shape = w_RD.shape[0], w_RD.shape[1]
             w_RD = self.memory.scratch("wide", *shape, self.wide, w_RD.device).copy_(w_RD)
-        return torch.mm(w_RD, self.e_DB, out=out)
+        if self.wide == self.narrow:
+            return torch.mm(w_RD, self.e_DB, out=out)
+        with _operands_rounded_to_bf16():
+            return torch.mm(w_RD, self.e_DB, out=out)
 
     def add_embeddings(self, total_BD: Tensor, q_RB: Tensor, w_RD: Tensor, r_B: Tensor | None) -> None:
         """Product 2: total += Q^T W, each row times r if given; narrow operands, a wide total."""
@@ -68,3 +75,15 @@ class Products:
                 out.add_(product_RD)
             else:
                 out.copy_(product_RD)
+
+
+@contextmanager
+def _operands_rounded_to_bf16() -> Iterator[None]:
+    """For fp32 products on a CPU: bf16 operands, fp32 result."""
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before

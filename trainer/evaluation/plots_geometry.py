@@ -196,16 +196,20 @@ def _sphere(axes: Axes, panel: Panel) -> None:
         at_M2 = centres_MD[half_M][:, 1:] + [middle, 0]
         axes.plot(*at_M2.T, linestyle="", marker="+", color="white", markersize=6.5, markeredgewidth=2.2, zorder=5)
         axes.plot(*at_M2.T, linestyle="", marker="+", color="black", markersize=6, markeredgewidth=0.9, zorder=6)
-        _names_on_disc(axes, turned_ND, panel.labels_N, middle, near)
+        _names_on_disc(axes, turned_ND, panel.labels_N, centres_MD, middle, near)
     axes.set_xlim(-2.12, 2.12)
     axes.set_ylim(-1.06, 1.06)
     axes.set_aspect("equal")
 
 
-def _names_on_disc(axes: Axes, turned_ND: Matrix, labels_N: NDArray[np.int64], middle: float, near: bool) -> None:
-    """Each class's name near its mean direction, where it covers neither samples nor other names."""
+def _names_on_disc(
+    axes: Axes, turned_ND: Matrix, labels_N: NDArray[np.int64], centres_MD: Matrix, middle: float, near: bool
+) -> None:
+    """Each class's name near its mean direction, where it covers neither samples nor centres nor other names."""
     half_N = (turned_ND[:, 0] > 0) == near
-    taken_M2 = turned_ND[half_N][:, 1:]
+    crosses_M2 = centres_MD[(centres_MD[:, 0] > 0) == near][:, 1:]
+    arms_42 = np.array([[0.05, 0.0], [-0.05, 0.0], [0.0, 0.05], [0.0, -0.05]])
+    taken_M2 = np.concatenate([turned_ND[half_N][:, 1:], (crosses_M2[:, None] + arms_42).reshape(-1, 2)])
     turns = np.linspace(0, 2 * np.pi, 16, endpoint=False)
     ways_G2 = np.concatenate([far * np.stack([np.cos(turns), np.sin(turns)], axis=1) for far in (0.14, 0.2, 0.27)])
     for label in np.unique(labels_N):

@@ -218,6 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for table, label, dimension, config in todo:
             rows.append(measure(table, label, dimension, config, options.steps, splits))
             show("rows", len(rows), len(todo))
+            if not console.is_terminal:
+                console.print(f"{len(rows)} of {len(todo)}: {label}, D = {dimension}", highlight=False)
     seconds = time.process_time() - started
     found = trends(rows)
     text = markdown(rows, found, options, seconds)

@@ -224,6 +224,8 @@ class HeadOptimizer:
 class _StepSink:
     """Uses each tile of the rows' gradient up at once; see `HeadOptimizer.prepare`."""
 
+    keeps = False
+
     def __init__(self, optimizer: HeadOptimizer) -> None:
         self.optimizer = optimizer
         self.rows: Rows | None = None

@@ -56,7 +56,14 @@ def rows_of(classes: Tensor, centres: int) -> Tensor:
 
 
 class RowSink(Protocol):
-    """Where the gradient of the rows goes, tile by tile: a buffer, or an optimizer that uses it up at once."""
+    """Where the gradient of the rows goes, tile by tile: a buffer, or an optimizer that uses it up at once.
+
+    Attributes:
+        keeps: the tiles are parts of one buffer, which `tile(0, all)` returns also after the last tile.
+    """
+
+    @property
+    def keeps(self) -> bool: ...
 
     def begin(self, rows: Rows) -> bool:
         """Called before the first tile; True: add to what `tile` returns, False: write over it."""
@@ -76,6 +83,8 @@ class GradientSink:
 
     The memory is kept for the next step.
     """
+
+    keeps = True
 
     def __init__(self, weight: nn.Parameter) -> None:
         self.weight = weight

@@ -274,10 +274,13 @@ class TileMaker:
             self.products.add_embeddings(de_BD, q_RB, narrow_RD, r_B if plan.shift is None else None)
             gradient = sink.tile(start * K, stop * K)
             self._row_gradient(gradient, q_RB, re_BD, add, w_RD, inverse_R1)
-            self._add_own(gradient, dcentres_BKD, start, stop)
+            if not sink.keeps:
+                self._add_own(gradient, dcentres_BKD, start, stop)
             if self.rows.bias_C is not None:
                 dbias.append(torch.mv(q_RB.to(self.wide), r_B))
             sink.finished(start * K, stop * K, gradient)
+        if sink.keeps and plan.classes:
+            self._add_own(sink.tile(0, plan.classes * K), dcentres_BKD, 0, plan.classes)
         sink.end()
         if plan.shift is not None:
             de_BD.mul_(dresult_B[:, None])

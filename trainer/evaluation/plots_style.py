@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 from PIL import Image
 
 SINGLE, DOUBLE = 3.5, 7.16  # inches: the widths of one and of two columns of a paper
@@ -78,19 +76,15 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write `name.pdf` and `name.png`; the same figure gives the same bytes.
-
-    The PNG has a palette of 256 colours, which makes it a third as large: lines and a dozen colours need no more.
-    """
+    """Write `name.pdf` and `name.png`; the same figure gives the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     pdf, png = folder / f"{name}.pdf", folder / f"{name}.png"
     pixels = BytesIO()
     with paper_style():
         figure.savefig(pdf, metadata={"CreationDate": None})
         figure.savefig(pixels, format="png", dpi=DPI)
-    with Image.open(pixels) as image:
-        palette = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    palette.save(png, optimize=True, dpi=(DPI, DPI))
+    with Image.open(pixels) as image:  # without the transparency that nothing uses
+        image.convert("RGB").save(png, optimize=True, dpi=(DPI, DPI))
     return [pdf, png]
 
 

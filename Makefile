@@ -21,7 +21,7 @@ demo: $(STAMP) ## images to a running service; KEEP=1 leaves it running, TRAIN='
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python deploy/demo.py $(if $(filter 1,$(KEEP)),--keep) $(TRAIN)
 
 test: $(STAMP) ## every test
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(TESTS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: $(STAMP) ## ruff, mypy in strict mode, import contracts
 	$(BIN)/ruff check .

@@ -10,7 +10,6 @@ samples, the first weights and the order, and is the same for all rows. One core
 import argparse
 import itertools
 import json
-import math
 import sys
 import textwrap
 import time
@@ -24,14 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from rich.console import Console
 
+from benchmarks.intervals import interval
 from serving.terminal import progress
 from trainer import digits
 from trainer.config import Config
 from trainer.losses import by_name
 
 MULTIPLES = (1, 2, 3, 4)
-# Two-sided 95 % quantiles of Student's t by degrees of freedom.
-T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 MEASURES = ("accuracy_by_centres", "accuracy_by_means", "intra_mean_degrees", "inter_smallest_degrees")
 
 
@@ -64,14 +62,6 @@ class Row:
             **summary,
             "seeds": self.values,
         }
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean of two values or more, and half the width of its 95 % interval."""
-    count = len(values)
-    mean = sum(values) / count
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
-    return mean, T_QUANTILES[count - 1] * deviation / math.sqrt(count)
 
 
 def plan(losses: Sequence[str], dimension: int, steps: int) -> list[tuple[str, str, int, Config]]:

@@ -21,6 +21,7 @@ from fastapi import APIRouter, Depends, FastAPI, Header, Path, Query, Request, R
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -38,7 +39,7 @@ from serving.schemas import (
     SubjectsAnswer,
     VerifyAnswer,
 )
-from serving.security import Guard
+from serving.security import ASSETS, Guard
 from serving.service import Form, Sent, Service, invalid_fields
 from serving.settings import Settings
 from serving.store import KeyReused, StoreError, SubjectFull, SubjectUnknown
@@ -149,13 +150,14 @@ def create_app(settings: Settings) -> FastAPI:
             pool.shutdown()
             service.close()
 
-    app = FastAPI(
+    app = FastAPIOffline(
         title="Hypersphere",
         summary="Who is this, or is it nobody we know?",
         description=docs.DESCRIPTION,
         version=importlib.metadata.version("hypersphere"),
         lifespan=lifespan,
         redoc_url=None,
+        static_url=ASSETS,
         redirect_slashes=False,
         exception_handlers={
             ApiError: _on_api_error,

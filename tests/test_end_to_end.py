@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ALPHABETS = ("Futurama", "Early_Aramaic", "Braille", "Hebrew", "Greek", "Korean")
 SETTINGS = [
     "backbone.name=convnet", "backbone.dimension=64", "backbone.width=16", "data.height=28", "data.width=28",
-    "data.batch_size=128", "run.epochs=6", "run.max_steps=40", "run.log_every=5", "run.eval_every=3",
-    "run.checkpoint_every=25", "optimizer.lr=0.05", "loss.scale=24", "loss.margin=0.2",
+    "data.batch_size=128", "run.epochs=6", "run.max_steps=60", "run.log_every=5", "run.eval_every=3",
+    "run.checkpoint_every=25", "optimizer.lr=0.1", "optimizer.head_lr=1", "loss.scale=24", "loss.margin=0.2",
 ]  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def data(work: Path) -> Path:
 @pytest.fixture(scope="module")
 def run(work: Path, data: Path) -> Path:
     text = hypersphere("train", f"data.path={data}", "run.out=run", *SETTINGS, cwd=work)
-    assert re.search(r"step 40/40 +loss [\d.]+ +\d+ samples/s +\d+ MB", text), text
+    assert re.search(r"step 60/60 +loss [\d.]+ +\d+ samples/s +\d+ MB", text), text
     assert "MLflow at" not in text
     return work / "run"
 
@@ -157,7 +157,7 @@ def test_identify_answers_over_http(client: httpx.Client, data: Path, embedder: 
         assert answer["candidates"][0]["score"] == pytest.approx(1, abs=1e-4)
         probe = client.post("/v1/identify", files={"image": ("p.png", images[name][1])}).json()
         nearest += probe["candidates"][0]["subject_id"] == f"s{number}"
-    assert nearest > 3 * len(members) / len(members), "no better than three times chance"
+    assert nearest >= 5, f"{nearest} of {len(members)} characters found; chance finds 1"
     unknown = 0
     for name in strangers:
         answer = client.post("/v1/identify", files={"image": ("p.png", images[name][0])}).json()

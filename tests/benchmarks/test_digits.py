@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import digits as benchmark
+from benchmarks.intervals import interval
 from trainer import digits
 
 
 def test_intervals_are_students() -> None:
-    mean, half = benchmark.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    mean, half = interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3
     assert half == pytest.approx(2.776 * (2.5 / 5) ** 0.5)
 

@@ -508,4 +508,16 @@ def test_the_openapi_page(server):
     jsonschema.validate(answer, {"$ref": "#/components/schemas/ReadyAnswer"} | components)
     error = server.http.get("/v1/subjects?limit=0").json()
     jsonschema.validate(error, {"$ref": "#/components/schemas/ErrorAnswer"} | components)
-    assert "swagger" in server.http.get("/docs").text
+
+
+def test_the_documentation_needs_no_other_host(server):
+    page = server.http.get("/docs").text
+    links = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert any(link.endswith(".js") for link in links)
+    for link in links:
+        assert link.startswith("/"), link
+        asset = server.http.get(link)
+        assert asset.status_code == 200, link
+        assert len(asset.content) > 1000
+    assert "http:" not in page
+    assert "https:" not in page

@@ -244,6 +244,7 @@ def train(config: Config, steps: int, seed: int, split: Split | None = None, sho
         x_BD = network(split.train_images_NCHW[chosen_B])
         loss, _ = objective(x_BD, split.train_labels_N[chosen_B], [f"digit {i}" for i in chosen_B.tolist()])
         optimizer.zero_grad()
+        objective.prepare(HEAD_LR * factor)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         objective.step(HEAD_LR * factor)

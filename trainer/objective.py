@@ -91,6 +91,11 @@ class Objective:
                 return part.centres(classes_c)
         return None
 
+    def prepare(self, lr: float) -> None:
+        """The learning rate of the coming `step`: before each backward, since `head.fused` steps the centres in it."""
+        for part in self._parts.values():
+            part.prepare(lr)
+
     def step(self, lr: float) -> None:
         """Update every part's own parameters and forget their gradients."""
         for part in self._parts.values():

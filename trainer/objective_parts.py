@@ -48,6 +48,10 @@ class Part(Protocol):
         """The loss of the global batch, equal on every rank, with the exact gradient to this rank's samples."""
         ...
 
+    def prepare(self, lr: float) -> None:
+        """Before the backward: the learning rate of the coming `step`, for what is stepped inside the backward."""
+        ...
+
     def step(self, lr: float) -> None:
         """Update what the loss itself learns, after the backward, and forget its gradients."""
         ...
@@ -100,6 +104,9 @@ class HeadPart:
     def __call__(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str]) -> Tensor:
         loss: Tensor = self._head(x_bD, labels_b, keys)
         return loss
+
+    def prepare(self, lr: float) -> None:
+        self._optimizer.prepare(lr)
 
     def step(self, lr: float) -> None:
         self._optimizer.step(lr)
@@ -154,6 +161,9 @@ class CentrePart:
         loss: Tensor = self._module(x_bD, labels_b, keys)
         return loss
 
+    def prepare(self, lr: float) -> None:
+        """Nothing is stepped inside the backward."""
+
     def step(self, lr: float) -> None:
         self._module.update()
 
@@ -193,6 +203,9 @@ class BatchPart:
     def __call__(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str]) -> Tensor:
         loss: Tensor = self._module(x_bD, labels_b, keys)
         return loss
+
+    def prepare(self, lr: float) -> None:
+        """Nothing is stepped inside the backward."""
 
     def step(self, lr: float) -> None:
         if self._optimizer is None:

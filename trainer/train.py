@@ -133,10 +133,12 @@ class _Run:
         x_BD = sum_not_mean(x_BD, self.group)
         self.objective.set_progress(self.step, margin_factor(self.step, config.schedule))
         loss, parts = self.objective(x_BD, labels_B.to(self.device), batch.keys)
-        self.engine.backward(loss)
         factor = learning_rate_factor(self.step, self.total_steps, config.schedule)
+        head_lr = (config.optimizer.head_lr or config.optimizer.lr) * factor
+        self.objective.prepare(head_lr)
+        self.engine.backward(loss)
         self.engine.step(config.optimizer.lr * factor)
-        self.objective.step((config.optimizer.head_lr or config.optimizer.lr) * factor)
+        self.objective.step(head_lr)
         return parts
 
     def _report_step(self, losses: dict[str, torch.Tensor], meter: "_Meter") -> None:

@@ -13,7 +13,7 @@ from trainer.checkpoint import Checkpoint
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.losses.projections import Projected, ProjectedTriplet
-from trainer.objective_parts import BatchPart, ClassCentres, HeadPart, make_part, read_projection
+from trainer.objective_parts import BatchPart, CentrePart, ClassCentres, HeadPart, make_part, read_projection
 
 
 class Objective:
@@ -88,6 +88,16 @@ class Objective:
         """
         for part in self._parts.values():
             if isinstance(part, HeadPart):
+                return part.centres(classes_c)
+        return None
+
+    def learned_centres(self, classes_c: Tensor) -> Tensor | None:
+        """The centres that a centre loss of the config lets follow these classes, [c, D]; None where there is none.
+
+        A collective; every rank asks for the same classes.
+        """
+        for part in self._parts.values():
+            if isinstance(part, CentrePart):
                 return part.centres(classes_c)
         return None
 

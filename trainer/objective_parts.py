@@ -154,6 +154,10 @@ class CentrePart:
         self._name = spec.name
         self._module = CentreModule(spec, classes, config.backbone.dimension, device, Group.current())
 
+    def centres(self, classes_c: Tensor) -> Tensor:
+        """The centres of these classes, [c, D], on every rank. A collective."""
+        return self._module.of(classes_c)
+
     def set_progress(self, step: int, warm: float) -> None:
         """The same at every step."""
 

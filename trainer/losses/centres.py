@@ -172,6 +172,14 @@ class CentreModule(nn.Module):
         return total / (labels_B >= 0).sum().clamp_min(1)
 
     @torch.no_grad()
+    def of(self, classes_c: Tensor) -> Tensor:
+        """The centres of these classes, [c, D], on every rank. A collective: one all-reduce of [c, D]."""
+        classes_c = classes_c.to(self.centres.device)
+        own_c = (classes_c >= self.rows.start) & (classes_c < self.rows.stop)
+        place_c = (classes_c - self.rows.start).clamp(0, len(self.rows) - 1)
+        return self.group.all_reduce(torch.where(own_c[:, None], self.centres[place_c], 0))
+
+    @torch.no_grad()
     def update(self) -> None:
         """Let the centres follow the samples of the last `forward`, once. Sends nothing."""
         if self._seen is None:

@@ -182,7 +182,9 @@ class BatchLossModule(nn.Module):
         fault = Fault(x_BD, labels_B, self.classes)
         start = self.group.rank * x_bD.shape[0]
         batch = GlobalBatch(x_BD, labels_B, start, start + x_bD.shape[0])
-        self._start(batch)
+        if not self._started:
+            fault.raise_if_any(self.group, x_bD.shape[0], keys)  # first values are decompositions: NaN breaks them
+            self._start(batch)
         values = {name: replicated(value, self.group) for name, value in self.values.items()}
         loss = self._join(self.spec.terms(batch, values)).to(x_BD.dtype)
         fault.raise_if_any(self.group, x_bD.shape[0], keys)
@@ -201,11 +203,14 @@ class BatchLossModule(nn.Module):
             start=totals_K.new_zeros(()),
         )
 
+    @property
+    def _started(self) -> bool:
+        """Whether the first values need no batch any more; the same on every rank."""
+        return not len(self.values) or bool(self.started)
+
     @torch.no_grad()
     def _start(self, batch: GlobalBatch) -> None:
         """Once a run: first values that need a batch. Rank 0's are taken, so that no rounding sets the ranks apart."""
-        if not len(self.values) or bool(self.started):
-            return
         for name, value in self.spec.first_values(batch, dict(self.values)).items():
             mine = value.to(self.values[name]) * (self.group.rank == 0)
             self.values[name].copy_(self.group.all_reduce(mine))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config
 from trainer.errors import UserError
+from trainer.losses.base import LossSpec
 from trainer.losses.projections import Projected, ProjectedTriplet
 from trainer.objective_parts import BatchPart, CentrePart, ClassCentres, HeadPart, make_part, read_projection
 
@@ -26,18 +27,12 @@ class Objective:
         device: where this rank computes.
 
     Raises:
-        UserError: a loss that this problem's size does not allow.
+        UserError: a loss that this problem's size does not allow, or losses that make no sense together.
     """
 
     def __init__(self, config: Config, classes: int, class_counts: Sequence[int], device: torch.device) -> None:
         specs = (config.loss, *config.auxiliary)
-        names = [spec.name for spec in specs]
-        if doubled := {name for name in names if names.count(name) > 1}:
-            raise UserError(f"the losses {sorted(doubled)} are named twice; name each loss once and set its weight")
-        if len(learners := [spec.name for spec in specs if isinstance(spec, ProjectedTriplet)]) > 1:
-            raise UserError(
-                f"{' and '.join(learners)} each learn a projection, but an embedder has one; name one of them"
-            )
+        _check_together(specs)
         self._parts = {spec.name: make_part(spec, config, classes, class_counts, device) for spec in specs}
         self._weights = {spec.name: spec.weight for spec in specs}
         self._told: dict[str, float] = {}
@@ -130,3 +125,22 @@ def embedder_of(config: Config, checkpoint: Checkpoint, backbone: nn.Module) -> 
     """
     projection_nD = read_projection((config.loss, *config.auxiliary), checkpoint)
     return backbone if projection_nD is None else Projected(backbone, projection_nD)
+
+
+def _check_together(specs: Sequence[LossSpec]) -> None:
+    """Refuse losses that cannot stand beside one another, or one that cannot stand alone.
+
+    Raises:
+        UserError: a loss named twice, two projections, or nothing that trains the network.
+    """
+    names = [spec.name for spec in specs]
+    if doubled := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"the losses {sorted(doubled)} are named twice; name each loss once and set its weight")
+    if len(learners := [spec.name for spec in specs if isinstance(spec, ProjectedTriplet)]) > 1:
+        raise UserError(f"{' and '.join(learners)} each learn a projection, but an embedder has one; name one of them")
+    if all(isinstance(spec, ProjectedTriplet) and spec.frozen for spec in specs):
+        name = specs[0].name
+        raise UserError(
+            f"loss={name} with loss.frozen=true learns a projection alone, so that no loss trains the network; "
+            f"name one that does as loss, such as softmax, and put {name} under auxiliary, or set loss.frozen=false"
+        )

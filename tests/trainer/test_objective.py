@@ -213,6 +213,18 @@ def test_two_of_a_kind_are_refused() -> None:
         Objective(config("arcface", "tse", "tpe"), CLASSES, COUNTS, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("name", ["tse", "tpe"])
+def test_a_frozen_projection_stands_beside_a_loss_that_trains_the_network(name: str) -> None:
+    cpu, frozen = torch.device("cpu"), {"name": name, "frozen": True}
+    with pytest.raises(UserError, match=f"^loss={name} with loss.frozen=true .* put {name} under auxiliary, or set"):
+        Objective(config(frozen), CLASSES, COUNTS, cpu)
+    for losses in (("softmax", frozen), (frozen, "softmax"), ("triplet", frozen), (name,)):
+        x, labels, keys = batch(0)
+        Objective(config(*losses), CLASSES, COUNTS, cpu)(x.requires_grad_(), labels, keys)[0].backward()
+        assert x.grad is not None
+        assert x.grad.any(), losses
+
+
 def test_losses_are_chosen_by_config_alone() -> None:
     chosen = load(None, ["loss=triplet", "loss.selection=batch-hard", "auxiliary=[{name: center, weight: 0.003}]"])
     assert chosen.loss.name == "triplet"

@@ -46,8 +46,9 @@ class ProjectedTriplet(BatchLoss):
     `negatives: hardest` is the papers' choice, for embeddings that are good already: of ones that still have to be
     learned, the hardest negatives draw everything together. `all` is for those; its mean is over all triplets.
 
-    With `frozen` T learns from the embeddings as they are and the backbone gets no gradient from this loss: beside
-    another loss, or with a backbone that is not to change.
+    With `frozen` T learns from the embeddings as they are, and the backbone gets no gradient from this loss: beside
+    another loss, which trains the backbone. Alone it is refused: weight decay and the statistics of batch norms would
+    go on changing a backbone that nothing teaches.
 
     A step without an anchor that has both a positive and a negative has loss 0 and counts as empty.
     """
@@ -55,7 +56,9 @@ class ProjectedTriplet(BatchLoss):
     dimension: int | None = Field(None, ge=1, description="n, rows of T; null: 128 as in the papers, or D if less")
     init: Literal["pca", "orthogonal"] = "pca"
     negatives: Literal["hardest", "all"] = "hardest"
-    frozen: bool = Field(False, description="learn T alone: no gradient to the embeddings")
+    frozen: bool = Field(
+        False, description="learn T alone, beside a loss that trains the network: no gradient to the embeddings"
+    )
 
     def resolve(self, classes: int, dimension: int) -> Self:
         if self.dimension is not None and self.dimension > dimension:

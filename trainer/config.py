@@ -4,6 +4,7 @@ Unknown keys are errors. The resolved tree is stored with every run (`Config.to_
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -231,7 +232,7 @@ def from_tree(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(fault) for fault in error.errors())) from error
+        raise UserError("\n".join(_explain(fault) for fault in _leading(error.errors()))) from error
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -264,9 +265,18 @@ def _position(node: list[Any], text: str, key: str) -> int:
     return int(text)
 
 
+def _leading(faults: Sequence[Any]) -> list[Any]:
+    """Without the second half of "neither a number nor 'auto'", where the number itself was wrong."""
+    numbers = {tuple(fault["loc"][:-1]) for fault in faults if fault["type"] in _BOUNDS}
+    return [fault for fault in faults if fault["type"] != "literal_error" or tuple(fault["loc"][:-1]) not in numbers]
+
+
+_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
+
+
 def _explain(fault: Any) -> str:
     """One fault of pydantic's as one sentence: where, the value, what is allowed."""
-    location = [str(part) for part in fault["loc"]]
+    location = [str(part) for part in fault["loc"] if part != "constrained-float"]
     key = ".".join(location)
     if fault["type"] == "extra_forbidden":
         allowed = _keys_at(location[:-1])
@@ -277,7 +287,8 @@ def _explain(fault: Any) -> str:
     message = message[:1].lower() + message[1:]
     if fault["type"] == "value_error":
         return f"config: {key + ': ' if key else ''}{message}"
-    return f"config: {key}={fault['input']!r}: {message}"
+    remedy = "; choose a value within this bound" if fault["type"] in _BOUNDS else ""
+    return f"config: {key}={fault['input']!r}: {message}{remedy}"
 
 
 def _keys_at(location: list[str]) -> list[str]:

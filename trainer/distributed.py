@@ -131,6 +131,8 @@ class _GatherRows(torch.autograd.Function):
         gathered = group.all_gather(message).view(group.size, -1)
         size = _bytes(x_bD)
         x_BD = gathered[:, :size].contiguous().view(x_bD.dtype).view(group.size * b, dimension)
+        if x_BD.dtype in (torch.bfloat16, torch.float16):
+            x_BD = x_BD.float()  # so that the parts of its gradient are summed before they are rounded
         labels_B = gathered[:, size:].contiguous().view(labels_b.dtype).view(group.size * b)
         ctx.group, ctx.dtype = group, x_bD.dtype  # type: ignore[attr-defined]
         ctx.mark_non_differentiable(labels_B)
@@ -138,9 +140,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        dx_BD = gradients[0]
-        wide = dx_BD.float() if dx_BD.dtype in (torch.bfloat16, torch.float16) else dx_BD
-        dx_bD: Tensor = ctx.group.reduce_scatter(wide)  # type: ignore[attr-defined]
+        dx_bD: Tensor = ctx.group.reduce_scatter(gradients[0])  # type: ignore[attr-defined]
         return dx_bD.to(ctx.dtype), None, None  # type: ignore[attr-defined]
 
 
@@ -153,7 +153,7 @@ def gather_rows(x_bD: Tensor, labels_b: Tensor, group: Group) -> tuple[Tensor, T
     let gradients flow only through `own_slice`.
 
     Args:
-        x_bD: floating point, any precision.
+        x_bD: floating point, any precision; 16-bit ones are sent as they are and come out in fp32.
         labels_b: int64.
     """
     x_BD, labels_B = _GatherRows.apply(x_bD, labels_b, group)  # type: ignore[no-untyped-call]

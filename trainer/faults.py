@@ -16,10 +16,12 @@ def check_shapes(x_bD: Tensor, labels_b: Tensor, dimension: int, what: str = "lo
     """One int64 label for each embedding of the dimension that the loss was made for.
 
     Raises:
-        UserError: another shape or type.
+        UserError: another shape or type, or no sample at all.
     """
     if x_bD.ndim != 2 or x_bD.shape[1] != dimension:
         raise UserError(f"embeddings of shape {tuple(x_bD.shape)}; the {what} was made for [b, {dimension}]")
+    if not len(x_bD):
+        raise UserError(f"the {what} got no embedding; give each rank one slot or more, labelled -1 where it is empty")
     if labels_b.shape != x_bD.shape[:1] or labels_b.dtype != torch.int64:
         raise UserError(
             f"labels of shape {tuple(labels_b.shape)} and type {labels_b.dtype} for {x_bD.shape[0]} embeddings; "
@@ -31,8 +33,8 @@ class Fault:
     """Which samples of the global batch cannot be used. Asked for early and read late, so that a GPU need not wait."""
 
     def __init__(self, x_BD: Tensor, labels_B: Tensor, classes: int, what: str = "loss") -> None:
-        self.labels_B, self.classes, self.what = labels_B, classes, what
-        self.finite_B = torch.isfinite(x_BD.detach()).all(dim=1)
+        self.x_BD, self.labels_B, self.classes, self.what = x_BD.detach(), labels_B, classes, what
+        self.finite_B = torch.isfinite(self.x_BD).all(dim=1)
         self.known_B = (labels_B >= -1) & (labels_B < classes)
         good = (self.finite_B & self.known_B).all()
         self.event: torch.cuda.Event | None = None
@@ -64,6 +66,8 @@ class Fault:
                 f"{who} has label {int(self.labels_B[slot])}, but the {self.what} has the classes 0 to "
                 f"{self.classes - 1}; the data and the number of classes do not belong together"
             )
+        bad = self.x_BD[slot][~torch.isfinite(self.x_BD[slot])]
         raise UserError(
-            f"{who} has an embedding that is not finite; lower the learning rate or look at its image and the weights"
+            f"{who} has an embedding that is not finite ({len(bad)} of {self.x_BD.shape[1]} numbers, the first is "
+            f"{float(bad[0])}); lower the learning rate or look at its image and the weights"
         )

@@ -126,18 +126,20 @@ class Head(nn.Module):
             keys: the samples' names, for messages.
 
         Raises:
-            UserError: on every rank, if a label is no class, an embedding is not finite, or the ranks' batches differ.
+            UserError: on every rank, if a label is no class, an embedding is not finite, or the ranks' batches differ
+                in the first step.
         """
         self._check_shape(x_bD, labels_b)
         x_BD, labels_B = gather_rows(x_bD, labels_b.to(x_bD.device), self.group)
-        if x_BD.dtype in (torch.bfloat16, torch.float16):
-            x_BD = x_BD.float()
         fault = Fault(x_BD, labels_B, self.classes, "head")
         margin = self.margin.at(self._step, self._warm) if self.training else self.margin
         values = {name: replicated(scalar, self.group) for name, scalar in self.scalars.items()}
         values |= dict(self.named_buffers(recurse=False))
-        loss = Step(self, margin, x_BD, labels_B, values).loss()
+        step = Step(self, margin, x_BD, labels_B, values)
+        loss = step.loss()
         fault.raise_if_any(self.group, x_bD.shape[0], keys)
+        for name, value in step.observed.items():  # only now: a bad sample must not leave its trace in them
+            self.get_buffer(name).copy_(value)
         return loss
 
     def plan(
@@ -170,13 +172,13 @@ class Head(nn.Module):
 
     def _per_class(self, counts: Sequence[int] | Tensor | None, device: torch.device) -> Tensor | None:
         """The margin's number for each of all C classes: 4 bytes a class, on every rank."""
+        if counts is not None and len(counts) != self.classes:
+            raise UserError(f"class_counts has {len(counts)} numbers for {self.classes} classes; give one a class")
         if type(self.margin).per_class is Margin.per_class:
             return None
         if counts is None:
             raise UserError(f"{self.margin.name} depends on how many samples each class has; give class_counts")
         counts_C = torch.as_tensor(counts)
-        if counts_C.shape != (self.classes,):
-            raise UserError(f"class_counts has {counts_C.numel()} numbers for {self.classes} classes; give one a class")
         values = self.margin.per_class(counts_C)
         return None if values is None else values.to(device)
 
@@ -206,6 +208,7 @@ class Step:
     def __init__(self, head: Head, margin: Margin, x_BD: Tensor, labels_B: Tensor, values: dict[str, Tensor]) -> None:
         self.head, self.margin, self.labels_B, self.values = head, margin, labels_B, values
         self.valid_B = labels_B >= 0
+        self.observed: dict[str, Tensor] = {}
         # Targets are B numbers: they are computed in fp64, since 1 - cos^2 of a fp32 cosine near 1 has few digits left.
         self.exact_BD = x_BD.double()
         self.norms_B, inverse_B = _length(self.exact_BD)
@@ -263,9 +266,8 @@ class Step:
             positives = replace(positives, cos_B=head.group.all_reduce(own_cos_B))
         if head.training:
             cos_B = None if positives is None else positives.cos_B
-            for name, value in margin.observe(self.norms_B, cos_B, self.valid_B, self.values).items():
-                self.values[name] = value
-                head.get_buffer(name).copy_(value)
+            self.observed = margin.observe(self.norms_B, cos_B, self.valid_B, self.values)
+            self.values |= self.observed
         if positives is None:
             return None
         scale, values = float(margin.scale_of(self.values)), self.values

@@ -3,6 +3,7 @@ costs as much as a tenth of a product."""
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -38,4 +39,16 @@ def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):  # with what the page cache would give back
+            free = int(line.split()[1]) * 1024
+    limit, used = (_lines(Path("/sys/fs/cgroup", name)) for name in ("memory.max", "memory.current"))
+    if limit and used and limit[0].isdigit():  # of a container
+        free = min(free, max(0, int(limit[0]) - int(used[0])))
+    return free
+
+
+def _lines(path: Path) -> list[str]:
+    """Of a file of the system's that may not be there."""
+    return path.read_text().splitlines() if path.is_file() else []

@@ -25,8 +25,10 @@ from trainer.errors import UserError
 from trainer.head import Head, mixed_seed
 from trainer.head_rows import Rows
 from trainer.head_state import Noise, RowState, block_size, to_bf16
+from trainer.losses.margins import MAX_SCALE
 
 EPS = 1e-8
+LEAST_SCALE = 1e-3
 _ROUNDING = 4  # see `mixed_seed`
 _FIRST, _SECOND, _WEIGHT = 0, 1, 2  # uses of the rounding's random bits
 
@@ -213,12 +215,21 @@ class HeadOptimizer:
             u = first[where] * self.config.head_momentum + gradient
             first[where] = u
         else:
-            beta1, beta2, count = self.config.head_momentum, self.config.head_beta2, int(self.count)
+            beta1, beta2 = self.config.head_momentum, self.config.head_beta2
+            count = self._steps_of(name, where)
             second = self.small_second[name].view(-1)
             m, q = first[where].lerp(gradient, 1 - beta1), second[where].lerp(gradient.square(), 1 - beta2)
             first[where], second[where] = m, q
             u = m / (1 - beta1**count) / ((q / (1 - beta2**count)).sqrt() + EPS)
         value[where] = value[where] - lr * u
+        if name.startswith("scalars."):  # a length given to embeddings: outside, the loss would turn or overflow
+            value.clamp_(LEAST_SCALE, MAX_SCALE)
+
+    def _steps_of(self, name: str, where: Tensor | slice) -> int | Tensor:
+        """How often AdamW has stepped these numbers: a class' bias is stepped when its row is."""
+        if name != "bias" or self.steps_R1 is None:
+            return int(self.count)
+        return self.steps_R1[where, 0]
 
 
 class _StepSink:

@@ -95,6 +95,8 @@ class GradientSink:
     def begin(self, rows: Rows) -> bool:
         self.rows = rows
         if rows.chosen is None and self.weight.grad is not None:
+            if self.weight.grad.is_sparse:  # of an earlier backward with sampling
+                self.weight.grad = self.weight.grad.to_dense()
             self.gradient_RD = self.weight.grad
             return True
         if self.weight.grad is not None:

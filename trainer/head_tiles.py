@@ -20,7 +20,7 @@ is log S, and the ranks' results are joined by logsumexp. P is never rescaled: t
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,6 +70,8 @@ def fixed_shift(least: float, greatest: float, classes: int, dtype: torch.dtype)
       no overflow of S     greatest - K + ln C          <= h
       no underflow of P    least - K                    >= l, also of a row whose logits are all `least`
       no overflow of r e   -(least - K) + ln(length)    <= h, r = gradient / S with a gradient up to 16, length = |e|
+    What is left out: with bf16 products r e may fall below the normal numbers when all centres lie in one direction and
+    s > 75, where the gradient of the other classes' rows is then lost; with fp32 it keeps its digits.
     For least = -s this is 2 s + ln C <= 176 up to the safety of half a nat. 0 is preferred: it needs no subtraction.
     """
     limits = torch.finfo(dtype)
@@ -319,9 +321,8 @@ class TileMaker:
 
     def add_own_bias(self, dbias: Tensor, down_B: Tensor) -> Tensor:
         """The whole gradient of the bias, [C] of this rank; sparse where not all classes took part."""
-        if self.plan.classes == 0:
-            return dbias
-        dbias = dbias.index_add(0, self.own.place_B, torch.where(self.own.mask_B, down_B, 0))
+        if self.plan.classes:
+            dbias = dbias.index_add(0, self.own.place_B, torch.where(self.own.mask_B, down_B, 0))
         if self.rows.chosen is None:
             return dbias
         assert self.rows.bias_C is not None
@@ -346,6 +347,8 @@ def negatives(
         centres_BKD, the K centres of each sample's class; rows of some other class where it is not this rank's.
         bias_B of each sample's class; 0 without bias.
     """
+    if not torch.is_grad_enabled():  # which the function itself cannot see
+        plan = replace(plan, store=False)
     result: tuple[Tensor, Tensor, Tensor] = _Negatives.apply(  # type: ignore[no-untyped-call]
         e_BD, rows.weight_RD, rows.bias_C, own, rows, plan, sink, memory
     )

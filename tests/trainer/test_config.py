@@ -76,3 +76,20 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_config_of_the_project_is_valid(path: Path) -> None:
     assert yaml.safe_load(load(path).to_yaml())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss.margin=3.2", "config: loss.arcface.margin=3.2: input should be less than or equal to 3.14159"),
+        ("loss.scale=1000000", "config: loss.arcface.scale=1000000: input should be less than or equal to 16384"),
+        ("loss={name: cosface, scale: 1000000}", "config: loss.cosface.scale=1000000: input should be less than"),
+        ("loss.weight=.inf", "config: loss.arcface.weight=inf: input should be a finite number"),
+    ],
+)
+def test_a_constant_outside_its_range_is_one_sentence(override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(None, [override])
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(message)
+    assert line.endswith("; choose a value within this bound")

@@ -1,7 +1,9 @@
 """The head on one rank: every margin in both algorithms against the oracle, numerics at their edges, bad input."""
 
 import math
-from typing import Any, Literal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from trainer.config import HeadConfig
 from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.head import Head, Step
+from trainer.head_memory import free_memory
 from trainer.head_tiles import fixed_shift
-from trainer.losses import ArcFace, CosFace, DynamicMargin, NormFace
+from trainer.losses import AdaFace, ArcFace, CosFace, CurricularFace, DynamicMargin, NormFace
+from trainer.losses.margins import Margin, Positives, Scale, angle
 
 Algorithm = Literal["store", "recompute"]
 ALGORITHMS: tuple[Algorithm, ...] = ("store", "recompute")
@@ -216,7 +220,84 @@ def test_without_gradient_nothing_is_kept() -> None:
     x_BD, labels_B = torch.randn(4, DIMENSION, generator=torch.Generator().manual_seed(0)), torch.arange(4)
     with torch.no_grad():
         loss = head(x_BD, labels_B)
+    assert head._memory.spare is None
+    kept: list[tuple[int, int]] = []
+    take = head._memory.take
+
+    def spy(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        kept.append(shape)
+        return take(shape, dtype, device)
+
+    head._memory = SimpleNamespace(take=spy, scratch=head._memory.scratch, spare=None)  # type: ignore[assignment]
+    with torch.no_grad():
+        head(x_BD, labels_B)
+    assert kept == []
     assert float(loss) == pytest.approx(float(head(x_BD, labels_B).detach()))
+    assert kept == [(50, 4)]
+
+
+class LinearAngle(Margin):
+    """An author's own margin, as the documentation of margins shows it."""
+
+    formula: ClassVar[str] = "s (cos theta - m theta)"
+    source: ClassVar[str] = "this test"
+    name: Literal["linear_angle"] = "linear_angle"
+    scale: Scale = 20.0
+    margin: float = 0.1
+
+    def target(self, positives: Positives) -> torch.Tensor:
+        return self.scale * (positives.cos_B - self.margin * angle(positives.cos_B))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_margin_of_ones_own_is_one_small_class(algorithm: Algorithm) -> None:
+    """Value and gradients of the dense formula, and finite gradients where the angle is 0 or pi."""
+    generator = torch.Generator().manual_seed(0)
+    head = Head(LinearAngle(), 40, 8, HeadConfig(algorithm=algorithm, tile=7))
+    x_BD = torch.randn(6, 8, generator=generator, requires_grad=True)
+    labels_B = torch.randint(0, 40, (6,), generator=generator)
+    head(x_BD, labels_B).backward()
+    y_BD, w_CD = x_BD.detach().double().requires_grad_(), head.weight.detach().double().requires_grad_()
+    cos = torch.nn.functional.normalize(y_BD) @ torch.nn.functional.normalize(w_CD).T
+    own = torch.nn.functional.one_hot(labels_B, 40)
+    loss = torch.nn.functional.cross_entropy(20 * (cos - 0.1 * own * cos.acos()), labels_B)
+    loss.backward()
+    assert relative(x_BD.grad, y_BD.grad) < 1e-5
+    for sign in (1, -1):
+        x_BD = (sign * head.weight.detach()[labels_B]).requires_grad_()
+        head(x_BD, labels_B).backward()
+        assert x_BD.grad is not None
+        assert bool(x_BD.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("margin", [AdaFace(), CurricularFace()], ids=lambda margin: margin.name)
+@pytest.mark.parametrize(("value", "label"), [(math.nan, 1), (1.0, 50)])
+def test_a_bad_sample_leaves_no_trace_in_running_statistics(margin: Margin, value: float, label: int) -> None:
+    head = Head(margin, 50, 8)
+    before = {name: buffer.clone() for name, buffer in head.named_buffers()}
+    x_BD = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    x_BD[2, 3] = value
+    with pytest.raises(UserError):
+        head(x_BD, torch.tensor([0, 1, 2, label]))
+    assert {name: float(buffer) for name, buffer in head.named_buffers()} == {k: float(v) for k, v in before.items()}
+    head(torch.randn(4, 8), torch.arange(4))
+    assert any(float(buffer) != float(before[name]) for name, buffer in head.named_buffers())
+
+
+def test_what_a_batch_and_counts_must_be() -> None:
+    with pytest.raises(UserError, match="got no embedding"):
+        Head(ArcFace(), 50, 8)(torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(UserError, match="class_counts has 3 numbers for 50 classes"):
+        Head(ArcFace(), 50, 8, class_counts=[1, 2, 3])
+    x_BD = torch.ones(2, 8)
+    x_BD[1, 4] = math.inf
+    with pytest.raises(UserError, match=r"sample 'b' has an embedding that is not finite \(1 of 8 .* first is inf\)"):
+        Head(ArcFace(), 50, 8)(x_BD, torch.tensor([0, 1]), ["a", "b"])
+
+
+def test_free_memory_counts_what_the_page_cache_gives_back() -> None:
+    available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    assert 0 < free_memory(torch.device("cpu")) <= int(available.split()[1]) * 1024 * 1.1
 
 
 def test_a_null_embedding_counts_and_gets_no_gradient() -> None:
@@ -262,7 +343,7 @@ def test_bad_input() -> None:
         Head(DynamicMargin(), 10, DIMENSION)
     with pytest.raises(UserError, match="3 numbers for 10 classes"):
         Head(DynamicMargin(), 10, DIMENSION, class_counts=[1, 2, 3])
-    with pytest.raises(UserError, match=r"margin 1\.2 is more than 1\.111"):
+    with pytest.raises(UserError, match=r"margin 1\.2 of the cosine is more than 1, "):
         Head(CosFace(margin=1.2), 10, DIMENSION)
     head = Head(ArcFace(), 10, DIMENSION)
     x_BD, labels_B = torch.ones(2, DIMENSION), torch.tensor([1, 2])

@@ -5,12 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.config import HeadConfig, OptimizerConfig
+from trainer.config import HeadConfig, OptimizerConfig, load
 from trainer.errors import UserError
 from trainer.head import Head
-from trainer.head_optimizer import HeadOptimizer
+from trainer.head_optimizer import LEAST_SCALE, HeadOptimizer
 from trainer.head_state import Noise, RowState, to_bf16
 from trainer.losses import ArcFace, Margin, NormFace, Softmax
+from trainer.losses.margins import MAX_SCALE
+from trainer.objective import Objective
 
 CPU = torch.device("cpu")
 
@@ -181,3 +183,31 @@ def test_state_costs_the_promised_bytes() -> None:
         size = sum(tensor.numel() * tensor.element_size() for tensor in optimizer.state_dict().values())
         assert size / (1000 * 512) == pytest.approx(expected, rel=1e-3)
     assert head.weight.element_size() == 2
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_learnable_scale_stays_usable(name: str) -> None:
+    head = Head(NormFace(learnable=True), 20, 8)
+    optimizer = HeadOptimizer(head, OptimizerConfig.model_validate({"head_name": name}))
+    for gradient, bound in ((1e9, LEAST_SCALE), (-1e9, MAX_SCALE)):
+        head.scalars["scale"].grad = torch.tensor(gradient)
+        for _ in range(3):
+            optimizer.step(1e6)
+        assert float(head.scalars["scale"].detach()) == pytest.approx(bound)
+
+
+def test_a_fused_head_trains_as_an_objective_like_one_that_is_not() -> None:
+    ends = []
+    for fused in ("true", "false"):
+        config = load(None, ["loss=arcface", f"head.fused={fused}", "backbone.dimension=8", "scaling.workers=1"])
+        objective = Objective(config, 30, [5] * 30, torch.device("cpu"))
+        generator = torch.Generator().manual_seed(0)
+        for step in range(3):
+            x_BD = torch.randn(6, 8, generator=generator, requires_grad=True)
+            objective.set_progress(step, 1.0)
+            loss, _ = objective(x_BD, torch.arange(6), [f"{k}" for k in range(6)])
+            objective.prepare(0.1)
+            loss.backward()
+            objective.step(0.1)
+        ends.append(objective.centres(torch.arange(30)).rows_cKD)
+    torch.testing.assert_close(*ends)

@@ -133,3 +133,60 @@ def test_unsampled_rows_and_their_state_are_neither_read_nor_written(fused: bool
         if tensor.shape[:1] == (3000,):
             assert torch.equal(tensor[others].nan_to_num(7), before[key][others].nan_to_num(7)), key
             assert bool(torch.isfinite(tensor[chosen].float()).all()), key
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_bias_where_no_class_takes_part(fused: bool) -> None:
+    head = Head(Softmax(), 100, 8, HeadConfig(sample_rate=0.001, fused=fused))
+    optimizer = HeadOptimizer(head, OptimizerConfig(head_weight_decay=0))
+    before = head.weight.detach().clone()
+    skipped = 0
+    for step in range(30):
+        head.set_progress(step)
+        optimizer.prepare(0.1)
+        x_BD = torch.ones(2, 8, requires_grad=True)
+        head(x_BD, torch.tensor([-1, -1])).backward()
+        optimizer.step(0.1)
+        optimizer.zero_grad()
+        skipped += int(x_BD.grad is not None and not x_BD.grad.any())
+    assert skipped == 30  # padding alone
+    torch.testing.assert_close(head.weight.detach(), before, atol=0, rtol=0)
+
+
+def test_a_sampled_backward_adds_up_with_a_whole_one() -> None:
+    head = Head(ArcFace(), 3000, 8, HeadConfig(sample_rate=0.05))
+    x_BD, labels_B = torch.ones(2, 8), torch.tensor([0, 1])
+    head(x_BD, labels_B).backward()
+    assert head.weight.grad is not None
+    first = head.weight.grad.to_dense().clone()
+    head.weight.grad = None
+    head.eval()
+    head(x_BD, labels_B).backward()
+    second = head.weight.grad.clone()
+    head.weight.grad = None
+    head.train()
+    head(x_BD, labels_B).backward()
+    head.eval()
+    head(x_BD, labels_B).backward()
+    torch.testing.assert_close(head.weight.grad, first + second)
+
+
+def test_adamw_corrects_a_bias_by_its_own_steps() -> None:
+    """The first step of a class sampled late is as long as the first step of any: the learning rate."""
+    head = Head(Softmax(), 3000, 8, HeadConfig(sample_rate=0.05))
+    optimizer = HeadOptimizer(head, OptimizerConfig(head_name="adamw"))
+    seen = torch.zeros(3000, dtype=torch.bool)
+    assert head.bias is not None
+    for step in range(4):
+        head.set_progress(step)
+        before = head.bias.detach().clone()
+        head(torch.ones(2, 8), torch.tensor([7, 2999])).backward()
+        assert head.bias.grad is not None
+        chosen = head.bias.grad.coalesce().indices()[0]
+        new = chosen[~seen[chosen]]
+        seen[chosen] = True
+        optimizer.step(0.01)
+        optimizer.zero_grad()
+        change = (head.bias.detach() - before)[new].abs()
+        assert len(new) > 0
+        torch.testing.assert_close(change, torch.full_like(change, 0.01), rtol=1e-2, atol=0)

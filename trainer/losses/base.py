@@ -20,7 +20,7 @@ class LossSpec(BaseModel):
     source: ClassVar[str]
 
     name: str
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from trainer.evaluation.theory import coco_scale
 from trainer.losses.base import Family
 from trainer.losses.batchwise import BatchLoss, GlobalBatch, Terms, count, members, unit_vectors
+from trainer.losses.margins import positive_scale
 
 
 class CoCo(BatchLoss):
@@ -46,7 +47,10 @@ class CoCo(BatchLoss):
     def resolve(self, classes: int, dimension: int) -> Self:
         if self.alpha != "auto":
             return self
-        return self.model_copy(update={"alpha": coco_scale(classes, self.epsilon)})
+        alpha = coco_scale(classes, self.epsilon)
+        return self.model_copy(
+            update={"alpha": positive_scale("coco: alpha", alpha, classes, f"epsilon {self.epsilon}")}
+        )
 
     def terms(self, batch: GlobalBatch, values: Mapping[str, Tensor]) -> Terms:
         assert not isinstance(self.alpha, str), "resolve() replaces 'auto'"

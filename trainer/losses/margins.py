@@ -14,7 +14,7 @@ t, the target's logit. With N and t the cross entropy is softplus(N - t). The he
         margin: float = 0.1
 
         def target(self, positives: Positives) -> Tensor:
-            return self.scale * (positives.cos_B - self.margin * torch.acos(positives.cos_B))
+            return self.scale * (positives.cos_B - self.margin * angle(positives.cos_B))
 
 It then works on any number of ranks and in both algorithms of the head. Its derivative is what autograd makes of
 `target`; it must be finite also at the edges, theta = 0 and pi, and at values that belong to no sample, since `target`
@@ -33,6 +33,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
 from trainer.errors import UserError
+from trainer.evaluation.theory import cosface_scale, cosine_margin
 from trainer.losses.base import Family, LossSpec
 
 # Beyond it the rounding of a fp32 logit, s x 2^-24, is a thousandth of a nat, and gradients lose their meaning.
@@ -183,36 +184,41 @@ def plain(
     )
 
 
-def least_scale(classes: int, probability: float) -> float:
-    """The smallest scale at which a perfect embedding reaches this posterior: (C-1)/C log(P(C-1)/(1-P)).
-
-    Source: NormFace (Wang et al. 2017, prop. 2) and CosFace (Wang et al. 2018, eq. 6): with all centres equally far
-    apart, the loss cannot fall below log(1 + (C-1) exp(-s C/(C-1))).
-    """
-    return (classes - 1) / classes * math.log(probability * (classes - 1) / (1 - probability))
-
-
-def least_alpha(classes: int, probability: float) -> float:
-    """The smallest length of embeddings at which L2-softmax reaches this posterior: log(p (C-2) / (1-p)).
-
-    Source: Ranjan et al. 2017, eq. 6; C > 2.
-    """
-    return math.log(probability * (classes - 2) / (1 - probability))
-
-
 def auto_scale(name: str, classes: int, probability: float) -> float:
-    """`least_scale`, where it is positive.
+    """The least scale at which a perfect embedding reaches the posterior (`theory.cosface_scale`), if it is positive.
 
     Raises:
         UserError: so few classes reach the probability at any scale.
     """
-    scale = least_scale(classes, probability)
+    return positive_scale(f"{name}: scale", cosface_scale(classes, probability), classes, f"probability {probability}")
+
+
+def positive_scale(what: str, scale: float, classes: int, goal: str) -> float:
+    """A scale computed for `auto`; one that is not positive would turn the loss around.
+
+    Raises:
+        UserError: it is not positive.
+    """
     if scale <= 0:
         raise UserError(
-            f"{name}: scale 'auto' is {scale:.3g} for {classes} classes and probability {probability}; "
-            "it must be positive, so give a number for the scale or a greater probability"
+            f"{what} 'auto' is {scale:.3g} for {classes} classes and {goal}; it must be positive, so give a number "
+            "for it or ask for more"
         )
     return scale
+
+
+def check_cosine_margin(name: str, margin: float, classes: int, dimension: int) -> None:
+    """Refuse a margin of the cosine that no arrangement of the centres can satisfy (`theory.cosine_margin`).
+
+    Raises:
+        UserError: with the bound.
+    """
+    greatest = cosine_margin(classes, dimension)
+    if margin > greatest:
+        raise UserError(
+            f"{name}: margin {margin} of the cosine is more than {greatest:.4g}, the most that {classes} centres in "
+            f"{dimension} dimensions allow; choose a smaller margin"
+        )
 
 
 class _Angle(torch.autograd.Function):

@@ -1,14 +1,14 @@
 """Margins that follow the sample or the training: AdaFace, MagFace, CurricularFace and MV-softmax."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from trainer.losses.margins import Margin, Positives, Scale, monotone_cosine
-from trainer.losses.margins_cosine import AdditiveAngle
+from trainer.losses.margins import Margin, Positives, Scale, check_cosine_margin, monotone_cosine
+from trainer.losses.margins_cosine import AdditiveAngle, with_margin
 
 
 class AdaFace(Margin):
@@ -147,8 +147,20 @@ class MVSoftmax(Margin):
     name: Literal["mv_softmax"] = "mv_softmax"
     kind: Literal["am", "arc"] = "am"
     scale: Scale = 64.0
-    margin: AdditiveAngle = Field(0.35, description="of the cosine; of the angle in radians for kind arc (paper: 0.5)")
+    margin: AdditiveAngle = Field(
+        0.35, description="of the cosine; for kind arc of the angle in radians, where the default is 0.5"
+    )
     emphasis: float = Field(1.12, ge=1, le=4, allow_inf_nan=False, description="w")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_by_kind(cls, values: Any) -> Any:
+        return with_margin(values, "arc", 0.5)
+
+    def resolve(self, classes: int, dimension: int) -> Self:
+        if self.kind == "am":
+            check_cosine_margin(self.name, self.margin, classes, dimension)
+        return self
 
     def bound(self) -> tuple[float, float]:
         scale = float(self.scale_of({}))

@@ -7,7 +7,7 @@ dpsi/dc. None of them costs communication beyond the head's own.
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -21,17 +21,25 @@ from trainer.losses.margins import (
     Probability,
     Scale,
     auto_scale,
+    check_cosine_margin,
     monotone_cosine,
 )
 
 AdditiveAngle = Annotated[float, Field(ge=0, le=math.pi, allow_inf_nan=False, description="radians")]
 
 
+def with_margin(values: Any, kind: str, margin: float) -> Any:
+    """A spec's fields, with the margin that its paper gives to this kind where none is given."""
+    if isinstance(values, dict) and values.get("kind") == kind:
+        return {"margin": margin, **values}
+    return values
+
+
 class NormFace(Margin):
     """Softmax on the cosine: s cos(theta). dpsi/dc = 1.
 
     With `learnable` the scale is a parameter that starts at `scale`; `auto` is the least scale at which a perfect
-    embedding reaches the posterior `probability` (`least_scale`).
+    embedding reaches the posterior `probability` (`theory.cosface_scale`).
     """
 
     formula: ClassVar[str] = "s cos(theta)"
@@ -62,7 +70,7 @@ class CosFace(Margin):
     """Additive cosine margin: s (cos(theta) - m). dpsi/dc = 1.
 
     `auto` is the least scale at which a perfect embedding reaches the posterior `probability`. A margin that no
-    arrangement of the centres allows is refused: m <= 1 - cos(2 pi / C) in two dimensions, else m <= C / (C-1).
+    arrangement of the centres allows is refused (`theory.cosine_margin`).
     """
 
     formula: ClassVar[str] = "s (cos(theta) - m)"
@@ -76,23 +84,13 @@ class CosFace(Margin):
     probability: Probability = Field(0.9, description="for scale: auto")
 
     def resolve(self, classes: int, dimension: int) -> Self:
-        greatest = greatest_cosine_margin(classes, dimension)
-        if self.margin > greatest:
-            raise UserError(
-                f"cosface: margin {self.margin} is more than {greatest:.4g}, the most that {classes} centres in "
-                f"{dimension} dimensions allow; choose a smaller margin"
-            )
+        check_cosine_margin(self.name, self.margin, classes, dimension)
         if self.scale != "auto":
             return self
         return self.model_copy(update={"scale": auto_scale(self.name, classes, self.probability)})
 
     def target(self, positives: Positives) -> Tensor:
         return self.scale_of({}) * (positives.cos_B - self.margin)
-
-
-def greatest_cosine_margin(classes: int, dimension: int) -> float:
-    """The largest m for which cos(theta_y) - m >= cos(theta_j) can hold for all samples (CosFace, eq. 9)."""
-    return 1 - math.cos(2 * math.pi / classes) if dimension == 2 else classes / (classes - 1)
 
 
 class ArcFace(Margin):
@@ -133,6 +131,10 @@ class Combined(Margin):
         if warm >= 1:
             return self
         return self.model_copy(update={"m1": 1 + (self.m1 - 1) * warm, "m2": self.m2 * warm, "m3": self.m3 * warm})
+
+    def resolve(self, classes: int, dimension: int) -> Self:
+        check_cosine_margin(f"{self.name}, m3", self.m3, classes, dimension)
+        return self
 
     def target(self, positives: Positives) -> Tensor:
         return self.scale_of({}) * (monotone_cosine(positives.cos_B, self.m1, self.m2) - self.m3)
@@ -211,8 +213,18 @@ class ElasticFace(Margin):
     name: Literal["elasticface"] = "elasticface"
     kind: Literal["arc", "cos"] = "arc"
     scale: Scale = 64.0
-    margin: AdditiveAngle = Field(0.5, description="mean; radians for kind arc (cos: the paper has 0.35)")
+    margin: AdditiveAngle = Field(0.5, description="mean; radians for kind arc; the default for kind cos is 0.35")
     sigma: float = Field(0.0125, ge=0, le=1, allow_inf_nan=False, description="standard deviation")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_by_kind(cls, values: Any) -> Any:
+        return with_margin(values, "cos", 0.35)
+
+    def resolve(self, classes: int, dimension: int) -> Self:
+        if self.kind == "cos":
+            check_cosine_margin(self.name, self.margin, classes, dimension)
+        return self
 
     def target(self, positives: Positives) -> Tensor:
         if positives.noise_B is None:

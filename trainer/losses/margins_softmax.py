@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.errors import UserError
+from trainer.evaluation.theory import l2_softmax_scale
 from trainer.losses.base import Family
-from trainer.losses.margins import MAX_SCALE, Margin, Positives, Probability, least_alpha
+from trainer.losses.margins import MAX_SCALE, Margin, Positives, Probability, positive_scale
 
 
 class Softmax(Margin):
@@ -116,12 +117,8 @@ class L2Softmax(Margin):
     def resolve(self, classes: int, dimension: int) -> Self:
         if self.alpha != "auto":
             return self
-        alpha = least_alpha(classes, self.probability) if classes > 2 else 0.0
-        if alpha <= 0:
-            raise UserError(
-                f"l2_softmax: alpha 'auto' is not positive for {classes} classes and probability {self.probability}; "
-                "give a number for alpha or a greater probability"
-            )
+        alpha = l2_softmax_scale(classes, self.probability)
+        alpha = positive_scale(f"{self.name}: alpha", alpha, classes, f"probability {self.probability}")
         return self.model_copy(update={"alpha": alpha})
 
     def learnables(self) -> dict[str, float]:

@@ -11,11 +11,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from trainer.errors import UserError
+from trainer.evaluation.theory import cosface_scale, l2_softmax_scale
 from trainer.losses import (
     AdaFace,
     AnyLoss,
     ArcFace,
     ASoftmax,
+    CoCo,
     Combined,
     CosFace,
     CurricularFace,
@@ -36,8 +38,6 @@ from trainer.losses.margins import (
     SINE_GUARD,
     angle,
     chebyshev,
-    least_alpha,
-    least_scale,
     monotone_cosine,
     plain,
     sine_of,
@@ -169,7 +169,7 @@ def test_chebyshev() -> None:
 def test_auto_scale_reaches_the_probability() -> None:
     """With centres as far apart as can be (cos = -1/(C-1)) and samples on them, the posterior is the one asked for."""
     for classes, probability in ((10, 0.9), (1000, 0.99), (10_575, 0.9)):
-        scale = least_scale(classes, probability)
+        scale = cosface_scale(classes, probability)
         posterior = 1 / (1 + (classes - 1) * math.exp(-scale * classes / (classes - 1)))
         assert posterior == pytest.approx(probability)
         for margin in (NormFace(scale="auto", probability=probability), CosFace(scale="auto", probability=probability)):
@@ -177,14 +177,14 @@ def test_auto_scale_reaches_the_probability() -> None:
     assert (
         L2Softmax(alpha="auto").resolve(100, 8).alpha
         == pytest.approx(math.log(0.9 * 98 / 0.1))
-        == least_alpha(100, 0.9)
+        == l2_softmax_scale(100, 0.9)
     )
 
 
 def test_auto_that_cannot_be() -> None:
     with pytest.raises(UserError, match="must be positive"):
         NormFace(scale="auto", probability=0.2).resolve(3, 8)
-    with pytest.raises(UserError, match="alpha 'auto' is not positive for 2 classes"):
+    with pytest.raises(UserError, match="not defined for 2 classes; it takes 3 or more"):
         L2Softmax(alpha="auto").resolve(2, 8)
     with pytest.raises(UserError, match="still 'auto'"):
         CosFace(scale="auto").target(plain(torch.zeros(1)))
@@ -193,11 +193,38 @@ def test_auto_that_cannot_be() -> None:
 def test_bounds_on_the_cosine_margin() -> None:
     assert CosFace(margin=0.35).resolve(5, 2).margin == 0.35  # 1 - cos(72 degrees) = 0.69
     with pytest.raises(
-        UserError, match=r"margin 0\.35 is more than 0\.191, the most that 10 centres in 2 dimensions allow"
+        UserError,
+        match=r"margin 0\.35 of the cosine is more than 0\.191, the most that 10 centres in 2 dimensions allow",
     ):
         CosFace(margin=0.35).resolve(10, 2)
     with pytest.raises(UserError, match="choose a smaller margin"):
         CosFace(margin=1.02).resolve(100, 512)
+    assert CosFace(margin=1.009).resolve(100, 512).margin == 1.009  # a simplex has room for it
+    for margin in (
+        CosFace(margin=1.009),  # but not in 3 dimensions
+        MVSoftmax(margin=1.2),
+        ElasticFace(kind="cos", margin=1.2),
+        Combined(m1=1.0, m2=0.0, m3=1.2),
+    ):
+        with pytest.raises(UserError, match="is more than 1, the most that 1000 centres in 3 dimensions allow"):
+            margin.resolve(1000, 3)
+    for angular in (MVSoftmax(kind="arc", margin=1.2), ElasticFace(margin=1.2)):
+        assert angular.resolve(1000, 3) == angular
+
+
+def test_each_kind_has_its_papers_default() -> None:
+    assert (ElasticFace().margin, ElasticFace(kind="cos").margin) == (0.5, 0.35)
+    assert (MVSoftmax().margin, MVSoftmax(kind="arc").margin) == (0.35, 0.5)
+    assert ElasticFace(kind="cos", margin=0.2).margin == 0.2
+    assert MVSoftmax(kind="arc", margin=0.2).margin == 0.2
+
+
+def test_a_coco_scale_that_would_turn_the_loss_around_is_refused() -> None:
+    assert CoCo(epsilon=0.5).resolve(2, 8).alpha > 0
+    with pytest.raises(
+        UserError, match=r"coco: alpha 'auto' is -0\.271 for 2 classes and epsilon 1\.0; it must be positive"
+    ):
+        CoCo(epsilon=1.0).resolve(2, 8)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,9 @@ Show = Callable[[int, int], None]
 
 # Constants for ten classes and a few hundred steps, where they differ from the losses' defaults, which are for many
 # thousand classes. The scale is 2.6 times `least_scale(10, 0.99)`. A lambda schedule is given per run, see `settings`.
+# The default gamma of center_invariant leaves ten centres nearly where centre loss has them: in the plane the standard
+# deviation of their lengths is 0.27 of the mean after 600 steps, with centre loss 0.3. With this gamma it is less than
+# 0.04, and alpha gamma |c|^2 is at most 0.4, well below the 1 at which it becomes unstable.
 _SCALE = 16.0
 _CONSTANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -57,6 +60,7 @@ _CONSTANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
         "elasticface": {"scale": _SCALE, "margin": 0.5, "sigma": 0.05},
         "dynamic": {"scale": _SCALE},
+        "center_invariant": {"gamma": 5e-3},
         "curricularface": {"scale": _SCALE, "margin": 0.5},
         "mv_softmax": {"scale": _SCALE, "margin": 0.35},
         "tse": {"frozen": True},
@@ -122,7 +126,12 @@ class Centres:
 
 @dataclass(frozen=True)
 class Trained:
-    """What one training left: the embeddings, and the class centres if the loss has them."""
+    """What one training left: the embeddings, and the class centres if the loss has them.
+
+    Attributes:
+        centres: those that decide, of a margin or of the softmax beside an auxiliary loss.
+        learned_CD: those that a centre loss lets follow its samples, at their place among the embeddings.
+    """
 
     name: str
     family: str
@@ -132,6 +141,7 @@ class Trained:
     test_ND: Matrix
     test_labels_N: Labels
     centres: Centres | None
+    learned_CD: Matrix | None
     losses: tuple[float, ...]
 
     @property
@@ -284,6 +294,7 @@ def _finish(
     embedder = objective.embedder(network).eval()
     shown = config.auxiliary[0] if config.auxiliary else config.loss
     centres = _centres(config, objective)
+    learned = objective.learned_centres(torch.arange(CLASSES))
     return Trained(
         name=shown.name,
         family=shown.family,
@@ -293,6 +304,7 @@ def _finish(
         test_ND=embedder(split.test_images_NCHW).double().numpy(),
         test_labels_N=split.test_labels_N.numpy(),
         centres=centres,
+        learned_CD=None if learned is None else learned.double().numpy(),
         losses=losses,
     )
 

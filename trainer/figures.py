@@ -175,15 +175,17 @@ def _draw_family(
     )
     if dimension == 2:
         how = (
-            "Arrows: directions of the class centres, or of the class means where the loss has no centres. Grey "
-            "lines: where two classes' scores without margin are equal. Losses for which only the direction counts are "
-            "drawn on the unit circle, where the place within the ring means nothing."
+            "Arrows: directions of the class centres, or of the class means where the loss has no centres. "
+            f"{_about_learned(panels, dimension)}Grey lines: where two classes' scores without margin are equal. "
+            "Losses for which only the direction counts are drawn on the unit circle, where the place within the ring "
+            "means nothing."
         )
     else:
         how = (
-            "Directions on the unit sphere: left the near half, right the far half as seen through it. Crosses: class "
-            "centres, or class means where the loss has no centres. Grey lines: where two classes' scores without "
-            "margin are equal, for embeddings of the median length."
+            "Directions on the unit sphere: left the near half, right the far half as seen through it. Upright "
+            "crosses: class centres, or class means where the loss has no centres. "
+            f"{_about_learned(panels, dimension)}Grey lines: where two classes' scores without margin are equal, for "
+            "embeddings of the median length."
         )
     lost = [panel.title for panel, one in zip(panels, trained, strict=True) if one.accuracy_by_means() < LEARNED]
     if lost:
@@ -198,6 +200,22 @@ def _draw_family(
         Drawn(f"geometry_{suffix}", tuple(geometry_files), f"{about} {how}"),
         Drawn(f"angles_{suffix}", tuple(angle_files), angles),
     ]
+
+
+def _about_learned(panels: Sequence[Panel], dimension: int) -> str:
+    """What tells a centre loss's own centres from the rows of the softmax beside it; nothing where none are drawn."""
+    names = " and ".join(panel.title for panel in panels if panel.learned_CD is not None)
+    if not names:
+        return ""
+    if dimension == 2:
+        return (
+            "The arrows of this family are the softmax's rows. Crosses: the centres that the centre loss itself learns "
+            f"in {names}, at their place among the features. "
+        )
+    return (
+        "The upright crosses of this family are the softmax's rows. Slanted crosses: the directions of the centres "
+        f"that the centre loss itself learns in {names}. "
+    )
 
 
 def _panel(title: str, trained: Trained, dimension: int) -> Panel:
@@ -215,6 +233,7 @@ def _panel(title: str, trained: Trained, dimension: int) -> Panel:
         labels_N=trained.test_labels_N,
         centres_MD=directions_MD,
         scores=trained.scores,
+        learned_CD=trained.learned_CD,
     )
 
 
@@ -226,6 +245,7 @@ def _numbers(figure: str, dimension: int, config: Config, trained: Trained) -> d
         "dimension": dimension,
         "loss": config.loss.model_dump(mode="json"),
         "auxiliary": [spec.model_dump(mode="json") for spec in config.auxiliary],
+        "learned_centres": None if trained.learned_CD is None else trained.learned_CD.round(4).tolist(),
         "accuracy_by_centres": trained.accuracy_by_centres(),
         "accuracy_by_means": trained.accuracy_by_means(),
         "intra_mean_degrees": measured.intra_mean,

@@ -76,6 +76,31 @@ def test_scores_of_centres_are_the_logits_of_the_paper() -> None:
             assert plain[n, c] == pytest.approx(float(x_ND[n] @ rows_CKD[c, 0]) + bias_C[c])
 
 
+def test_learned_centres_are_those_of_the_centre_loss_not_of_the_softmax(split: digits.Split) -> None:
+    """They lie amid their own class's samples, which the softmax's rows, shorter by far, do not."""
+    trained = digits.train(digits.settings("center", 3, STEPS), STEPS, 0, split)
+    assert trained.learned_CD is not None
+    assert trained.centres is not None
+    means_CD = np.stack([trained.train_ND[trained.train_labels_N == label].mean(axis=0) for label in range(10)])
+    lengths_C = np.linalg.norm(means_CD, axis=1)
+    off_C = np.linalg.norm(trained.learned_CD - means_CD, axis=1)
+    assert (off_C / lengths_C).max() < 0.4
+    assert (np.linalg.norm(trained.centres.rows_CKD[:, 0] - means_CD, axis=1) / lengths_C).min() > 0.5
+    assert digits.train(digits.settings("range", 3, 2), 2, 0, split).learned_CD is None
+    assert digits.train(digits.settings("arcface", 3, 2), 2, 0, split).learned_CD is None
+
+
+def test_center_invariant_makes_the_centres_lengths_more_equal(split: digits.Split) -> None:
+    spreads = {}
+    for name in ("center", "center_invariant"):
+        learned_CD = digits.train(digits.settings(name, 3, 200), 200, 0, split).learned_CD
+        assert learned_CD is not None
+        lengths_C = np.linalg.norm(learned_CD, axis=1)
+        spreads[name] = float(lengths_C.std() / lengths_C.mean())
+    assert spreads["center_invariant"] < 0.07
+    assert spreads["center"] > 1.7 * spreads["center_invariant"]
+
+
 def test_a_run_that_diverges_says_so(split: digits.Split, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digits, "NETWORK_LR", 1e30)
     with pytest.raises(UserError, match="not finite"):

@@ -43,6 +43,7 @@ class Panel:
         features_ND, labels_N: what is drawn; labels from 0.
         centres_MD: directions of the class centres (of M = C K), or of the class means.
         scores: features [G, D] to scores [G, C], of which the greatest decides.
+        learned_CD: the centres that a centre loss has learned, among the features; None of other losses.
     """
 
     title: str
@@ -52,6 +53,7 @@ class Panel:
     labels_N: NDArray[np.int64]
     centres_MD: Matrix
     scores: Callable[[Matrix], Matrix]
+    learned_CD: Matrix | None = None
 
 
 def geometry_figure(panels: Sequence[Panel], columns: int | None = None, width: float = DOUBLE) -> Figure:
@@ -59,7 +61,8 @@ def geometry_figure(panels: Sequence[Panel], columns: int | None = None, width: 
 
     In the plane: samples, class centres as arrows, boundaries as lines; angular losses on the unit circle, where the
     distance from it within the ring means nothing. On the sphere only directions are drawn; samples of the half that is
-    turned away are seen in the right-hand disc, as through glass.
+    turned away are seen in the right-hand disc, as through glass. A slanted cross is a centre of a centre loss, in the
+    plane at its own place; an upright one on the sphere is a class centre, which in the plane is an arrow.
 
     Raises:
         UserError: no panels, or embeddings of other than 2 or 3 dimensions.
@@ -112,15 +115,19 @@ def _draw(axes: Axes, panel: Panel, dimension: int) -> None:
 
 
 def _plane(axes: Axes, panel: Panel) -> None:
-    """Features as they are; arrows of the centres end where 90 % of the samples lie."""
+    """Features and learned centres as they are; the arrows are half as long as the median feature."""
     x_ND = panel.features_ND
     reach = float(np.quantile(np.linalg.norm(x_ND, axis=1), 0.99)) * 1.22
+    if panel.learned_CD is not None:
+        reach = max(reach, 1.1 * float(np.linalg.norm(panel.learned_CD, axis=1).max()))
     side = np.linspace(-reach, reach, GRID)
     grid_GD = np.stack(np.meshgrid(side, side), axis=2).reshape(-1, 2)
     _boundaries(axes, side, side, panel.scores(grid_GD).reshape(GRID, GRID, -1), None)
     _samples(axes, x_ND, panel.labels_N, 7)
     length = 0.5 * float(np.median(np.linalg.norm(x_ND, axis=1)))
     _arrows(axes, panel.centres_MD, length)
+    if panel.learned_CD is not None:
+        _crosses(axes, panel.learned_CD, 6)
     classes_C = np.unique(panel.labels_N)
     for label, direction_D in zip(classes_C, _name_directions(x_ND, panel.labels_N, classes_C), strict=True):
         along_N = x_ND[panel.labels_N == label] @ direction_D
@@ -145,6 +152,8 @@ def _circle(axes: Axes, panel: Panel) -> None:
     jitter_N = RING[0] + (RING[1] - RING[0]) * (np.arange(len(unit_ND)) * 0.6180339887498949 % 1)
     _samples(axes, unit_ND * jitter_N[:, None], panel.labels_N, 5)
     _arrows(axes, panel.centres_MD, 0.74)
+    if panel.learned_CD is not None:
+        _crosses(axes, sum(RING) / 2 * _unit(panel.learned_CD), 5)
     classes_C = np.unique(panel.labels_N)
     for label, direction_D in zip(classes_C, _name_directions(unit_ND, panel.labels_N, classes_C), strict=True):
         _name(axes, 1.13 * direction_D, int(label))
@@ -174,6 +183,7 @@ def _sphere(axes: Axes, panel: Panel) -> None:
     unit_ND = _unit(panel.features_ND)
     turned_ND = unit_ND @ _view().T
     centres_MD = _unit(panel.centres_MD) @ _view().T
+    learned_MD = centres_MD[:0] if panel.learned_CD is None else _unit(panel.learned_CD) @ _view().T
     length = float(np.median(np.linalg.norm(panel.features_ND, axis=1)))
     for middle, near in ((-1.06, True), (1.06, False)):
         sign = 1.0 if near else -1.0
@@ -196,7 +206,9 @@ def _sphere(axes: Axes, panel: Panel) -> None:
         at_M2 = centres_MD[half_M][:, 1:] + [middle, 0]
         axes.plot(*at_M2.T, linestyle="", marker="+", color="white", markersize=6.5, markeredgewidth=2.2, zorder=5)
         axes.plot(*at_M2.T, linestyle="", marker="+", color="black", markersize=6, markeredgewidth=0.9, zorder=6)
-        _names_on_disc(axes, turned_ND, panel.labels_N, centres_MD, middle, near)
+        if panel.learned_CD is not None:
+            _crosses(axes, learned_MD[(learned_MD[:, 0] > 0) == near][:, 1:] + [middle, 0], 5)
+        _names_on_disc(axes, turned_ND, panel.labels_N, np.concatenate([centres_MD, learned_MD]), middle, near)
     axes.set_xlim(-2.12, 2.12)
     axes.set_ylim(-1.06, 1.06)
     axes.set_aspect("equal")
@@ -293,6 +305,14 @@ def _arrows(axes: Axes, centres_MD: Matrix, length: float) -> None:
                 "shrinkB": 0,
             },
             zorder=4,
+        )
+
+
+def _crosses(axes: Axes, places_M2: Matrix, size: float) -> None:
+    """Slanted black crosses with a white rim, above samples and arrows; the size is in points."""
+    for colour, length, width, layer in (("white", size + 1.5, 3.2, 5), ("black", size, 1.5, 6)):
+        axes.plot(
+            *places_M2.T, linestyle="", marker="x", color=colour, markersize=length, markeredgewidth=width, zorder=layer
         )
 
 

@@ -1,17 +1,20 @@
 """Figures of embeddings: they have content, and their lines are where the scores are equal."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.contour import QuadContourSet
+from matplotlib.text import Annotation
 from numpy.typing import NDArray
 from PIL import Image
 
 from tests.drawn import meeting
 from trainer.errors import UserError
 from trainer.evaluation.plots_angles import angle_figure
-from trainer.evaluation.plots_geometry import Panel, _columns, _name_directions, geometry_figure
+from trainer.evaluation.plots_geometry import Panel, _columns, _name_directions, _view, geometry_figure
 from trainer.evaluation.plots_style import save
 
 Matrix = NDArray[np.float64]
@@ -26,6 +29,16 @@ def panel(dimension: int, angular: bool, classes: int = 5) -> Panel:
     return Panel(
         "a loss", "test accuracy 99.0 %", angular, features_ND, labels_N, centres_CD, lambda x: x @ centres_CD.T
     )
+
+
+def crosses(axes: Axes) -> Matrix:
+    """Where the slanted black crosses are, [M, 2]."""
+    lines = [line for line in axes.lines if line.get_marker() == "x" and line.get_color() == "black"]
+    return np.concatenate([np.zeros((0, 2)), *(line.get_xydata() for line in lines)])
+
+
+def unit(rows: Matrix) -> Matrix:
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
 
 
 def ink(path: Path) -> float:
@@ -91,6 +104,39 @@ def test_boundaries_are_where_the_two_best_scores_are_equal() -> None:
     ordered = np.sort(drawn.scores(points), axis=1)
     assert len(points) > 100
     assert np.abs(ordered[:, -1] - ordered[:, -2]).max() < 0.02
+
+
+def test_learned_centres_are_crosses_at_their_own_place_in_the_plane() -> None:
+    """Also where they lie beyond every sample; arrows stay those of the class centres."""
+    random = np.random.default_rng(3)
+    drawn = panel(2, angular=False)
+    plain = geometry_figure([drawn]).axes[0]
+    assert len(crosses(plain)) == 0
+    learned_CD = random.normal(size=(5, 2)) * 20
+    axes = geometry_figure([replace(drawn, learned_CD=learned_CD)]).axes[0]
+    np.testing.assert_array_equal(crosses(axes), learned_CD)
+    assert axes.get_xlim()[1] > np.abs(learned_CD).max()
+    arrows, before = ([text.xy for text in one.texts if isinstance(text, Annotation)] for one in (axes, plain))
+    assert arrows == before
+    ring_CD = crosses(geometry_figure([replace(drawn, angular=True, learned_CD=learned_CD)]).axes[0])
+    np.testing.assert_allclose(ring_CD / np.linalg.norm(ring_CD, axis=1, keepdims=True), unit(learned_CD))
+
+
+def test_learned_centres_are_crosses_at_their_direction_on_the_sphere() -> None:
+    """A cross on a half is at (right, up) of the unit vector, and the depth that is missing has that half's sign."""
+    learned_CD = np.random.default_rng(4).normal(size=(5, 3)) * 7
+    axes = geometry_figure([replace(panel(3, angular=False), learned_CD=learned_CD)]).axes[0]
+    found_C3 = []
+    for x, y in crosses(axes):
+        near = x < 0
+        right = x + 1.06 if near else x - 1.06
+        depth = np.sqrt(1 - right**2 - y**2)
+        found_C3.append([depth if near else -depth, right, y])
+    back_CD = np.array(found_C3) @ _view()  # of a rotation the inverse is the transpose
+    expected_CD = unit(learned_CD)
+    assert len(back_CD) == 5
+    for one_D in expected_CD:
+        assert np.linalg.norm(back_CD - one_D, axis=1).min() < 1e-9
 
 
 @pytest.mark.parametrize(("panels", "columns"), [(4, 4), (5, 5), (6, 3), (9, 3), (13, 5), (3, 3)])

@@ -76,6 +76,18 @@ class Objective:
                 return Projected(backbone, part.projection)
         return backbone
 
+    def compared(self, backbone: nn.Module) -> tuple[nn.Module, bool]:
+        """The embeddings whose geometry the losses shape, and whether it is that of their directions alone.
+
+        Where a loss has class centres they are the backbone's, which those are compared with (`ClassCentres.scale`
+        gives the length). Else a learned projection's, T x/|x|, whose lengths count; else the backbone's, as unit
+        vectors where the config's first loss takes such.
+        """
+        if any(isinstance(part, HeadPart) for part in self._parts.values()):
+            return backbone, False
+        embedder = self.embedder(backbone)
+        return embedder, embedder is backbone and next(iter(self._parts.values())).unit
+
     def centres(self, classes_c: Tensor) -> ClassCentres | None:
         """The class centres of these classes, on every rank; None where no loss of the config is a margin.
 

@@ -21,7 +21,9 @@ from trainer.head_optimizer import HeadOptimizer
 from trainer.losses import LossSpec, Margin
 from trainer.losses.batchwise import BatchLoss, BatchLossModule
 from trainer.losses.centres import Center, CentreModule
+from trainer.losses.pairs import Contrastive
 from trainer.losses.projections import PROJECTION, ProjectedTriplet
+from trainer.losses.ranges import Range
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,13 @@ class ClassCentres:
 
 
 class Part(Protocol):
-    """One loss of the weighted sum."""
+    """One loss of the weighted sum.
+
+    Attributes:
+        unit: the loss compares embeddings as unit vectors.
+    """
+
+    unit: bool
 
     def set_progress(self, step: int, warm: float) -> None: ...
 
@@ -94,7 +102,7 @@ class HeadPart:
             raise UserError(
                 f"{classes} classes cannot be shared by {group.size} workers; set scaling.workers to {classes} or less"
             )
-        self._name = spec.name
+        self._name, self.unit = spec.name, spec.unit_embedding
         self._head = Head(spec, classes, dimension, config.head, config.run.seed, class_counts, device, group)
         self._optimizer = HeadOptimizer(self._head, config.optimizer)
 
@@ -151,7 +159,7 @@ class CentrePart:
     """Centres that follow their samples by the paper's rule; the learning rate has no say in it."""
 
     def __init__(self, spec: Center, config: Config, classes: int, device: torch.device) -> None:
-        self._name = spec.name
+        self._name, self.unit = spec.name, spec.unit
         self._module = CentreModule(spec, classes, config.backbone.dimension, device, Group.current())
 
     def centres(self, classes_c: Tensor) -> Tensor:
@@ -193,6 +201,7 @@ class BatchPart:
         if spec.needs_positives:
             _check_positives(spec.name, config, class_counts)
         self._group, self._name = Group.current(), spec.name
+        self.unit = spec.unit if isinstance(spec, Contrastive | Range) else True
         self._module = BatchLossModule(spec, classes, config.backbone.dimension, config.run.seed, device, self._group)
         self._optimizer = _optimizer(self._module, config.optimizer) if len(self._module.values) else None
 

@@ -3,11 +3,14 @@
     python benchmarks/head.py --classes 200000 --batch 256 --dim 512 --ranks 1 --device cpu --dtype fp32 --json F
 
 All contenders run in one process (a rank), one step of each in turn, so that a busy machine slows all of them alike.
+Large blocks of memory are asked for in huge pages, which spares the contenders that allocate theirs anew in every step
+a third of their time.
 Needs torch and numpy alone.
 """
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 import torch.distributed as dist
@@ -27,6 +31,7 @@ provide()
 
 from benchmarks.head_contenders import MARGIN, SCALE, Contender, Ours, Problem, contenders  # noqa: E402
 from trainer.distributed import Group  # noqa: E402
+from trainer.head_memory import free_memory  # noqa: E402
 
 NAMES = ["floor", "store", "recompute", "dense", "pml", "insightface_ops"]
 CHUNK = 16384  # classes of the float64 reference at once
@@ -41,7 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int, default=2, help="of all ranks together, on the CPU")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps, after one for warm-up")
+    parser.add_argument("--repeats", type=int, default=7, help="timed steps, after one for warm-up")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -207,26 +212,28 @@ def first_look(contender: Contender, reference: Reference) -> dict[str, Any]:
 
 
 def with_optimizer(options: argparse.Namespace, problem: Problem, rows: list[dict[str, Any]]) -> None:
-    """One contender after another, since each needs a momentum of the rows' size; recompute steps inside its tiles."""
-    for row in rows:
-        name = row["contender"]
-        if name == "recompute":
-            contender: Contender = Ours(problem, "recompute", fused=True)
-        else:
-            contender = contenders(problem, [name])[0][0]
-        times = []
+    """Step and update, in turn again: recompute steps inside its tiles. Each contender needs a momentum and a gradient
+    of the rows' size; where the memory does not hold all of them, one contender after another."""
+    names = [row["contender"] for row in rows]
+    needed = 3 * len(names) * problem.rows_RD.numel() * 4
+    together = needed < 0.8 * free_memory(problem.x_bD.device) / (1 if options.device == "cuda" else options.ranks)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for group in [names] if together else [[name] for name in names]:
+        found = [
+            Ours(problem, name, fused=True) if name == "recompute" else contenders(problem, [name])[0][0]
+            for name in group
+        ]
         for repeat in range(options.repeats + 1):
-            contender.clear()
-
-            def work(one: Contender = contender) -> None:
-                one.step()
-                one.optimize()
-
-            taken = seconds(work, problem)
-            if repeat:
-                times.append(taken)
-        row["step_with_optimizer_s"] = statistics.median(times)
-        del contender
+            for contender in found:
+                contender.clear()
+                taken = seconds(lambda one=contender: (one.step(), one.optimize()), problem)  # type: ignore[misc]
+                if repeat:
+                    times[contender.name].append(taken)
+                if not isinstance(contender, Ours):
+                    contender.clear()
+        del found, contender
+    for row in rows:
+        row["step_with_optimizer_s"] = statistics.median(times[row["contender"]])
 
 
 def agree(row: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ from trainer.data.importers.run import ImportOptions, run_import
 from trainer.errors import UserError
 
 HELD_OUT_ALPHABETS = 6
-EPOCHS = 10
+EPOCHS = 6
 MEASURES = {"val/rank1": "rank-1", "val/fnir_at_fpir_1pct": "FNIR at FPIR 1 %"}
 
 COMMON = (
@@ -53,7 +53,7 @@ UNIT_ROWS = ("optimizer.head_lr=2.0",)  # each centre is the target of few sampl
 FREE_ROWS = ("optimizer.head_lr=0.3",)  # centres with a length
 PAIRS = ("data.identities_per_batch=32",)  # 32 identities x 8 samples
 EASED = ("loss.lambda_start=100", "loss.lambda_gamma=0.0133", "loss.lambda_power=4")  # L-Softmax and A-Softmax
-ADAMW = ("optimizer.head_name=adamw", "optimizer.head_lr=0.03")
+ADAMW = ("optimizer.head_name=adamw", "optimizer.head_lr=0.01")
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _start_worker() -> None:
 
 
 def train(one: Recipe, data: Path, epochs: int, seed: int) -> dict[str, float]:
-    """The held-out figures of one run; NaN where it diverged."""
+    """The held-out figures of one run."""
     from trainer.train import Record, run
 
     found: dict[str, float] = {}
@@ -186,7 +186,7 @@ def train(one: Recipe, data: Path, epochs: int, seed: int) -> dict[str, float]:
     return {key: found[key] for key in MEASURES} | {"seconds": time.perf_counter() - started}
 
 
-Done = Callable[[int, int], None]
+Done = Callable[[str, int, int], None]
 
 
 def measure(recipes: Sequence[Recipe], data: Path, options: argparse.Namespace, done: Done) -> list[dict[str, Any]]:
@@ -204,8 +204,9 @@ def measure(recipes: Sequence[Recipe], data: Path, options: argparse.Namespace, 
         }
         for count, future in enumerate(as_completed(runs), 1):
             name, seed = runs[future]
-            values[name][seed] = future.result()
-            done(count, len(runs))
+            values[name][seed] = found = future.result()
+            told = ", ".join(f"{MEASURES[key]} {found[key]:.4f}" for key in MEASURES)
+            done(f"{name}, seed {seed}: {told}", count, len(runs))
     return [row(one, [values[one.name][seed] for seed in range(options.seeds)]) for one in recipes]
 
 
@@ -256,7 +257,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     recipes = [one for one in TABLES[options.table] if not options.only or one.name in options.only]
     with progress(console) as show:
-        rows = measure(recipes, data, options, lambda done, total: show("runs", done, total))
+
+        def done(told: str, count: int, total: int) -> None:
+            console.print(f"{count}/{total}  {told}", highlight=False)
+            show("runs", count, total)
+
+        rows = measure(recipes, data, options, done)
     sys.stdout.write(markdown(rows))
     if options.json:
         settings = {name: getattr(options, name) for name in ("table", "seeds", "epochs")}

@@ -126,7 +126,10 @@ def _rate(value: float | None, reason: str | None) -> str:
 
 def losses_table(losses: Sequence[Mapping[str, Any]]) -> Table:
     """The losses by family."""
-    table = Table("name", "family", "formula", "defaults", "source")
+    table = Table()
+    table.add_column("name", no_wrap=True)  # what a config asks for: never cut
+    for column in ("family", "formula", "defaults", "source"):
+        table.add_column(column, overflow="fold")
     for loss in losses:
         defaults = ", ".join(f"{key}={value}" for key, value in loss["defaults"].items())
         table.add_row(

@@ -86,7 +86,8 @@ class _Run:
         )
         self.validation = self._validation()
         self.collapse = Collapse(config, self.manifest, group) if config.run.collapse else None
-        self.augment = Augment(config.augment, config.run.seed, len(split.classes))
+        together = data.batch_size // data.identities_per_batch if data.identities_per_batch else 1
+        self.augment = Augment(config.augment, config.run.seed, len(split.classes), together)
         turns = 4 if config.augment.quarter_turns else 1
         self.classes = turns * len(split.classes)
         torch.manual_seed(seed)

@@ -39,10 +39,13 @@ class Augment:
         seed: of the run.
         classes: of the data set. With `quarter_turns` an image turned by t x 90 degrees has label + t x classes: the
             head then has 4 x classes.
+        together: rows of the global batch that take the same quarter turn: K of P x K batches, so that the K samples
+            of an identity stay samples of one.
     """
 
-    def __init__(self, config: AugmentConfig, seed: int, classes: int) -> None:
+    def __init__(self, config: AugmentConfig, seed: int, classes: int, together: int = 1) -> None:
         self._config = config
+        self._together = together
         self._seed = seed
         self._classes = classes
 
@@ -71,6 +74,8 @@ class Augment:
     def _draw(self, batch: Batch, epoch: int, step: int, global_batch: int) -> dict[str, torch.Tensor]:
         random = np.random.default_rng([self._seed, epoch, step, 0xA06])
         table_GN = torch.from_numpy(random.random((global_batch, len(_COLUMNS)), dtype=np.float32))
+        turn = _COLUMNS.index("turn")
+        table_GN[:, turn] = table_GN[torch.arange(global_batch) // self._together * self._together, turn]
         table_BN = table_GN[batch.rows_B.cpu()].to(batch.images_BCHW.device)
         return dict(zip(_COLUMNS, table_BN.unbind(1), strict=True))
 

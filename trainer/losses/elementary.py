@@ -10,6 +10,7 @@ These are functions for reports, figures and new losses; a config names the loss
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import (
@@ -44,10 +45,10 @@ __all__ = [
 def hinge_loss(z_N: Tensor, t_N: Tensor) -> Tensor:
     """mean of max(0, 1 - t z), t in {-1, +1}; dL/dz = -t / N where t z < 1, else 0.
 
-    Source: Cortes and Vapnik 1995, Support-vector networks. torch's `hinge_embedding_loss` is another function, its
-    `multi_margin_loss` the one for several classes.
+    It is what torch's `hinge_embedding_loss` makes of negative pairs at the distance t z; `multi_margin_loss` is the
+    one for several classes. Source: Cortes and Vapnik 1995, Support-vector networks.
     """
-    return functional.relu(1 - t_N * z_N).mean()
+    return functional.hinge_embedding_loss(t_N * z_N, -torch.ones_like(z_N))
 
 
 def exponential_loss(z_N: Tensor, t_N: Tensor) -> Tensor:
@@ -86,54 +87,66 @@ class Elementary:
 
     Attributes:
         per_sample: the formula for one sample; the loss is its mean.
+        gradient: its derivative by z (by p for binary cross entropy, by the logits W x + b for softmax).
         function: what computes it.
     """
 
     name: str
     per_sample: str
+    gradient: str
     source: str
     function: Callable[..., Tensor]
 
 
 ELEMENTARY = (
-    Elementary("l1", "|z - t|", "Laplace 1774; torch.nn.functional.l1_loss", l1_loss),
-    Elementary("l2", "(z - t)^2", "Legendre 1805; torch.nn.functional.mse_loss", mse_loss),
+    Elementary("l1", "|z - t|", "sign(z - t)", "Laplace 1774; torch.nn.functional.l1_loss", l1_loss),
+    Elementary("l2", "(z - t)^2", "2 (z - t)", "Legendre 1805; torch.nn.functional.mse_loss", mse_loss),
     Elementary(
         "huber",
         "(z - t)^2 / 2 where |z - t| < delta, else delta (|z - t| - delta / 2)",
+        "z - t, held within [-delta, delta]",
         "Huber 1964, Robust estimation of a location parameter; torch.nn.functional.huber_loss",
         huber_loss,
     ),
     Elementary(
         "binary_cross_entropy",
         "-t log p - (1 - t) log(1 - p), t in {0, 1}",
+        "(p - t) / (p (1 - p))",
         "Cox 1958, The regression analysis of binary sequences; torch.nn.functional.binary_cross_entropy",
         binary_cross_entropy,
     ),
     Elementary(
         "logistic",
         "log(1 + exp(-t z)), t in {-1, +1}",
+        "-t / (1 + exp(t z))",
         "Friedman et al. 2000, Additive logistic regression; torch.nn.functional.soft_margin_loss",
         soft_margin_loss,
     ),
     Elementary(
-        "hinge", "max(0, 1 - t z), t in {-1, +1}", "Cortes and Vapnik 1995, Support-vector networks", hinge_loss
+        "hinge",
+        "max(0, 1 - t z), t in {-1, +1}",
+        "-t where t z < 1, else 0",
+        "Cortes and Vapnik 1995, Support-vector networks",
+        hinge_loss,
     ),
     Elementary(
         "exponential",
         "exp(-t z), t in {-1, +1}",
+        "-t exp(-t z)",
         "Freund and Schapire 1997, A decision-theoretic generalization of on-line learning",
         exponential_loss,
     ),
     Elementary(
         "softmax_l2",
         "-log softmax(W x + b)_t, once plus decay / 2 |W|^2",
+        "p - onehot(t); dL/dW has decay W besides",
         "Bishop 2006, Pattern recognition and machine learning, 4.3.4",
         l2_regularized_softmax,
     ),
     Elementary(
         "focal",
         "-a_t (1 - p_t)^gamma log p_t, t in {0, 1}",
+        "(2 t - 1) a_t (1 - p_t)^gamma (gamma p_t log p_t + p_t - 1)",
         "Lin et al. 2017, Focal loss for dense object detection, eq. 5",
         focal_loss,
     ),

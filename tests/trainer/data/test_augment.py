@@ -183,3 +183,21 @@ def test_quarter_turns_turn_image_and_label():
 def test_quarter_turns_need_square_images():
     with pytest.raises(UserError, match=r"data\.height is 16 and data\.width 24"):
         Augment(AugmentConfig(quarter_turns=True), 0, 5)(batch_of(width=24), 0, 0, 12)
+
+
+def test_the_samples_of_an_identity_turn_together() -> None:
+    """P x K = 6 x 4: a quarter turn makes another identity, so it must be the same for the K samples of one."""
+    labels = torch.arange(6).repeat_interleave(4)
+    batch = Batch(
+        torch.zeros(24, 1, 8, 8, dtype=torch.uint8), labels, tuple("abcdefghijklmnopqrstuvwx"), torch.arange(24)
+    )
+    turns = []
+    for step in range(20):
+        _, turned = Augment(AugmentConfig(quarter_turns=True), 0, 6, together=4)(batch, 0, step, 24)
+        by_identity = (turned // 6).view(6, 4)
+        assert bool((by_identity == by_identity[:, :1]).all())
+        assert torch.equal(turned % 6, labels)
+        turns += by_identity[:, 0].tolist()
+    assert set(turns) == {0, 1, 2, 3}
+    _, alone = Augment(AugmentConfig(quarter_turns=True), 0, 6)(batch, 0, 0, 24)
+    assert not bool(((alone // 6).view(6, 4) == (alone // 6).view(6, 4)[:, :1]).all())

@@ -44,7 +44,7 @@ def test_the_set_is_whole() -> None:
     assert list(TABLE) == [
         *["l1", "l2", "huber", "binary_cross_entropy", "logistic", "hinge", "exponential", "softmax_l2", "focal"]
     ]
-    assert all(row.per_sample and row.source for row in ELEMENTARY)
+    assert all(row.per_sample and row.gradient and row.source for row in ELEMENTARY)
 
 
 @pytest.mark.parametrize("name", PER_SAMPLE)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 if TYPE_CHECKING:
-    from trainer.figures import Drawn
+    from trainer.figures import Written
 
 plot_app = typer.Typer(no_args_is_help=True, help="Draw the losses: what they do to embeddings, and their gradients.")
 
@@ -37,7 +37,7 @@ def geometry(
 
     One figure a family: features, class centres and decision boundaries; with it histograms of the angles. Further
     psi and target-logit curves of all margins, and the table of binary decision boundaries. PDF, PNG, and the numbers
-    as JSON. While an MLflow run is active (`MLFLOW_RUN_ID`), everything is logged to it.
+    as JSON. While an MLflow run is active (`MLFLOW_RUN_ID`), all of them are logged to it.
 
     Example: `hypersphere plot geometry --family margin --dimension 2 --out figures`
     """
@@ -49,8 +49,8 @@ def geometry(
     names = figures.check_losses(loss or [], family or [])
     torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
     with progress(out) as show:
-        drawn = figures.geometry(folder, names, dimension or [2, 3], steps, seed, show)
-    _finish(folder, drawn)
+        written = figures.geometry(folder, names, dimension or [2, 3], steps, seed, show)
+    _finish(folder, written)
 
 
 @plot_app.command()
@@ -64,15 +64,15 @@ def gradients(folder: OutOption = Path("figures")) -> None:
     _finish(folder, figures.gradients(folder))
 
 
-def _finish(folder: Path, drawn: Sequence["Drawn"]) -> None:
-    for one in drawn:
+def _finish(folder: Path, written: "Written") -> None:
+    for one in written.figures:
         out.print(" ".join(str(path) for path in one.files), highlight=False)
     out.print(f"captions and numbers are in {folder}", highlight=False)
-    _track(folder)
+    _track(written.files)
 
 
-def _track(folder: Path) -> None:
-    """Log the folder to the active MLflow run, where there is one."""
+def _track(files: Sequence[Path]) -> None:
+    """Log these files, and nothing else of their folder, to the active MLflow run, where there is one."""
     run_id = os.environ.get("MLFLOW_RUN_ID")
     if not run_id:
         return
@@ -82,7 +82,8 @@ def _track(folder: Path) -> None:
     uri = os.environ.get("MLFLOW_TRACKING_URI") or absolute_uri(TrackingConfig().uri, Path.cwd())
     troubles: list[str] = []
     tracker = Tracker(TrackingConfig(uri=uri), troubles.append, run_id)
-    tracker.artifact(folder, "figures")
+    for path in files:
+        tracker.artifact(path, "figures")
     tracker.close(None)
     for trouble in troubles:
         err.print(escape(trouble), style="yellow", highlight=False)

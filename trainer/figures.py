@@ -71,6 +71,18 @@ class Drawn:
 
 
 @dataclass(frozen=True)
+class Written:
+    """All that a command wrote into its folder: the figures, and the captions, tables and numbers beside them."""
+
+    figures: tuple[Drawn, ...]
+    beside: tuple[Path, ...]
+
+    @property
+    def files(self) -> list[Path]:
+        return [*(path for figure in self.figures for path in figure.files), *self.beside]
+
+
+@dataclass(frozen=True)
 class _Wanted:
     """A figure to be trained for: a name, a title for people, and what is trained for each panel."""
 
@@ -81,7 +93,7 @@ class _Wanted:
 
 def geometry(
     folder: Path, losses: Sequence[str], dimensions: Sequence[int], steps: int, seed: int, show: Show
-) -> list[Drawn]:
+) -> Written:
     """Train every loss on the digits in every dimension, and draw a figure for each family; then the margins' curves
     and the table of binary decision boundaries.
 
@@ -111,20 +123,19 @@ def geometry(
                 trained.append(digits.train(config, steps, seed, split, tell))
                 numbers.append(_numbers(wanted.name, dimension, config, trained[-1]))
             drawn += _draw_family(folder, wanted, trained, dimension, steps, seed)
-    drawn += _draw_margins(folder)
-    _write_json(folder / "geometry.json", {"steps": steps, "seed": seed, "embeddings": numbers})
-    _write_captions(folder, drawn)
-    return drawn
+    margins = _draw_margins(folder)
+    drawn += margins.figures
+    numbers_file = _write_json(folder / "geometry.json", {"steps": steps, "seed": seed, "embeddings": numbers})
+    return Written(tuple(drawn), (*margins.beside, numbers_file, _write_captions(folder, drawn)))
 
 
-def gradients(folder: Path) -> list[Drawn]:
+def gradients(folder: Path) -> Written:
     """Draw dL/dcos(theta) over theta for every margin; the numbers are written beside it."""
     groups = curve_groups()
     files = save(gradient_figure(groups), folder, "gradients")
-    _write_json(folder / "gradients.json", _curve_records(groups))
-    drawn = [Drawn("gradients", tuple(files), _gradient_caption(groups))]
-    _write_captions(folder, drawn)
-    return drawn
+    numbers_file = _write_json(folder / "gradients.json", _curve_records(groups))
+    drawn = Drawn("gradients", tuple(files), _gradient_caption(groups))
+    return Written((drawn,), (numbers_file, _write_captions(folder, [drawn])))
 
 
 def check_losses(losses: Sequence[str], families: Sequence[str]) -> list[str]:
@@ -253,11 +264,12 @@ def _numbers(figure: str, dimension: int, config: Config, trained: Trained) -> d
     }
 
 
-def _draw_margins(folder: Path) -> list[Drawn]:
+def _draw_margins(folder: Path) -> Written:
     groups, negatives, rows = curve_groups(), negative_curves(), boundary_rows()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "boundaries.md").write_text(boundary_markdown(rows))
-    _write_json(folder / "boundaries.json", boundary_records(rows))
+    table = folder / "boundaries.md"
+    table.write_text(boundary_markdown(rows))
+    records = _write_json(folder / "boundaries.json", boundary_records(rows))
     parts = [
         ("psi", psi_figure(groups), _psi_caption(groups)),
         (
@@ -280,7 +292,8 @@ def _draw_margins(folder: Path) -> list[Drawn]:
             "both centres. White belongs to neither; the dotted diagonal is the boundary without margin.",
         ),
     ]
-    return [Drawn(name, tuple(save(figure, folder, name)), caption) for name, figure, caption in parts]
+    drawn = tuple(Drawn(name, tuple(save(figure, folder, name)), caption) for name, figure, caption in parts)
+    return Written(drawn, (table, records))
 
 
 def _psi_caption(groups: Sequence[CurveGroup]) -> str:
@@ -329,12 +342,13 @@ def _curve_records(groups: Sequence[CurveGroup]) -> list[dict[str, Any]]:
     ]
 
 
-def _write_json(path: Path, content: object) -> None:
+def _write_json(path: Path, content: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return path
 
 
-def _write_captions(folder: Path, drawn: Sequence[Drawn]) -> None:
+def _write_captions(folder: Path, drawn: Sequence[Drawn]) -> Path:
     """Into captions.md, beside those of figures that another command has written there."""
     path = folder / "captions.md"
     known: dict[str, str] = {}
@@ -345,3 +359,4 @@ def _write_captions(folder: Path, drawn: Sequence[Drawn]) -> None:
                 known[name.strip("*")] = caption
     known |= {one.name: one.caption for one in drawn}
     path.write_text("\n\n".join(f"**{name}**: {caption}" for name, caption in known.items()) + "\n")
+    return path

@@ -1,15 +1,22 @@
 """`hypersphere plot`: figures, captions and numbers on disk, and in the active MLflow run."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from typer.testing import CliRunner
 
 from serving.cli import app
+from trainer import figures, objective_parts
+from trainer.distributed import Group
 from trainer.errors import UserError
+from trainer.evaluation.plots_geometry import Panel, geometry_figure
+from trainer.losses.centres import Center, CentreModule
 
 RUNNER = CliRunner()
 
@@ -33,6 +40,48 @@ def test_geometry_of_one_loss(tmp_path: Path) -> None:
     assert [one["loss"]["margin"] for one in numbers["embeddings"][1:]] == [1, 2, 3, 4]
     assert {row["name"] for row in json.loads((tmp_path / "boundaries.json").read_text())} >= {"arcface", "cosface"}
     assert "| arcface |" in (tmp_path / "boundaries.md").read_text()
+
+
+def test_the_figures_of_three_families_and_the_centres_of_the_centre_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the curves of the margins, which `test_geometry_of_one_loss` draws."""
+    panels: list[Panel] = []
+    modules: list[CentreModule] = []
+
+    def draw(of_family: Sequence[Panel]) -> Figure:
+        panels.extend(of_family)
+        return geometry_figure(of_family)
+
+    def make(spec: Center, classes: int, dimension: int, device: torch.device, group: Group) -> CentreModule:
+        modules.append(CentreModule(spec, classes, dimension, device, group))
+        return modules[-1]
+
+    monkeypatch.setattr(figures, "geometry_figure", draw)
+    monkeypatch.setattr(figures, "_draw_margins", lambda folder: figures.Written((), ()))
+    monkeypatch.setattr(objective_parts, "CentreModule", make)
+    wanted = [word for name in ("softmax", "triplet", "center") for word in ("--loss", name)]
+    done = RUNNER.invoke(app, ["plot", "geometry", *wanted, "--steps", "4", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    drawn = {path.name for path in tmp_path.glob("geometry_*")}
+    families = ("softmax", "pair", "centre")
+    names = [f"geometry_{family}_{dimension}d" for family in families for dimension in (2, 3)]
+    assert drawn == {f"{name}.{kind}" for name in names for kind in ("pdf", "png")}
+    of_centre = [panel for panel in panels if panel.learned_CD is not None]
+    assert [panel.title for panel in of_centre] == ["softmax + centre"] * 2
+    assert len(panels) == 6
+    for panel, module in zip(of_centre, modules, strict=True):
+        assert panel.learned_CD is not None
+        np.testing.assert_array_equal(panel.learned_CD, module.centres.double().numpy())
+        assert np.abs(panel.learned_CD).min() > 0
+        assert np.abs(panel.learned_CD - panel.centres_MD).max() > 0.1
+    captions = (tmp_path / "captions.md").read_text()
+    assert "Crosses: the centres that the centre loss itself learns in softmax + centre, at their place" in captions
+    assert "Slanted crosses: the directions of the centres that the centre loss itself learns" in captions
+    numbers = json.loads((tmp_path / "geometry.json").read_text())["embeddings"]
+    learned = {(one["name"], one["dimension"]): one["learned_centres"] for one in numbers}
+    np.testing.assert_allclose(learned["center", 2], modules[0].centres.numpy(), atol=1e-4)
+    assert learned["softmax", 2] is None
 
 
 def test_gradients_keep_the_captions_of_other_figures(tmp_path: Path) -> None:
@@ -77,11 +126,15 @@ def test_figures_are_logged_to_the_active_run(tmp_path: Path, monkeypatch: pytes
     assert run_id is not None
     monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    (tmp_path / "figures" / "below").mkdir(parents=True)
+    for strange in ("private.txt", "psi.png", "below/gradients.json"):
+        (tmp_path / "figures" / strange).write_text("not of this command")
     done = RUNNER.invoke(app, ["plot", "gradients", "--out", str(tmp_path / "figures")])
     assert done.exit_code == 0, done.output
     assert f"logged to the MLflow run {run_id}" in done.output
-    stored = {path.name for path in (tmp_path / "mlartifacts").rglob("figures/*")}
-    assert stored == {"captions.md", "gradients.json", "gradients.pdf", "gradients.png"}
+    stored = [path for path in (tmp_path / "mlartifacts").rglob("*") if path.is_file() and path.name != "config.yaml"]
+    assert sorted(path.name for path in stored) == ["captions.md", "gradients.json", "gradients.pdf", "gradients.png"]
+    assert {path.parent.name for path in stored} == {"figures"}
 
 
 @pytest.mark.filterwarnings("default")

@@ -1,14 +1,32 @@
 """pytorch-metric-learning's value of the losses that it has too, where both mean the same after the stated changes."""
 
+import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.trainer.losses.embedding_cases import CLASSES, DIMENSION, LABELS, problem
+from trainer.config import HeadConfig
 from trainer.distributed import Group
-from trainer.losses import TPE, TSE, CenterInvariant, CoCo, Contrastive, Triplet
+from trainer.head import Head
+from trainer.losses import (
+    TPE,
+    TSE,
+    ArcFace,
+    ASoftmax,
+    CenterInvariant,
+    CoCo,
+    Contrastive,
+    CosFace,
+    LSoftmax,
+    Margin,
+    NormFace,
+    SubCenterArcFace,
+    Triplet,
+)
 from trainer.losses.batchwise import BatchLoss, BatchLossModule
 from trainer.losses.projections import PROJECTION
 
@@ -101,3 +119,67 @@ def test_center_invariant_term() -> None:
     spec = CenterInvariant(gamma=1.0)
     expected = regularizers.CenterInvariantRegularizer()(centres)
     torch.testing.assert_close(spec.extra(squares, squares.mean()).mean(), expected)
+
+
+def plain(margin: int) -> dict[str, float]:
+    """Of L-Softmax and A-Softmax, psi alone: theirs has no lambda that eases it in."""
+    return {"margin": margin, "lambda_start": 0.0, "lambda_min": 0.0}
+
+
+DEGREES = math.degrees(0.4)
+MARGINS: dict[str, tuple[Margin, Any, dict[str, Any]]] = {
+    "normface": (NormFace(scale=9.0), losses.NormalizedSoftmaxLoss, {"temperature": 1 / 9}),
+    "cosface": (CosFace(scale=9.0, margin=0.2), losses.CosFaceLoss, {"scale": 9.0, "margin": 0.2}),
+    "arcface": (ArcFace(scale=9.0, margin=0.4), losses.ArcFaceLoss, {"scale": 9.0, "margin": DEGREES}),
+    "sub_center_arcface": (
+        SubCenterArcFace(scale=9.0, margin=0.4, centres=3),
+        losses.SubCenterArcFaceLoss,
+        {"scale": 9.0, "margin": DEGREES, "sub_centers": 3},
+    ),
+    **{f"l_softmax {m}": (LSoftmax(**plain(m)), losses.LargeMarginSoftmaxLoss, {"margin": m}) for m in (1, 2, 3, 4)},
+    **{f"a_softmax {m}": (ASoftmax(**plain(m)), losses.SphereFaceLoss, {"margin": m}) for m in (1, 2, 3, 4)},
+}
+
+
+@pytest.mark.parametrize("name", MARGINS)
+def test_margins(name: str) -> None:
+    """The head's value and gradients, with the same W, whose rows have other lengths than 1.
+
+    What differs, and is left out here:
+    - their ArcFace takes degrees, and where theta + m > pi goes on with cos(theta) - m sin(m), which jumps there, ours
+      with -2 - cos(theta + m); no sample of this batch is so far from its centre
+    - theirs has a `scale` in L-Softmax and SphereFace, on top of |x| (and |w|), which is 1 here as in the papers; ours
+      has lambda, which is 0 here
+    - their W is [D, C K], the transpose of ours
+    """
+    margin, theirs_class, arguments = MARGINS[name]
+    x, labels = batch()
+    K = margin.centres_per_class()
+    first = 23 if isinstance(margin, ArcFace) else 21  # from 21 on, angles reach into the last branch of L-Softmax
+    W = torch.cat([problem(first + k)[1] for k in range(K)]) * torch.linspace(0.5, 2, CLASSES * K)[:, None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # numpy's, of how theirs computes binomials
+        theirs = theirs_class(num_classes=CLASSES, embedding_size=DIMENSION, **arguments)
+    theirs.W = torch.nn.Parameter(W.T.contiguous())
+    x_theirs = x.clone().requires_grad_()
+    expected = theirs(x_theirs, labels)
+    expected.backward()
+
+    head = Head(margin, CLASSES, DIMENSION, HeadConfig(rows="free"), group=Group()).double()
+    head.weight.data.copy_(W)
+    x_ours = x.clone().requires_grad_()
+    found = head(x_ours, labels)
+    found.backward()
+    assert farthest(margin, x, labels, W) < math.pi
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(x_ours.grad, x_theirs.grad)
+    torch.testing.assert_close(head.weight.grad, theirs.W.grad.T)
+
+
+def farthest(margin: Margin, x: Tensor, labels: Tensor, W: Tensor) -> float:
+    """The largest theta + m of a sample and the nearest centre of its class; 0 for margins that add no angle."""
+    if not isinstance(margin, ArcFace):
+        return 0.0
+    cosines = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(W).T
+    nearest = cosines.view(len(x), CLASSES, -1).amax(dim=2)[torch.arange(len(x)), labels]
+    return float(nearest.acos().max()) + margin.margin

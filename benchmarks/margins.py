@@ -82,49 +82,49 @@ def recipe(loss: str, floor: float, *overrides: str, name: str | None = None) ->
 
 
 def beside_softmax(name: str, floor: float, weight: float, *overrides: str) -> Recipe:
-    """An auxiliary loss: alone it trains no network."""
+    """An auxiliary loss, which alone trains no network, or a projection of what softmax learns."""
     return Recipe(name, "softmax", (*FREE_ROWS, f"auxiliary=[{{name: {name}, weight: {weight}}}]", *overrides), floor)
 
 
 S16 = (*UNIT_ROWS, "loss.scale=16")
 ARCFACE = (*S16, "loss.margin=0.2")
 LOSSES = [
-    recipe("softmax", 0, *FREE_ROWS),
-    recipe("weighted_softmax", 0, *FREE_ROWS),
-    recipe("focal", 0, *FREE_ROWS),
-    recipe("modified_softmax", 0, *UNIT_ROWS),
-    recipe("l_softmax", 0, *FREE_ROWS, *EASED, "loss.margin=2"),
-    recipe("a_softmax", 0, *UNIT_ROWS, *EASED, "loss.margin=3"),
-    recipe("l2_softmax", 0, *FREE_ROWS, "loss.alpha=16"),
-    recipe("normface", 0, *S16),
-    recipe("coco", 0, *PAIRS),
-    recipe("cosface", 0, *S16, "loss.margin=0.15"),
-    recipe("arcface", 0, *ARCFACE),
-    recipe("combined", 0, *S16, "loss.m2=0.1", "loss.m3=0.1"),
-    recipe("sub_center_arcface", 0, *ARCFACE, "loss.centres=2"),
-    recipe("adaface", 0, *S16, "loss.margin=0.15"),
+    recipe("softmax", 0.65, *FREE_ROWS),
+    recipe("weighted_softmax", 0.65, *FREE_ROWS),
+    recipe("focal", 0.65, *FREE_ROWS),
+    recipe("modified_softmax", 0.68, *UNIT_ROWS),
+    recipe("l_softmax", 0.68, *FREE_ROWS, *EASED, "loss.margin=2"),
+    recipe("a_softmax", 0.69, *UNIT_ROWS, *EASED, "loss.margin=3"),
+    recipe("l2_softmax", 0.66, *FREE_ROWS, "loss.alpha=16"),
+    recipe("normface", 0.66, *S16),
+    recipe("coco", 0.62, *PAIRS),
+    recipe("cosface", 0.68, *S16, "loss.margin=0.15"),
+    recipe("arcface", 0.68, *ARCFACE),
+    recipe("combined", 0.68, *S16, "loss.m2=0.1", "loss.m3=0.1"),
+    recipe("sub_center_arcface", 0.68, *ARCFACE, "loss.centres=2"),
+    recipe("adaface", 0.67, *S16, "loss.margin=0.15"),
     recipe(
-        *("magface", 0, *S16, "loss.lower_norm=5", "loss.upper_norm=50", "loss.weight_g=5"),
+        *("magface", 0.68, *S16, "loss.lower_norm=5", "loss.upper_norm=50", "loss.weight_g=5"),
         *("loss.lower_margin=0.15", "loss.upper_margin=0.3"),
     ),
-    recipe("elasticface", 0, *ARCFACE),
-    recipe("dynamic", 0, *S16, "loss.greatest=0.2"),
-    recipe("curricularface", 0, *ARCFACE),
-    recipe("mv_softmax", 0, *S16, "loss.margin=0.15"),
-    recipe("contrastive", 0, *PAIRS),
-    recipe("marginal", 0, *PAIRS),
-    recipe("triplet", 0, *PAIRS),
-    recipe("tse", 0, *PAIRS),
-    recipe("tpe", 0, *PAIRS),
-    beside_softmax("center", 0, 0.003),
-    beside_softmax("center_invariant", 0, 0.003),
-    beside_softmax("range", 0, 0.1, *PAIRS),
+    recipe("elasticface", 0.67, *ARCFACE),
+    recipe("dynamic", 0.68, *S16, "loss.greatest=0.2"),
+    recipe("curricularface", 0.65, *ARCFACE),
+    recipe("mv_softmax", 0.64, *S16, "loss.margin=0.15"),
+    recipe("contrastive", 0.5, *PAIRS, "optimizer.lr=1.0", "loss.margin=1.3", "loss.balanced=false"),
+    recipe("marginal", 0.58, *PAIRS, "optimizer.lr=2.0"),
+    recipe("triplet", 0.62, *PAIRS, "optimizer.lr=0.5"),
+    beside_softmax("tse", 0.5, 1, *PAIRS, "auxiliary.0.frozen=true"),
+    beside_softmax("tpe", 0.5, 1, *PAIRS, "auxiliary.0.frozen=true"),
+    beside_softmax("center", 0.67, 0.003),
+    beside_softmax("center_invariant", 0.67, 0.003),
+    beside_softmax("range", 0.55, 0.1, *PAIRS),
 ]
 ABLATION = (
     *("softmax", "normface", "a_softmax", "l_softmax", "cosface", "arcface", "combined", "curricularface", "adaface"),
     "sub_center_arcface",
 )
-_FLOOR = 0.0
+_FLOOR = 0.68
 STATE = [
     recipe("arcface", _FLOOR, *ARCFACE, "optimizer.head_state=fp32", name="SGD, fp32 state"),
     recipe("arcface", _FLOOR, *ARCFACE, "optimizer.head_state=bf16", name="SGD, bf16 state"),

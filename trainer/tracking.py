@@ -8,6 +8,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,9 @@ def absolute_uri(uri: str, base: Path) -> str:
 class Tracker:
     """One MLflow run, written in the background.
 
+    After `start`, MLflow is imported and called when there is something to write beside the config: its import costs
+    seconds of a core, which the start-up of the workers needs more.
+
     Args:
         config: where to, and under which names; `enabled: false` makes every call do nothing.
         on_trouble: called with one sentence when MLflow cannot be used.
@@ -44,42 +48,50 @@ class Tracker:
         self._broken = not config.enabled
         self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._ready = threading.Event()
+        self._wanted = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 
     def start(self, config: Config, tags: Mapping[str, str]) -> None:
         """Make the run (or go on with the one named), with the resolved config as parameters and as an artifact."""
-        self._calls.put(lambda: self._start(config, tags))
+        now_ms = int(time.time() * 1000)
+        self._calls.put(lambda: self._start(config, tags, now_ms))
 
     def run_id(self, timeout_s: float = 60.0) -> str | None:
         """Identity of the run, once MLflow has answered; None where it has not."""
+        self._wanted.set()
         self._ready.wait(timeout_s)
         return self._run_id
 
     def metrics(self, values: Mapping[str, float], step: int, time_ms: int) -> None:
         """Record numbers of one step."""
-        self._calls.put(lambda: self._metrics(values, step, time_ms))
+        self._put(lambda: self._metrics(values, step, time_ms))
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Store a file, or a folder with all it holds."""
-        self._calls.put(lambda: self._artifact(path, folder))
+        self._put(lambda: self._artifact(path, folder))
 
     def register(self, embedder: Path, model_id: str) -> None:
         """Store an Embedder with the run, register it as a model version, and give that the alias `champion`."""
-        self._calls.put(lambda: self._register(embedder, model_id))
+        self._put(lambda: self._register(embedder, model_id))
 
     def close(
         self, status: Literal["FINISHED", "FAILED", "KILLED"] | None = "FINISHED", timeout_s: float = 60.0
     ) -> None:
         """Write what is queued and end the run; None leaves the run's status as it is."""
         if status is not None:
-            self._calls.put(lambda: self._client.set_terminated(self._run_id, status))
-        self._calls.put(_STOP)
+            self._put(lambda: self._client.set_terminated(self._run_id, status))
+        self._put(_STOP)
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             self._trouble(f"it did not take the last records within {timeout_s:.0f} s")
 
+    def _put(self, call: Callable[[], None] | None) -> None:
+        self._calls.put(call)
+        self._wanted.set()
+
     def _work(self) -> None:
+        self._wanted.wait()
         while (call := self._calls.get()) is not _STOP:
             if self._broken:
                 self._ready.set()
@@ -96,10 +108,12 @@ class Tracker:
         self._ready.set()
         self._on_trouble(f"MLflow at '{self._config.uri}' cannot be used: {reason}; going on without tracking")
 
-    def _start(self, config: Config, tags: Mapping[str, str]) -> None:
+    def _start(self, config: Config, tags: Mapping[str, str], now_ms: int) -> None:
         if self._run_id is None:
             experiment = _experiment(self._client, self._config)
-            run = self._client.create_run(experiment, run_name=self._config.run_name, tags=dict(tags))
+            run = self._client.create_run(
+                experiment, start_time=now_ms, run_name=self._config.run_name, tags=dict(tags)
+            )
             self._run_id = run.info.run_id
         else:
             self._client.update_run(self._run_id, status="RUNNING")

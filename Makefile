@@ -14,7 +14,7 @@ help: ## what there is to make
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed: '$(PYTHON)' is not on the PATH; set PYTHON=/path/to/python3.11" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serving,trainer,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[serving,trainer,dev]'
 	touch $(STAMP)
 
 demo: $(STAMP) ## images to a running service; KEEP=1 leaves it running, TRAIN='run.epochs=2' overrides the config

@@ -176,8 +176,9 @@ class CentreModule(nn.Module):
         """The centres of these classes, [c, D], on every rank. A collective: one all-reduce of [c, D]."""
         classes_c = classes_c.to(self.centres.device)
         own_c = (classes_c >= self.rows.start) & (classes_c < self.rows.stop)
-        place_c = (classes_c - self.rows.start).clamp(0, len(self.rows) - 1)
-        return self.group.all_reduce(torch.where(own_c[:, None], self.centres[place_c], 0))
+        found_cD = self.centres.new_zeros(len(classes_c), self.centres.shape[1])
+        found_cD[own_c] = self.centres[classes_c[own_c] - self.rows.start]  # also where a rank has no class at all
+        return self.group.all_reduce(found_cD)
 
     @torch.no_grad()
     def update(self) -> None:

@@ -202,7 +202,7 @@ def positive_scale(what: str, scale: float, classes: int, goal: str) -> float:
     if scale <= 0:
         raise UserError(
             f"{what} 'auto' is {scale:.3g} for {classes} classes and {goal}; it must be positive, so give a number "
-            "for it or ask for more"
+            "for it or change what it is computed from"
         )
     return scale
 

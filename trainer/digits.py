@@ -34,7 +34,8 @@ Labels = NDArray[np.int64]
 Show = Callable[[int, int], None]
 
 # Constants for ten classes and a few hundred steps, where they differ from the losses' defaults, which are for many
-# thousand classes. The scale is 2.6 times `theory.cosface_scale(10, 0.99)`. A lambda schedule is given per run, see `settings`.
+# thousand classes. The scale is 2.6 times `theory.cosface_scale(10, 0.99)`. A lambda schedule is given per run, see
+# `settings`.
 # The default gamma of center_invariant leaves ten centres nearly where centre loss has them: in the plane the standard
 # deviation of their lengths is 0.27 of the mean after 600 steps, with centre loss 0.3. With this gamma it is less than
 # 0.04, and alpha gamma |c|^2 is at most 0.4, well below the 1 at which it becomes unstable.

@@ -4,12 +4,12 @@ Beside the figures (PDF and PNG) lie `captions.md`, the tables as Markdown and J
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer import digits
+from trainer import captions, digits
 from trainer.config import Config
 from trainer.digits import Trained
 from trainer.errors import UserError
@@ -28,36 +28,12 @@ from trainer.evaluation.plots_margins import (
 from trainer.evaluation.plots_style import save
 from trainer.losses import by_name
 from trainer.margin_boundaries import boundary_rows
-from trainer.margin_curves import CLASSES, RAW_LENGTH, curve_groups, negative_curves
+from trainer.margin_curves import curve_groups, negative_curves
 
 FAMILIES = ("softmax", "margin", "pair", "centre")
 MULTIPLES = (1, 2, 3, 4)
 LEARNED = 0.7  # below this accuracy the caption says that a loss has not learned to tell the digits apart
 _L_SOFTMAX = "l_softmax"
-_TITLES: Mapping[str, str] = {
-    "weighted_softmax": "weighted softmax",
-    "modified_softmax": "modified softmax",
-    "l_softmax": "L-Softmax",
-    "a_softmax": "A-Softmax",
-    "l2_softmax": "$L_2$-softmax",
-    "normface": "NormFace",
-    "coco": "CoCo",
-    "cosface": "CosFace",
-    "arcface": "ArcFace",
-    "sub_center_arcface": "sub-centre ArcFace",
-    "adaface": "AdaFace",
-    "magface": "MagFace",
-    "elasticface": "ElasticFace",
-    "dynamic": "dynamic margin",
-    "curricularface": "CurricularFace",
-    "mv_softmax": "MV-softmax",
-    "tse": "softmax, then TSE",
-    "tpe": "softmax, then TPE",
-    "center": "softmax + centre",
-    "center_invariant": "softmax + centre-invariant",
-    "range": "softmax + range",
-}
-
 Show = Callable[[str, int, int], None]
 
 
@@ -134,7 +110,7 @@ def gradients(folder: Path) -> Written:
     groups = curve_groups()
     files = save(gradient_figure(groups), folder, "gradients")
     numbers_file = _write_json(folder / "gradients.json", _curve_records(groups))
-    drawn = Drawn("gradients", tuple(files), _gradient_caption(groups))
+    drawn = Drawn("gradients", tuple(files), captions.of_gradients(groups))
     return Written((drawn,), (numbers_file, _write_captions(folder, [drawn])))
 
 
@@ -161,7 +137,7 @@ def _wanted(losses: Sequence[str], dimension: int, steps: int) -> list[_Wanted]:
     figures = []
     for family in FAMILIES:
         members = tuple(
-            (_TITLES.get(name, name), digits.settings(name, dimension, steps))
+            (captions.TITLES.get(name, name), digits.settings(name, dimension, steps))
             for name in names
             if by_name()[name].family == family
         )
@@ -180,53 +156,14 @@ def _draw_family(
 ) -> list[Drawn]:
     panels = [_panel(title, one, dimension) for (title, _), one in zip(wanted.members, trained, strict=True)]
     suffix = f"{wanted.name}_{dimension}d"
-    about = (
-        f"Test digits of scikit-learn's load_digits, embedded in {dimension} dimensions by a small network trained "
-        f"under {wanted.what} ({steps} steps, seed {seed}; constants in geometry.json)."
-    )
-    if dimension == 2:
-        how = (
-            "Arrows: directions of the class centres, or of the class means where the loss has no centres. "
-            f"{_about_learned(panels, dimension)}Grey lines: where two classes' scores without margin are equal. "
-            "Losses for which only the direction counts are drawn on the unit circle, where the place within the ring "
-            "means nothing."
-        )
-    else:
-        how = (
-            "Directions on the unit sphere: left the near half, right the far half as seen through it. Upright "
-            "crosses: class centres, or class means where the loss has no centres. "
-            f"{_about_learned(panels, dimension)}Grey lines: where two classes' scores without margin are equal, for "
-            "embeddings of the median length."
-        )
     lost = [panel.title for panel, one in zip(panels, trained, strict=True) if one.accuracy_by_means() < LEARNED]
-    if lost:
-        how += f" Not learned with these constants: {', '.join(lost)}."
-    angles = (
-        f"Angles of the embeddings of geometry_{suffix}: each test sample to the mean direction of its class, and any "
-        "two class means to each other. Dashed: the smallest angle between two class means."
-    )
+    caption = captions.of_family(wanted.what, panels, lost, dimension, steps, seed)
     geometry_files = save(geometry_figure(panels), folder, f"geometry_{suffix}")
     angle_files = save(angle_figure(panels), folder, f"angles_{suffix}")
     return [
-        Drawn(f"geometry_{suffix}", tuple(geometry_files), f"{about} {how}"),
-        Drawn(f"angles_{suffix}", tuple(angle_files), angles),
+        Drawn(f"geometry_{suffix}", tuple(geometry_files), caption),
+        Drawn(f"angles_{suffix}", tuple(angle_files), captions.of_angles(suffix)),
     ]
-
-
-def _about_learned(panels: Sequence[Panel], dimension: int) -> str:
-    """What tells a centre loss's own centres from the rows of the softmax beside it; nothing where none are drawn."""
-    names = " and ".join(panel.title for panel in panels if panel.learned_CD is not None)
-    if not names:
-        return ""
-    if dimension == 2:
-        return (
-            "The arrows of this family are the softmax's rows. Crosses: the centres that the centre loss itself learns "
-            f"in {names}, at their place among the features. "
-        )
-    return (
-        "The upright crosses of this family are the softmax's rows. Slanted crosses: the directions of the centres "
-        f"that the centre loss itself learns in {names}. "
-    )
 
 
 def _panel(title: str, trained: Trained, dimension: int) -> Panel:
@@ -271,58 +208,13 @@ def _draw_margins(folder: Path) -> Written:
     table.write_text(boundary_markdown(rows))
     records = _write_json(folder / "boundaries.json", boundary_records(rows))
     parts = [
-        ("psi", psi_figure(groups), _psi_caption(groups)),
-        (
-            "negatives",
-            negatives_figure(negatives),
-            "What CurricularFace (at three values of its running mean t) and MV-softmax make of the cosine between a "
-            "sample and another class's centre, where that class is hard: its cosine exceeds the target's.",
-        ),
-        (
-            "boundaries",
-            boundary_table_figure(rows),
-            f"Binary decision boundaries. Numbers: two centres {rows[0].apart_degrees:g}° apart, a sample between them "
-            "in their plane at θ₁ from the first; class 1 is decided with its margin up to the boundary, and the gap "
-            "between the boundaries of both classes belongs to neither. The boundary of class 2 is the mirror image.",
-        ),
-        (
-            "boundary_planes",
-            boundary_plane_figure(rows),
-            "Where class 1 (hatched) and class 2 (dotted) are decided with their margins, over the angles θ₁ and θ₂ to "
-            "both centres. White belongs to neither; the dotted diagonal is the boundary without margin.",
-        ),
+        ("psi", psi_figure(groups), captions.of_psi(groups)),
+        ("negatives", negatives_figure(negatives), captions.NEGATIVES),
+        ("boundaries", boundary_table_figure(rows), captions.of_boundaries(rows)),
+        ("boundary_planes", boundary_plane_figure(rows), captions.BOUNDARY_PLANES),
     ]
     drawn = tuple(Drawn(name, tuple(save(figure, folder, name)), caption) for name, figure, caption in parts)
     return Written(drawn, (table, records))
-
-
-def _psi_caption(groups: Sequence[CurveGroup]) -> str:
-    return (
-        "Above: ψ(θ), the target's logit divided by what its cosine is multiplied by. Below: the target's logit with "
-        f"the papers' constants; {_lengths(groups)}."
-    )
-
-
-def _gradient_caption(groups: Sequence[CurveGroup]) -> str:
-    return (
-        "Above: dψ/dcos θ, what the margin multiplies the gradient by. Below: -dL/dcos θ of the target, divided by s, "
-        f"for {CLASSES:,} classes whose other centres are all at right angles to the sample (biases 0); "
-        f"{_lengths(groups)}. The loss is the cross entropy, weighted or focal where the loss is; by autograd, from "
-        "the margins' own targets. Both slopes are on logarithmic axes: each downward spike is an angle at which ψ is "
-        "flat. Additive angles have a pole at 0° and 180°."
-    )
-
-
-def _lengths(groups: Sequence[CurveGroup]) -> str:
-    lengths: dict[float, list[str]] = {}
-    for group in groups:
-        for curve in group.curves:
-            names = lengths.setdefault(curve.length, [])
-            if curve.name not in names:
-                names.append(curve.name)
-    most = max(lengths, key=lambda length: len(lengths[length]))
-    others = "; ".join(f"{length:g} for {', '.join(names)}" for length, names in lengths.items() if length != most)
-    return f"s = {most:g}, but {others} (|x||w| = {RAW_LENGTH:g} where embeddings enter as they are)"
 
 
 def _curve_records(groups: Sequence[CurveGroup]) -> list[dict[str, Any]]:

@@ -135,7 +135,7 @@ class _Run:
         self.objective.set_progress(self.step, margin_factor(self.step, config.schedule))
         loss, parts = self.objective(x_BD, labels_B.to(self.device), batch.keys)
         factor = learning_rate_factor(self.step, self.total_steps, config.schedule)
-        head_lr = (config.optimizer.head_lr or config.optimizer.lr) * factor
+        head_lr = config.head_lr() * factor
         self.objective.prepare(head_lr)
         self.engine.backward(loss)
         self.engine.step(config.optimizer.lr * factor)

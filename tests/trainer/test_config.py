@@ -26,6 +26,21 @@ def test_overrides_are_yaml_and_come_after_the_file(tmp_path: Path) -> None:
     assert config.optimizer.head_lr is None
 
 
+@pytest.mark.parametrize(
+    ("overrides", "rate"),
+    [
+        (["loss=cosface"], 1.0),
+        (["loss=cosface", "optimizer.head_lr=0.5"], 0.5),
+        (["loss=cosface", "head.rows=free"], 0.03),
+        (["loss=cosface", "optimizer.head_name=adamw"], 0.03),
+        (["loss=softmax"], 0.03),
+        (["loss=triplet"], 0.03),
+    ],
+)
+def test_the_heads_rate_where_none_is_given(overrides: list[str], rate: float) -> None:
+    assert load(None, ["optimizer.lr=0.03", *overrides]).head_lr() == rate
+
+
 def test_a_loss_can_be_given_by_its_name_alone() -> None:
     assert load(None, ["loss=cosface"]).loss.name == "cosface"
     assert [loss.name for loss in load(None, ["auxiliary=[cosface]"]).auxiliary] == ["cosface"]

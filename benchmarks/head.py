@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from benchmarks.without_pydantic import provide
 
 provide()
 
-from benchmarks.head_contenders import MARGIN, SCALE, Contender, Ours, Problem, contenders  # noqa: E402
+from benchmarks.head_contenders import MARGIN, SCALE, Contender, Floor, Ours, Problem, contenders  # noqa: E402
 from trainer.distributed import Group  # noqa: E402
 from trainer.head_memory import free_memory  # noqa: E402
 
@@ -163,14 +164,19 @@ def seconds(work: Callable[[], None], problem: Problem) -> float:
     return time.perf_counter() - start
 
 
-def measure(options: argparse.Namespace, group: Group) -> tuple[list[dict[str, Any]], list[str]]:
+def measure(options: argparse.Namespace, group: Group) -> tuple[list[dict[str, Any]], list[str], float | None]:
+    """A row for each contender, the names of those that are not installed, and beside bf16 the seconds of fp32's floor.
+
+    That floor takes its turn among the contenders, since bf16 is chosen to be faster than fp32.
+    """
     problem = make_problem(options, group)
     found, missing = contenders(problem, options.only)
     reference = Reference(problem)
     rows = [first_look(contender, reference) for contender in found]
-    times: dict[str, list[float]] = {contender.name: [] for contender in found}
+    beside = [Floor(replace(problem, dtype=torch.float32), "floor_fp32")] if options.dtype == "bf16" else []
+    times: dict[str, list[float]] = {contender.name: [] for contender in (*found, *beside)}
     for repeat in range(options.repeats + 1):
-        for contender in found:
+        for contender in (*found, *beside):
             contender.clear()
             taken = seconds(contender.step, problem)
             if repeat:
@@ -180,11 +186,13 @@ def measure(options: argparse.Namespace, group: Group) -> tuple[list[dict[str, A
     for row, contender in zip(rows, found, strict=True):
         row["step_s"] = statistics.median(times[row["contender"]])
         row |= {"bytes": contender.bytes, "collectives": contender.messages}
+    floor_fp32 = statistics.median(times["floor_fp32"]) if beside else None
+    del beside
     with_optimizer(options, problem, rows)
     if problem.group.size > 1:
         for row in rows:
             agree(row)
-    return rows, missing
+    return rows, missing, floor_fp32
 
 
 def first_look(contender: Contender, reference: Reference) -> dict[str, Any]:
@@ -252,14 +260,16 @@ def run(rank: int, options: argparse.Namespace, port: int) -> None:
         dist.init_process_group(backend, f"tcp://127.0.0.1:{port}", rank=rank, world_size=options.ranks)
     if options.device == "cuda":
         torch.cuda.set_device(rank)
-    rows, missing = measure(options, Group.current())
+    rows, missing, floor_fp32 = measure(options, Group.current())
     if rank == 0:
-        report(options, rows, missing)
+        report(options, rows, missing, floor_fp32)
     if options.ranks > 1:
         dist.destroy_process_group()
 
 
-def report(options: argparse.Namespace, rows: list[dict[str, Any]], missing: list[str]) -> None:
+def report(
+    options: argparse.Namespace, rows: list[dict[str, Any]], missing: list[str], floor_fp32: float | None
+) -> None:
     for name in missing:
         print(f"{name} is not installed: left out")
     floor = next((row["step_s"] for row in rows if row["contender"] == "floor"), None)
@@ -274,9 +284,14 @@ def report(options: argparse.Namespace, rows: list[dict[str, Any]], missing: lis
                 f"{row[key]:11.1e}" if row[key] is not None else f"{'':11}" for key in ("rel_error_dx", "rel_error_dw")
             )
         )
+    if floor_fp32 is not None:
+        shares = ", ".join(f"{row['contender']} {row['step_s'] / floor_fp32:.2f}" for row in rows)
+        print(f"times the floor in fp32, {floor_fp32:.4f} s: {shares}")
     if options.json:
         config = {key: value for key, value in vars(options).items() if key != "json"} | {"torch": torch.__version__}
-        options.json.write_text(json.dumps({"config": config, "rows": rows}, indent=2) + "\n")
+        options.json.write_text(
+            json.dumps({"config": config, "rows": rows, "floor_fp32_s": floor_fp32}, indent=2) + "\n"
+        )
 
 
 def main() -> None:

@@ -97,10 +97,9 @@ class Base:
 class Floor(Base):
     """The three matrix products alone, into memory that is already there."""
 
-    name = "floor"
-
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, name: str = "floor") -> None:
         super().__init__(problem)
+        self.name = name
         size, dtype = problem.group.size, problem.dtype
         self.x_BD = functional.normalize(problem.x_bD).repeat(size, 1).to(dtype)
         self.w_RD = problem.rows_RD.to(dtype)

@@ -44,7 +44,10 @@ def test_one_rank_in_bf16_without_more_than_torch_and_numpy(tmp_path: Path) -> N
         assert found[name]["rel_error_dx"] < 1e-2
         assert found[name]["rel_error_dw"] < 1e-2
     assert found["insightface_ops"]["rel_error_dx"] > 0.01  # the factor that its margin leaves out
-    config = json.loads(out.read_text())["config"]
+    written = json.loads(out.read_text())
+    assert written["floor_fp32_s"] > 0
+    assert f"times the floor in fp32, {written['floor_fp32_s']:.4f} s: floor " in printed
+    config = written["config"]
     assert (config["classes"], config["batch"], config["dim"], config["ranks"]) == (3000, 8, 16, 1)
 
 

@@ -5,21 +5,25 @@ here. Rank 0 reports to a small actor; the process that launched reads it, shows
 workers wait for neither.
 """
 
+import math
 import os
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from trainer.config import Config, from_tree
+from trainer.config import Config, ScalingConfig, from_tree
 from trainer.errors import UserError
 from trainer.train import Record
 
 _POLL_S = 0.3
+_ANSWER_S = 10
 
 
 class TrainingFailed(RuntimeError):
@@ -52,8 +56,19 @@ def launch(config: Config, resume: bool, on_record: Callable[[Record], None]) ->
         UserError: what a worker found wrong with the input, or resources that the cluster does not have.
         TrainingFailed: anything else went wrong in a worker.
     """
-    _connect(config)
-    _check_resources(config)
+    scaling = config.scaling
+    address = scaling.address or os.environ.get("RAY_ADDRESS")
+    if not address:  # before Ray starts its processes: they are as many as the CPUs asked for
+        _check_resources(scaling, {"CPU": math.inf, "GPU": torch.cuda.device_count()}, "this machine")
+    _connect(scaling, address)
+    try:
+        _check_resources(scaling, ray.cluster_resources(), "the cluster")
+        _train(config, resume, on_record)
+    finally:
+        ray.shutdown()
+
+
+def _train(config: Config, resume: bool, on_record: Callable[[Record], None]) -> None:
     board = ray.remote(num_cpus=0)(_Board).remote()
     errors: list[str] = []
 
@@ -73,13 +88,10 @@ def launch(config: Config, resume: bool, on_record: Callable[[Record], None]) ->
         raise TrainingFailed(str(error)) from error
     finally:
         reader.stop()
-        ray.shutdown()
 
 
-def _connect(config: Config) -> None:
-    """Join the cluster at `scaling.address` or RAY_ADDRESS, else start one on this machine."""
-    workers = config.scaling.workers
-    address = config.scaling.address or os.environ.get("RAY_ADDRESS")
+def _connect(scaling: ScalingConfig, address: str | None) -> None:
+    """Join the cluster at the address; where there is none, start one on this machine."""
     # Every process of Ray's imports this package; the usage report would wait for a network that may not be there.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -90,26 +102,43 @@ def _connect(config: Config) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray's next release does by itself
     try:
         if address:
+            _check_answers(address)
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
             return
-        cpus = max(os.cpu_count() or 1, int(workers * config.scaling.cpus_per_worker + 0.999))
+        cpus = max(os.cpu_count() or 1, math.ceil(scaling.workers * scaling.cpus_per_worker))
         ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, OverflowError, ValueError, RuntimeError) as error:
         raise UserError(
             f"cannot reach the Ray cluster '{address or 'local'}': {str(error).splitlines()[0]}; "
-            "start one with 'ray start --head', or leave scaling.address empty to train on this machine"
+            "start one with 'ray start --head', or leave scaling.address and RAY_ADDRESS empty to train "
+            "on this machine"
         ) from error
 
 
-def _check_resources(config: Config) -> None:
-    """Ray would wait for ever for workers that do not fit; a fixed cluster's totals are known, so say it now."""
-    scaling, total = config.scaling, ray.cluster_resources()
+def _check_answers(address: str) -> None:
+    """Ray itself would try for minutes. An address without a port, such as "auto", is left to Ray.
+
+    Raises:
+        OSError, OverflowError: nothing listens there, or no such host or port.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+
+
+def _check_resources(scaling: ScalingConfig, there: Mapping[str, float], where: str) -> None:
+    """Ray would wait for ever for workers that do not fit; what a machine or a fixed cluster has is known: say it now.
+
+    Raises:
+        UserError: the workers want more CPUs or GPUs than there are.
+    """
     wanted = {"CPU": scaling.workers * scaling.cpus_per_worker, "GPU": scaling.workers * float(scaling.use_gpu)}
     for resource, amount in wanted.items():
-        if amount > total.get(resource, 0.0):
+        if amount > there.get(resource, 0.0):
             raise UserError(
-                f"{scaling.workers} workers want {amount:g} {resource}, the cluster has {total.get(resource, 0):g}; "
-                f"lower scaling.workers{' or set scaling.use_gpu=false' if resource == 'GPU' else ''}, or add nodes"
+                f"{scaling.workers} workers want {amount:g} {resource}s, {where} has {there.get(resource, 0):g}; lower "
+                f"scaling.workers{', set scaling.use_gpu=false' if resource == 'GPU' else ''}, or name a cluster that "
+                "has them in scaling.address"
             )
 
 

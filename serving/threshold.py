@@ -72,7 +72,7 @@ def _rule(manifest: EmbedderManifest, use: str, by_hand: float | None, calibrate
     if calibrated is None:
         raise UserError(
             f"the embedder {manifest.model_id} has no calibration, so there is no threshold to {use} by; "
-            f"run 'hypersphere calibrate' on it, or set the {use} threshold by hand"
+            f"run 'hypersphere calibrate' on it, or give one with --{use}-threshold"
         )
     if calibrated.model_id != manifest.model_id:
         raise UserError(

@@ -1,13 +1,17 @@
 """Bytes to pixels, the one way: import, training and the service all read images through this file.
 
 Runs without torch. An image comes from a stranger, so limits are checked before anything is decoded: the size of the
-file, then (from its header alone) the format and the number of pixels.
+file, then (from its headers alone) the format, the number of pixels and, of a JPEG, the number of scans. They bound
+what an honest image costs. What a crafted one costs can only be bounded around the process that decodes it, as
+`serving.decoding` does.
 """
 
+import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,10 @@ from trainer.artifact import Preprocessing
 from trainer.errors import UserError
 
 MAX_BYTES = 10 * 2**20
-MAX_PIXELS = 40_000_000  # decoded as RGB: 120 MB
+MAX_PIXELS = 40_000_000  # decoded as RGB: 160 MB
+# libjpeg's own progressive script has 10 scans for colour and 18 for CMYK; the searching encoders stay near that.
+MAX_SCANS = 100
+MAX_SCANNED = 1_000_000_000  # scans x pixels: each scan of a progressive JPEG passes over the whole picture
 # Pillow's names. Formats that run programs (EPS), carry documents (PDF) or load lazily from elsewhere stay out. JPEG
 # covers the multi-picture files of phones, PPM covers PBM, PGM, PPM and PNM.
 FORMATS = ("PNG", "JPEG", "PPM", "BMP", "GIF", "TIFF", "WEBP", "JPEG2000", "PCX", "SGI")
@@ -41,6 +48,9 @@ _DAMAGED = (
     zlib.error,
     Warning,
 )
+_STRIP = 2**20  # pixels that are converted at a time, where a whole picture in between would cost too much memory
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # neither an escaped FF, nor padding, nor a restart
+_JPEG_START, _JPEG_END, _JPEG_SCAN = 0xD8, 0xD9, 0xDA
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -50,6 +60,18 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+class TooManyPixels(UserError):
+    """An image with more pixels than may be decoded; `found` says how many."""
+
+    def __init__(self, label: str, found: str, allowed: int) -> None:
+        super().__init__(f"{label} has {found}; at most {allowed:,} pixels are read: store it smaller")
+        self.found = found
+
+
+class OutOfMemory(UserError):
+    """An image that took more memory to decode than there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +95,11 @@ def load_image(source: bytes | Path, preprocessing: Preprocessing, name: str | N
     Raises:
         UserError: more than 10 MiB or 40 megapixels, a format that is not allowed, or damaged content.
     """
-    image = decode(source, name).image
+    return as_pixels(decode(source, name).image, preprocessing)
+
+
+def as_pixels(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """A decoded image as the model sees it; see `load_image`."""
     if image.mode != preprocessing.mode:
         image = image.convert(preprocessing.mode)
     size = (preprocessing.width, preprocessing.height)
@@ -85,10 +111,17 @@ def load_image(source: bytes | Path, preprocessing: Preprocessing, name: str | N
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def decode(source: bytes | Path, name: str | None = None) -> Decoded:
-    """Decode a whole image at its own size.
+def decode(source: bytes | Path, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Decoded:
+    """Decode a whole image at its own size. Of several frames the first is taken.
+
+    Args:
+        source: a file, or what is in it.
+        name: as for `load_image`.
+        max_pixels: width x height that is allowed.
 
     Raises:
+        TooManyPixels: more than `max_pixels`.
+        OutOfMemory: there is not enough memory.
         UserError: as `load_image`.
     """
     label = _label(source, name)
@@ -97,17 +130,51 @@ def decode(source: bytes | Path, name: str | None = None) -> Decoded:
         raise UserError(f"{label} has {len(data)} bytes; at most {MAX_BYTES} are read: store it smaller")
     if not data:
         raise UserError(f"{label} is empty (0 bytes); give an image file")
-    image = _guard(label, lambda: Image.open(BytesIO(data), formats=FORMATS))
+    image = _open(data, label, max_pixels)
+    _guard(label, max_pixels, image.load)
+    format, turn = image.format or "", _UPRIGHT.get(_orientation(image))
+    plain = image.mode in ("1", "L", "RGB") and not image.has_transparency_data and turn is None
+    image = _guard(label, max_pixels, partial(_flatten, image))  # the name is used again to free the image as it was
+    return Decoded(image if turn is None else image.transpose(turn), format, plain)
+
+
+def _open(data: bytes, label: str, max_pixels: int) -> Image.Image:
+    """Read the headers and check what they promise."""
+    image: Image.Image = _guard(label, max_pixels, lambda: Image.open(BytesIO(data), formats=FORMATS))
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise _too_many_pixels(label, f"{width} x {height} pixels")
+    if width * height > max_pixels:
+        raise TooManyPixels(label, f"{width} x {height} pixels", max_pixels)
     if width < 1 or height < 1:
         raise UserError(f"{label} has {width} x {height} pixels; give an image that has some")
-    _guard(label, image.load)
-    turn = _UPRIGHT.get(_orientation(image))
-    plain = image.mode in ("1", "L", "RGB") and not image.has_transparency_data and turn is None
-    flat = _guard(label, lambda: _flatten(image))
-    return Decoded(flat if turn is None else flat.transpose(turn), image.format or "", plain)
+    if image.format in ("JPEG", "MPO"):
+        scans = _jpeg_scans(data)
+        allowed = min(MAX_SCANS, MAX_SCANNED // (width * height))
+        if scans > allowed:
+            raise UserError(
+                f"{label} has {scans} scans of {width} x {height} pixels; a JPEG of this size may have {allowed}: "
+                "store it without progressive coding"
+            )
+    return image
+
+
+def _jpeg_scans(data: bytes) -> int:
+    """Scans of the first picture in a JPEG file; with few of them, perhaps some more than there are.
+
+    Each starts with the marker FF DA. In the coded data of a scan FF is always escaped, so the pair stands there for
+    nothing else, but it may stand in segments (an EXIF thumbnail) and after the end (a second picture, a film).
+    """
+    scans = data.count(b"\xff\xda")
+    if scans <= MAX_SCANS // 10:  # the usual case: no need to look where they stand
+        return scans
+    scans, position = 0, 0
+    while found := _JPEG_MARKER.search(data, position):
+        marker, position = data[found.end() - 1], found.end()
+        if marker == _JPEG_END:
+            break
+        scans += marker == _JPEG_SCAN
+        if marker >= 0xC0 and marker != _JPEG_START:  # a segment: a length, itself included, and so many bytes
+            position += max(2, int.from_bytes(data[position : position + 2]))
+    return scans
 
 
 def _label(source: bytes | Path, name: str | None) -> str:
@@ -129,22 +196,20 @@ def read_file(path: Path, name: str | None = None) -> bytes:
         raise UserError(f"{_label(path, name)} cannot be read: {error.strerror}; give a readable image file") from error
 
 
-def _guard(label: str, step: Callable[[], Any]) -> Any:
+def _guard(label: str, max_pixels: int, step: Callable[[], Any]) -> Any:
     """Run one step of Pillow's and say in one sentence what is wrong with the image."""
     try:
         return step()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_many_pixels(label, "far too many pixels") from error
+        raise TooManyPixels(label, "far too many pixels", max_pixels) from error
     except UnidentifiedImageError as error:
         raise UserError(f"{label} is not an image in an allowed format; allowed: {', '.join(FORMATS)}") from error
     except UserError as error:
         raise UserError(f"{label} {error}") from error
+    except MemoryError as error:
+        raise OutOfMemory(f"{label} needs more memory than there is to decode it; store it smaller") from error
     except _DAMAGED as error:
         raise UserError(f"{label} is damaged ({type(error).__name__}: {error}); replace the file") from error
-
-
-def _too_many_pixels(label: str, found: str) -> UserError:
-    return UserError(f"{label} has {found}; at most {MAX_PIXELS:,} pixels are read: store it smaller")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -161,21 +226,40 @@ def _flatten(image: Image.Image) -> Image.Image:
         return _from_wide(image)
     if image.has_transparency_data:
         grey = image.mode in ("1", "L", "LA", "La")
-        layer = image.convert("RGBA")
-        paper = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(paper, layer).convert("L" if grey else "RGB")
+        return _on_white(image, "L" if grey else "RGB")
     if image.mode in ("L", "RGB"):
         return image
     return image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
+
+
+def _on_white(image: Image.Image, mode: str) -> Image.Image:
+    flat = Image.new(mode, image.size)
+    for box in _strips(image):
+        layer = image.crop(box).convert("RGBA")
+        paper = Image.new("RGBA", layer.size, "white")
+        flat.paste(Image.alpha_composite(paper, layer).convert(mode), box)
+    return flat
 
 
 def _from_wide(image: Image.Image) -> Image.Image:
     """16-bit grey to 8 bits: 0..65535 to 0..255. Pillow reads 16-bit PGM and PNG as mode "I;16" or "I"."""
     if image.mode == "F":
         raise UserError("has floating-point pixels, whose range is not known; convert it to 8 or 16 bits")
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
+    flat = np.empty((image.height, image.width), np.uint8)
+    extremes: list[int] = []
+    for box in _strips(image):
+        values = np.asarray(image.crop(box)).astype(np.int64)
+        extremes += values.min(), values.max()
+        flat[box[1] : box[3]] = (values + 128) // 257
+    if min(extremes) < 0 or max(extremes) > 65535:
         raise UserError(
-            f"has pixels from {values.min()} to {values.max()}; 0 to 65535 is allowed: convert it to 8 or 16 bits"
+            f"has pixels from {min(extremes)} to {max(extremes)}; 0 to 65535 is allowed: convert it to 8 or 16 bits"
         )
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    return Image.fromarray(flat)
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes that cover the image from top to bottom, with about `_STRIP` pixels each."""
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        yield 0, top, image.width, min(top + rows, image.height)

@@ -1,0 +1,281 @@
+"""Decodes the images of a request in a child process, which can be stopped.
+
+A crafted image of a few kilobytes can keep a decoder busy for minutes or fill the memory, and a thread inside a decoder
+cannot be stopped. So a few children decode, one request at a time each, under limits that the kernel keeps: an alarm
+ends a child that takes too long, and no child gets more memory than its share. A child that ends costs the request it
+was busy with. The next one is forked, in milliseconds, from a server process that has the libraries loaded and was
+started clean: no child has the service's sockets or files. Children end with the service, however it ends.
+
+Over the pipe go JSON and raw bytes, one image at a time. Nothing that a child sends is unpickled.
+"""
+
+import atexit
+import contextlib
+import json
+import logging
+import math
+import multiprocessing
+import queue
+import resource
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import UnidentifiedImageError
+
+from trainer.artifact import Preprocessing
+from trainer.data.image import OutOfMemory, TooManyPixels, as_pixels, decode
+from trainer.errors import UserError
+
+log = logging.getLogger("hypersphere.serving")
+_GRACE_S = 5  # a child silent for so long after its alarm has lost its way, and is killed
+_MAX_NOTE = 64 * 2**10  # bytes of JSON in an answer
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may cost.
+
+    Attributes:
+        seconds: of decoding, all its images together. Waiting for a free child does not count.
+        pixels: width x height, all its images together.
+        memory_bytes: by which a child may grow.
+    """
+
+    seconds: float = 2.0
+    pixels: int = 16_000_000
+    memory_bytes: int = 192 * 2**20
+
+
+class ImageRefused(ValueError):
+    """An image that cannot be used. The message is one sentence for the client.
+
+    Attributes:
+        number: its place in the request, from 0.
+        code: not_an_image, bad_image, too_many_pixels or decoding_too_long.
+    """
+
+    def __init__(self, number: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.number, self.code, self.message = number, code, message
+
+
+class DecodersClosed(RuntimeError):
+    """The service is stopping: nothing is decoded any more."""
+
+
+class Decoders:
+    """The children. `decode` may be called from several threads; as many as there are children work at a time."""
+
+    def __init__(self, preprocessing: Preprocessing, processes: int, limits: Limits | None = None) -> None:
+        """Start the children in the background; the first request waits for one.
+
+        Args:
+            preprocessing: how the model wants its pixels.
+            processes: requests that are decoded at the same time.
+            limits: what one request may cost.
+        """
+        self._preprocessing, self._limits = preprocessing, limits or Limits()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._children: set[_Child] = set()
+        self._free: queue.SimpleQueue[_Child | None] = queue.SimpleQueue()  # None: here a child is yet to be started
+        for _ in range(processes):
+            self._free.put(None)
+        atexit.register(self.close)  # multiprocessing waits for its children before the interpreter ends
+        threading.Thread(target=self._warm, args=(processes,), name="decoders", daemon=True).start()
+
+    def decode(self, images: Sequence[bytes], names: Sequence[str]) -> NDArray[np.uint8]:
+        """The pixels of a request's images, as the model sees them: uint8 [B, C, H, W].
+
+        Args:
+            images: files.
+            names: what messages call them.
+
+        Raises:
+            ImageRefused: the first image that cannot be used, or with which the request costs more than it may.
+            DecodersClosed: `close` was called, before or meanwhile.
+        """
+        child = self._take()
+        try:
+            return child.decode(images, names)
+        except ImageRefused as error:
+            if self._closed:
+                raise DecodersClosed("the service is stopping; no image is decoded any more") from error
+            raise
+        finally:
+            self._give_back(child)
+
+    def close(self) -> None:
+        """Kill the children, whatever they are doing."""
+        with self._lock:
+            self._closed = True
+            children = list(self._children)
+        for child in children:
+            child.kill()
+        atexit.unregister(self.close)
+
+    def _take(self) -> "_Child":
+        child = self._free.get()
+        if child is not None and child.alive():
+            return child
+        try:
+            self._forget(child)
+            return self._start()
+        except BaseException:
+            self._free.put(None)
+            raise
+
+    def _start(self) -> "_Child":
+        with self._lock:  # close() waits: it finds every child, or none is started
+            if self._closed:
+                raise DecodersClosed("the service is stopping; no image is decoded any more")
+            child = _Child(self._preprocessing, self._limits)
+            self._children.add(child)
+            return child
+
+    def _give_back(self, child: "_Child") -> None:
+        if not child.reusable:
+            self._forget(child)
+        self._free.put(child if child.reusable else None)
+
+    def _forget(self, child: "_Child | None") -> None:
+        if child is not None:
+            child.kill()
+            child.pipe.close()
+            with self._lock:
+                self._children.discard(child)
+
+    def _warm(self, processes: int) -> None:
+        try:
+            for _ in range(processes):
+                self._give_back(self._take())
+        except DecodersClosed:
+            pass
+        except OSError as error:
+            log.warning("a process that decodes images does not start: %s", error)
+
+
+class _Child:
+    """The service's end of one child. After `decode`, `reusable` says whether the child can have another request."""
+
+    def __init__(self, preprocessing: Preprocessing, limits: Limits) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        self._limits, self.reusable = limits, True
+        self._shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, preprocessing, limits), name="decoder", daemon=True
+        )
+        with theirs:
+            self._process.start()
+
+    def alive(self) -> bool:
+        return not self.pipe.poll()  # a child that waits for work sends nothing; what can be read is the pipe's end
+
+    def kill(self) -> None:
+        if self._process.is_alive():
+            self._process.kill()
+
+    def decode(self, images: Sequence[bytes], names: Sequence[str]) -> NDArray[np.uint8]:
+        """As `Decoders.decode`."""
+        seconds, pixels = self._limits.seconds, self._limits.pixels
+        decoded = []
+        for number, (image, name) in enumerate(zip(images, names, strict=True)):
+            started = time.monotonic()
+            try:
+                note, raw = self._ask({"name": name, "seconds": seconds, "pixels": pixels}, image)
+            except (EOFError, OSError) as error:
+                raise self._ended(number, name, time.monotonic() - started >= seconds) from error
+            if "code" in note:
+                raise ImageRefused(number, note["code"], note["message"])
+            decoded.append(np.frombuffer(raw, np.uint8).reshape(self._shape))
+            seconds, pixels = note["seconds"], note["pixels"]
+        return np.stack(decoded)
+
+    def _ask(self, task: dict[str, Any], image: bytes) -> tuple[dict[str, Any], bytes]:
+        """Have one image decoded: what the child says of it, and its pixels if there is no "code" of a fault."""
+        self.reusable = False
+        self.pipe.send_bytes(json.dumps(task).encode())
+        self.pipe.send_bytes(image)
+        if not self.pipe.poll(task["seconds"] + _GRACE_S):
+            raise EOFError
+        note: dict[str, Any] = json.loads(self.pipe.recv_bytes(_MAX_NOTE))
+        raw = b"" if "code" in note else self.pipe.recv_bytes(math.prod(self._shape))
+        # What the libraries keep for themselves, or lose, would be missing from the next image's share.
+        self.reusable = note["grown"] < self._limits.memory_bytes // 4
+        return note, raw
+
+    def _ended(self, number: int, name: str, late: bool) -> ImageRefused:
+        if not late:
+            message = f"image '{name}' is damaged: its decoder broke down over it; replace the file"
+            return ImageRefused(number, "bad_image", message)
+        message = (
+            f"image '{name}' was not decoded in time: the images of a request may take {self._limits.seconds:g} s "
+            "together; send it smaller, as PNG or as JPEG without progressive coding"
+        )
+        return ImageRefused(number, "decoding_too_long", message)
+
+
+def _serve(pipe: Connection, preprocessing: Preprocessing, limits: Limits) -> None:
+    """The life of a child: decode what comes, until the pipe ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or an init system sends them to the whole group
+        signal.signal(number, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out, better this than the service
+    warnings.simplefilter("ignore")  # Pillow's warnings tell of a stranger's files and would fill the log
+    before = _memory()
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = before + limits.memory_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            task, image = json.loads(pipe.recv_bytes()), pipe.recv_bytes()
+            signal.setitimer(signal.ITIMER_REAL, max(task["seconds"], 0.001))  # nobody handles SIGALRM: it kills
+            note, raw = _decode(image, task, preprocessing, limits)
+            left, _ = signal.setitimer(signal.ITIMER_REAL, 0)
+            del image
+            pipe.send_bytes(json.dumps({"seconds": left, "grown": _memory() - before, **note}).encode())
+            if "code" not in note:
+                pipe.send_bytes(raw)
+
+
+def _memory() -> int:
+    """Bytes that count for RLIMIT_DATA; 0 where the system does not tell, and hardly keeps that limit either."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    except FileNotFoundError:
+        return 0
+
+
+def _decode(
+    image: bytes, task: dict[str, Any], preprocessing: Preprocessing, limits: Limits
+) -> tuple[dict[str, Any], bytes]:
+    name, pixels = task["name"], task["pixels"]
+    try:
+        found = decode(image, name, pixels).image
+        return {"pixels": pixels - found.width * found.height}, as_pixels(found, preprocessing).tobytes()
+    except TooManyPixels as error:
+        message = str(error)
+        if pixels < limits.pixels:
+            message = (
+                f"image '{name}' has {error.found}, which with the images before it are more than the "
+                f"{limits.pixels:,} that a request may have; send them smaller, or in several requests"
+            )
+        return {"code": "too_many_pixels", "message": message}, b""
+    except (OutOfMemory, MemoryError):
+        message = f"image '{name}' needs more than {limits.memory_bytes >> 20} MiB of memory to decode; send it smaller"
+        return {"code": "too_many_pixels", "message": message}, b""
+    except UserError as error:
+        unknown = isinstance(error.__cause__, UnidentifiedImageError)
+        return {"code": "not_an_image" if unknown else "bad_image", "message": str(error)}, b""

@@ -172,7 +172,7 @@ def enrol_and_ask(url: str) -> None:
     members = [name for name in names if name not in strangers]
     with httpx.Client(base_url=url, timeout=30) as client:
         for name in members:
-            answer = client.put(f"/v1/subjects/{subject(name)}/samples", files={"images": ("a.png", images[name][0])})
+            answer = client.post(f"/v1/subjects/{subject(name)}/samples", files={"images": ("a.png", images[name][0])})
             answer.raise_for_status()
         console.print(f"enrolled {len(members)} identities with one image each; {len(strangers)} stay strangers")
         asked = [(name, identify(client, images[name][1])) for name in members]
@@ -187,7 +187,7 @@ def subject(name: str) -> str:
 
 def identify(client: httpx.Client, image: bytes) -> dict[str, Any]:
     """Who is this, or is it nobody we know?"""
-    answer = client.post("/v1/identify", files={"image": ("probe.png", image)}, data={"top_k": "1"})
+    answer = client.post("/v1/identify", files={"image": ("probe.png", image)}, data={"top_k": "1", "below_threshold": "true"})
     answer.raise_for_status()
     return dict(answer.json())
 

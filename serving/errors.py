@@ -1,6 +1,9 @@
 """What the service answers when it cannot do what was asked."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+MAX_NAME = 100  # characters of what a client sent that an answer repeats
 
 
 @dataclass
@@ -20,3 +23,11 @@ class ApiError(Exception):
         """The one shape of every error that the service sends."""
         error = {"code": self.code, "message": self.message, "details": self.details}
         return {"error": error, "request_id": request_id}
+
+
+def invalid_fields(faults: Sequence[tuple[str, str]]) -> ApiError:
+    """422 for fields that are not as the schema wants them: (where, what is wrong). The first ten are told."""
+    listed = [{"where": place[:MAX_NAME], "problem": text} for place, text in faults[:10]]
+    where, problem = faults[0]
+    message = f"{where[:MAX_NAME] or 'the request'}: {problem}; see /docs"
+    return ApiError(422, "invalid", message, {"faults": listed, "count": len(faults)})

@@ -2,14 +2,17 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-# U+FFFD stands for bytes that are not UTF-8: different ids would become one.
-SUBJECT_ID_PATTERN = r"^[^\s/\\\x00-\x1f\x7f\ufffd]([^/\\\x00-\x1f\x7f\ufffd]{0,126}[^\s/\\\x00-\x1f\x7f\ufffd])?$"
+from serving.subject_id import PATTERN
+
 SubjectId = Annotated[
     str,
-    StringConstraints(pattern=SUBJECT_ID_PATTERN),
-    Field(description="1 to 128 characters, without slashes, control characters, or space at the ends"),
+    Field(
+        description="1 to 128 characters, without slashes, control characters, or space at the ends; of spellings that "
+        "look the same only the NFKC form is enrolled",
+        json_schema_extra={"pattern": PATTERN},
+    ),
 ]
 ModelId = Annotated[
     str | None,
@@ -17,9 +20,18 @@ ModelId = Annotated[
 ]
 Embedding = Annotated[
     list[Annotated[float, Field(allow_inf_nan=False)]],
-    Field(min_length=1, max_length=8192, description="unit vector of the model's dimension, as POST /v1/embed gives"),
+    Field(
+        min_length=1,
+        max_length=8192,
+        fail_fast=True,  # an object for every fault of a long list would take more memory than the list
+        description="unit vector of the model's dimension, as POST /v1/embed gives",
+    ),
 ]
 TopK = Annotated[int, Field(ge=1, le=100, description="subjects to return")]
+
+BelowThreshold = Annotated[
+    bool, Field(description="return candidates below the threshold too, where the service allows it")
+]
 
 # Shown on the documentation page.
 _MODEL: dict[str, JsonValue] = {"model_id": "803e48540b005d3ce4213a2d2cecdf57", "request_id": "0f1e2d3c4b5a"}
@@ -74,13 +86,14 @@ class IdentifyRequest(Request):
 
     embedding: Embedding
     top_k: TopK = 5
+    below_threshold: BelowThreshold = False
     model_id: ModelId = None
 
 
 class EnrolRequest(Request):
     """Embeddings of one subject."""
 
-    embeddings: Annotated[list[Embedding], Field(min_length=1)]
+    embeddings: Annotated[list[Embedding], Field(min_length=1, max_length=1000, fail_fast=True)]
     model_id: ModelId = None
 
 
@@ -121,7 +134,9 @@ class IdentifyAnswer(Answer):
 
     model_config = ConfigDict(json_schema_extra={"examples": [IDENTIFIED]})
 
-    candidates: list[CandidateAnswer] = Field(description="best first; below the threshold too")
+    candidates: list[CandidateAnswer] = Field(
+        description="best first; those below the threshold only where asked for and allowed"
+    )
     decision: Literal["match", "unknown"] = Field(description="match: the first candidate's score >= threshold")
     threshold: float
     threshold_source: str
@@ -173,13 +188,17 @@ class EmbedAnswer(Answer):
     dimension: int
 
 
-class ReadyAnswer(Answer):
-    """The service can answer."""
+class ReadyAnswer(BaseModel):
+    """The service can answer. What it holds is told to those who have the key."""
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
 
     status: Literal["ready"] = "ready"
-    gallery_size: int
-    samples: int
-    revision: int = Field(description="changes that the gallery has been through")
+    gallery_size: int | None = None
+    samples: int | None = None
+    revision: int | None = Field(None, description="changes that the gallery has been through")
+    model_id: str | None = None
+    request_id: str
 
 
 class HealthAnswer(BaseModel):

@@ -6,7 +6,9 @@ All of it happens before a body is parsed, and most of it before a body is read.
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import json
+import logging
 import re
 import secrets
 import time
@@ -25,36 +27,51 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
+log = logging.getLogger("hypersphere.serving")
 ASSETS = "/docs-assets"  # the script and the style sheet of /docs
+# Neither key nor limits: they cost nothing and say nothing about anybody. With a key, /readyz says more.
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
 REQUEST_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 CLIENTS_REMEMBERED = 10_000
 HEADERS = ((b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff"))  # answers are about people
 
 
 class KeyCheck:
-    """Compares keys in constant time, as HMAC-SHA-256 under a secret of this process; the key itself is not kept."""
+    """Compares keys in constant time, as HMAC-SHA-256 under a secret of this process; the key itself is not kept.
 
-    def __init__(self, key: str) -> None:
+    Wrong keys are logged with their address and limited for each address. The right key passes all the same: a key of
+    16 characters is not guessed at any rate that a server can answer, and otherwise whoever shares an address with
+    honest clients could lock them out.
+    """
+
+    def __init__(self, key: str, wrong_a_minute: int) -> None:
         self._secret = secrets.token_bytes(32)
         self._digest = self._hash(key.encode())
+        self._wrong = RateLimit(wrong_a_minute / 60, wrong_a_minute)
 
     def _hash(self, key: bytes) -> bytes:
         return hmac.digest(self._secret, key, hashlib.sha256)
 
-    def check(self, headers: dict[bytes, bytes]) -> None:
-        """Raises ApiError 401 without a key, 403 with a wrong one."""
-        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
-        key = bearer.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+    def check(self, headers: dict[bytes, bytes], client: str) -> None:
+        """Raises ApiError 401 without a key or with a wrong one, 429 after many wrong ones from one address."""
+        key = sent_key(headers)
         if not key:
-            raise ApiError(
-                401,
-                "key_missing",
-                "this service asks for a key; send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'",
-                headers={"www-authenticate": "Bearer"},
-            )
-        if not hmac.compare_digest(self._hash(key), self._digest):
-            raise ApiError(403, "key_wrong", "the key is not one of this service's; ask its operator for one")
+            raise self._refusal("key_missing", "this service asks for a key")
+        if hmac.compare_digest(self._hash(key), self._digest):
+            return
+        self._wrong.check(client)
+        log.warning("a wrong key came from %s", client)
+        raise self._refusal("key_wrong", "the key is not one of this service's; ask its operator for one")
+
+    def _refusal(self, code: str, problem: str) -> ApiError:
+        message = f"{problem}; send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
+        return ApiError(401, code, message, headers={"www-authenticate": "Bearer"})
+
+
+def sent_key(headers: dict[bytes, bytes]) -> bytes:
+    """The key of a request; empty without one."""
+    scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+    return bearer.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"").strip()
 
 
 class RateLimit:
@@ -67,6 +84,7 @@ class RateLimit:
     def check(self, client: str) -> None:
         """Raises ApiError 429, with the time to wait, when the client's bucket is empty."""
         now = self._clock()
+        client = _network(client)
         tokens, then = self._buckets.pop(client, (float(self._burst), now))
         tokens = min(self._burst, tokens + (now - then) * self._rate)
         allowed = tokens >= 1
@@ -89,9 +107,10 @@ class Guard:
 
     def __init__(self, app: App, settings: Settings, metrics: Metrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
-        self._key = KeyCheck(settings.api_key.get_secret_value()) if settings.api_key else None
+        key = settings.api_key.get_secret_value() if settings.api_key else None
+        self._key = KeyCheck(key, settings.wrong_keys_a_minute) if key else None
         self._rate = RateLimit(settings.rate_limit, settings.rate_burst) if settings.rate_limit else None
-        self._under_way = 0
+        self._under_way, self._buffered = 0, 0  # requests; bytes of their bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -111,25 +130,31 @@ class Guard:
                 message["headers"] = [*message.get("headers", []), *extra]
             await send(message)
 
+        body = _Body(receive, self._settings.body_timeout_s)
         self._under_way += 1
         try:
-            self._admit(scope, headers)
-            await self._app(scope, self._limited(receive), answer)
+            scope["state"]["trusted"] = self._admit(scope, headers)
+            await self._app(scope, lambda: self._receive(body), answer)
         except ApiError as error:
             await _send(answer, error, request_id)
         finally:
             self._under_way -= 1
+            self._buffered -= body.received
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.answered(route, scope["method"], status, time.perf_counter() - start)
 
-    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        """Raises ApiError for a request that is refused without reading its body."""
+    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> bool:
+        """Whether whoever asks may know about the gallery. Raises ApiError where a request is refused unread."""
+        client = scope["client"][0] if scope.get("client") else ""
         if scope["path"] in OPEN_PATHS or scope["path"].startswith(f"{ASSETS}/"):
-            return
+            if self._key is not None and sent_key(headers):
+                self._key.check(headers, client)
+                return True
+            return self._key is None
         if self._rate is not None:
-            self._rate.check(scope["client"][0] if scope.get("client") else "")
+            self._rate.check(client)
         if self._key is not None:
-            self._key.check(headers)
+            self._key.check(headers, client)
         if self._under_way > self._settings.max_requests:
             raise ApiError(
                 503,
@@ -138,35 +163,26 @@ class Guard:
                 headers={"retry-after": "1"},
             )
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._settings.max_body_bytes:
+        if length.isdigit() and int(length[:20]) > self._settings.max_body_bytes:
             raise self._too_large()
+        return True
 
-    def _limited(self, receive: Receive) -> Receive:
-        """`receive` that counts bytes and time, whatever the client said in its headers."""
-        received, complete = 0, False
-        deadline = time.monotonic() + self._settings.body_timeout_s
-
-        async def limited() -> Message:
-            nonlocal received, complete
-            if complete:
-                return await receive()
-            try:
-                async with asyncio.timeout(deadline - time.monotonic()):
-                    message = await receive()
-            except TimeoutError as error:
-                raise ApiError(
-                    408,
-                    "body_late",
-                    f"the request had not arrived whole after {self._settings.body_timeout_s:g} s; send it again",
-                    headers={"connection": "close"},
-                ) from error
-            received += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
-            if received > self._settings.max_body_bytes:
-                raise self._too_large()
-            return message
-
-        return limited
+    async def _receive(self, body: "_Body") -> Message:
+        """The next piece of a body, counted, whatever the client said in its headers."""
+        message = await body.next()
+        size = len(message.get("body", b""))
+        body.received += size
+        self._buffered += size
+        if body.received > self._settings.max_body_bytes:
+            raise self._too_large()
+        if self._buffered > self._settings.max_buffered_bytes:
+            raise ApiError(
+                503,
+                "overloaded",
+                f"requests under way hold {self._settings.max_buffered_bytes} bytes, as many as are allowed; try again",
+                headers={"retry-after": "1", "connection": "close"},
+            )
+        return message
 
     def _too_large(self) -> ApiError:
         limit = self._settings.max_body_bytes
@@ -177,6 +193,38 @@ class Guard:
             {"max_bytes": limit},
             {"connection": "close"},
         )
+
+
+class _Body:
+    """One request's body: how much has come, and until when it has to be here."""
+
+    def __init__(self, receive: Receive, seconds: float) -> None:
+        self._receive, self._seconds = receive, seconds
+        self._deadline = time.monotonic() + seconds
+        self._complete = False
+        self.received = 0
+
+    async def next(self) -> Message:
+        """The next message. Raises ApiError 408 when the body is late."""
+        if self._complete:
+            return await self._receive()  # waits for the client to go
+        try:
+            async with asyncio.timeout(self._deadline - time.monotonic()):
+                message = await self._receive()
+        except TimeoutError as error:
+            raise ApiError(
+                408,
+                "body_late",
+                f"the request had not arrived whole after {self._seconds:g} s; send it again",
+                headers={"connection": "close"},
+            ) from error
+        self._complete = not message.get("more_body", False)
+        return message
+
+
+def _network(client: str) -> str:
+    """What one client has to itself: an IPv4 address, or 64 bits of IPv6."""
+    return str(ipaddress.IPv6Interface(f"{client}/64").network) if ":" in client and "%" not in client else client
 
 
 async def _send(send: Send, error: ApiError, request_id: str) -> None:

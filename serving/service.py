@@ -1,27 +1,32 @@
 """What the routes do, without the web framework: sent parts to vectors, vectors to the gallery, results to answers.
 
-Every public method computes or waits for the disk, so the API calls it in a thread of its pool.
+Every public method but `ready` computes or waits for the disk, so the API calls it in a thread of its pool.
 """
 
-import base64
-import binascii
-import contextlib
-import hashlib
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+import threading
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import UnidentifiedImageError
-from pydantic import TypeAdapter, ValidationError
 
+from serving.decoding import Decoders, DecodersClosed, ImageRefused, Limits
 from serving.embedder import Embedder
 from serving.errors import ApiError
-from serving.gallery import Gallery
+from serving.gallery import Gallery, Stopped
 from serving.index import NORM_TOLERANCE
 from serving.metrics import Metrics
+from serving.parsing import (
+    Form,
+    Sent,
+    idempotency_key,
+    invalid,
+    read_cursor,
+    read_flag,
+    read_json,
+    read_top_k,
+    write_cursor,
+)
 from serving.schemas import (
     CandidateAnswer,
     EmbedAnswer,
@@ -30,44 +35,28 @@ from serving.schemas import (
     IdentifyAnswer,
     IdentifyRequest,
     ReadyAnswer,
-    Request,
     SampleAnswer,
     SubjectAnswer,
-    SubjectId,
     SubjectsAnswer,
-    TopK,
     VerifyAnswer,
     VerifyRequest,
 )
 from serving.settings import Settings
-from serving.store import Enrolment, IdempotencyKey, Store
+from serving.store import Enrolment, Store, StoreError
+from serving.subject_id import enrollable, known
 from serving.threshold import rules
-from trainer.data.image import load_image
 from trainer.errors import UserError
 
-KEY = re.compile(r"[\x21-\x7e]{1,255}")
-_SUBJECT_ID: TypeAdapter[str] = TypeAdapter(SubjectId)
-_TOP_K: TypeAdapter[int] = TypeAdapter(TopK)
-Body = TypeVar("Body", bound=Request)
+WATCH_EVERY_S = 1.0
+WATCH_LATE_S = 10.0  # a store that has not answered for so long is not ready
 Vectors = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Form:
-    """A multipart request: files by part name, and the other fields."""
-
-    files: dict[str, list[bytes]]
-    fields: dict[str, str]
-
-
-Sent = Form | bytes  # bytes: a JSON document
 
 
 class Service:
     """An opened embedder and gallery, and the metrics of what is done with them."""
 
     def __init__(self, settings: Settings) -> None:
-        """Open the embedder and the store, and build the index.
+        """Open the embedder and the store. The gallery answers once `load` has been through.
 
         Raises:
             UserError: one of them cannot be used, they belong to different models, or there is no threshold.
@@ -76,23 +65,57 @@ class Service:
         self.embedder = Embedder.open(settings.embedder, settings.threads)
         manifest = self.embedder.manifest
         verify, identify = rules(manifest, settings.verify_threshold, settings.identify_threshold)
-        with contextlib.ExitStack() as opened:
-            store = Store(settings.store, manifest.model_id, manifest.dimension, settings.idempotency_hours)
-            opened.callback(store.close)
-            self.gallery = Gallery(store, verify, identify, settings.threads, settings.max_samples)
-            opened.pop_all()
+        store = Store(
+            settings.store, manifest.model_id, manifest.dimension, settings.idempotency_hours, settings.restored
+        )
+        self.gallery = Gallery(store, verify, identify, settings.threads, settings.max_samples)
+        limits = Limits(seconds=settings.decode_timeout_s, pixels=settings.max_pixels)
+        self._decoders = Decoders(self.embedder.preprocessing, settings.workers, limits)
         self.metrics = Metrics(self.gallery)
+        self._closing = threading.Event()
+        self._watched, self._fault = time.monotonic(), ""
 
     def close(self) -> None:
+        """Stop what is under way, at once where it can be, and close the store. Idempotent."""
+        self.stop()
         self.gallery.close()
+
+    def stop(self) -> None:
+        """End loading and decoding; requests that wait for them are refused."""
+        self._closing.set()
+        self._decoders.close()
+
+    def keep(self, on_fault: Callable[[UserError], object]) -> None:
+        """Check the store and build the index, then watch the store until `stop`. Requests are refused until loaded."""
+        try:
+            self.gallery.load(stopping=self._closing.is_set)
+        except Stopped:
+            return
+        except UserError as error:
+            on_fault(error)
+            return
+        self.watch()
+        while not self._closing.wait(WATCH_EVERY_S):
+            self.watch()
+
+    def watch(self) -> None:
+        """Ask the store whether it answers and is in step with the index; `ready` tells the outcome."""
+        try:
+            self.gallery.check()
+            self._fault = ""
+        except StoreError as error:
+            self._fault = str(error)
+        self._watched = time.monotonic()
 
     def identify(self, sent: Sent, request_id: str) -> IdentifyAnswer:
         if isinstance(sent, Form):
+            top_k, below = read_top_k(sent.fields.get("top_k", "5")), read_flag(sent.fields, "below_threshold")
+            below = self._may_see_below(below)
             (probe_D,) = self._embed(sent, "image")
-            top_k = _top_k(sent.fields.get("top_k", "5"))
         else:
-            body = _parse(IdentifyRequest, sent)
-            probe_D, top_k = self._vectors([body.embedding], body.model_id, "embedding")[0], body.top_k
+            body = read_json(IdentifyRequest, sent)
+            top_k, below = body.top_k, self._may_see_below(body.below_threshold)
+            (probe_D,) = self._vectors([body.embedding], body.model_id, "embedding")
         with self.metrics.searching():
             found = self.gallery.identify(probe_D, top_k)
         self.metrics.decided("identify", found.decision)
@@ -100,7 +123,11 @@ class Service:
             self.metrics.scored(found.candidates[0].score)
         rule = self.gallery.identify_rule
         return IdentifyAnswer(
-            candidates=[CandidateAnswer(**vars(candidate)) for candidate in found.candidates],
+            candidates=[
+                CandidateAnswer(**vars(candidate))
+                for candidate in found.candidates
+                if below or rule.matches(candidate.score)
+            ],
             decision=found.decision,
             threshold=rule.value,
             threshold_source=rule.explain(found.gallery_size),
@@ -117,17 +144,17 @@ class Service:
         if isinstance(sent, Form):
             subject_id = sent.fields.get("subject_id")
             if (subject_id is None) != ("reference" in sent.files):
-                raise _invalid("give either a 'reference' image or a 'subject_id'", "reference")
+                raise invalid("give either a 'reference' image or a 'subject_id'", "reference")
             vectors = self._embed(sent, "probe", "reference")
         else:
-            body = _parse(VerifyRequest, sent)
+            body = read_json(VerifyRequest, sent)
             subject_id = body.subject_id
             both = [body.probe] if body.reference is None else [body.probe, body.reference]
             vectors = self._vectors(both, body.model_id, "probe and reference")
         if subject_id is None:
             found = self.gallery.verify(vectors[0], vectors[1])
         else:
-            subject_id = _subject_id(subject_id)
+            subject_id = known(subject_id)
             found = self.gallery.verify_subject(vectors[0], subject_id)
         self.metrics.decided("verify", found.decision)
         rule = self.gallery.verify_rule
@@ -146,32 +173,32 @@ class Service:
 
     def enrol(self, subject_id: str, sent: Sent, key: str | None, request_id: str) -> tuple[EnrolAnswer, bool]:
         """The answer, and whether it is that of an earlier request with the same idempotency key."""
-        subject_id = _subject_id(subject_id)
+        subject_id = enrollable(subject_id)
         parts = sent.files["images"] if isinstance(sent, Form) else [sent]
-        once = _once(key, "PUT", subject_id, parts)
-        done = self.gallery.replay(once) if once else None  # spares embedding again
+        once = idempotency_key(key, "PUT", subject_id, parts)
+        done = self.gallery.replay(once, subject_id) if once else None  # spares embedding again
         if done is None:
             if isinstance(sent, Form):
                 vectors_BD = self._embed(sent, "images")
             else:
-                body = _parse(EnrolRequest, sent)
+                body = read_json(EnrolRequest, sent)
                 vectors_BD = self._vectors(body.embeddings, body.model_id, "embeddings")
             done = self.gallery.enrol(subject_id, vectors_BD, once)
         return self._enrolled(done, request_id), done.replayed
 
     def delete(self, subject_id: str, key: str | None) -> bool:
         """Whether an earlier request with the same idempotency key did it."""
-        subject_id = _subject_id(subject_id)
-        return self.gallery.delete(subject_id, _once(key, "DELETE", subject_id, ())).replayed
+        subject_id = known(subject_id)
+        return self.gallery.delete(subject_id, idempotency_key(key, "DELETE", subject_id, ())).replayed
 
     def subjects(self, cursor: str | None, limit: int, request_id: str) -> SubjectsAnswer:
-        rows = self.gallery.subjects(_position(cursor), limit + 1)  # one more tells whether there is a next page
+        rows = self.gallery.subjects(read_cursor(cursor), limit + 1)  # one more tells whether there is a next page
         return SubjectsAnswer(
             subjects=[
                 SubjectAnswer(subject_id=row.subject_id, samples=row.samples, created=row.created)
                 for row in rows[:limit]
             ],
-            next_cursor=_cursor(rows[limit - 1].position) if len(rows) > limit else None,
+            next_cursor=write_cursor(rows[limit - 1].position) if len(rows) > limit else None,
             gallery_size=self.gallery.size,
             model_id=self.gallery.model_id,
             request_id=request_id,
@@ -186,16 +213,39 @@ class Service:
             request_id=request_id,
         )
 
-    def ready(self, request_id: str) -> ReadyAnswer:
-        """Raises StoreError when the store does not answer."""
-        state = self.gallery.check()
+    def ready(self, trusted: bool, request_id: str) -> ReadyAnswer:
+        """Whether the service can answer, from memory alone; counts only for those who may know them.
+
+        Raises:
+            ApiError: 503 while the gallery loads, and when the store has failed.
+        """
+        status = self.gallery.status()
+        if status.state == "loading":
+            raise loading(status.done, status.total)
+        fault = status.reason if status.state == "failed" else self._fault
+        if fault or time.monotonic() - self._watched > WATCH_LATE_S:
+            told = fault if trusted and fault else "the store does not answer"
+            raise ApiError(503, "store_unavailable", f"{told}; the log says more", headers={"retry-after": "5"})
+        if not trusted:
+            return ReadyAnswer(request_id=request_id)
         return ReadyAnswer(
-            gallery_size=state.subjects,
-            samples=state.samples,
-            revision=state.revision,
+            gallery_size=self.gallery.size,
+            samples=self.gallery.samples,
+            revision=self.gallery.revision,
             model_id=self.gallery.model_id,
             request_id=request_id,
         )
+
+    def _may_see_below(self, asked: bool) -> bool:
+        """Whether an answer shows candidates below the threshold."""
+        rule = self.settings.below_threshold
+        if asked and rule == "never":
+            raise ApiError(
+                403,
+                "below_threshold_hidden",
+                "this service does not show candidates below the threshold; leave below_threshold out",
+            )
+        return asked or rule == "always"
 
     def _enrolled(self, done: Enrolment, request_id: str) -> EnrolAnswer:
         return EnrolAnswer(
@@ -211,27 +261,28 @@ class Service:
     def _embed(self, form: Form, *parts: str) -> Vectors:
         """Unit vectors of the image files in these parts, in order; the message of a fault says which file."""
         limit = self.settings.max_image_bytes
-        pixels = []
-        for part in parts:
-            for number, image in enumerate(form.files.get(part, ()), 1):
-                where: dict[str, object] = {"part": part, "number": number}
-                name = part if len(form.files[part]) == 1 else f"{part} {number}"
-                if len(image) > limit:
-                    raise ApiError(
-                        413,
-                        "image_too_large",
-                        f"image '{name}' has {len(image)} bytes; at most {limit} are allowed: send it smaller",
-                        where | {"max_bytes": limit},
-                    )
-                try:
-                    pixels.append(load_image(image, self.embedder.preprocessing, name))
-                except UserError as error:
-                    if isinstance(error.__cause__, UnidentifiedImageError):
-                        raise ApiError(415, "not_an_image", str(error), where) from error
-                    raise ApiError(422, "bad_image", str(error), where) from error
-        with self.metrics.embedding(len(pixels)):
+        images = [(part, number, image) for part in parts for number, image in enumerate(form.files.get(part, ()), 1)]
+        names = [part if len(form.files[part]) == 1 else f"{part} {number}" for part, number, _ in images]
+        for (part, number, image), name in zip(images, names, strict=True):
+            if len(image) > limit:
+                raise ApiError(
+                    413,
+                    "image_too_large",
+                    f"image '{name}' has {len(image)} bytes; at most {limit} are allowed: send it smaller",
+                    {"part": part, "number": number, "max_bytes": limit},
+                )
+        try:
+            pixels_BCHW = self._decoders.decode([image for _, _, image in images], names)
+        except ImageRefused as error:
+            part, number, _ = images[error.number]
+            status = 415 if error.code == "not_an_image" else 422
+            raise ApiError(status, error.code, str(error), {"part": part, "number": number}) from error
+        except DecodersClosed as error:
+            message = "the service is stopping; ask again"
+            raise ApiError(503, "stopping", message, headers={"retry-after": "5"}) from error
+        with self.metrics.embedding(len(images)):
             try:
-                return self.embedder.embed(np.stack(pixels))
+                return self.embedder.embed(pixels_BCHW)
             except UserError as error:
                 raise ApiError(422, "bad_image", str(error), {"parts": list(parts)}) from error
 
@@ -246,7 +297,7 @@ class Service:
                 {"sent": model_id, "served": self.gallery.model_id},
             )
         if len(embeddings) > self.settings.max_images:
-            raise _invalid(f"{len(embeddings)} embeddings were sent; at most {self.settings.max_images} fit one", part)
+            raise invalid(f"{len(embeddings)} embeddings were sent; at most {self.settings.max_images} fit one", part)
         for embedding in embeddings:
             if len(embedding) != self.gallery.dimension:
                 raise ApiError(
@@ -270,68 +321,8 @@ class Service:
         return unit_BD
 
 
-def _parse(model: type[Body], document: bytes) -> Body:
-    try:
-        return model.model_validate_json(document)
-    except ValidationError as error:
-        faults = error.errors(include_input=False, include_url=False, include_context=False)
-        if faults[0]["type"] == "json_invalid":
-            raise ApiError(400, "not_json", f"the body is not JSON ({faults[0]['msg']})") from error
-        raise invalid_fields([(".".join(map(str, fault["loc"])), fault["msg"]) for fault in faults]) from error
-
-
-def invalid_fields(faults: Sequence[tuple[str, str]]) -> ApiError:
-    """422 for fields that are not as the schema wants them: (where, what is wrong). The first ten are told."""
-    where, problem = faults[0]
-    listed = [{"where": place, "problem": text} for place, text in faults[:10]]
-    return ApiError(
-        422, "invalid", f"{where or 'the request'}: {problem}; see /docs", {"faults": listed, "count": len(faults)}
-    )
-
-
-def _invalid(problem: str, where: str) -> ApiError:
-    return invalid_fields([(where, problem)])
-
-
-def _subject_id(text: str) -> str:
-    try:
-        return _SUBJECT_ID.validate_python(text)
-    except ValidationError as error:
-        raise _invalid(
-            "1 to 128 characters are allowed, without slashes, control characters, or space at the ends", "subject_id"
-        ) from error
-
-
-def _top_k(text: str) -> int:
-    try:
-        return _TOP_K.validate_python(text)
-    except ValidationError as error:
-        raise _invalid(f"'{text[:20]}' is not a whole number from 1 to 100", "top_k") from error
-
-
-def _once(key: str | None, method: str, subject_id: str, parts: Sequence[bytes]) -> IdempotencyKey | None:
-    """The key with a digest of what it stands for: method, subject and the content of the parts in their order."""
-    if key is None:
-        return None
-    if not KEY.fullmatch(key):
-        raise _invalid("1 to 255 visible ASCII characters are allowed", "Idempotency-Key")
-    digest = hashlib.sha256(f"{method}\0{subject_id}\0".encode())
-    for part in parts:
-        digest.update(hashlib.sha256(part).digest())
-    return IdempotencyKey(key, digest.digest())
-
-
-def _cursor(position: int) -> str:
-    return base64.urlsafe_b64encode(b"p%d" % position).decode().rstrip("=")
-
-
-def _position(cursor: str | None) -> int:
-    if cursor is None:
-        return 0
-    try:
-        text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
-    except (binascii.Error, ValueError):
-        text = b""
-    if not re.fullmatch(rb"p[0-9]{1,18}", text):
-        raise _invalid("this is not a cursor; take next_cursor of the page before, or leave it out", "cursor")
-    return int(text[1:])
+def loading(done: int, total: int) -> ApiError:
+    """503 while the gallery is read; the progress is a share, since the numbers are not everybody's to know."""
+    share = round(done / total, 3) if total else 0.0
+    message = f"the gallery is loading, {share:.0%} done; ask /readyz, and try again"
+    return ApiError(503, "loading", message, {"progress": share}, {"retry-after": "1"})

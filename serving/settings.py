@@ -1,11 +1,19 @@
 """Everything that decides how the service behaves, in one frozen model. The command line fills it."""
 
 from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
 from trainer.data.image import MAX_BYTES
 from trainer.errors import UserError
+
+MiB = 2**20
+
+
+def _trimmed(key: object) -> object:
+    """A key read from a file often ends in a newline, which no client sends."""
+    return key.strip() if isinstance(key, str) else key
 
 
 class Settings(BaseModel):
@@ -15,28 +23,47 @@ class Settings(BaseModel):
 
     embedder: Path = Field(description="folder with model.onnx and manifest.json")
     store: Path = Field(description="SQLite file of the gallery; made if missing")
+    restored: bool = Field(False, description="the store comes from a backup: take it as it is, and say so once")
     verify_threshold: float | None = Field(
         None, ge=-1, le=1.0001, description="similarity from which two images are a match; null: from the calibration"
     )
     identify_threshold: float | None = Field(
         None, ge=-1, le=1.0001, description="similarity from which a candidate is a match; null: from the calibration"
     )
-    api_key: SecretStr | None = Field(
-        None, min_length=16, max_length=256, description="key that requests must carry; null: none is asked for"
+    below_threshold: Literal["never", "on_request", "always"] = Field(
+        "on_request", description="when identify shows candidates that are no match"
     )
+    api_key: Annotated[SecretStr | None, BeforeValidator(_trimmed)] = Field(
+        None,
+        min_length=16,
+        max_length=256,
+        description="key that requests must carry; null: only this machine is served",
+    )
+    anonymous: bool = Field(False, description="serve every network without a key")
+    allowed_hosts: str = Field(
+        "", description="host names that clients may call the service by, by commas; * for any; empty: see `host_names`"
+    )
+    trusted_proxies: str = Field("", description="addresses whose X-Forwarded-For is believed, by commas")
+    rate_limit: float | None = Field(None, gt=0, description="requests a second from one address; null: no limit")
+    rate_burst: int = Field(20, ge=1, description="requests that may come at once before the limit counts")
+    wrong_keys_a_minute: int = Field(10, ge=1, description="wrong keys from one address before it has to wait")
+
     workers: int = Field(2, ge=1, le=256, description="requests that compute at the same time")
     threads: int = Field(1, ge=1, le=256, description="cores that one of them uses")
     max_requests: int = Field(64, ge=1, description="requests under way at the same time; more get a 503")
-    max_body_bytes: int = Field(32 * 2**20, ge=1024, description="of a request")
+    max_connections: int = Field(512, ge=8, description="open connections; the longest idle makes room for a new one")
+    max_body_bytes: int = Field(32 * MiB, ge=1024, description="of a request")
+    max_buffered_bytes: int = Field(256 * MiB, ge=1024, description="of all bodies in memory; more get a 503")
     max_image_bytes: int = Field(MAX_BYTES, ge=1024, le=MAX_BYTES, description="of one image file")
     max_images: int = Field(32, ge=1, le=1000, description="images or embeddings in one request")
+    max_pixels: int = Field(16_000_000, ge=1, description="in all images of one request")
     max_samples: int = Field(100, ge=1, le=10_000, description="of one subject")
-    body_timeout_s: float = Field(30, gt=0, description="a request must have arrived whole by then")
-    shutdown_s: int = Field(30, ge=1, description="requests under way may finish in this time after SIGTERM")
-    rate_limit: float | None = Field(None, gt=0, description="requests a second from one address; null: no limit")
-    rate_burst: int = Field(20, ge=1, description="requests that may come at once before the limit counts")
+    decode_timeout_s: float = Field(2, gt=0, description="the images of a request must be decoded by then")
+    head_timeout_s: float = Field(10, gt=0, description="the head of a request must have arrived whole by then")
+    body_timeout_s: float = Field(30, gt=0, description="its body must have arrived whole by then")
+    keep_alive_s: int = Field(75, ge=1, description="an idle connection is kept open for the next request")
+    shutdown_s: int = Field(30, ge=3, description="after SIGTERM the service has ended by then")
     idempotency_hours: float = Field(24, gt=0, description="how long an Idempotency-Key is remembered")
-    trusted_proxies: str = Field("", description="addresses whose X-Forwarded-For is believed, by commas")
 
 
 def from_values(values: dict[str, object]) -> Settings:

@@ -43,7 +43,7 @@ def test_doors(module: str) -> None:
     assert users <= DOORS[module]
 
 
-SERVICE = "import sys, serving.api; print([n for n in ('torch', 'ray', 'deepspeed', 'mlflow') if n in sys.modules])"
+SERVICE = "import sys, serving.server; print([n for n in ('torch', 'ray', 'deepspeed', 'mlflow') if n in sys.modules])"
 
 
 def test_the_service_loads_without_the_training_stack() -> None:

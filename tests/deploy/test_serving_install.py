@@ -132,7 +132,7 @@ def test_the_command_line_and_the_service_import(installed: Installed) -> None:
     result = installed.run(["hypersphere", "--help"])
     assert result.returncode == 0, result.stderr
     assert "serve" in result.stdout
-    result = installed.run(["python", "-c", "import serving.api, sys; print('torch' in sys.modules)"])
+    result = installed.run(["python", "-c", "import serving.server, sys; print('torch' in sys.modules)"])
     assert result.stdout.strip() == "False", result.stderr
 
 
@@ -181,8 +181,11 @@ def port() -> int:
 def test_the_images_command_serves_until_it_is_stopped(
     installed: Installed, stages: dict[str, Any], embedder: Path, port: int
 ) -> None:
-    """ENTRYPOINT, CMD and HEALTHCHECK as they stand, on a free port of the loopback."""
+    """ENTRYPOINT, CMD and HEALTHCHECK as they stand, on a free port of the loopback; without a key they refuse."""
     stage = stages["serving"]
+    refused = installed.run([installed.locate(word) for word in stage.words("ENTRYPOINT") + stage.words("CMD")])
+    assert refused.returncode == 2
+    assert "HYPERSPHERE_API_KEY" in refused.stderr
     (installed.folder / "var/lib/hypersphere").mkdir(parents=True)
     replaced = {"0.0.0.0": "127.0.0.1", "8000": str(port)}
     words = [replaced.get(word, installed.locate(word)) for word in stage.words("ENTRYPOINT") + stage.words("CMD")]
@@ -193,8 +196,9 @@ def test_the_images_command_serves_until_it_is_stopped(
     log = installed.folder / "log"
     program = shutil.which(words[0], path=installed.environment["PATH"])
     assert program is not None
+    environment = installed.environment | {"HYPERSPHERE_API_KEY": "a-key-of-this-very-test"}
     with log.open("w") as file:
-        process = subprocess.Popen([program, *words[1:]], env=installed.environment, stdout=file, stderr=file)
+        process = subprocess.Popen([program, *words[1:]], env=environment, stdout=file, stderr=file)
     try:
         deadline = time.monotonic() + 60
         while installed.run(health).returncode and process.poll() is None and time.monotonic() < deadline:

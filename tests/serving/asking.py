@@ -10,7 +10,7 @@ def file(content, name="image"):
 
 
 def enrol(server, subject_id, *images, **options):
-    return server.http.put(f"/v1/subjects/{subject_id}/samples", files=[file(i, "images") for i in images], **options)
+    return server.http.post(f"/v1/subjects/{subject_id}/samples", files=[file(i, "images") for i in images], **options)
 
 
 def identify(server, image, **fields):

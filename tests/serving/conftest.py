@@ -24,7 +24,7 @@ from trainer.artifact import Calibration, EmbedderManifest, Preprocessing, Thres
 
 SIDE, DIMENSION = 16, 32
 SERVE = (
-    "import json, sys; from serving.api import run; from serving.settings import from_values; "
+    "import json, sys; from serving.server import run; from serving.settings import from_values; "
     "run(from_values(json.loads(sys.argv[1])), '127.0.0.1', 0)"
 )
 
@@ -90,7 +90,7 @@ def unit_vectors(count: int, seed: int = 0, dimension: int = DIMENSION) -> NDArr
 
 
 class Server:
-    """`serving.api.run` in a process; `http` speaks to it."""
+    """`serving.server.run` in a process; `http` speaks to it."""
 
     def __init__(self, **settings: object) -> None:
         self.store = settings["store"]
@@ -108,6 +108,12 @@ class Server:
         self._reader.start()
         self.url = self._wait_for_url()
         self.http = httpx.Client(base_url=self.url, timeout=30)
+        self._wait_until_loaded()
+
+    def _wait_until_loaded(self) -> None:
+        end = time.monotonic() + 60
+        while self.http.get("/readyz").status_code == 503 and time.monotonic() < end:
+            time.sleep(0.01)
 
     def _read(self) -> None:
         assert self.process.stdout is not None

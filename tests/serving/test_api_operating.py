@@ -42,7 +42,7 @@ def test_metrics_count(serve, photos):
     server.http.delete("/v1/subjects/alice")
     count = "hypersphere_requests_total"
     assert _metric(server, count, route="/v1/identify", method="POST", status="200") == 3
-    assert _metric(server, count, route="/v1/subjects/{subject_id}/samples", method="PUT", status="201") == 1
+    assert _metric(server, count, route="/v1/subjects/{subject_id}/samples", method="POST", status="201") == 1
     assert _metric(server, count, route="/v1/subjects/{subject_id}", method="DELETE", status="204") == 1
     assert _metric(server, count, route="none", method="GET", status="404") == 1
     assert _metric(server, "hypersphere_decisions_total", operation="identify", decision="match") == 2
@@ -71,6 +71,16 @@ def test_the_openapi_page(server):
         "/readyz",
         "/metrics",
     }
+    named = [operation["operationId"] for path in schema["paths"].values() for operation in path.values()]
+    assert sorted(named) == [
+        "delete", "embed", "enrol", "enrol_by_put", "healthz", "identify", "metrics", "readyz", "subjects", "verify"
+    ]  # fmt: skip
+    enrol = schema["paths"]["/v1/subjects/{subject_id}/samples"]
+    assert enrol["put"]["deprecated"]
+    patterns = {name["name"]: name["schema"] for name in enrol["post"]["parameters"]}
+    assert re.search(patterns["subject_id"]["pattern"], "alice")
+    assert not re.search(patterns["subject_id"]["pattern"], "..")
+    assert "pattern" in str(patterns["Idempotency-Key"])
     components = {"components": schema["components"]}
     for path, operations in schema["paths"].items():
         for operation in operations.values():

@@ -1,5 +1,6 @@
 """What the service refuses over HTTP, and the one shape in which it says so."""
 
+import contextlib
 import re
 import socket
 import time
@@ -29,7 +30,7 @@ BAD_BODIES = {
     ),
     "not JSON": ({"content": b"{", "headers": {"content-type": "application/json"}}, 400, "not_json"),
     "empty JSON": ({"content": b"", "headers": {"content-type": "application/json"}}, 400, "not_json"),
-    "deep JSON": ({"content": b"[" * 100_000, "headers": {"content-type": "application/json"}}, 400, "not_json"),
+    "deep JSON": ({"content": b"[" * 5000, "headers": {"content-type": "application/json"}}, 400, "not_json"),
     "a list": ({"json": [1]}, 422, "invalid"),
     "no embedding": (_json(top_k=3), 422, "invalid"),
     "unknown key": (_json(embedding=UNIT, topk=3), 422, "invalid"),
@@ -41,7 +42,10 @@ BAD_BODIES = {
     "empty embedding": (_json(embedding=[]), 422, "invalid"),
     "short embedding": (_json(embedding=[1.0]), 422, "wrong_dimension"),
     "long embedding": (_json(embedding=[*UNIT, 0.0]), 422, "wrong_dimension"),
-    "huge embedding": (_json(embedding=[0.0] * 9000), 422, "invalid"),
+    "huge embedding": (_json(embedding=[0.0] * 9000), 413, "json_too_large"),
+    "a huge key": (_json(**{"k" * 100_000: 1}), 413, "json_too_large"),
+    "a long key": (_json(embedding=UNIT, **{"k" * 2000: 1}), 422, "invalid"),
+    "many keys": (_json(**{str(k): k for k in range(100)}), 422, "invalid"),
     "zero embedding": (_json(embedding=[0.0] * 32), 422, "not_a_unit_vector"),
     "doubled embedding": (_json(embedding=[2.0, *UNIT[1:]]), 422, "not_a_unit_vector"),
     "overflowing embedding": (_json(embedding=[1e300] * 32), 422, "not_a_unit_vector"),
@@ -55,6 +59,11 @@ BAD_BODIES = {
     ),
     "another model": (_json(embedding=UNIT, model_id="f" * 32), 409, "wrong_model"),
     "no boundary": ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "bad_form"),
+    "a charset": (
+        {"content": b"--b--\r\n", "headers": {"content-type": "multipart/form-data; boundary=b; charset=undefined"}},
+        415,
+        "unsupported_charset",
+    ),
     "broken form": (
         {"content": b"garbage", "headers": {"content-type": "multipart/form-data; boundary=b"}},
         400,
@@ -85,7 +94,7 @@ BAD_BODIES = {
 def test_bad_bodies_are_refused(server, name):
     request, status, code = BAD_BODIES[name]
     error = refused(server.http.post("/v1/identify", **request), status, code)
-    assert len(error["message"]) > 20
+    assert 20 < len(error["message"]) < 400
 
 
 def test_bad_images_are_refused(server, photos):
@@ -96,7 +105,7 @@ def test_bad_images_are_refused(server, photos):
     bomb = bytearray(good)
     bomb[16:24] = (60000).to_bytes(4, "big") * 2
     bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
-    assert "pixels" in refused(identify(server, bytes(bomb)), 422, "bad_image")["message"]
+    assert "pixels" in refused(identify(server, bytes(bomb)), 422, "too_many_pixels")["message"]
     second = refused(enrol(server, "somebody", good, b"not an image"), 415, "not_an_image")
     assert second["details"] == {"part": "images", "number": 2}
     refused(server.http.delete("/v1/subjects/somebody"), 404, "no_subject")  # nothing of it was enrolled
@@ -113,7 +122,7 @@ def test_another_model_is_named(server, embedder):
     for method, path, body in (
         ("POST", "/v1/identify", {"embedding": UNIT}),
         ("POST", "/v1/verify", {"probe": UNIT, "reference": UNIT}),
-        ("PUT", "/v1/subjects/alice/samples", {"embeddings": [UNIT]}),
+        ("POST", "/v1/subjects/alice/samples", {"embeddings": [UNIT]}),
     ):
         error = refused(server.http.request(method, path, json=body | {"model_id": "f" * 32}), 409, "wrong_model")
         assert error["details"] == {"sent": "f" * 32, "served": served}
@@ -126,7 +135,7 @@ def test_another_model_is_named(server, embedder):
     [
         ("GET", "/", 404, "no_route"),
         ("GET", "/v1/nothing", 404, "no_route"),
-        ("PUT", "/v1/subjects/a%2Fb/samples", 404, "no_route"),
+        ("POST", "/v1/subjects/a%2Fb/samples", 404, "no_route"),
         ("GET", "/v1/identify", 405, "wrong_method"),
         ("PATCH", "/v1/subjects", 405, "wrong_method"),
         ("OPTIONS", "/healthz", 405, "wrong_method"),
@@ -151,9 +160,9 @@ def test_names_people_use_are_allowed(server, photos, name):
 def test_too_many_images_or_samples_are_refused(strict, photos, vectors):
     rows = vectors(5).tolist()
     refused(enrol(strict, "a", *[photos(k) for k in range(4)]), 400, "bad_form")
-    refused(strict.http.put("/v1/subjects/a/samples", json={"embeddings": rows[:4]}), 422, "invalid")
-    assert strict.http.put("/v1/subjects/a/samples", json={"embeddings": rows[:3]}).status_code == 201
-    refused(strict.http.put("/v1/subjects/a/samples", json={"embeddings": rows[:2]}), 409, "too_many_samples")
+    refused(strict.http.post("/v1/subjects/a/samples", json={"embeddings": rows[:4]}), 422, "invalid")
+    assert strict.http.post("/v1/subjects/a/samples", json={"embeddings": rows[:3]}).status_code == 201
+    refused(strict.http.post("/v1/subjects/a/samples", json={"embeddings": rows[:2]}), 409, "too_many_samples")
     assert strict.http.get("/readyz").json()["samples"] == 3
 
 
@@ -169,14 +178,16 @@ def test_large_bodies_are_refused_before_they_are_read(strict):
     host, port = re.fullmatch(r"http://(.*):(\d+)", strict.url).groups()
     # By what the client announces: not one byte of the body is sent.
     with socket.create_connection((host, int(port)), timeout=10) as wire:
-        wire.sendall(b"POST /v1/identify HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n")
+        wire.sendall(b"POST /v1/identify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000000\r\n\r\n")
         assert wire.recv(4096).startswith(b"HTTP/1.1 413")
     # By what it sends, when it announces nothing: the answer comes while it is still sending.
     with socket.create_connection((host, int(port)), timeout=10) as wire:
         wire.sendall(
-            b"POST /v1/identify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
-            b"Content-Type: application/json\r\n\r\n"
+            b"POST /v1/identify HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
+            b"Content-Type: multipart/form-data; boundary=b\r\n\r\n"
         )
+        part = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+        wire.sendall(b"%x\r\n%s\r\n" % (len(part), part))
         for _ in range(11):
             wire.sendall(b"2710\r\n" + b" " * 10_000 + b"\r\n")
         answer = _until_closed(wire)
@@ -189,7 +200,8 @@ def test_slow_bodies_are_refused(strict):
     host, port = re.fullmatch(r"http://(.*):(\d+)", strict.url).groups()
     with socket.create_connection((host, int(port)), timeout=20) as wire:
         wire.sendall(
-            b"POST /v1/identify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\nContent-Type: application/json\r\n\r\n{"
+            b"POST /v1/identify HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Length: 1000\r\nContent-Type: application/json\r\n\r\n{"
         )
         answer = _until_closed(wire)
         assert answer.startswith(b"HTTP/1.1 408")
@@ -199,16 +211,17 @@ def test_slow_bodies_are_refused(strict):
 def test_no_more_requests_than_allowed(serve):
     server = serve(max_requests=1)
     host, port = re.fullmatch(r"http://(.*):(\d+)", server.url).groups()
-    with socket.create_connection((host, int(port)), timeout=20) as wire:
-        wire.sendall(
-            b"POST /v1/identify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\nContent-Type: application/json\r\n\r\n{"
-        )
-        end = time.monotonic() + 20
-        while (answer := server.http.get("/v1/subjects")).status_code == 200 and time.monotonic() < end:
-            time.sleep(0.01)
-        refused(answer, 503, "overloaded")
-        assert answer.headers["retry-after"] == "1"
-        assert server.http.get("/healthz").status_code == 200  # who looks after it still gets through
+    head = b"POST /v1/identify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    answer, end = server.http.get("/v1/subjects"), time.monotonic() + 20
+    while answer.status_code == 200 and time.monotonic() < end:  # the slow one may itself come second, and be refused
+        with socket.create_connection((host, int(port)), timeout=20) as wire:
+            wire.sendall(head + b"Content-Length: 1000\r\n\r\n{")
+            time.sleep(0.1)
+            answer = server.http.get("/v1/subjects")
+            alive = server.http.get("/healthz")
+    refused(answer, 503, "overloaded")
+    assert answer.headers["retry-after"] == "1"
+    assert alive.status_code == 200  # who looks after it still gets through
     while (answer := server.http.get("/v1/subjects")).status_code == 503 and time.monotonic() < end:
         time.sleep(0.01)
     assert answer.status_code == 200
@@ -221,7 +234,7 @@ def test_the_key_and_the_rate(serve, photos):
     answer = server.http.get("/v1/subjects")
     refused(answer, 401, "key_missing")
     assert answer.headers["www-authenticate"] == "Bearer"
-    refused(server.http.get("/metrics", headers={"X-API-Key": "wrong"}), 403, "key_wrong")
+    refused(server.http.get("/metrics", headers={"X-API-Key": "wrong"}), 401, "key_wrong")
     key = {"Authorization": "Bearer correct-horse-battery"}
     assert server.http.get("/v1/subjects", headers=key).status_code == 200
     assert identify(server, photos(1)).status_code == 401
@@ -230,3 +243,73 @@ def test_the_key_and_the_rate(serve, photos):
     assert int(answer.headers["retry-after"]) > 0
     assert server.http.get("/healthz").status_code == 200
     assert "correct-horse" not in "".join(server.output)
+
+
+def test_wrong_keys_are_limited_logged_and_do_not_lock_out(serve):
+    server = serve(api_key="correct-horse-battery\n", wrong_keys_a_minute=5)
+    right, wrong = {"X-API-Key": "correct-horse-battery"}, {"X-API-Key": "wrong-horse-battery"}
+    answers = [server.http.get("/v1/subjects", headers=wrong).status_code for _ in range(20)]
+    assert answers[:5] == [401] * 5
+    assert answers[-1] == 429
+    assert server.http.get("/v1/subjects", headers=right).status_code == 200
+    assert server.http.get("/readyz", headers=wrong).status_code == 429  # no other way to try keys
+    log = "".join(server.output)
+    assert log.count("a wrong key came from 127.0.0.1") == answers.count(401)
+    assert "horse" not in log
+
+
+def test_without_the_key_readyz_says_nothing_of_the_gallery(serve):
+    server = serve(api_key="correct-horse-battery")
+    assert set(server.http.get("/readyz").json()) == {"status", "request_id"}
+    told = server.http.get("/readyz", headers={"X-API-Key": "correct-horse-battery"}).json()
+    assert told["gallery_size"] == told["samples"] == 0
+    refused(server.http.get("/metrics"), 401, "key_missing")
+
+
+def test_bodies_in_memory_are_bounded(serve):
+    """Clients that send a part of a body each and then wait, until together they hold too much."""
+    server = serve(max_buffered_bytes=400_000, body_timeout_s=20)
+    host, port = re.fullmatch(r"http://(.*):(\d+)", server.url).groups()
+    head = b"POST /v1/identify HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    part = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+    with contextlib.ExitStack() as opened:
+        for _ in range(10):
+            wire = opened.enter_context(socket.create_connection((host, int(port)), timeout=20))
+            with contextlib.suppress(ConnectionError):  # it may have been refused already
+                wire.sendall(head + b"Content-Length: 90000\r\n\r\n" + part + b"x" * 60_000)
+        answer = _until_closed(wire)
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert b'"code":"overloaded"' in answer or b'"code": "overloaded"' in answer
+    end = time.monotonic() + 20
+    while (answer := server.http.post("/v1/identify", json={"embedding": UNIT})).status_code == 503:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert answer.status_code == 200
+
+
+def test_candidates_below_the_threshold_are_shown_where_allowed(serve, photos, tmp_path):
+    for rule, status, shown in (("never", 403, 0), ("on_request", 200, 1), ("always", 200, 1)):
+        server = serve(below_threshold=rule, store=tmp_path / f"{rule}.db")
+        enrol(server, "ada", photos(1))
+        asked = identify(server, photos(2), below_threshold="true")
+        assert asked.status_code == status
+        if status == 200:
+            assert len(asked.json()["candidates"]) == shown
+        silent = identify(server, photos(2)).json()
+        assert (silent["decision"], len(silent["candidates"])) == ("unknown", int(rule == "always"))
+        server.end()
+
+
+def test_put_is_answered_as_post_and_names_it(server, photos):
+    answer = server.http.put(f"/v1/subjects/s{next(identities)}/samples", files=[file(photos(3), "images")])
+    assert answer.status_code == 201
+    assert answer.headers["deprecation"].startswith("@")
+    assert re.fullmatch(r'</v1/subjects/s\d+/samples>; rel="successor-version"; method="POST"', answer.headers["link"])
+
+
+def test_other_hosts_are_refused(server):
+    for host in ("evil.example", "127.0.0.1.evil.example", "localhost@evil.example", ""):
+        error = refused(server.http.get("/v1/subjects", headers={"host": host}), 400, "wrong_host")
+        assert "--allowed-hosts" in error["message"]
+    for host in ("localhost", "localhost:1234", "LOCALHOST", "[::1]:80"):
+        assert server.http.get("/healthz", headers={"host": host}).status_code == 200

@@ -12,18 +12,19 @@ Verify (1:1) and identify (1:N) by embeddings, with a calibrated open-set thresh
   threshold match.
 * Every **error** is `{"error": {"code", "message", "details"}, "request_id"}`.
 * `X-Request-ID` is taken over if sent, and always returned.
-* `Idempotency-Key` on `PUT` and `DELETE`: the same request under the same key is done once and answered alike.
+* `Idempotency-Key` on enrolment and `DELETE`: the same request under the same key is done once and answered alike.
+* Candidates **below the threshold** are left out of an identification unless it asks for them, where that is allowed.
 
 ```
-curl -F images=@alice.png -X PUT http://127.0.0.1:8000/v1/subjects/alice/samples
+curl -F images=@alice.png http://127.0.0.1:8000/v1/subjects/alice/samples
 curl -F image=@someone.png http://127.0.0.1:8000/v1/identify
 ```
 """
 
 _STATUS = {
-    400: "Not JSON, or a form that cannot be read",
-    401: "No key was sent",
-    403: "A wrong key was sent",
+    400: "Not JSON, a form that cannot be read, or a Host that is not this service's",
+    401: "No key was sent, or a wrong one",
+    403: "Candidates below the threshold are not shown here",
     404: "No such subject or route",
     408: "The body came too slowly",
     409: "Embeddings of another model, a reused idempotency key, or too many samples",
@@ -32,7 +33,7 @@ _STATUS = {
     422: "A value that is not allowed",
     429: "Too many requests",
     500: "A fault of the service",
-    503: "Overloaded, or the store cannot be reached",
+    503: "Loading, overloaded or stopping, or the store cannot be reached",
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text} for status, text in _STATUS.items()
@@ -60,7 +61,11 @@ VERIFY = _body(
     {"probe": _SHORT, "subject_id": "alice"},
 )
 IDENTIFY = _body(
-    {"image": _IMAGE, "top_k": {"type": "integer", "minimum": 1, "maximum": 100, "default": 5}},
+    {
+        "image": _IMAGE,
+        "top_k": {"type": "integer", "minimum": 1, "maximum": 100, "default": 5},
+        "below_threshold": {"type": "boolean", "default": False},
+    },
     ["image"],
     IdentifyRequest,
     {"embedding": _SHORT, "top_k": 5},

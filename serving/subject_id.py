@@ -1,0 +1,56 @@
+"""What a subject may be called. Two names that look alike must not be two people.
+
+New names are held to more than old ones: whatever an older version enrolled can still be verified and erased.
+"""
+
+import re
+import unicodedata
+
+from serving.errors import invalid_fields
+
+# For the documentation; `enrollable` checks the same and more. Left out: slashes, control characters, what cannot be
+# seen or turns the reading direction, and U+FFFD, which stands for bytes that are not UTF-8.
+_UNSEEN = r"\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffd"
+_INNER = rf"[^/\\\x00-\x1f\x7f-\x9f{_UNSEEN}]"
+_EDGE = rf"[^\s/\\\x00-\x1f\x7f-\x9f{_UNSEEN}]"
+PATTERN = rf"^(?!\.{{1,2}}$){_EDGE}({_INNER}{{0,126}}{_EDGE})?$"
+_KNOWN = re.compile(r"[^\s/\\\x00-\x1f\x7f\ufffd]([^/\\\x00-\x1f\x7f\ufffd]{0,126}[^\s/\\\x00-\x1f\x7f\ufffd])?")
+# Unicode's categories of characters without a shape of their own: control, format, surrogate, private, unassigned,
+# line and paragraph separators.
+_SHAPELESS = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+
+
+def known(subject_id: str) -> str:
+    """`subject_id`, if a subject can have it.
+
+    Raises:
+        ApiError: 422.
+    """
+    if not _KNOWN.fullmatch(subject_id):
+        raise _refused("1 to 128 characters are allowed, without slashes, control characters, or space at the ends")
+    return subject_id
+
+
+def enrollable(subject_id: str) -> str:
+    """`subject_id`, if a new subject may have it.
+
+    Names are compared by their code points, so each must be in the one form to which Unicode's NFKC brings all that
+    look like it (UAX #15): 'Å' in one character, no full-width letters, no ligatures.
+
+    Raises:
+        ApiError: 422.
+    """
+    known(subject_id)
+    if subject_id in (".", ".."):
+        raise _refused(f"'{subject_id}' means a folder in a path; give another name")
+    for character in subject_id:
+        if unicodedata.category(character) in _SHAPELESS:
+            raise _refused(f"U+{ord(character):04X} cannot be seen or changes how the rest is read; leave it out")
+    composed = unicodedata.normalize("NFKC", subject_id)
+    if composed != subject_id:
+        raise _refused(f"another spelling of the name looks the same; send its NFKC form, '{composed[:128]}'")
+    return subject_id
+
+
+def _refused(problem: str) -> Exception:
+    return invalid_fields([("subject_id", problem)])

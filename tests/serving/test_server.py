@@ -1,0 +1,86 @@
+"""Who is served at which address, and what the process around the app sees to."""
+
+import inspect
+import logging
+import socket
+
+import pytest
+
+from serving.serve_command import serve
+from serving.server import LINES_A_MINUTE, Sparing, _listen, host_names, run
+from serving.settings import Settings, from_values
+from trainer.errors import UserError
+
+KEY = "a-key-of-this-very-test"
+
+
+def settings(**values):
+    return from_values({"embedder": "e", "store": "s", **values})
+
+
+@pytest.mark.parametrize(
+    ("host", "values", "names"),
+    [
+        ("127.0.0.1", {}, {"127.0.0.1", "localhost", "::1", "[::1]"}),
+        ("::1", {"api_key": KEY}, {"127.0.0.1", "localhost", "::1", "[::1]"}),
+        ("localhost", {"allowed_hosts": "a.test, *.b.test"}, {"a.test", "*.b.test"}),
+        ("0.0.0.0", {"api_key": KEY}, {"*"}),
+        ("0.0.0.0", {"api_key": KEY, "allowed_hosts": "a.test"}, {"a.test"}),
+        ("10.0.0.7", {"anonymous": True, "allowed_hosts": "a.test"}, {"a.test"}),
+    ],
+)
+def test_the_names_that_are_answered(host, values, names):
+    assert set(host_names(settings(**values), host)) == names
+
+
+@pytest.mark.parametrize(
+    ("host", "values", "told"),
+    [
+        ("0.0.0.0", {}, "HYPERSPHERE_API_KEY"),
+        ("::", {"api_key": None}, "--anonymous"),
+        ("10.0.0.7", {"anonymous": True}, "--allowed-hosts"),
+    ],
+)
+def test_nobody_else_is_served_by_oversight(host, values, told):
+    with pytest.raises(UserError, match=told):
+        run(settings(**values), host, 0)
+
+
+@pytest.mark.parametrize("key", ["", " \n", "short", "\n".join(["a" * 20] * 20)])
+def test_a_key_that_is_none_does_not_open_the_service(key):
+    with pytest.raises(UserError, match="api_key") as refused:
+        settings(api_key=key)
+    assert "aaaa" not in str(refused.value)
+
+
+def test_a_key_from_a_file_may_end_in_a_newline():
+    assert settings(api_key=KEY + "\r\n").api_key.get_secret_value() == KEY
+
+
+def test_the_listener_says_that_it_is_tcp():
+    """asyncio turns Nagle's algorithm off only then, and answers on kept-alive connections wait 40 ms otherwise."""
+    with _listen("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
+
+
+def test_every_setting_is_an_option_with_the_same_default():
+    options = {name: parameter.default for name, parameter in inspect.signature(serve).parameters.items()}
+    fields = Settings.model_fields
+    assert set(options) - set(fields) == {"host", "port"}
+    assert set(fields) - set(options) == set()
+    for name, field in fields.items():
+        if not field.is_required() and name != "store":
+            assert options[name] == field.default, name
+
+
+def test_logs_are_spared_of_repetitions(caplog):
+    sparing = Sparing()
+    lines = [logging.LogRecord("x", logging.WARNING, "", 0, "a wrong key came from %s", (k,), None) for k in range(100)]
+    let_through = [record for record in lines if sparing.filter(record)]
+    assert len(let_through) == LINES_A_MINUTE + 1
+    assert "more lines like this are left out until" in let_through[-1].getMessage()
+    other = logging.LogRecord("x", logging.WARNING, "", 0, "another", (), None)
+    assert sparing.filter(other)
+    later = logging.LogRecord("x", logging.WARNING, "", 0, "a wrong key came from %s", (1,), None)
+    later.created += 61
+    assert sparing.filter(later)

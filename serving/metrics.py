@@ -11,6 +11,7 @@ from serving.gallery import Gallery
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+TEXT_KEPT_S = 0.1  # writing takes some milliseconds of the event loop, and any number of clients may ask
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 SCORES = tuple(round(-0.2 + 0.05 * step, 2) for step in range(25))  # -0.2 ... 1.0
 
@@ -20,6 +21,7 @@ class Metrics:
 
     def __init__(self, gallery: Gallery) -> None:
         self._registry = registry = CollectorRegistry()
+        self._text, self._written = b"", -TEXT_KEPT_S
         ProcessCollector(registry=registry)
         self._requests = Counter(
             "hypersphere_requests", "Requests answered", ["route", "method", "status"], registry=registry
@@ -71,5 +73,8 @@ class Metrics:
         self._searching.observe(time.perf_counter() - start)
 
     def text(self) -> bytes:
-        """The exposition format that Prometheus scrapes."""
-        return generate_latest(self._registry)
+        """The exposition format that Prometheus scrapes, written anew ten times a second at most."""
+        now = time.monotonic()
+        if now - self._written >= TEXT_KEPT_S:
+            self._text, self._written = generate_latest(self._registry), now
+        return self._text

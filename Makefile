@@ -1,4 +1,4 @@
-# make demo | test | lint | bench: each makes .venv and installs what it needs, once.
+# make demo | test | hostile | lint | bench: each makes .venv and installs what it needs, once.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3.11
@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench clean help
+.PHONY: demo test hostile lint bench clean help
 
 help: ## what there is to make
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -27,6 +27,9 @@ demo: $(STAMP) ## images to a running service; KEEP=1 leaves it running, TRAIN='
 
 test: $(STAMP) ## every test
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TESTS)
+
+hostile: $(STAMP) ## the attacks on the service in their long form, with a table of what each cost
+	PATH="$(CURDIR)/$(BIN):$$PATH" HOSTILE=long $(BIN)/python -m pytest tests/serving/hostile $(TESTS)
 
 lint: $(STAMP) ## ruff, mypy in strict mode, import contracts
 	$(BIN)/ruff check .

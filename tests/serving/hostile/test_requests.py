@@ -1,0 +1,29 @@
+"""One hostile request after another, at the settings that people get who set nothing."""
+
+import pytest
+
+from tests.serving.hostile.documents import DOCUMENTS, LARGE_DOCUMENTS
+from tests.serving.hostile.forms import FORMS, LARGE_FORMS
+from tests.serving.hostile.heads import HEADS
+from tests.serving.hostile.names import NAMES
+from tests.serving.hostile.site import LONG
+from tests.serving.hostile.wire import Attack
+
+BATCH = 1 if LONG else 40  # small requests that are measured together, and together may cost no more than one
+
+
+def _batches() -> dict[str, dict[str, Attack]]:
+    batches = {name: {name: attack} for name, attack in (LARGE_DOCUMENTS | LARGE_FORMS).items()}
+    small = list((DOCUMENTS | FORMS | HEADS | NAMES).items())
+    for start in range(0, len(small), BATCH):
+        batch = dict(small[start : start + BATCH])
+        batches[next(iter(batch)) + (f", and {len(batch) - 1} more" if len(batch) > 1 else "")] = batch
+    return batches
+
+
+BATCHES = _batches()
+
+
+@pytest.mark.parametrize("title", BATCHES)
+def test_a_hostile_request_costs_little_and_is_refused(site, title):
+    site.attack(title, BATCHES[title])

@@ -240,7 +240,7 @@ def _serve(pipe: Connection, preprocessing: Preprocessing, limits: Limits) -> No
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     most = before + limits.memory_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
-    with contextlib.suppress(EOFError, ConnectionError):
+    with contextlib.suppress(EOFError, OSError):  # the service has ended, perhaps in the middle of an image
         while True:
             task, image = json.loads(pipe.recv_bytes()), pipe.recv_bytes()
             signal.setitimer(signal.ITIMER_REAL, max(task["seconds"], 0.001))  # nobody handles SIGALRM: it kills
@@ -276,10 +276,11 @@ def _decode(
         found = decode(image, name, pixels).image
         return {"pixels": pixels - found.width * found.height}, as_pixels(found, preprocessing).tobytes()
     except TooManyPixels as error:
-        message = str(error)
-        if pixels < limits.pixels:
+        if error.pixels > limits.pixels:
+            message = str(TooManyPixels(error.label, error.found, error.pixels, limits.pixels))
+        else:
             message = (
-                f"image '{name}' has {error.found}, which with the images before it are more than the "
+                f"{error.label} has {error.found}, which with the images before it are more than the "
                 f"{limits.pixels:,} that a request may have; send them smaller, or in several requests"
             )
         return {"code": "too_many_pixels", "message": message}, b""

@@ -6,6 +6,7 @@ what an honest image costs. What a crafted one costs can only be bounded around 
 `serving.decoding` does.
 """
 
+import math
 import re
 import struct
 import zlib
@@ -63,11 +64,11 @@ _UPRIGHT = {
 
 
 class TooManyPixels(UserError):
-    """An image with more pixels than may be decoded; `found` says how many."""
+    """An image with more pixels than may be decoded: `pixels`, where they could be counted, and in words `found`."""
 
-    def __init__(self, label: str, found: str, allowed: int) -> None:
+    def __init__(self, label: str, found: str, pixels: float, allowed: int) -> None:
         super().__init__(f"{label} has {found}; at most {allowed:,} pixels are read: store it smaller")
-        self.found = found
+        self.label, self.found, self.pixels = label, found, pixels
 
 
 class OutOfMemory(UserError):
@@ -143,7 +144,7 @@ def _open(data: bytes, label: str, max_pixels: int) -> Image.Image:
     image: Image.Image = _guard(label, max_pixels, lambda: Image.open(BytesIO(data), formats=FORMATS))
     width, height = image.size
     if width * height > max_pixels:
-        raise TooManyPixels(label, f"{width} x {height} pixels", max_pixels)
+        raise TooManyPixels(label, f"{width} x {height} pixels", width * height, max_pixels)
     if width < 1 or height < 1:
         raise UserError(f"{label} has {width} x {height} pixels; give an image that has some")
     if image.format in ("JPEG", "MPO"):
@@ -201,7 +202,7 @@ def _guard(label: str, max_pixels: int, step: Callable[[], Any]) -> Any:
     try:
         return step()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise TooManyPixels(label, "far too many pixels", max_pixels) from error
+        raise TooManyPixels(label, "far too many pixels", math.inf, max_pixels) from error
     except UnidentifiedImageError as error:
         raise UserError(f"{label} is not an image in an allowed format; allowed: {', '.join(FORMATS)}") from error
     except UserError as error:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from tests.serving.hostile.images import scans, segment
 from trainer.artifact import Preprocessing
-from trainer.data.image import FORMATS, MAX_BYTES, decode, load_image
+from trainer.data import image as module
+from trainer.data.image import FORMATS, MAX_BYTES, MAX_SCANS, TooManyPixels, decode, load_image
 from trainer.errors import UserError
 
 GREY = Preprocessing(mode="L", height=8, width=8)
@@ -219,3 +221,72 @@ def test_runs_without_torch():
     code = "import sys, trainer.data.image, trainer.data.manifest, trainer.data.index; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def noise(mode: str, width: int = 37, height: int = 53) -> Image.Image:
+    """Random pixels, transparency included, in one of Pillow's modes."""
+    random = np.random.default_rng(7)
+    if mode in ("I;16", "I"):
+        return Image.fromarray(
+            random.integers(0, 65536, (height, width)).astype(np.uint16 if mode == "I;16" else np.int32)
+        )
+    image = Image.fromarray(random.integers(0, 256, (height, width, 4), dtype=np.uint8))
+    if mode in ("P", "palette with alpha"):
+        flat = image.convert("RGB").quantize(16)
+        flat.info["transparency"] = 3 if mode == "P" else bytes(range(0, 256, 16))
+        return flat
+    if mode in ("L", "RGB"):
+        flat = image.convert(mode)
+        flat.info["transparency"] = flat.getpixel((5, 5))
+        return flat
+    return image.convert(mode)
+
+
+def converted_at_once(image: Image.Image) -> Image.Image:
+    """The whole picture in one step: what working in strips must not change."""
+    if image.mode.startswith("I"):
+        return Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))
+    layer = image.convert("RGBA")
+    white = Image.new("RGBA", layer.size, "white")
+    return Image.alpha_composite(white, layer).convert("L" if image.mode in ("L", "LA") else "RGB")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "palette with alpha", "L", "RGB", "I;16", "I"])
+@pytest.mark.parametrize("strip", [1, 200, 2**20])
+def test_strips_give_the_pixels_of_the_whole(mode: str, strip: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "_STRIP", strip)
+    data = encode(noise(mode), "TIFF" if mode == "I" else "PNG")
+    expected = converted_at_once(Image.open(BytesIO(data)))
+    found = decode(data).image
+    assert found.mode == expected.mode
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
+def test_fewer_pixels_can_be_allowed():
+    data = encode(Image.fromarray(RAMP))
+    assert decode(data, max_pixels=64).image.size == (8, 8)
+    with pytest.raises(TooManyPixels, match="8 x 8 pixels; at most 63 pixels are read"):
+        decode(data, max_pixels=63)
+
+
+def test_honest_progressive_jpegs_are_read():
+    for mode in ("L", "RGB", "CMYK"):
+        data = encode(Image.new(mode, (64, 64)), "JPEG", progressive=True)
+        assert decode(data).image.size == (64, 64)
+    assert decode(scans(MAX_SCANS, side=64)).image.size == (64, 64)
+
+
+@pytest.mark.parametrize(("number", "side", "allowed"), [(101, 64, 100), (64, 4000, 62), (101, 3000, 100)])
+@pytest.mark.parametrize("fill_bytes", [0, 2])
+def test_jpegs_with_more_scans_are_refused(number: int, side: int, allowed: int, fill_bytes: int):
+    words = f"has {number} scans of {side} x {side} pixels; a JPEG of this size may have {allowed}: store it without"
+    with pytest.raises(UserError, match=words):
+        decode(scans(number, side, fill_bytes=fill_bytes))
+
+
+def test_what_looks_like_a_scan_elsewhere_does_not_count():
+    good = encode(Image.fromarray(RAMP), "JPEG")
+    thumbnail = segment(0xE1, b"Exif\0\0" + b"\xff\xda" * 5000)
+    film = b"\xff\xda" * 5000
+    decoded = decode(good[:2] + thumbnail + good[2:] + film)
+    np.testing.assert_array_equal(np.asarray(decoded.image), np.asarray(decode(good).image))

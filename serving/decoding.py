@@ -38,6 +38,8 @@ from trainer.data.image import OutOfMemory, TooManyPixels, as_pixels, decode
 from trainer.errors import UserError
 
 log = logging.getLogger("hypersphere.serving")
+# Modules that a child need not import. A child runs the imports of the service's main script again: the command line.
+_LOADED = [__name__, "serving.cli"]
 _GRACE_S = 5  # a child silent for so long after its alarm has lost its way, and is killed
 _MAX_NOTE = 64 * 2**10  # bytes of JSON in an answer
 
@@ -171,7 +173,7 @@ class _Child:
 
     def __init__(self, preprocessing: Preprocessing, limits: Limits) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload(_LOADED)
         self._limits, self.reusable = limits, True
         self._shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
         self.pipe, theirs = context.Pipe()
@@ -191,7 +193,7 @@ class _Child:
     def decode(self, images: Sequence[bytes], names: Sequence[str]) -> NDArray[np.uint8]:
         """As `Decoders.decode`."""
         seconds, pixels = self._limits.seconds, self._limits.pixels
-        decoded = []
+        pixels_BCHW = np.empty((len(images), *self._shape), np.uint8)
         for number, (image, name) in enumerate(zip(images, names, strict=True)):
             started = time.monotonic()
             try:
@@ -200,9 +202,9 @@ class _Child:
                 raise self._ended(number, name, time.monotonic() - started >= seconds) from error
             if "code" in note:
                 raise ImageRefused(number, note["code"], note["message"])
-            decoded.append(np.frombuffer(raw, np.uint8).reshape(self._shape))
+            pixels_BCHW[number] = np.frombuffer(raw, np.uint8).reshape(self._shape)
             seconds, pixels = note["seconds"], note["pixels"]
-        return np.stack(decoded)
+        return pixels_BCHW
 
     def _ask(self, task: dict[str, Any], image: bytes) -> tuple[dict[str, Any], bytes]:
         """Have one image decoded: what the child says of it, and its pixels if there is no "code" of a fault."""

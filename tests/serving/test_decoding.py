@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from serving.decoding import Decoders, DecodersClosed, ImageRefused, Limits
 from tests.serving.hostile.images import ATTACKS, MANY_PIXELS, encode, good, scans, webp_frames
@@ -214,11 +214,18 @@ def test_close_ends_what_is_under_way_and_what_waits(open_decoders: Callable[...
     wait_for_end(child)
 
 
-def test_memory_that_libraries_keep_is_not_missing_later(open_decoders: Callable[..., Decoders]):
-    decoders = open_decoders(seconds=60)
-    side = 3900
-    image = encode(Image.new("RGBA", (side, side), (10, 20, 30, 40)), "PNG", compress_level=1)
-    for _ in range(3):
+def test_large_images_of_every_usual_kind_fit_one_after_the_other(open_decoders: Callable[..., Decoders]):
+    """Of 15 MP each: turned by EXIF with transparency, 16-bit grey, and progressive. Nothing kept is missing later."""
+    decoders, side = open_decoders(seconds=60), 3900
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    clear = Image.new("RGBA", (side, side), (10, 20, 30, 40))
+    images = [
+        encode(clear, "PNG", compress_level=1, exif=exif),
+        encode(Image.fromarray(np.full((side, side), 7000, np.uint16)), "PNG", compress_level=1),
+        encode(clear.convert("RGB"), "JPEG", progressive=True),
+    ]
+    for image in images:
         assert decoders.decode([image], ["large"]).shape[0] == 1
 
 

@@ -1,7 +1,9 @@
-"""The SQLite file under a store: one owner at a time, flushed to the disk, with a schema in numbered steps.
+"""The SQLite file under a store: one owner, flushed to the disk, and refused where it lost what was acknowledged.
 
-`PRAGMA user_version` holds the number of steps that a file has been through. A step that was released is never changed;
-a new one is added after it.
+A store is up to four files: the database, SQLite's `-wal` and `-shm`, and the `-mark` (see `serving.mark`).
+
+Nothing is written before the files have been found to belong together. This matters because SQLite replays any
+write-ahead log that it finds beside a database, an older one or another store's too.
 """
 
 import contextlib
@@ -11,65 +13,102 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
+from serving.mark import Mark, MarkDamaged, Reached, flush_folder, make_mark, mark_path, read_mark
+from serving.migrations import APPLICATION_ID, MIGRATIONS, Target, migrate
+from serving.rows import Damage, GalleryRow, layout, read_gallery
 from trainer.errors import UserError
 
-APPLICATION_ID = 0x48595053  # "HYPS", in the header of the SQLite file: tells a store from any other database
+# A vector of 512 dimensions and its row take 2.1 KB, of which seven fit a page of 16 KiB (see docs/storage.md).
+PAGE_BYTES = 16384
+LOG_PAGES = 512  # SQLite folds the log into the file by itself from here on
+RESTORE = "put back what is missing, or restore a backup and start once with --restored (see docs/storage.md)"
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (
-    (
-        # One row a gallery. `revision` counts acknowledged changes; the index carries the number it has reached.
-        """CREATE TABLE galleries (
-            id INTEGER PRIMARY KEY,
-            name TEXT NOT NULL UNIQUE,
-            model_id TEXT NOT NULL,
-            dimension INTEGER NOT NULL CHECK (dimension > 0),
-            subjects INTEGER NOT NULL DEFAULT 0 CHECK (subjects >= 0),
-            samples INTEGER NOT NULL DEFAULT 0 CHECK (samples >= 0),
-            revision INTEGER NOT NULL DEFAULT 0,
-            created TEXT NOT NULL
-        ) STRICT""",
-        # AUTOINCREMENT: a number is never given twice, so pages ordered by it neither repeat nor skip a subject.
-        """CREATE TABLE subjects (
-            id INTEGER PRIMARY KEY AUTOINCREMENT,
-            gallery_id INTEGER NOT NULL REFERENCES galleries (id) ON DELETE CASCADE,
-            external_id TEXT NOT NULL,
-            created TEXT NOT NULL,
-            UNIQUE (gallery_id, external_id)
-        ) STRICT""",
-        # `checksum` covers the subject's and the sample's id and the vector: a changed byte in any of them is found.
-        """CREATE TABLE samples (
-            id INTEGER PRIMARY KEY AUTOINCREMENT,
-            subject_id INTEGER NOT NULL REFERENCES subjects (id) ON DELETE CASCADE,
-            sample_id TEXT NOT NULL UNIQUE,
-            vector BLOB NOT NULL,
-            checksum BLOB NOT NULL,
-            created TEXT NOT NULL
-        ) STRICT""",
-        "CREATE INDEX samples_of_subject ON samples (subject_id)",
-        # What a change under an Idempotency-Key answered; written in the change's own transaction.
-        """CREATE TABLE idempotency (
-            key TEXT PRIMARY KEY,
-            request BLOB NOT NULL,
-            outcome TEXT NOT NULL,
-            created TEXT NOT NULL
-        ) STRICT, WITHOUT ROWID""",
-        "CREATE INDEX idempotency_by_age ON idempotency (created)",
-    ),
-)
+
+class Moved(OSError):
+    """A file of an open store was removed or replaced."""
+
+
+class Database:
+    """The connections, the lock and the mark of an open store."""
+
+    def __init__(self, path: Path, writer: sqlite3.Connection, reader: sqlite3.Connection, mark: Mark) -> None:
+        self.writer, self.reader, self.mark = writer, reader, mark
+        self.trusted = False  # found to be whole; only then is the log folded when it is closed
+        self._inodes = {file: _inode(file) for file in (path, Path(f"{path}-wal"), mark_path(path))}
+
+    def check_in_place(self) -> None:
+        """SQLite would go on writing into files that nobody can open any more.
+
+        Raises:
+            Moved: one of them was removed or replaced.
+        """
+        for file, inode in self._inodes.items():
+            if _inode(file) != inode:
+                raise Moved(
+                    f"the file '{file}' was removed or replaced while the store was open, so nothing more is written; "
+                    "stop the service, put the file back, and start again"
+                )
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[int]:
-    """Hold `path`.lock against other processes; the operating system lets go of it when this one ends, however."""
+def opened(path: Path, target: Target, restored: bool) -> Iterator[Database]:
+    """Open or make the store at `target.path`; `path` is what the operator calls it.
+
+    Args:
+        restored: take the store as it is, and write its mark anew.
+
+    Raises:
+        UserError: it cannot be used, is in use, or is refused.
+        sqlite3.Error: it is damaged.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_owned(path, target.path))
+        guard = stack.enter_context(_guard(path, target, restored))
+        writer = stack.enter_context(_connected(target.path))
+        if migrate(writer, target):
+            writer.execute("VACUUM")  # without the pages of tables that a step dropped
+            writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        reader = stack.enter_context(_connected(target.path))
+        row = read_gallery(reader)
+        try:
+            if restored:
+                make_mark(mark_path(target.path), Reached(row.uid, row.revision))
+            mark = Mark(mark_path(target.path), Reached(row.uid, row.revision))
+            stack.callback(mark.close)
+            mark.move(row.revision)  # the last change may have been committed, but neither noted nor acknowledged
+        except OSError as error:
+            raise UserError(
+                f"'{mark_path(target.path)}' cannot be written: {error.strerror}; a store needs a folder that can be "
+                "written"
+            ) from error
+        database = Database(target.path, writer, reader, mark)
+        try:
+            yield database
+        finally:
+            if database.trusted and guard is not None:
+                guard.close()
+
+
+@contextlib.contextmanager
+def _owned(path: Path, real: Path) -> Iterator[None]:
+    """Hold the file itself against other processes, by whatever name they reach it; made with mode 0600 if missing.
+
+    The descriptor is closed after SQLite's: closing any descriptor of a file drops the locks that SQLite has on it.
+    """
+    _refuse_missing(path, real)
     try:
-        file = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file = os.open(real, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise UserError(
             f"the store '{path}' cannot be used: {error.strerror}; --store takes a file in a folder that can be written"
         ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield file
+        held = os.fstat(file)
+        if _inode(real) != (held.st_dev, held.st_ino):
+            raise UserError(f"the store '{path}' was replaced while it was opened; start again")
+        flush_folder(real.parent)
+        yield
     except BlockingIOError as error:
         raise UserError(
             f"the store '{path}' is in use by another process; stop that one, or give --store another file"
@@ -78,35 +117,12 @@ def locked(path: Path) -> Iterator[int]:
         os.close(file)
 
 
-def create(path: Path) -> None:
-    """Make an empty file readable by its owner only, and flush the folder: SQLite does not flush that entry itself."""
-    try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    except OSError as error:
-        raise UserError(
-            f"the store '{path}' cannot be written: {error.strerror}; --store takes a file in a folder that can be "
-            "written"
-        ) from error
-
-
 @contextlib.contextmanager
-def connect(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection in autocommit mode, usable from any thread by one at a time. Changes nothing in a foreign file.
-
-    Raises:
-        UserError: the file is another program's database.
-    """
-    with contextlib.closing(
-        sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
-    ) as connection:
-        application = connection.execute("PRAGMA application_id").fetchone()[0]
-        tables = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
-        if application != APPLICATION_ID and (application or tables):
-            raise UserError(f"'{path}' is another program's database, not a gallery's store; give --store a new file")
+def _connected(real: Path) -> Iterator[sqlite3.Connection]:
+    """A connection in autocommit mode, usable from any thread by one at a time."""
+    with contextlib.closing(_connect(real, "rw")) as connection:
         for pragma in (
+            f"page_size={PAGE_BYTES}",  # of a new file only
             "journal_mode=WAL",
             "synchronous=FULL",  # flush the log at every commit; NORMAL can lose acknowledged changes in a power cut
             "foreign_keys=ON",
@@ -114,32 +130,115 @@ def connect(path: Path) -> Iterator[sqlite3.Connection]:
             "fullfsync=ON",
             "trusted_schema=OFF",
             "cell_size_check=ON",
+            f"wal_autocheckpoint={LOG_PAGES}",
         ):
-            connection.execute(f"PRAGMA {pragma}")
+            connection.execute(f"PRAGMA {pragma}").fetchone()
+        connection.execute("BEGIN IMMEDIATE")  # fails where the file says that it must not be written
+        connection.execute("ROLLBACK")
         yield connection
 
 
-def verify(connection: sqlite3.Connection, path: Path) -> None:
-    """Read the structure of every page.
+def _connect(real: Path, mode: str) -> sqlite3.Connection:
+    return sqlite3.connect(  # waits for other programs, which at most copy the store, but not for long
+        f"{real.as_uri()}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False, timeout=0.2
+    )
+
+
+def _refuse_missing(path: Path, real: Path) -> None:
+    if mark_path(real).exists() and not (real.exists() and real.stat().st_size):
+        raise UserError(
+            f"the store '{path}' is missing or empty, but its mark '{mark_path(real)}' says that it was not; "
+            f"{RESTORE}; to begin an empty gallery, remove the mark"
+        )
+
+
+@contextlib.contextmanager
+def _guard(path: Path, target: Target, restored: bool) -> Iterator[sqlite3.Connection | None]:
+    """A connection that has found nothing wrong with the files, and cannot write. None where the store is new.
+
+    SQLite folds the log into the database when the last connection is closed, whatever database that is. So this one
+    stays open until the others are closed: a refusal leaves the files as they were, to be put right.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: another program's database, a newer schema, another model, or acknowledged changes are missing.
+        sqlite3.Error: it is damaged.
     """
-    (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    if verdict != "ok":
-        raise UserError(f"the store '{path}' is damaged ({verdict}); restore it from a backup")
+    if not target.path.stat().st_size:
+        yield None
+        return
+    with contextlib.closing(_connect(target.path, "ro")) as connection:
+        _refuse_unsafe(connection, path, target, restored)
+        yield connection
 
 
-def migrate(connection: sqlite3.Connection, path: Path) -> None:
-    """Bring the schema up to date, one transaction a step."""
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version > len(MIGRATIONS):
+def _refuse_unsafe(connection: sqlite3.Connection, path: Path, target: Target, restored: bool) -> None:
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    if application != APPLICATION_ID and (application or tables or version):
+        raise UserError(f"'{path}' is another program's database, not a gallery's store; give --store a new file")
+    if not 0 <= version <= len(MIGRATIONS):
         raise UserError(
             f"the store '{path}' has schema {version}, but this version of Hypersphere knows only up to "
             f"{len(MIGRATIONS)}; use the version that wrote it, or a newer one"
         )
-    for number, statements in enumerate(MIGRATIONS[version:], version + 1):
-        connection.execute("BEGIN IMMEDIATE")
-        for statement in (f"PRAGMA application_id = {APPLICATION_ID}", *statements, f"PRAGMA user_version = {number}"):
-            connection.execute(statement)
-        connection.execute("COMMIT")
+    row = read_gallery(connection) if version >= 2 else None
+    if version == len(MIGRATIONS) and row is not None and row.layout != layout(connection):
+        raise Damage("the definitions of its tables do not have their checksum")
+    pin = (row.model_id, row.dimension) if row else None
+    if version == 1:
+        pin = connection.execute("SELECT model_id, dimension FROM galleries").fetchone()
+    _refuse_model(path, target, pin)
+    if not restored:
+        _refuse_loss(path, target.path, version, row)
+
+
+def _refuse_model(path: Path, target: Target, pin: tuple[str, int] | None) -> None:
+    """A gallery belongs to one model for ever."""
+    if pin is not None and pin != (target.model_id, target.dimension):
+        raise UserError(
+            f"the store '{path}' holds vectors of model {pin[0]} (dimension {pin[1]}), but the embedder "
+            f"is model {target.model_id} (dimension {target.dimension}), and vectors of two models cannot be compared; "
+            "serve the embedder that filled the store, or give --store a new file and enrol again"
+        )
+
+
+def _refuse_loss(path: Path, real: Path, version: int, row: GalleryRow | None) -> None:
+    """Compare the database, as SQLite sees it with the log that it found, with the mark."""
+    file, log = mark_path(real), Path(f"{real}-wal")
+    try:
+        reached = read_mark(file)
+    except MarkDamaged as error:
+        raise UserError(f"the mark '{file}' of the store '{path}' is damaged: {error}; {RESTORE}") from error
+    except OSError as error:
+        raise UserError(f"the mark '{file}' of the store '{path}' cannot be read: {error.strerror}") from error
+    if reached is None:
+        if version > 2:
+            raise UserError(f"the mark '{file}' of the store '{path}' is missing; {RESTORE}")
+        return
+    state = f"'{log}' is {'damaged or of another time' if log.exists() and log.stat().st_size else 'missing'}"
+    if row is None:
+        raise UserError(
+            f"the store '{path}' is older than its mark '{file}', or its write-ahead log {state}; {reached.revision} "
+            f"changes were acknowledged; {RESTORE}"
+        )
+    if reached.uid != row.uid:
+        raise UserError(f"the store '{path}' and its mark '{file}' belong to different stores; {RESTORE}")
+    if row.revision < reached.revision:
+        raise UserError(
+            f"the store '{path}' is at revision {row.revision}, but {reached.revision} changes were acknowledged: the "
+            f"database is an older copy, or its write-ahead log {state}; {RESTORE}"
+        )
+    if row.revision > reached.revision + 1:
+        raise UserError(
+            f"the store '{path}' is at revision {row.revision}, but its mark '{file}' at {reached.revision}: the mark "
+            f"is an older copy; {RESTORE}"
+        )
+
+
+def _inode(file: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

@@ -86,15 +86,22 @@ class Index:
         self._sample_N = np.empty((0, 16), np.uint8)
         self._names: dict[int, str] = {}
         self._numbers: dict[str, int] = {}
+        self._hidden: list[int] = []  # numbers without a name, whose rows may still be there
         self._next = 0
 
     @property
     def samples(self) -> int:
-        return int(self._faiss.ntotal)
+        """Those that can be found."""
+        hidden = np.count_nonzero(np.isin(self._subject_N[: self._rows], self._hidden)) if self._hidden else 0
+        return self._rows - int(hidden)
 
     @property
     def subjects(self) -> int:
         return len(self._numbers)
+
+    @property
+    def _rows(self) -> int:
+        return int(self._faiss.ntotal)
 
     def check(self, vectors_BD: NDArray[np.float32]) -> None:
         """FAISS accepts NaN and any length in silence; this does not.
@@ -110,38 +117,48 @@ class Index:
             first = int(np.flatnonzero(wrong_B)[0])
             raise ValueError(f"vector {first} has length {lengths_B[first]:.4g}; the index takes vectors of length 1")
 
-    def add(self, subject_ids: Sequence[str], sample_ids: Sequence[str], vectors_BD: NDArray[np.float32]) -> None:
-        """Add one sample per vector. Nothing is added when one of them is refused.
+    def add(self, subject_ids: Sequence[str], sample_ids: Sequence[bytes], vectors_BD: NDArray[np.float32]) -> None:
+        """Add one sample per vector, with the 16 bytes of its UUID. Nothing is added when one of them is refused.
 
         Raises:
-            ValueError: shapes differ, or a vector is not finite or not of length 1.
+            ValueError: numbers or shapes differ, or a vector is not finite or not of length 1.
         """
         self.check(vectors_BD)
         if not len(subject_ids) == len(sample_ids) == len(vectors_BD):
             raise ValueError(f"{len(subject_ids)} subjects, {len(sample_ids)} samples and {len(vectors_BD)} vectors")
-        samples_B = np.frombuffer(b"".join(uuid.UUID(item).bytes for item in sample_ids), np.uint8).reshape(-1, 16)
+        samples_B = np.frombuffer(b"".join(sample_ids), np.uint8).reshape(-1, 16)
         with self._lock.writing():
-            start, end = self.samples, self.samples + len(vectors_BD)
+            start, end = self._rows, self._rows + len(vectors_BD)
             self._reserve(end)
+            self._faiss.add(np.ascontiguousarray(vectors_BD, np.float32))
+            self._sample_N[start:end] = samples_B
             for row, subject_id in enumerate(subject_ids, start):
                 self._subject_N[row] = self._number(subject_id)
-            self._sample_N[start:end] = samples_B
-            self._faiss.add(np.ascontiguousarray(vectors_BD, np.float32))
 
-    def remove(self, subject_id: str) -> int:
-        """Remove a subject; the number of its samples (0: it was not there). One pass over the index."""
+    def hide(self, subject_id: str) -> None:
+        """Let no search find the subject from now on. It needs no memory; its rows go with the next `remove`."""
         with self._lock.writing():
-            number = self._numbers.pop(subject_id, None)
-            if number is None:
+            self._hide(subject_id)
+
+    def remove(self, *subject_ids: str) -> int:
+        """Remove subjects; the number of their samples (0: none was there). One pass over the index.
+
+        They are hidden first: whatever fails after that, no search finds them.
+        """
+        with self._lock.writing():
+            for subject_id in subject_ids:
+                self._hide(subject_id)
+            if not self._hidden:
                 return 0
-            del self._names[number]
-            size = self.samples
-            gone_N = self._subject_N[:size] == number
+            size = self._rows
+            gone_N = np.isin(self._subject_N[:size], self._hidden)
+            # What needs memory comes before what changes anything.
+            subjects, samples = self._subject_N[:size][~gone_N], self._sample_N[:size][~gone_N]
             self._faiss.remove_ids(faiss.IDSelectorBatch(np.flatnonzero(gone_N).astype(np.int64)))
-            left = self.samples
-            self._subject_N[:left] = self._subject_N[:size][~gone_N]
-            self._sample_N[:left] = self._sample_N[:size][~gone_N]
+            left = self._rows
+            self._subject_N[:left], self._sample_N[:left] = subjects, samples
             self._sample_N[left:size] = 0
+            self._hidden.clear()
             return size - left
 
     def search(self, queries_QD: NDArray[np.float32], top_k: int) -> list[list[Candidate]]:
@@ -155,9 +172,9 @@ class Index:
         self.check(queries_QD)
         queries_QD = np.ascontiguousarray(queries_QD, np.float32)
         with self._lock.reading():
-            if not self.samples:
+            if not self._rows:
                 return [[] for _ in queries_QD]
-            scores_QK, rows_QK = self._scan(queries_QD, min(self.samples, top_k + 32))
+            scores_QK, rows_QK = self._scan(queries_QD, min(self._rows, top_k + 32))
             found = zip(queries_QD, scores_QK, rows_QK, strict=True)
             return [self._collapse(query_D, scores_K, rows_K, top_k) for query_D, scores_K, rows_K in found]
 
@@ -172,7 +189,7 @@ class Index:
             number = self._numbers.get(subject_id)
             if number is None:
                 return None
-            rows = np.flatnonzero(self._subject_N[: self.samples] == number)
+            rows = np.flatnonzero(self._subject_N[: self._rows] == number)
             scores_B = self._faiss.reconstruct_batch(rows) @ np.asarray(query_D, np.float32)
             best = int(scores_B.argmax())
             return self._candidate(int(rows[best]), float(scores_B[best]))
@@ -186,10 +203,12 @@ class Index:
         seen can score above one that has.
         """
         while True:
-            _, first = np.unique(self._subject_N[rows_K], return_index=True)
-            if len(first) >= top_k or len(rows_K) == self.samples:
-                return [self._candidate(int(rows_K[k]), float(scores_K[k])) for k in np.sort(first)[:top_k]]
-            scores_1K, rows_1K = self._scan(query_D[None], min(self.samples, 4 * len(rows_K)))
+            numbers_K = self._subject_N[rows_K]
+            _, first = np.unique(numbers_K, return_index=True)
+            found = [int(k) for k in np.sort(first) if int(numbers_K[k]) in self._names]  # the hidden have no name
+            if len(found) >= top_k or len(rows_K) == self._rows:
+                return [self._candidate(int(rows_K[k]), float(scores_K[k])) for k in found[:top_k]]
+            scores_1K, rows_1K = self._scan(query_D[None], min(self._rows, 4 * len(rows_K)))
             scores_K, rows_K = scores_1K[0], rows_1K[0]
 
     def _scan(self, queries_QD: NDArray[np.float32], depth: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -207,6 +226,12 @@ class Index:
             number, self._next = self._next, self._next + 1
             self._numbers[subject_id], self._names[number] = number, subject_id
         return number
+
+    def _hide(self, subject_id: str) -> None:
+        number = self._numbers.get(subject_id)
+        if number is not None:
+            self._hidden.append(number)
+            del self._numbers[subject_id], self._names[number]
 
     def _reserve(self, rows: int) -> None:
         if rows > len(self._subject_N):

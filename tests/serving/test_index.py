@@ -24,7 +24,7 @@ def _rows(rng, subjects, samples, dimension=8):
     x = rng.normal(size=(samples, dimension))
     x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
     owners = rng.integers(0, subjects, samples)
-    return [(f"s{owner}", str(uuid.uuid4()), row) for owner, row in zip(owners, x, strict=True)]
+    return [(f"s{owner}", uuid.uuid4().bytes, row) for owner, row in zip(owners, x, strict=True)]
 
 
 def _fill(index, rows):
@@ -55,7 +55,7 @@ def test_search_is_the_definition(seed, subjects, samples, top_k, removed):
         assert [candidate.subject_id for candidate in found] == [subject_id for subject_id, _ in expected]
         np.testing.assert_allclose([c.score for c in found], [score for _, score in expected], atol=1e-6)
         for candidate in found:
-            subject_id, _, vector = owner[candidate.sample_id]
+            subject_id, _, vector = owner[uuid.UUID(candidate.sample_id).bytes]
             assert subject_id == candidate.subject_id
             assert float(vector @ query) == pytest.approx(candidate.score, abs=1e-6)
             assert index.compare(query, subject_id).score == pytest.approx(candidate.score, abs=1e-6)
@@ -67,8 +67,8 @@ def test_one_subject_with_most_samples_does_not_crowd_out_the_others():
     near = np.eye(8, dtype=np.float32)[[0]] + rng.normal(scale=0.01, size=(2000, 8)).astype(np.float32)
     near /= np.linalg.norm(near, axis=1, keepdims=True)
     index = Index(8)
-    index.add(["crowd"] * 2000, [str(uuid.uuid4()) for _ in near], near)
-    index.add(["a", "b"], [str(uuid.uuid4()) for _ in "ab"], np.eye(8, dtype=np.float32)[1:3])
+    index.add(["crowd"] * 2000, [uuid.uuid4().bytes for _ in near], near)
+    index.add(["a", "b"], [uuid.uuid4().bytes for _ in "ab"], np.eye(8, dtype=np.float32)[1:3])
     (found,) = index.search(query, 3)
     assert found[0].subject_id == "crowd"
     assert {candidate.subject_id for candidate in found[1:]} == {"a", "b"}
@@ -77,7 +77,7 @@ def test_one_subject_with_most_samples_does_not_crowd_out_the_others():
 def test_batches_large_enough_for_matrix_products_give_the_same_scores(vectors):
     x = vectors(500, dimension=256)
     index = Index(256)
-    index.add([f"s{i % 100}" for i in range(500)], [str(uuid.uuid4()) for _ in x], x)
+    index.add([f"s{i % 100}" for i in range(500)], [uuid.uuid4().bytes for _ in x], x)
     queries = vectors(40, seed=1, dimension=256)
     together = index.search(queries, 10)
     for query, found in zip(queries, together, strict=True):
@@ -100,7 +100,7 @@ def test_batches_large_enough_for_matrix_products_give_the_same_scores(vectors):
 def test_what_faiss_would_take_in_silence_is_refused(vector, message):
     index = Index(8)
     with pytest.raises(ValueError, match=message):
-        index.add(["a"], [str(uuid.uuid4())], vector)
+        index.add(["a"], [uuid.uuid4().bytes], vector)
     with pytest.raises(ValueError, match=message):
         index.search(vector, 1)
     assert index.samples == 0
@@ -111,6 +111,46 @@ def test_an_empty_index_finds_nobody(vectors):
     assert index.search(vectors(2), 5) == [[], []]
     assert index.compare(vectors(1)[0], "nobody") is None
     assert index.remove("nobody") == 0
+
+
+def test_a_hidden_subject_is_found_by_nobody_and_goes_with_the_next_removal(vectors):
+    x = vectors(60)
+    index = Index(32)
+    index.add([f"s{number % 20}" for number in range(60)], [uuid.uuid4().bytes for _ in x], x)
+    index.hide("s7")
+    index.hide("nobody")
+    assert (index.subjects, index.samples) == (19, 57)
+    assert index.compare(x[7], "s7") is None
+    (found,) = index.search(x[7:8], 20)
+    assert len(found) == 19
+    assert "s7" not in {candidate.subject_id for candidate in found}
+    index.add(["s7"], [uuid.uuid4().bytes], x[:1])  # somebody of that name comes back, without the old samples
+    assert index.compare(x[7], "s7").score < 0.9
+    assert index.remove("s8", "s9") == 9
+    assert (index.subjects, index.samples) == (18, 52)
+    assert {candidate.subject_id for candidate in index.search(x[7:8], 20)[0]} == {
+        f"s{number}" for number in range(20) if number not in (8, 9)
+    }
+
+
+@pytest.mark.parametrize("step", ["isin", "flatnonzero"])
+def test_a_removal_that_runs_out_of_memory_hides_and_mixes_nothing_up(vectors, monkeypatch, step):
+    x = vectors(30)
+    index = Index(32)
+    index.add([f"s{number}" for number in range(30)], [uuid.uuid4().bytes for _ in x], x)
+
+    def fail(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"serving.index.np.{step}", fail)
+        with pytest.raises(MemoryError):
+            index.remove("s3")
+    for number in range(30):
+        (found,) = index.search(x[number : number + 1], 1)
+        assert (found[0].subject_id == f"s{number}") == (number != 3)
+    index.remove("s4")
+    assert (index.subjects, index.samples) == (28, 28)
 
 
 def test_a_change_waits_for_readers_and_new_readers_wait_for_it():
@@ -151,7 +191,7 @@ def test_searches_beside_changes_never_see_half_of_one(vectors):
     x = vectors(200)
     index = Index(32)
     stable = [f"stable{i}" for i in range(100)]
-    index.add(stable, [str(uuid.uuid4()) for _ in stable], x[:100])
+    index.add(stable, [uuid.uuid4().bytes for _ in stable], x[:100])
     done, faults = threading.Event(), []
 
     def search():
@@ -166,7 +206,7 @@ def test_searches_beside_changes_never_see_half_of_one(vectors):
         thread.start()
     for _ in range(15):
         for number in range(100, 200):
-            index.add([f"fleeting{number}"], [str(uuid.uuid4())], x[number : number + 1])
+            index.add([f"fleeting{number}"], [uuid.uuid4().bytes], x[number : number + 1])
         for number in range(100, 200):
             index.remove(f"fleeting{number}")
     done.set()

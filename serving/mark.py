@@ -1,0 +1,120 @@
+"""The high-water mark of a store: the number of its last acknowledged change, in a small file beside the database.
+
+SQLite takes a write-ahead log that is missing, cut or damaged for one that ended earlier, and says nothing. A database
+that has seen fewer changes than its mark says has lost some.
+
+The file has two slots, each in a sector of its own: magic, the store's uid, revision, CRC-32. They are written in
+turns, in place, and flushed, so a power cut tears at most the slot that was being written, and the other one is at most
+one change behind. Nothing is allocated in a write, so a full disk does not stop it.
+"""
+
+import contextlib
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+SLOT = struct.Struct("<8s16sQI")
+MAGIC = b"HYPSMARK"
+SECTOR = 4096
+
+
+class MarkDamaged(ValueError):
+    """The file is not one that a store wrote: neither slot can be read, or it has another size."""
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A store, and the revision that it has acknowledged."""
+
+    uid: bytes
+    revision: int
+
+
+def mark_path(store: Path) -> Path:
+    return store.with_name(store.name + "-mark")
+
+
+def read_mark(path: Path) -> Reached | None:
+    """What the file says; None if there is no file.
+
+    Raises:
+        MarkDamaged: it cannot be believed.
+        OSError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(2 * SECTOR + 1)
+    except FileNotFoundError:
+        return None
+    if len(content) != 2 * SECTOR:
+        raise MarkDamaged(f"it has not the {2 * SECTOR} bytes of a mark")
+    slots = [slot for start in (0, SECTOR) if (slot := _unpack(content[start : start + SLOT.size])) is not None]
+    if not slots or len({slot.uid for slot in slots}) > 1:
+        raise MarkDamaged("its checksums do not fit")
+    return max(slots, key=lambda slot: slot.revision)
+
+
+def make_mark(path: Path, reached: Reached) -> None:
+    """Write the file anew, whole or not at all.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    aside = path.with_name(path.name + ".new")
+    file = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(file, 2 * _pack(reached).ljust(SECTOR, b"\0"))
+        os.fsync(file)
+    finally:
+        os.close(file)
+    os.replace(aside, path)
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the names of new files in it durable."""
+    file = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+class Mark:
+    """An existing mark, opened to be moved on. Used by one thread at a time."""
+
+    def __init__(self, path: Path, reached: Reached) -> None:
+        """`reached`: what `read_mark` gave.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        self.reached = reached
+        self._file = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # every write was flushed
+            os.close(self._file)
+
+    def move(self, revision: int) -> None:
+        """Note that `revision` is reached. It is on the disk when this returns.
+
+        Raises:
+            OSError: the disk refused; `reached` stays as it was.
+        """
+        reached = Reached(self.reached.uid, revision)
+        os.pwrite(self._file, _pack(reached), revision % 2 * SECTOR)
+        os.fdatasync(self._file)
+        self.reached = reached
+
+
+def _pack(reached: Reached) -> bytes:
+    body = SLOT.pack(MAGIC, reached.uid, reached.revision, 0)
+    return body[:-4] + struct.pack("<I", zlib.crc32(body[:-4]))
+
+
+def _unpack(slot: bytes) -> Reached | None:
+    magic, uid, revision, crc = SLOT.unpack(slot)
+    return Reached(uid, revision) if magic == MAGIC and crc == zlib.crc32(slot[:-4]) else None

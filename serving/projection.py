@@ -1,0 +1,255 @@
+"""The index, kept in step with the store.
+
+Order of a change, under one lock: commit in the store (on disk), then apply to the index, then answer. A search between
+the two steps does not see the change, which nobody has been told of yet.
+
+If the second step fails, or another program changed the store, the two have come apart. Then the index is built anew
+aside, while searches and changes go on with the old one. An erased subject is hidden in that one whatever happened.
+"""
+
+import contextlib
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.index import Index
+from serving.store import State, Store, StoreError, never
+from trainer.errors import UserError
+
+Progress = Callable[[int, int], None]
+FAILURES = (StoreError, UserError, MemoryError, RuntimeError)  # the last is FAISS's
+RETRY_S = 60.0  # between two tries to build an index from a store that does not let itself be read
+
+
+class GalleryLoading(Exception):
+    """The index is being built; `done` of `total` samples are in it. Ask again later."""
+
+    def __init__(self, done: int, total: int) -> None:
+        super().__init__(f"the gallery is being loaded: {done} of {total} samples are; try again in a moment")
+        self.done, self.total = done, total
+
+
+class Stopped(Exception):
+    """Loading was ended early because the caller wanted it."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far the index is: samples in it, and in all. `reason`: why it could not be built."""
+
+    state: Literal["loading", "ready", "rebuilding", "failed"]
+    done: int = 0
+    total: int = 0
+    reason: str = ""
+
+
+class Projection:
+    """The index of a store, its loading, and its rebuilding in the background."""
+
+    def __init__(self, store: Store, threads: int) -> None:
+        self.index = Index(store.dimension, threads)
+        self.revision = 0  # of the store, that the index has reached
+        self.status = Status("loading")
+        self._store, self._threads = store, threads
+        self._lock = threading.Lock()  # held by a change from the store's commit to the index
+        self._closing = threading.Event()
+        self._apart = True  # the index may lack what the store has
+        self._loaded = False
+        self._rebuilding: threading.Thread | None = None
+        self._changed: set[str] = set()  # subjects that were changed while an index was being built
+        self._failed_at = 0.0
+
+    def searchable(self) -> Index:
+        """The index to search in.
+
+        Raises:
+            GalleryLoading: there is none yet.
+        """
+        self.refuse_loading()
+        return self.index
+
+    def refuse_loading(self) -> None:
+        if self._loaded:
+            return
+        if self.status.state == "failed":
+            raise StoreError(self.status.reason)
+        raise GalleryLoading(self.status.done, self.status.total)
+
+    def load(self, progress: Progress | None = None, stopping: Callable[[], bool] = never) -> None:
+        """See `Gallery.load`."""
+
+        def ending() -> bool:
+            return stopping() or self._closing.is_set()
+
+        def tell(done: int, total: int) -> None:
+            self.status = Status("loading", done, total)
+            if progress is not None:
+                progress(done, total)
+
+        with self._lock:
+            try:
+                tell(0, self._store.state().samples)
+                self._store.verify(ending)
+                self._install(self._build(tell, ending, settled=True))
+                self._loaded = True
+            except (StoreError, UserError) as error:
+                if ending():
+                    raise Stopped("loading was stopped") from error
+                self.status = Status("failed", reason=str(error))
+                raise UserError(str(error)) from error
+
+    def close(self) -> None:
+        """End the building of an index, if there is one, and close the store."""
+        self._closing.set()
+        rebuilding = self._rebuilding
+        if rebuilding is not None:
+            rebuilding.join()
+        with self._lock:
+            self._store.close()
+
+    def check(self) -> State:
+        """See `Gallery.check`."""
+        self.refuse_loading()
+        state = self._store.check()
+        if self._lock.acquire(blocking=False):
+            try:
+                self._mend()
+            finally:
+                self._lock.release()
+        if self.status.state == "failed":
+            raise StoreError(self.status.reason)
+        return state
+
+    @contextlib.contextmanager
+    def changing(self, subject_id: str) -> Iterator["Change"]:
+        """Alone with the store and the index, to change both. Whatever fails between the two is found out and mended.
+
+        Raises:
+            GalleryLoading, StoreError: nothing can be changed now.
+        """
+        self.refuse_loading()
+        with self._lock:
+            self._mend()
+            if self.status.state == "failed":
+                raise StoreError(self.status.reason)
+            self._changed.add(subject_id)
+            change = Change(self.index, None if not self._apart else self.status)
+            sound = False
+            try:
+                yield change
+                sound = True
+            finally:
+                self.revision += change.applied
+                if not sound:
+                    self._distrust(subject_id)
+
+    def _distrust(self, subject_id: str) -> None:
+        """A change ended in an error, perhaps after it was committed. If it was a deletion, it must hold."""
+        try:
+            if self._store.state().revision == self.revision:
+                return
+            erased = self._store.samples_of(subject_id) is None
+        except (StoreError, UserError):
+            erased = True  # nobody knows
+        self._apart = True
+        if erased:
+            self.index.hide(subject_id)
+
+    def _mend(self) -> None:
+        """Begin to build a new index where the old one is not in step. Called with the lock held."""
+        if self._rebuilding is not None or self._closing.is_set():
+            return
+        state = self._store.state()
+        self._apart = self._apart or state != State(self.index.subjects, self.index.samples, self.revision)
+        if not self._apart:
+            self._changed.clear()
+        elif self.status.state != "failed" or time.monotonic() >= self._failed_at + RETRY_S:
+            self._changed.clear()
+            self.status = Status("rebuilding", 0, state.samples)
+            self._rebuilding = threading.Thread(target=self._rebuild, name="rebuild", daemon=True)
+            self._rebuilding.start()
+
+    def _rebuild(self) -> None:
+        """Build an index aside. What was changed meanwhile is read again in the end, with further changes kept out."""
+
+        def tell(done: int, total: int) -> None:
+            self.status = Status("rebuilding", done, total)
+
+        try:
+            index = self._build(tell, self._closing.is_set)
+            with self._lock:
+                index.remove(*self._changed)
+                for subject_id in self._changed:
+                    piece = self._store.samples_of(subject_id)
+                    if piece is not None:
+                        self._put(index, *piece)
+                self._install(index)
+        except FAILURES as error:
+            self._failed_at = time.monotonic()
+            self.status = Status("failed", reason=f"the index cannot be built: {error}")
+        except Stopped:
+            self.status = Status("failed", reason="the service is being stopped")
+        finally:
+            self._rebuilding = None
+
+    def _build(self, tell: Progress, ending: Callable[[], bool], settled: bool = False) -> Index:
+        """A new index from the store. `settled`: nobody changes the store meanwhile."""
+        index, total = Index(self._store.dimension, self._threads), self._store.state().samples
+        for piece in self._store.samples(settled):
+            if ending():
+                raise Stopped("loading was stopped")
+            self._put(index, *piece)
+            tell(index.samples, total)
+        return index
+
+    def _put(
+        self, index: Index, subject_ids: list[str], sample_ids: list[bytes], vectors_BD: NDArray[np.float32]
+    ) -> None:
+        try:
+            index.add(subject_ids, sample_ids, vectors_BD)
+        except ValueError as error:
+            raise UserError(
+                f"the store '{self._store.path}' holds a vector that cannot be one of an embedder's ({error}); "
+                "restore the store from a backup"
+            ) from error
+
+    def _install(self, index: Index) -> None:
+        """Search in this one from now on. Called with the lock held."""
+        state = self._store.state()
+        if (index.subjects, index.samples) != (state.subjects, state.samples):
+            raise UserError(
+                f"the store '{self._store.path}' counts {state.subjects} subjects with {state.samples} samples but "
+                f"gave {index.subjects} with {index.samples}; it was damaged: restore it from a backup"
+            )
+        self.index, self.revision, self._apart = index, state.revision, False
+        self.status = Status("ready", index.samples, index.samples)
+
+
+class Change:
+    """The second half of a change: what was committed, applied to the index."""
+
+    def __init__(self, index: Index, apart: Status | None) -> None:
+        self.index, self.applied, self._apart = index, 0, apart
+
+    def add(self, subject_id: str, sample_ids: Sequence[str], vectors_BD: NDArray[np.float32]) -> None:
+        self.index.add([subject_id] * len(sample_ids), [uuid.UUID(item).bytes for item in sample_ids], vectors_BD)
+        self.applied += 1
+
+    def remove(self, subject_id: str) -> None:
+        self.index.remove(subject_id)
+        self.applied += 1
+
+    def confirm(self) -> None:
+        """Refuse to repeat an answer as long as the index may lack what it tells of.
+
+        Raises:
+            GalleryLoading: until a new index is there.
+        """
+        if self._apart is not None:
+            raise GalleryLoading(self._apart.done, self._apart.total)

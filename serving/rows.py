@@ -1,0 +1,104 @@
+"""What the rows of a store carry against damage and curiosity: checksums, and digests in place of names.
+
+Every row that an answer or a decision is taken from has a checksum over all its values. The gallery's row also has
+`content`, the checksums of all living rows XORed together: a row that is missing, doubled, or left over from another
+time is found by it, even where counts agree. (Wegman and Carter, New hash functions and their use in authentication and
+set equality, 1981, section on set equality.)
+"""
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+from typing import Any
+
+CHECKSUM_BYTES = 16
+NOTHING = bytes(CHECKSUM_BYTES)
+GALLERY_COLUMNS = "uid, secret, model_id, dimension, subjects, samples, revision, content, layout, created"
+
+
+class Damage(sqlite3.DatabaseError):
+    """A row is not as it was written. SQLite did not notice, so it has no message of its own."""
+
+
+@dataclass(frozen=True)
+class GalleryRow:
+    """The one row about the gallery.
+
+    Attributes:
+        uid: tells this store from any other.
+        secret: key of the digests.
+        revision: number of changes so far.
+        content: XOR of the checksums of all subjects and samples.
+        layout: checksum of the text of the schema, which SQLite does not protect.
+        created: milliseconds since 1970, as every time in the store.
+    """
+
+    uid: bytes
+    secret: bytes
+    model_id: str
+    dimension: int
+    subjects: int
+    samples: int
+    revision: int
+    content: bytes
+    layout: bytes
+    created: int
+
+
+def checksum(*values: bytes | str | int) -> bytes:
+    """Of the values in this order; each with its length, so that no two lists of values look alike."""
+    parts = [value if isinstance(value, bytes) else str(value).encode() for value in values]
+    whole = b"".join(b"%d:%b" % (len(part), part) for part in parts)
+    return hashlib.blake2b(whole, digest_size=CHECKSUM_BYTES).digest()
+
+
+def xor(checksums: Iterable[bytes]) -> bytes:
+    """Raises Damage where one is none."""
+    total = 0
+    for item in checksums:
+        if not isinstance(item, bytes) or len(item) != CHECKSUM_BYTES:
+            raise Damage("a checksum has not the length of one")
+        total ^= int.from_bytes(item, "big")
+    return total.to_bytes(CHECKSUM_BYTES, "big")
+
+
+def digest(secret: bytes, purpose: bytes, value: bytes) -> bytes:
+    """What is stored in place of a value that must not outlive its subject but has to be recognised."""
+    return hashlib.blake2b(value, key=secret, person=purpose, digest_size=16).digest()
+
+
+def layout(connection: sqlite3.Connection) -> bytes:
+    """The checksum of all definitions of tables and indexes."""
+    rows = connection.execute(
+        "SELECT type, name, tbl_name, sql FROM sqlite_schema WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%' "
+        "ORDER BY type, name"
+    ).fetchall()
+    return checksum(*(str(value) for row in rows for value in row))
+
+
+def read_gallery(connection: sqlite3.Connection) -> GalleryRow:
+    """The gallery's row.
+
+    Raises:
+        Damage: it is missing or damaged.
+    """
+    row = connection.execute(f"SELECT {GALLERY_COLUMNS}, checksum FROM gallery").fetchone()
+    if row is None or checksum(*row[:-1]) != row[-1]:
+        raise Damage("the gallery's own row does not have its checksum")
+    return GalleryRow(*row[:-1])
+
+
+def write_gallery(connection: sqlite3.Connection, row: GalleryRow) -> None:
+    values = astuple(row)
+    marks = ", ".join("?" * (len(values) + 1))
+    connection.execute(
+        f"INSERT OR REPLACE INTO gallery (id, {GALLERY_COLUMNS}, checksum) VALUES (1, {marks})",
+        (*values, checksum(*values)),
+    )
+
+
+def outcome_text(outcome: dict[str, Any]) -> bytes:
+    """What a change answered, without the subject's name: whoever asks again sends it again."""
+    return json.dumps({name: value for name, value in outcome.items() if name != "subject_id"}).encode()

@@ -6,11 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.serving import write_embedder
 from tests.serving.conftest import Server
-from tests.serving.hostile.site import LONG, Outcome, Site
+from tests.serving.hostile.site import LONG, THRESHOLDS, Outcome, Site
 
 FILES = 1024  # the usual soft limit of open files
 TABLE: list[tuple[str, Outcome]] = []
+
+
+@pytest.fixture(scope="session")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An Embedder of 512 numbers, as people use them: how large a JSON body may be grows with them."""
+    return write_embedder(tmp_path_factory.mktemp("embedder") / "made-up")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +30,7 @@ def open_site(embedder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
             if known == settings and site.lives:
                 return site
         store = tmp_path_factory.mktemp("store") / "gallery.db"
-        server = _start(embedder=embedder, store=store, **settings)
+        server = _start(embedder=embedder, store=store, **THRESHOLDS, **settings)
         sites.append((settings, Site(server, str(settings.get("api_key") or ""))))
         return sites[-1][1]
 
@@ -32,20 +39,29 @@ def open_site(embedder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     for settings, site in sites:
         TABLE.extend(site.table)
         faults += site.close()
-        again = Server(embedder=embedder, store=site.server.store, **settings)
+        again = Server(embedder=embedder, store=site.server.store, **THRESHOLDS, **settings)
         faults += [f"lost: {name}" for name in site.lost(again)]
         again.kill()
     assert not faults
 
 
 def _start(**settings: object) -> Server:
-    """A server with the usual limit of open files; our own is raised, for crowds."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, hard))
+    """A server with the usual limit of open files."""
+    ours = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, ours[1]))
     try:
         return Server(**settings)
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, ours)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def many_files() -> Iterator[None]:
+    """For crowds, we may have more files open than the server."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.fixture

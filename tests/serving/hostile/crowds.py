@@ -96,7 +96,7 @@ def crowd(to: Address, members: Iterable[AsyncIterator[bytes]], patience: float)
 
 
 def large_form(size: int) -> bytes:
-    return form(part(b"x" * size) + b"--b--\r\n", "/v1/embed")
+    return form(part(b"x" * size, "images") + b"--b--\r\n", "/v1/embed")
 
 
 @contextlib.contextmanager

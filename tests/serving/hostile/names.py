@@ -1,12 +1,12 @@
 """Odd names of subjects, cursors, limits and idempotency keys."""
 
-import json as plain
 from urllib.parse import quote
 
+from tests.serving.hostile.documents import UNIT
 from tests.serving.hostile.wire import REFUSED, Attack, http
 
 KIND = "Content-Type: application/json"
-VECTOR = plain.dumps({"embeddings": [[1.0] + [0.0] * 31]}).encode()
+VECTOR = b'{"embeddings":[%b]}' % UNIT
 # Names that look like others, like nothing, or turn what stands beside them; in percent encoding.
 _SUBJECTS = {
     "a dot": ".",

@@ -26,32 +26,40 @@ class Cost:
     """What the server took, its children included, and how it looked from outside."""
 
     cpu_s: float = 0
-    growth_mb: float = 0  # of the peaks of resident memory over where they began
-    worst_ms: float = 0  # of /healthz, on a connection of its own
-    noise_ms: float = 0  # by how much the probe's own sleeps were late: what the machine adds
+    growth_mb: float = 0  # of the resident memory of all, each at its peak, over where it began
+    worst_ms: float = 0  # of /healthz, on a connection of its own, without what follows
+    noise_ms: float = 0  # the most that a probe waited for a processor: what a busy machine adds
     probes: int = 0
 
 
 class Health:
-    """Asks /healthz all the time. A failure counts until the next success."""
+    """Asks /healthz all the time. A failure counts until the next success.
 
-    def __init__(self, address: str) -> None:
-        self._address = address
+    The time in which the server's event loop, or the probe, could have run and had no processor is kept apart: on a
+    machine with other work it would tell of that work.
+    """
+
+    def __init__(self, address: str, pid: int) -> None:
+        self._address, self._pid = address, pid
         self.latencies: list[float] = []
-        self.late: list[float] = []
+        self.waits: list[float] = []
         threading.Thread(target=self._ask, daemon=True).start()
 
     def _ask(self) -> None:
         connection = http.client.HTTPConnection(self._address, timeout=PATIENCE_S)
         while True:
-            start = time.perf_counter()
             time.sleep(PROBE_EVERY_S)
-            self.late.append(time.perf_counter() - start - PROBE_EVERY_S)
-            start = time.perf_counter()
+            start, waited = time.perf_counter(), self._waited()
             while not self._answered(connection):
                 connection.close()
                 time.sleep(0.001)
-            self.latencies.append(time.perf_counter() - start)
+            waited = self._waited() - waited
+            self.latencies.append(time.perf_counter() - start - waited)
+            self.waits.append(waited)
+
+    def _waited(self) -> float:
+        """Seconds without a processor until now: the server's main thread and this one."""
+        return _run_delay(f"/proc/{self._pid}") + _run_delay(f"/proc/self/task/{threading.get_native_id()}")
 
     def _answered(self, connection: http.client.HTTPConnection) -> bool:
         try:
@@ -86,7 +94,7 @@ class Family:
                 except (ProcessLookupError, FileNotFoundError):
                     continue  # it ended meanwhile
             self._base = {pid: _status(pid, "VmRSS") for pid in self._pids}
-            self._peaks = dict(self._base)
+            self._growth = 0
         self._cpu = self.cpu()
 
     def cpu(self) -> float:
@@ -102,8 +110,8 @@ class Family:
     def cost(self) -> tuple[float, float]:
         """CPU seconds and MB of growth since `begin`."""
         with self._lock:
-            growth = sum(self._peaks[pid] - self._base[pid] for pid in self._peaks)
-        return self.cpu() - self._cpu, growth * 1024 / 1e6
+            self._measure()
+            return self.cpu() - self._cpu, self._growth * 1024 / 1e6
 
     def _find(self) -> None:
         self._parents = {child.pid: child.ppid() for child in self._root.children(recursive=True)}
@@ -116,12 +124,25 @@ class Family:
                 if time.monotonic() - looked > FAMILY_EVERY_S:
                     self._find()
                     looked = time.monotonic()
-                for pid in self._pids:
-                    peak = _status(pid, "VmHWM")
-                    # A process that was forked meanwhile shares its parent's pages.
-                    self._base.setdefault(pid, min(peak, _status(self._parents.get(pid, pid), "VmRSS")))
-                    self._peaks[pid] = max(peak, self._peaks.get(pid, 0))
+                self._measure()
             time.sleep(SAMPLE_EVERY_S)
+
+    def _measure(self) -> None:
+        growth = 0
+        for pid in self._pids:
+            peak = _status(pid, "VmHWM")  # 0 once it has ended
+            # A process that was forked meanwhile shares its parent's pages.
+            base = self._base.setdefault(pid, min(peak, _status(self._parents.get(pid, pid), "VmRSS")))
+            growth += max(0, peak - base)
+        self._growth = max(self._growth, growth)
+
+
+def _run_delay(task: str) -> float:
+    """Seconds that a thread was ready to run and had to wait; 0 where the kernel does not count."""
+    try:
+        return int(Path(f"{task}/schedstat").read_text().split()[1]) / 1e9
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
 
 
 def _status(pid: int, name: str) -> int:
@@ -144,12 +165,12 @@ def _rest(family: Family) -> None:
 
 
 def main(url: str, pid: int) -> None:
-    health, family = Health(url.removeprefix("http://")), Family(pid)
+    health, family = Health(url.removeprefix("http://"), pid), Family(pid)
     for word in sys.stdin:
         if word.strip() == "begin":
             family.begin()
             health.latencies.clear()
-            health.late.clear()
+            health.waits.clear()
             print("{}", flush=True)
             continue
         answered = len(health.latencies)
@@ -160,9 +181,8 @@ def main(url: str, pid: int) -> None:
         if not family.lives:
             sys.exit("the server died")
         cpu_s, growth = family.cost()
-        latencies, late = list(health.latencies), list(health.late)
-        worst = max(latencies, default=PATIENCE_S)
-        cost = Cost(cpu_s, growth, worst * 1000, max(late, default=0) * 1000, len(latencies))
+        worst, noise = max(health.latencies, default=PATIENCE_S), max(health.waits, default=0)
+        cost = Cost(cpu_s, growth, worst * 1000, noise * 1000, len(health.latencies))
         print(json.dumps(asdict(cost)), flush=True)
 
 

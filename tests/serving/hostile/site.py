@@ -16,14 +16,20 @@ from tests.serving.hostile.wire import Address, Attack, address, speak, statuses
 
 LONG = os.environ.get("HOSTILE") == "long"  # everything, with strict limits; otherwise what takes a minute
 HEALTH_MS = 100 if LONG else 2000  # loose where other tests run beside: what blocks the service takes seconds
+ATTEMPTS = 3  # where only the clock is at odds: what the attack does, it does every time; the machine does not
 ROOT = Path(__file__).resolve().parents[3]
 REQUEST_CPU_S, REQUEST_MB = 2.0, 200
 PROBING = 0.1  # of a second: CPU time that the probes of /healthz may cost the server
 SPARE_MIB = 1536  # what the server may grow to beyond its start before the kernel refuses it memory
 LOG_LINES = 200
 REFUSAL_BYTES = 16_384
-ROWS = unit_vectors(4000, seed=7)
+ROWS = unit_vectors(4000, seed=7, dimension=512)
 ENROL = "POST"
+THRESHOLDS = {"verify_threshold": 0.6, "identify_threshold": 0.7}  # the Embedder has no calibration
+
+
+class Late(AssertionError):
+    """/healthz was late, and nothing else was wrong."""
 
 
 @dataclass
@@ -61,11 +67,18 @@ class Site:
     def attack(self, title: str, attacks: Mapping[str, Attack]) -> None:
         """Send requests one after another; look at the answers, the cost of all, and what is left of the service."""
         requests = {name: [attack.request()] for name, attack in attacks.items()}
-        with self.attacked(title) as outcome:
-            for name, pieces in requests.items():
-                heard = speak(self.address, pieces, attacks[name].hang_up)
-                outcome.answers += statuses(heard)
-                outcome.faults += _bad_answer(name, attacks[name], heard)
+        for attempt in range(ATTEMPTS):
+            try:
+                with self.attacked(title) as outcome:
+                    for name, pieces in requests.items():
+                        heard = speak(self.address, pieces, attacks[name].hang_up)
+                        outcome.answers += statuses(heard)
+                        outcome.faults += _bad_answer(name, attacks[name], heard)
+                return
+            except Late:
+                if attempt == ATTEMPTS - 1:
+                    raise
+                self.table.pop()
 
     @contextmanager
     def attacked(self, name: str) -> Iterator[Outcome]:
@@ -79,6 +92,12 @@ class Site:
             self.table.append((name, outcome))
         outcome.faults += self._too_dear(outcome)
         outcome.faults += self._damage(lines)
+        cost = outcome.cost
+        if cost.worst_ms > HEALTH_MS:
+            late = f"/healthz took {cost.worst_ms:.0f} ms, and up to {cost.noise_ms:.0f} ms for want of a processor"
+            outcome.faults.append(late)
+            if len(outcome.faults) == 1:
+                raise Late(f"{name}: {late}")
         assert not outcome.faults, f"{name}: " + "; ".join(outcome.faults)
 
     def close(self) -> list[str]:
@@ -115,8 +134,6 @@ class Site:
             yield f"{cost.cpu_s:.2f} s of CPU"
         if cost.growth_mb > outcome.memory_mb:
             yield f"{cost.growth_mb:.0f} MB"
-        if cost.worst_ms - cost.noise_ms > HEALTH_MS:
-            yield f"/healthz took {cost.worst_ms:.0f} ms (the machine's part: {cost.noise_ms:.0f} ms)"
 
     def _damage(self, lines: int) -> Iterator[str]:
         """What is not as it should be after an attack."""

@@ -97,7 +97,7 @@ def test_a_flood_of_bodies_stays_within_the_memory_for_bodies(open_site):
         outcome.requests = clients
         met = crowd(site.address, [crowds.hold_back(request, 3) for _ in range(clients)], BODY_S + SLACK_S)
         outcome.answers = [one.status for one in met]
-        _refused(outcome, 0, 408, 413, 415, 503)
+        _refused(outcome, 0, 408, 413, 415, 422, 503)
 
 
 def test_readers_who_do_not_read_cost_little(open_site):

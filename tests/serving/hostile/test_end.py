@@ -6,7 +6,7 @@ import time
 from tests.serving.conftest import Server
 from tests.serving.hostile import crowds
 from tests.serving.hostile.images import ATTACKS
-from tests.serving.hostile.site import ENROL, ROWS, listed
+from tests.serving.hostile.site import ENROL, ROWS, THRESHOLDS, listed
 from tests.serving.hostile.wire import address, http, image_form, json
 
 SHUTDOWN_S, SLACK_S = 4, 3  # slack: for a machine with other work
@@ -14,7 +14,8 @@ BOMBS = ("jpeg: as many scans of colour as are allowed", "jpeg2000: noise of 3 M
 
 
 def test_sigterm_is_obeyed_while_bombs_and_slow_clients_are_under_way(embedder, tmp_path):
-    server = Server(embedder=embedder, store=tmp_path / "gallery.db", shutdown_s=SHUTDOWN_S)
+    settings = {"embedder": embedder, "store": tmp_path / "gallery.db", **THRESHOLDS}
+    server = Server(**settings, shutdown_s=SHUTDOWN_S)
     to = address(server.url)
     enrolled = set()
     for number in range(20):
@@ -36,6 +37,6 @@ def test_sigterm_is_obeyed_while_bombs_and_slow_clients_are_under_way(embedder, 
     assert code == 0, "".join(server.output)
     assert seconds < SHUTDOWN_S + SLACK_S
     assert "Traceback" not in "".join(server.output)
-    again = Server(embedder=embedder, store=tmp_path / "gallery.db")
+    again = Server(**settings)
     assert enrolled == listed(again)
     again.end()

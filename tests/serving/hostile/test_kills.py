@@ -16,11 +16,11 @@ import httpx
 import pytest
 
 from tests.serving.conftest import SERVE, Server, unit_vectors
-from tests.serving.hostile.site import ENROL, LONG, listed
+from tests.serving.hostile.site import ENROL, LONG, THRESHOLDS, listed
 
 KILLS, WRITERS = 45, 3
 DURING_START = 3  # of each this many lives, one ends while the service loads, and one start before it is cut off
-ROWS = unit_vectors(20_000, seed=11)
+ROWS = unit_vectors(20_000, seed=11, dimension=512)
 
 
 class _Client(threading.Thread):
@@ -92,7 +92,7 @@ def _live(server: Server, life: int, rng: random.Random) -> list[_Client]:
 
 def _stillborn(embedder: Path, store: Path, rng: random.Random) -> None:
     """A start that is cut off before the service listens, or just after."""
-    values = json.dumps({"embedder": str(embedder), "store": str(store)})
+    values = json.dumps({"embedder": str(embedder), "store": str(store), **THRESHOLDS})
     process = subprocess.Popen([sys.executable, "-c", SERVE, values], stdout=subprocess.DEVNULL)
     time.sleep(rng.uniform(0.2, 1.2))
     process.kill()
@@ -109,11 +109,11 @@ def test_no_kill_loses_what_was_acknowledged(serve, embedder, tmp_path):
     for life in range(KILLS):
         if life % DURING_START == 0:
             _stillborn(embedder, tmp_path / "gallery.db", rng)
-        for client in _live(serve(), life, rng):
+        for client in _live(serve(**THRESHOLDS), life, rng):
             assert not client.faults, f"seed {seed}, life {life}: {client.faults}"
             present |= client.present
             absent |= client.absent
-    server = serve()
+    server = serve(**THRESHOLDS)
     _until_ready(server)
     found = listed(server)
     assert not set(present) - found, f"seed {seed}: acknowledged enrolments were lost"

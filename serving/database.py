@@ -133,7 +133,9 @@ def _connected(real: Path) -> Iterator[sqlite3.Connection]:
             f"wal_autocheckpoint={LOG_PAGES}",
         ):
             connection.execute(f"PRAGMA {pragma}").fetchone()
-        connection.execute("BEGIN IMMEDIATE")  # fails where the file says that it must not be written
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute(f"PRAGMA user_version = {version}")  # fails where the file says that it must not be written
         connection.execute("ROLLBACK")
         yield connection
 

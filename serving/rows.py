@@ -49,9 +49,11 @@ class GalleryRow:
 
 def checksum(*values: bytes | str | int) -> bytes:
     """Of the values in this order; each with its length, so that no two lists of values look alike."""
-    parts = [value if isinstance(value, bytes) else str(value).encode() for value in values]
-    whole = b"".join(b"%d:%b" % (len(part), part) for part in parts)
-    return hashlib.blake2b(whole, digest_size=CHECKSUM_BYTES).digest()
+    parts: list[bytes] = []
+    for value in values:
+        part = value if isinstance(value, bytes) else str(value).encode()
+        parts += (b"%d:" % len(part), part)
+    return hashlib.blake2b(b"".join(parts), digest_size=CHECKSUM_BYTES).digest()
 
 
 def xor(checksums: Iterable[bytes]) -> bytes:

@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
-from serving.api import run
+from serving.server import run
 from serving.service import Service
 from serving.settings import from_values
 from trainer.errors import UserError

@@ -1,10 +1,10 @@
 """Decodes the images of a request in a child process, which can be stopped.
 
 A crafted image of a few kilobytes can keep a decoder busy for minutes or fill the memory, and a thread inside a decoder
-cannot be stopped. So a few children decode, one request at a time each, under limits that the kernel keeps: an alarm
-ends a child that takes too long, and no child gets more memory than its share. A child that ends costs the request it
-was busy with. The next one is forked, in milliseconds, from a server process that has the libraries loaded and was
-started clean: no child has the service's sockets or files. Children end with the service, however it ends.
+cannot be stopped. So a few children decode, one request at a time each, under limits that the kernel keeps: a timer of
+its CPU ends a child that takes too long, and no child gets more memory than its share. A child that ends costs the
+request it was busy with. The next one is forked, in milliseconds, from a server process that has the libraries loaded
+and was started clean: no child has the service's sockets or files. Children end with the service, however it ends.
 
 Over the pipe go JSON and raw bytes, one image at a time. Nothing that a child sends is unpickled.
 """
@@ -42,7 +42,7 @@ log = logging.getLogger("hypersphere.serving")
 # What a child need not import: Pillow's readers, which it would at the first image that is none of the usual, and the
 # command line, since a child runs the imports of the service's main script again.
 _LOADED = [__name__, "serving.cli", *(f"PIL.{reader}" for reader in PIL._plugins)]
-_GRACE_S = 5  # a child silent for so long after its alarm has lost its way, and is killed
+_GRACE_S = 5  # by the clock, on top: a child silent for longer does not compute, and is killed
 _MAX_NOTE = 64 * 2**10  # bytes of JSON in an answer
 
 
@@ -51,7 +51,7 @@ class Limits:
     """What one request may cost.
 
     Attributes:
-        seconds: of decoding, all its images together. Waiting for a free child does not count.
+        seconds: of CPU, all its images together, so that a busy machine refuses no honest image.
         pixels: width x height, all its images together.
         memory_bytes: by which a child may grow.
     """
@@ -247,9 +247,9 @@ def _serve(pipe: Connection, preprocessing: Preprocessing, limits: Limits) -> No
     with contextlib.suppress(EOFError, OSError):  # the service has ended, perhaps in the middle of an image
         while True:
             task, image = json.loads(pipe.recv_bytes()), pipe.recv_bytes()
-            signal.setitimer(signal.ITIMER_REAL, max(task["seconds"], 0.001))  # nobody handles SIGALRM: it kills
+            signal.setitimer(signal.ITIMER_PROF, max(task["seconds"], 0.001))  # nobody handles SIGPROF: it kills
             note, raw = _decode(image, task, preprocessing, limits)
-            left, _ = signal.setitimer(signal.ITIMER_REAL, 0)
+            left, _ = signal.setitimer(signal.ITIMER_PROF, 0)
             del image
             pipe.send_bytes(json.dumps({"seconds": left, "grown": _memory() - before, **note}).encode())
             if "code" not in note:

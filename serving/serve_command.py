@@ -61,9 +61,9 @@ def serve(
     max_images: Annotated[int, _option("max_images", "Images or embeddings in a request.", panel=LIMITS)] = 32,
     max_pixels: Annotated[int, _option("max_pixels", "In all images of a request.", panel=LIMITS)] = 16_000_000,
     max_samples: Annotated[int, _option("max_samples", "Of one subject.", panel=LIMITS)] = 100,
-    decode_timeout_s: Annotated[
-        float, _option("decode_timeout_s", "To decode the images of a request.", panel=TIMES)
-    ] = 2.0,
+    decode_cpu_s: Annotated[
+        float, _option("decode_cpu_s", "Of CPU, to decode the images of a request.", panel=TIMES)
+    ] = 1.8,
     head_timeout_s: Annotated[float, _option("head_timeout_s", "For a request's head to arrive.", panel=TIMES)] = 10.0,
     body_timeout_s: Annotated[float, _option("body_timeout_s", "For its body to arrive.", panel=TIMES)] = 30.0,
     keep_alive_s: Annotated[int, _option("keep_alive_s", "An idle connection stays open.", panel=TIMES)] = 75,

@@ -69,7 +69,7 @@ class Service:
             settings.store, manifest.model_id, manifest.dimension, settings.idempotency_hours, settings.restored
         )
         self.gallery = Gallery(store, verify, identify, settings.threads, settings.max_samples)
-        limits = Limits(seconds=settings.decode_timeout_s, pixels=settings.max_pixels)
+        limits = Limits(seconds=settings.decode_cpu_s, pixels=settings.max_pixels)
         self._decoders = Decoders(self.embedder.preprocessing, settings.workers, limits)
         self.metrics = Metrics(self.gallery)
         self._closing = threading.Event()

@@ -58,7 +58,7 @@ class Settings(BaseModel):
     max_images: int = Field(32, ge=1, le=1000, description="images or embeddings in one request")
     max_pixels: int = Field(16_000_000, ge=1, description="in all images of one request")
     max_samples: int = Field(100, ge=1, le=10_000, description="of one subject")
-    decode_timeout_s: float = Field(2, gt=0, description="the images of a request must be decoded by then")
+    decode_cpu_s: float = Field(1.8, gt=0, description="seconds of CPU to decode the images of a request")
     head_timeout_s: float = Field(10, gt=0, description="the head of a request must have arrived whole by then")
     body_timeout_s: float = Field(30, gt=0, description="its body must have arrived whole by then")
     keep_alive_s: int = Field(75, ge=1, description="an idle connection is kept open for the next request")

@@ -1,7 +1,8 @@
 """Whether a store holds what was written to it: SQLite's own checks, and the checksums of its rows."""
 
+import contextlib
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from serving.rows import Damage, checksum
@@ -9,21 +10,22 @@ from serving.rows import Damage, checksum
 STEPS_A_QUESTION = 100_000  # SQLite's steps, a few milliseconds
 
 
-def check_structure(connection: sqlite3.Connection, stopping: Callable[[], bool]) -> None:
-    """Read every page: trees, free pages, indexes against their tables, references.
-
-    Raises:
-        Damage: something is wrong.
-        sqlite3.OperationalError: interrupted, since `stopping` said so.
-    """
+@contextlib.contextmanager
+def interruptible(connection: sqlite3.Connection, stopping: Callable[[], bool]) -> Iterator[None]:
+    """Within it, a statement ends with sqlite3.OperationalError soon after `stopping` begins to return true."""
     connection.set_progress_handler(lambda: int(stopping()), STEPS_A_QUESTION)
     try:
-        (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
-        orphan = connection.execute("PRAGMA foreign_key_check").fetchone()
+        yield
     finally:
         connection.set_progress_handler(None, 0)
+
+
+def check_structure(connection: sqlite3.Connection) -> None:
+    """Read every page: trees, free pages, indexes against their tables, references. Raises Damage."""
+    (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
     if verdict != "ok":
         raise Damage(" ".join(str(verdict).split()))  # one line
+    orphan = connection.execute("PRAGMA foreign_key_check").fetchone()
     if orphan is not None:
         raise Damage(f"row {orphan[1]} of '{orphan[0]}' belongs to nobody")
 

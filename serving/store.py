@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.audit import check_outcomes, check_structure, check_subject, check_subjects
+from serving.audit import check_outcomes, check_structure, check_subject, check_subjects, interruptible
 from serving.changes import add_samples, count_change, erase_subject, find_or_add_subject, name_digest
 from serving.database import Moved, opened
 from serving.migrations import NOBODY, Target
@@ -115,10 +115,11 @@ class Store:
 
     def check(self) -> State:
         """The state, after making sure that the files are where they were, and after what a disk error left undone."""
+        state = self.state()
         with self._write_lock, self._failures():
             self._database.check_in_place()
         self._fold_log()
-        return self.state()
+        return state
 
     def verify(self, stopping: Callable[[], bool] = never) -> None:
         """Read everything but the vectors, which `samples` checks. Readers wait meanwhile.
@@ -127,8 +128,8 @@ class Store:
             UserError: the store is damaged.
             StoreError: the disk failed, or `stopping` returned true.
         """
-        with self._read_lock, self._failures(UserError):
-            check_structure(self._reader, stopping)
+        with self._read_lock, self._failures(UserError), interruptible(self._reader, stopping):
+            check_structure(self._reader)
             check_subjects(self._reader)
             check_outcomes(self._reader)
 
@@ -260,8 +261,8 @@ class Store:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """All or nothing; on disk, and noted in the mark, when it is left without an exception."""
         with self._write_lock, self._failures():
-            self._database.check_in_place()
             self._note()  # what a disk error kept from being noted; the mark is never more than one change behind
+            self._database.check_in_place()
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 yield self._writer

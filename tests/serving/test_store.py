@@ -144,6 +144,32 @@ def test_another_name_of_the_file_is_no_way_around(opened, link):
     }
 
 
+@pytest.mark.parametrize("name", ["a?mode=memory.db", "100%25 faces#1.db", "gesichter-ä.db", "-flag.db"])
+def test_any_name_of_a_file_will_do(tmp_path, vectors, name):
+    for count in (0, 1):
+        store = Store(tmp_path / name, MODEL, 32)
+        assert store.state().subjects == count
+        store.enrol(f"s{count}", vectors(1))
+        store.close()
+    assert {path.name for path in tmp_path.iterdir()} == {name, f"{name}-mark"}
+
+
+def test_a_verification_ends_when_it_is_told_to(tmp_path, vectors, monkeypatch):
+    monkeypatch.setattr("serving.audit.STEPS_A_QUESTION", 100)
+    store = Store(tmp_path / "gallery.db", MODEL, 32)
+    store.enrol("alice", vectors(90))
+    asked = []
+
+    def stopping():
+        asked.append(1)
+        return len(asked) > 3
+
+    with pytest.raises(StoreError, match="SQLITE_INTERRUPT"):
+        store.verify(stopping)
+    store.verify()
+    store.close()
+
+
 def test_log_and_mark_lie_beside_the_file_that_a_link_leads_to(tmp_path, vectors):
     (tmp_path / "real").mkdir()
     (tmp_path / "link.db").symlink_to(tmp_path / "real" / "gallery.db")
@@ -289,7 +315,6 @@ def test_a_closed_store_says_so(tmp_path, vectors):
     store = Store(tmp_path / "gallery.db", MODEL, 32)
     store.close()
     store.close()
-    with pytest.raises(StoreError):
-        store.enrol("alice", vectors(1))
-    with pytest.raises(StoreError):
-        store.state()
+    for ask in (lambda: store.enrol("alice", vectors(1)), store.state, store.check):
+        with pytest.raises(StoreError, match="closed"):
+            ask()

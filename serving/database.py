@@ -58,8 +58,9 @@ def opened(path: Path, target: Target, restored: bool) -> Iterator[Database]:
         restored: take the store as it is, and write its mark anew.
 
     Raises:
-        UserError: it cannot be used, is in use, or is refused.
+        UserError: it is in use, or refused.
         sqlite3.Error: it is damaged.
+        OSError: a file cannot be made or written.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_owned(path, target.path))
@@ -70,17 +71,11 @@ def opened(path: Path, target: Target, restored: bool) -> Iterator[Database]:
             writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         reader = stack.enter_context(_connected(target.path))
         row = read_gallery(reader)
-        try:
-            if restored:
-                make_mark(mark_path(target.path), Reached(row.uid, row.revision))
-            mark = Mark(mark_path(target.path), Reached(row.uid, row.revision))
-            stack.callback(mark.close)
-            mark.move(row.revision)  # the last change may have been committed, but neither noted nor acknowledged
-        except OSError as error:
-            raise UserError(
-                f"'{mark_path(target.path)}' cannot be written: {error.strerror}; a store needs a folder that can be "
-                "written"
-            ) from error
+        if restored:
+            make_mark(mark_path(target.path), Reached(row.uid, row.revision))
+        mark = Mark(mark_path(target.path), Reached(row.uid, row.revision))
+        stack.callback(mark.close)
+        mark.move(row.revision)  # the last change may have been committed, but neither noted nor acknowledged
         database = Database(target.path, writer, reader, mark)
         try:
             yield database
@@ -96,25 +91,25 @@ def _owned(path: Path, real: Path) -> Iterator[None]:
     The descriptor is closed after SQLite's: closing any descriptor of a file drops the locks that SQLite has on it.
     """
     _refuse_missing(path, real)
+    file = os.open(real, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        file = os.open(real, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise UserError(
-            f"the store '{path}' cannot be used: {error.strerror}; --store takes a file in a folder that can be written"
-        ) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(file, path)
         held = os.fstat(file)
         if _inode(real) != (held.st_dev, held.st_ino):
             raise UserError(f"the store '{path}' was replaced while it was opened; start again")
-        flush_folder(real.parent)
+        flush_folder(real.parent)  # SQLite does not flush the entry of a new file
         yield
+    finally:
+        os.close(file)
+
+
+def _lock(file: int, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process exits
     except BlockingIOError as error:
         raise UserError(
             f"the store '{path}' is in use by another process; stop that one, or give --store another file"
         ) from error
-    finally:
-        os.close(file)
 
 
 @contextlib.contextmanager

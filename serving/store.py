@@ -99,6 +99,11 @@ class Store:
                     f"the store '{path}' cannot be opened: {error}; it must be a Hypersphere store on a disk that can "
                     "be written: check the path, or restore the file from a backup (see docs/storage.md)"
                 ) from error
+            except OSError as error:
+                raise UserError(
+                    f"the store '{path}' cannot be used: {error.strerror}; --store takes a file in a folder that "
+                    "can be written, with room for it"
+                ) from error
             self._opened = stack.pop_all()
         self._writer, self._reader = self._database.writer, self._database.reader
         self._outcomes = Outcomes(self._secret, round(key_hours * 3_600_000))

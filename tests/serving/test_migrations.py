@@ -19,6 +19,10 @@ MODEL = "a" * 32
 NOW = datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
+class Killed(Exception):
+    pass
+
+
 def _first_schema(path, x, stop=None):
     """A store as the first version wrote it: two subjects, one erased, two keys. Returns {subject: sample ids}."""
     connection = sqlite3.connect(path, isolation_level=None)
@@ -125,11 +129,11 @@ def test_a_migration_that_is_cut_off_goes_on(tmp_path, vectors, monkeypatch, ste
     def cut(connection, target):
         if done:
             MIGRATIONS[step](connection, target)
-        raise InterruptedError("killed")
+        raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr("serving.migrations.MIGRATIONS", (*MIGRATIONS[:step], cut, *MIGRATIONS[step + 1 :]))
-        with pytest.raises(InterruptedError):
+        with pytest.raises(Killed):
             Store(path, MODEL, 32)
     gallery = Gallery(Store(path, MODEL, 32), Rule(0.5, ""), Rule(0.5, ""))
     gallery.load()

@@ -1,3 +1,4 @@
+import errno
 import os
 import sqlite3
 import stat
@@ -309,6 +310,20 @@ def test_a_full_disk_is_an_error_and_loses_nothing(opened, vectors):
     opened._writer.execute("PRAGMA max_page_count = 100000")
     opened.enrol("after", x[0])
     assert "after" in _all(opened)
+
+
+@pytest.mark.parametrize("call", ["os.open", "os.write", "os.replace", "os.pwrite", "fcntl.flock"])
+def test_a_disk_that_fails_at_the_start_is_one_sentence(tmp_path, monkeypatch, call):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(call, fail)
+        with pytest.raises(UserError, match=r"gallery\.db' cannot be used: No space left on device; --store takes"):
+            Store(tmp_path / "gallery.db", MODEL, 32)
+    store = Store(tmp_path / "gallery.db", MODEL, 32)
+    assert store.state().samples == 0
+    store.close()
 
 
 def test_a_closed_store_says_so(tmp_path, vectors):

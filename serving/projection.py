@@ -98,11 +98,11 @@ class Projection:
                 self._store.verify(ending)
                 self._install(self._build(tell, ending, settled=True))
                 self._loaded = True
-            except (StoreError, UserError) as error:
+            except FAILURES as error:
                 if ending():
                     raise Stopped("loading was stopped") from error
-                self.status = Status("failed", reason=str(error))
-                raise UserError(str(error)) from error
+                self.status = Status("failed", reason=_reason(error))
+                raise UserError(self.status.reason) from error
 
     def close(self) -> None:
         """End the building of an index, if there is one, and close the store."""
@@ -192,7 +192,7 @@ class Projection:
                 self._install(index)
         except FAILURES as error:
             self._failed_at = time.monotonic()
-            self.status = Status("failed", reason=f"the index cannot be built: {error}")
+            self.status = Status("failed", reason=f"the index cannot be built: {_reason(error)}")
         except Stopped:
             self.status = Status("failed", reason="the service is being stopped")
         finally:
@@ -229,6 +229,10 @@ class Projection:
             )
         self.index, self.revision, self._apart = index, state.revision, False
         self.status = Status("ready", index.samples, index.samples)
+
+
+def _reason(error: Exception) -> str:
+    return "there is not enough memory for the index" if isinstance(error, MemoryError) else str(error)
 
 
 class Change:

@@ -239,6 +239,20 @@ def test_nothing_is_answered_before_loading(tmp_path, vectors):
     gallery.close()
 
 
+def test_an_index_that_does_not_fit_in_memory_is_told(tmp_path, vectors, monkeypatch):
+    store = Store(tmp_path / "gallery.db", MODEL, 32)
+    store.enrol("alice", vectors(1))
+
+    def fail(*_):
+        raise MemoryError
+
+    gallery = Gallery(store, Rule(0.5, ""), Rule(0.5, ""))
+    monkeypatch.setattr("serving.projection.Index.add", fail)
+    with pytest.raises(UserError, match="there is not enough memory for the index"):
+        gallery.load()
+    gallery.close()
+
+
 def _slow_pieces(store, monkeypatch):
     """Rows are read one by one; each read waits for a permit."""
     monkeypatch.setattr("serving.store.ROWS_A_READ", 1)

@@ -43,13 +43,15 @@ def main() -> None:
     for vectors in (0, options.gallery):
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
             embedder = write_embedder(Path(folder) / "embedder")
-            clients = {
+            addresses = {
                 name: stack.enter_context(served(path, embedder, Path(folder) / f"{name}.sqlite"))
                 for name, path in checkouts.items()
             }
-            for client in clients.values():
-                fill(client, vectors)
-                ask(client, options.requests // 4)  # warm
+            clients: dict[str, socket.socket] = {}
+            for name, address in addresses.items():
+                clients[name] = stack.enter_context(connected(address))
+                fill(clients[name], vectors)
+                ask(clients[name], options.requests // 4)  # warm
             seconds: dict[str, list[list[float]]] = {name: [] for name in clients}
             for _ in range(options.rounds):
                 for name, client in clients.items():
@@ -98,16 +100,14 @@ def write_embedder(folder: Path) -> Path:
 
 
 @contextmanager
-def served(checkout: Path, embedder: Path, store: Path) -> Iterator[socket.socket]:
-    """A connection to the service of a checkout, started by its command line."""
+def served(checkout: Path, embedder: Path, store: Path) -> Iterator[tuple[str, int]]:
+    """The address of the service of a checkout, started by its command line."""
     command = [sys.executable, "-m", "serving.cli", "serve", "--embedder", str(embedder), "--store", str(store)]
     command += ["--port", "0", "--verify-threshold", "0.5", "--identify-threshold", "0.5"]
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
-            with socket.create_connection(_address(process), timeout=START_S) as wire:
-                wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                yield wire
+            yield _address(process)
         finally:
             process.terminate()
 
@@ -119,6 +119,12 @@ def _address(process: subprocess.Popen[str]) -> tuple[str, int]:
             host, port = line.removeprefix("Serving on http://").split(";")[0].split(":")
             return host, int(port)
     raise SystemExit("the service did not start")
+
+
+def connected(address: tuple[str, int]) -> socket.socket:
+    wire = socket.create_connection(address, timeout=START_S)
+    wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return wire
 
 
 def unit_vectors(count: int, seed: int) -> NDArray[np.float32]:

@@ -83,6 +83,7 @@ def _mutated(image: bytes, rng: random.Random) -> bytes:
     return bytes(spoiled)
 
 
+@pytest.mark.timeout(1800)
 def test_mutated_images_are_decoded_or_refused(open_site):
     """The seed is told, so that a fault can be made again: HOSTILE_SEED."""
     site = open_site()

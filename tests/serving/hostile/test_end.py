@@ -22,10 +22,12 @@ def test_sigterm_is_obeyed_while_bombs_and_slow_clients_are_under_way(embedder, 
         body = {"embeddings": [ROWS[number].tolist()]}
         assert server.http.request(ENROL, f"/v1/subjects/s{number}/samples", json=body).status_code == 201
         enrolled.add(f"s{number}")
-    members = [crowds.at_once(image_form(ATTACKS[bomb]())) for bomb in BOMBS for _ in range(3)]
+    bombs = [image_form(ATTACKS[bomb]()) for bomb in BOMBS]
+    members = [crowds.at_once(bomb) for bomb in bombs * 3]
     for _ in range(10):
         members += [crowds.drip(http("GET", "/healthz")), crowds.after_head(json(b" " * 1000)), crowds.nothing()]
-    attack = threading.Thread(target=crowds.crowd, args=(to, members, 30))
+    met: list[crowds.Met] = []
+    attack = threading.Thread(target=lambda: met.extend(crowds.crowd(to, members, 30)))
     large = http("GET", "/docs-assets/swagger-ui-bundle.js").replace(b"close", b"keep-alive")
     with crowds.deaf(to, 10, large * 10):
         attack.start()
@@ -36,6 +38,7 @@ def test_sigterm_is_obeyed_while_bombs_and_slow_clients_are_under_way(embedder, 
     attack.join()
     assert code == 0, "".join(server.output)
     assert seconds < SHUTDOWN_S + SLACK_S
+    assert not {one.status for one in met} & {500, 502, 504}, "whoever is cut off is told so: 503"
     assert "Traceback" not in "".join(server.output)
     again = Server(**settings)
     assert enrolled == listed(again)

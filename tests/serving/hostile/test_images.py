@@ -41,7 +41,7 @@ def test_many_bombs_at_once_do_not_shut_others_out(open_site):
     """Both decoders are busy with bombs all the time; a good picture is read nevertheless."""
     site = open_site()
     bomb = ATTACKS["jpeg: as many scans of colour as are allowed"]()
-    clients = 16 if LONG else 6
+    clients = 16 if LONG else 4
     with site.attacked(f"{clients} bombs at once") as outcome:
         outcome.requests = clients + 1
         outcome.memory_mb *= 2  # two at a time

@@ -21,6 +21,7 @@ from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import openapi
@@ -65,7 +66,7 @@ VERIFY = Expected({"probe": 1, "reference": 1}, needed="probe", fields=("subject
 IDENTIFY = Expected({"image": 1}, needed="image", fields=("top_k", "below_threshold"), vectors=1)
 # What answers PUT points to its successor in the way of RFC 9745; the date is that of the release that began it.
 SUPERSEDED = {"deprecation": "@1795651200", "link": '<{path}>; rel="successor-version"; method="POST"'}
-router = APIRouter(responses=openapi.ERRORS)
+router, open_router = (APIRouter(responses=openapi.ERRORS) for _ in range(2))  # the second asks for no key
 
 
 @router.post("/v1/verify", tags=["decide"], openapi_extra=openapi.VERIFY)
@@ -134,13 +135,13 @@ async def embed(request: Request) -> EmbedAnswer:
     return await _compute(request, lambda service, request_id: service.embed(sent, request_id))
 
 
-@router.get("/healthz", tags=["operate"])
+@open_router.get("/healthz", tags=["operate"])
 async def healthz() -> HealthAnswer:
     """The process is alive. Touches nothing else."""
     return HealthAnswer()
 
 
-@router.get("/readyz", tags=["operate"], response_model_exclude_none=True)
+@open_router.get("/readyz", tags=["operate"], response_model_exclude_none=True)
 async def readyz(request: Request) -> ReadyAnswer:
     """The store answers and the index is in step with it; 503 otherwise. Without the key it says no more than that."""
     return _service(request).ready(request.state.trusted, request.state.request_id)
@@ -178,6 +179,7 @@ def create_app(
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.service = service
+    app.include_router(open_router)
     app.include_router(router, dependencies=[Depends(docs_key)] if settings.api_key else [])
     app.add_middleware(HostCheck, allowed_hosts=allowed_hosts)
     app.add_middleware(Guard, settings=settings, metrics=service.metrics)
@@ -255,7 +257,12 @@ async def _on_http_error(request: Request, error: Any) -> JSONResponse:
         error.status_code, (f"http_{error.status_code}", "see /docs")
     )
     message = f"{request.method} {request.url.path[:200]}: {error.detail}; {advice}"
-    return _answer(request, ApiError(error.status_code, code, message, headers=dict(error.headers or {})))
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # the router knows only the first route of a path
+        every = [route for route in (*router.routes, *open_router.routes) if isinstance(route, Route)]
+        these = [route.methods or () for route in every if route.matches(request.scope)[0] is not Match.NONE]
+        headers["allow"] = ", ".join(sorted(set().union(*these))) or headers.get("allow", "")
+    return _answer(request, ApiError(error.status_code, code, message, headers=headers))
 
 
 async def _on_invalid(request: Request, error: Any) -> JSONResponse:

@@ -105,6 +105,7 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             raise httptools.HttpParserError(f"more than {MAX_PIPELINED} requests were sent ahead")
         self._in_head = False
+        self._one_host()
         self._room.idle.pop(self, None)
         self._start_timer(self._room.body_s + GRACE_S)
         super().on_headers_complete()
@@ -134,6 +135,16 @@ class Connection(HttpToolsProtocol):
         return True
 
     # Means
+
+    def _one_host(self) -> None:
+        """A request names one host; one in its target goes before the header (RFC 9112, 3.2)."""
+        hosts = [value for name, value in self.headers if name == b"host"]
+        if len(hosts) > 1 or (not hosts and self.parser.get_http_version() == "1.1"):
+            raise httptools.HttpParserError("a request needs one Host header")
+        target = httptools.parse_url(self.url)
+        if target.host is not None:
+            host = target.host + (b":%d" % target.port if target.port else b"")
+            self.headers[:] = [(name, host if name == b"host" else value) for name, value in self.headers]
 
     def _refuse(self, status: int, code: str, message: str) -> None:
         """Answer what never became a request, in the shape of all errors, and close."""
@@ -175,6 +186,10 @@ class _Lingering:
 
     def is_closing(self) -> bool:
         return self._connection.lingers or self._transport.is_closing()
+
+    def write(self, data: bytes) -> None:
+        if not self.is_closing():  # the client may have gone, which uvicorn learns later
+            self._transport.write(data)
 
     def close(self) -> None:
         if not self.is_closing() and self._connection.linger():

@@ -25,6 +25,12 @@ class ApiError(Exception):
         return {"error": error, "request_id": request_id}
 
 
+def stopping() -> ApiError:
+    """503 for what the service no longer finishes."""
+    headers = {"retry-after": "5", "connection": "close"}
+    return ApiError(503, "stopping", "the service is stopping; ask again", headers=headers)
+
+
 def invalid_fields(faults: Sequence[tuple[str, str]]) -> ApiError:
     """422 for fields that are not as the schema wants them: (where, what is wrong). The first ten are told."""
     listed = [{"where": place[:MAX_NAME], "problem": text} for place, text in faults[:10]]

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from serving.errors import ApiError
+from serving.errors import ApiError, stopping
 from serving.metrics import Metrics
 from serving.settings import Settings
 
@@ -32,6 +32,7 @@ ASSETS = "/docs-assets"  # the script and the style sheet of /docs
 # Neither key nor limits: they cost nothing and say nothing about anybody. With a key, /readyz says more.
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
 REQUEST_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+UNANSWERED: int = 0  # in place of a status
 CLIENTS_REMEMBERED = 10_000
 HEADERS = ((b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff"))  # answers are about people
 
@@ -120,7 +121,7 @@ class Guard:
         sent_id = headers.get(b"x-request-id", b"")
         request_id = sent_id.decode() if REQUEST_ID.fullmatch(sent_id) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        start, status = time.perf_counter(), 500  # of a request that fails without an answer
+        start, status = time.perf_counter(), UNANSWERED
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -137,11 +138,14 @@ class Guard:
             await self._app(scope, lambda: self._receive(body), answer)
         except ApiError as error:
             await _send(answer, error, request_id)
+        except asyncio.CancelledError:  # the time for finishing after SIGTERM is over
+            if status == UNANSWERED:
+                await _send(answer, stopping(), request_id)
         finally:
             self._under_way -= 1
             self._buffered -= body.received
             route = getattr(scope.get("route"), "path", "none")
-            self._metrics.answered(route, scope["method"], status, time.perf_counter() - start)
+            self._metrics.answered(route, scope["method"], status or 500, time.perf_counter() - start)
 
     def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> bool:
         """Whether whoever asks may know about the gallery. Raises ApiError where a request is refused unread."""

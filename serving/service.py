@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from serving.decoding import Decoders, DecodersClosed, ImageRefused, Limits
 from serving.embedder import Embedder
-from serving.errors import ApiError
+from serving.errors import ApiError, stopping
 from serving.gallery import Gallery, Stopped
 from serving.index import NORM_TOLERANCE
 from serving.metrics import Metrics
@@ -278,8 +278,7 @@ class Service:
             status = 415 if error.code == "not_an_image" else 422
             raise ApiError(status, error.code, str(error), {"part": part, "number": number}) from error
         except DecodersClosed as error:
-            message = "the service is stopping; ask again"
-            raise ApiError(503, "stopping", message, headers={"retry-after": "5"}) from error
+            raise stopping() from error
         with self.metrics.embedding(len(images)):
             try:
                 return self.embedder.embed(pixels_BCHW)

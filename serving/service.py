@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 from pydantic import TypeAdapter, ValidationError
 
-from serving.embedder import Embedder
 from serving.errors import ApiError
 from serving.gallery import Gallery
 from serving.index import NORM_TOLERANCE
@@ -43,6 +42,7 @@ from serving.settings import Settings
 from serving.store import Enrolment, IdempotencyKey, Store
 from serving.threshold import rules
 from trainer.data.image import load_image
+from trainer.embedder import Embedder
 from trainer.errors import UserError
 
 KEY = re.compile(r"[\x21-\x7e]{1,255}")

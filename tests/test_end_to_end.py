@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
-from trainer.artifact import read_manifest
+from trainer.embedder import read_manifest
 
 pytestmark = [pytest.mark.timeout(580), pytest.mark.filterwarnings("default")]
 

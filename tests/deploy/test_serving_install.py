@@ -22,15 +22,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from trainer.artifact import (
-    MODEL_FILE,
-    Calibration,
-    EmbedderManifest,
-    Preprocessing,
-    Threshold,
-    model_id,
-    write_manifest,
-)
+from trainer.data.image import Preprocessing
+from trainer.embedder import MODEL_FILE, EmbedderManifest, model_id, write_manifest
+from trainer.evaluation.report import Calibration, Threshold
 
 pytestmark = pytest.mark.timeout(900)
 

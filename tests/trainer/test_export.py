@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from trainer.artifact import MANIFEST_FILE, MODEL_FILE, Preprocessing, read_manifest
 from trainer.backbones.build import build
 from trainer.config import BackboneConfig
+from trainer.data.image import Preprocessing
+from trainer.embedder import MANIFEST_FILE, MODEL_FILE, read_manifest
 from trainer.errors import UserError
 from trainer.export import export
 
@@ -149,7 +150,7 @@ def test_nan_is_a_difference(tmp_path: Path) -> None:
 
 def test_an_existing_folder_is_kept_unless_overwriting_is_allowed(tmp_path: Path) -> None:
     first = export(Flat(), GREY, tmp_path / "embedder", drawings(2), {})
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="is an embedder already"):
         export(Flat(), GREY, tmp_path / "embedder", drawings(2), {})
     assert read_manifest(tmp_path / "embedder") == first
     second = export(Flat(8), GREY, tmp_path / "embedder", drawings(2), {}, overwrite=True)

@@ -13,7 +13,7 @@ from trainer.evaluation.metrics import (
     ten_fold_accuracy,
     verification_curve,
 )
-from trainer.evaluation.report import Histogram, TarAtFar, TenFold, Verification, rounded, thinned
+from trainer.evaluation.report import AllPairs, Histogram, TarAtFar, TenFold, rounded, thinned
 from trainer.evaluation.scores import GRID, STEPS, Labels, PairCounts, Vectors, pair_counts
 
 HISTOGRAM_BINS = 200  # from the lowest score that occurs to the highest; fewer where pairs are few
@@ -23,15 +23,15 @@ PAIRS_PER_FOLD = 300  # mated, and as many non-mated, as in LFW
 
 def verification(
     vectors_ND: Vectors, labels_N: Labels, *, fars: Sequence[float], seed: int, max_samples: int
-) -> Verification:
-    """Verification over all pairs of the samples, or of whole identities up to `max_samples` of them."""
+) -> AllPairs:
+    """AllPairs over all pairs of the samples, or of whole identities up to `max_samples` of them."""
     rows = whole_identities(labels_N, max_samples, seed)
     vectors_ND, labels_N = vectors_ND[rows], labels_N[rows]
     counts = pair_counts(vectors_ND, labels_N)
     curve = verification_curve(counts)
     kept = thinned(curve.fmr_T, curve.fnmr_T)
     points = [tar_at_far(curve, far) for far in fars]
-    return Verification(
+    return AllPairs(
         samples=len(labels_N),
         mated_pairs=curve.mated,
         non_mated_pairs=curve.non_mated,

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import UserError
-from trainer.evaluation.bootstrap import fnir_interval, mean_interval
 from trainer.evaluation.geometry import angles
+from trainer.evaluation.intervals import fnir_interval, mean_interval
 from trainer.evaluation.metrics import (
     OperatingPoint,
     fnir_at_fpir,

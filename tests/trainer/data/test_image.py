@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from trainer.artifact import Preprocessing
-from trainer.data.image import FORMATS, MAX_BYTES, decode, load_image
+from trainer.data.image import FORMATS, MAX_BYTES, Preprocessing, decode, load_image
 from trainer.errors import UserError
 
 GREY = Preprocessing(mode="L", height=8, width=8)

@@ -7,12 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.config import DataConfig
 from trainer.data.batch import PADDING, Batch
 from trainer.data.image import load_image
 from trainer.data.manifest import Manifest
 from trainer.data.shards import SplitWriter
-from trainer.data.stream import Stream, preprocessing
+from trainer.data.stream import DataConfig, Stream, preprocessing
 from trainer.errors import UserError
 
 

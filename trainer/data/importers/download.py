@@ -2,12 +2,12 @@
 
 import hashlib
 import os
-import tempfile
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
 
+from trainer.atomic import fresh_file
 from trainer.data.index import Progress
 from trainer.errors import UserError
 
@@ -34,18 +34,14 @@ def fetch(url: str, md5: str, name: str, progress: Progress | None = None) -> Pa
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{name}.") as file:
-            found = _download(url, file, progress)  # type: ignore[arg-type]
+        with fresh_file(path) as file:
+            found = _download(url, file, progress)
             if found != md5:
                 raise UserError(f"'{url}' has MD5 {found}, not the published {md5}; try again, or give the file itself")
-            file.flush()
-            os.fsync(file.fileno())
-            path.unlink(missing_ok=True)
-            os.link(file.name, path)  # the temporary name goes away with the file object, the content stays
     except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise UserError(
-            f"cannot download '{url}' ({reason}); get the file elsewhere and give it with --source or OMNIGLOT_ZIP"
+            f"cannot download '{url}' ({reason}); get the file elsewhere and name it as SOURCE or in OMNIGLOT_ZIP"
         ) from error
     return path
 
@@ -58,7 +54,7 @@ def _download(url: str, file: BinaryIO, progress: Progress | None) -> str:
         while chunk := answer.read(_CHUNK):
             done += len(chunk)
             if done > _MAX_BYTES:
-                raise UserError(f"'{url}' sends more than {_MAX_BYTES} bytes; give the file itself with --source")
+                raise UserError(f"'{url}' sends more than {_MAX_BYTES} bytes; name the file itself as SOURCE")
             digest.update(chunk)
             file.write(chunk)
             if progress is not None:

@@ -68,13 +68,13 @@ def test_wrong_content_is_not_kept(server: str):
 
 @pytest.mark.parametrize("path", ["/cut", "/gone"])
 def test_failed_download_leaves_nothing_and_names_the_way_out(server: str, path: str):
-    with pytest.raises(UserError, match=r"--source or OMNIGLOT_ZIP|not the published"):
+    with pytest.raises(UserError, match=r"SOURCE or in OMNIGLOT_ZIP|not the published"):
         fetch(server + path, MD5, "x.zip")
     assert list(cache_folder().iterdir()) == []
 
 
 def test_no_network(server: str):
-    with pytest.raises(UserError, match=r"cannot download 'http://127\.0\.0\.1:1/x' .*--source or OMNIGLOT_ZIP"):
+    with pytest.raises(UserError, match=r"cannot download 'http://127\.0\.0\.1:1/x' .*SOURCE or in OMNIGLOT_ZIP"):
         fetch("http://127.0.0.1:1/x", MD5, "x.zip")
 
 

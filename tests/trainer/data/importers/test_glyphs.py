@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer.artifact import Preprocessing
-from trainer.data.image import load_image
+from trainer.data.image import Preprocessing, load_image
 from trainer.data.importers import glyphs
 from trainer.data.importers.glyphs import open_glyphs
 from trainer.data.importers.run import ImportOptions, run_import

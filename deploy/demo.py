@@ -76,7 +76,7 @@ def import_command() -> list[str]:
         return omniglot
     if SHARED_COPY.is_file():
         console.print(f"data: Omniglot, from {SHARED_COPY}", highlight=False)
-        return [*omniglot, "--source", str(SHARED_COPY)]
+        return [*omniglot, str(SHARED_COPY)]
     if hypersphere(*omniglot, quiet=True) == 0:
         console.print("data: Omniglot, downloaded")
         return [*omniglot, "--overwrite"]

@@ -75,20 +75,23 @@ def export_run(
     backbone = build(config.backbone, pixels.channels, pixels.height, pixels.width)
     backbone.load_state_dict(_weights(found))
     note = RunNote.read(config.run.out)
-    provenance = {
-        "checkpoint_step": str(found.step),
-        "class_digest": found.manifest.class_digest,
-        "classes": str(found.manifest.classes),
-        "mlflow_run_id": note.mlflow_run_id,
-        "tracking_uri": "" if "@" in note.tracking_uri else note.tracking_uri,  # it may hold a password
-        "data": manifest.kind,
-    }
+    provenance = _provenance(found, note) | {"data": manifest.kind}
     model = embedder_of(config, found, backbone)
     written = export(model, pixels, out, _images(folder, manifest, config), provenance, overwrite=overwrite)
     if register and note.mlflow_run_id:
         with added_to(config.tracking, note.mlflow_run_id, on_trouble) as tracker:
             tracker.register(out, written.model_id)
     return written
+
+
+def _provenance(found: Checkpoint, note: RunNote) -> dict[str, str]:
+    return {
+        "checkpoint_step": str(found.step),
+        "class_digest": found.manifest.class_digest,
+        "classes": str(found.manifest.classes),
+        "mlflow_run_id": note.mlflow_run_id,
+        "tracking_uri": "" if "@" in note.tracking_uri else note.tracking_uri,  # it may hold a password
+    }
 
 
 def _weights(found: Checkpoint) -> dict[str, torch.Tensor]:
@@ -129,20 +132,18 @@ def export(
         RuntimeError: ONNX Runtime and torch differ by more than 1e-4.
     """
     expected = (preprocessing.channels, preprocessing.height, preprocessing.width)
-    if sample_images_BCHW.dtype != torch.uint8 or tuple(sample_images_BCHW.shape[1:]) != expected:
+    shape = tuple(sample_images_BCHW.shape)
+    if sample_images_BCHW.dtype != torch.uint8 or shape[1:] != expected or not shape[0]:
         raise UserError(
-            f"sample images of type {sample_images_BCHW.dtype} and shape {tuple(sample_images_BCHW.shape)} do not fit "
-            f"the preprocessing; give uint8 [B, {', '.join(map(str, expected))}]"
+            f"export cannot compare the model with torch on images of type {sample_images_BCHW.dtype} and shape "
+            f"{shape}; give one real image or more, uint8 [B, {', '.join(map(str, expected))}]"
         )
-    if len(sample_images_BCHW) == 0:
-        raise UserError("export compares the exported model with torch on real images, but got none; give at least one")
     with fresh_folder(out, _EMBEDDER, overwrite) as folder:
         model = UnitVectors(copy.deepcopy(backbone)).float().cpu().eval()
         onnx = _to_onnx(model, preprocessing)
-        dimension = _check(onnx, model, sample_images_BCHW.cpu())
         manifest = EmbedderManifest(
             model_id=model_id(onnx, preprocessing),
-            dimension=dimension,
+            dimension=_check(onnx, model, sample_images_BCHW.cpu()),
             preprocessing=preprocessing,
             provenance=provenance,
         )

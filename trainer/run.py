@@ -105,12 +105,12 @@ def start(config: Config, resume: bool, on_record: Callable[[Record], None], on_
     tracker = Tracker(config.tracking, on_trouble, note.mlflow_run_id or None)
     tags = {"data": str(config.data.path), "data_kind": manifest.kind}
     tracker.start(config.model_dump(mode="json"), config.to_yaml(), tags)
-    evaluations = {one.step: one for one in note.evaluations}
+    measured = {one.step: one.values for one in note.evaluations}
 
     def dispatch(record: Record) -> None:
         on_record(record)
         if record.kind == "metrics":
-            evaluations[record.step] = Evaluation(step=record.step, values=record.values)
+            measured[record.step] = record.values
         if record.kind in ("step", "metrics"):
             tracker.metrics(record.values, record.step, record.time_ms)
 
@@ -122,16 +122,21 @@ def start(config: Config, resume: bool, on_record: Callable[[Record], None], on_
         status = "KILLED"
         raise
     finally:
-        note = RunNote(
-            mlflow_run_id=tracker.run_id() or "",
-            tracking_uri=config.tracking.uri,
-            evaluations=tuple(evaluations[step] for step in sorted(evaluations)),
-        )
-        write_file(folder / NOTE, note.model_dump_json(indent=1) + "\n")
-        if course := note.course():
-            tracker.artifact(_draw(course, folder))
+        _finish(config, tracker, measured)
         tracker.close(status)
     return folder
+
+
+def _finish(config: Config, tracker: Tracker, measured: Mapping[int, dict[str, float]]) -> None:
+    """Write the note, and the picture of what was measured (by step), however the run ended."""
+    evaluations = tuple(Evaluation(step=step, values=measured[step]) for step in sorted(measured))
+    note = RunNote(mlflow_run_id=tracker.run_id() or "", tracking_uri=config.tracking.uri, evaluations=evaluations)
+    folder = config.run.out
+    write_file(folder / NOTE, note.model_dump_json(indent=1) + "\n")
+    if course := note.course():
+        from trainer.evaluation.plots import course_plot  # matplotlib, which the workers do not need
+
+        tracker.artifact(course_plot(course, folder / f"{COLLAPSE}.png"))
 
 
 def check(config: Config, resume: bool) -> Manifest:
@@ -151,9 +156,3 @@ def check(config: Config, resume: bool) -> Manifest:
     with torch.device("meta"):
         build(config.backbone, pixels.channels, pixels.height, pixels.width)
     return manifest
-
-
-def _draw(course: list[tuple[int, Mapping[str, float]]], folder: Path) -> Path:
-    from trainer.evaluation.plots import course_plot  # matplotlib, which the workers do not need
-
-    return course_plot(course, folder / f"{COLLAPSE}.png")

@@ -22,9 +22,8 @@ from trainer.checkpoint import Checkpoint, CheckpointManifest
 from trainer.collapse import Collapse
 from trainer.config import Config
 from trainer.data.augment import Augment
-from trainer.data.batch import Batch
 from trainer.data.manifest import Manifest
-from trainer.data.stream import Stream, preprocessing
+from trainer.data.stream import Batch, Stream, preprocessing
 from trainer.distributed import Group, average_buffers, sum_not_mean
 from trainer.engine import Engine
 from trainer.errors import UserError

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from trainer.data.batch import PADDING, Batch
+from trainer.data.stream import PADDING, Batch
 from trainer.errors import UserError
 from trainer.strict import Strict
 

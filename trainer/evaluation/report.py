@@ -1,14 +1,17 @@
 """What evaluation and calibration found, as JSON: the Report with all that tables and plots show, and Thresholds."""
 
+from math import isqrt
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from trainer.evaluation.scores import GRID, STEPS, PairCounts
 from trainer.strict import Strict
 
 CURVE_POINTS = 200  # kept along each axis of a curve
+HISTOGRAM_BINS = 200  # from the lowest score that occurs to the highest; fewer where pairs are few
 
 
 class TarAtFar(Strict):
@@ -197,3 +200,16 @@ def thinned(falling_T: NDArray[np.float64], rising_T: NDArray[np.float64]) -> ND
         found = np.minimum(np.searchsorted(ascending_T, levels), len(ascending_T) - 1)
         kept.update((len(ascending_T) - 1 - found if flip else found).tolist())
     return np.array(sorted(kept))
+
+
+def histogram_of(counts: PairCounts) -> Histogram:
+    """Densities of the mated and non-mated scores, over the range that occurs."""
+    cells = np.flatnonzero(counts.mated + counts.non_mated)
+    bins = min(HISTOGRAM_BINS, 20 + isqrt(int(counts.mated.sum())))
+    width = max(1, -(-int(cells[-1] + 1 - cells[0]) // bins))
+    starts = np.arange(cells[0], cells[-1] + 1, width)
+    edges = (np.append(starts, starts[-1] + width) - STEPS) * GRID
+    mated, non_mated = (
+        np.add.reduceat(c[: cells[-1] + 1], starts) / c.sum() / (width * GRID) for c in (counts.mated, counts.non_mated)
+    )
+    return Histogram(edges=rounded(edges, 9), mated=rounded(mated), non_mated=rounded(non_mated))

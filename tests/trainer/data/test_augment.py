@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from trainer.data.augment import Augment, AugmentConfig, to_float
-from trainer.data.batch import PADDING, Batch
+from trainer.data.stream import PADDING, Batch
 from trainer.errors import UserError
 
 ALL = AugmentConfig(

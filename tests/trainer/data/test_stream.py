@@ -7,11 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.data.batch import PADDING, Batch
 from trainer.data.image import load_image
 from trainer.data.manifest import Manifest
 from trainer.data.shards import SplitWriter
-from trainer.data.stream import DataConfig, Stream, preprocessing
+from trainer.data.stream import PADDING, Batch, DataConfig, Stream, preprocessing
 from trainer.errors import UserError
 
 

@@ -14,10 +14,10 @@ import PIL
 
 from trainer.atomic import Kind, fresh_folder
 from trainer.data.image import decode
+from trainer.data.importers import Source
 from trainer.data.importers.folder import open_folder
 from trainer.data.importers.glyphs import open_glyphs
 from trainer.data.importers.omniglot import open_omniglot
-from trainer.data.importers.source import Source
 from trainer.data.index import Progress
 from trainer.data.manifest import MANIFEST_FILE, BadSample, Manifest, ShardEntry, Split
 from trainer.data.reader import ahead

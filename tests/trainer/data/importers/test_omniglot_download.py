@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data.importers.download import cache_folder, fetch
+from trainer.data.importers.omniglot import cache_folder, fetch
 from trainer.errors import UserError
 
 CONTENT = bytes(range(256)) * 4000
@@ -79,7 +79,7 @@ def test_no_network(server: str):
 
 
 def test_endless_download_is_stopped(server: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("trainer.data.importers.download._MAX_BYTES", 1000)
+    monkeypatch.setattr("trainer.data.importers.omniglot._MAX_DOWNLOAD", 1000)
     with pytest.raises(UserError, match="more than 1000 bytes"):
         fetch(f"{server}/x", MD5, "x.zip")
     assert list(cache_folder().iterdir()) == []

@@ -1,4 +1,4 @@
-"""Importers: each hands over a Source, which is a list of samples and how to read one."""
+"""Importers: each hands over a Source, a list of samples and how to read one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

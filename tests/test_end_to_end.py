@@ -29,7 +29,8 @@ ALPHABETS = ("Futurama", "Early_Aramaic", "Braille", "Hebrew", "Greek", "Korean"
 SETTINGS = [
     "backbone.name=convnet", "backbone.dimension=64", "backbone.width=16", "data.height=28", "data.width=28",
     "data.batch_size=128", "run.epochs=6", "run.max_steps=60", "run.log_every=5", "run.eval_every=3",
-    "run.checkpoint_every=25", "optimizer.lr=0.1", "optimizer.head_lr=1", "loss.scale=24", "loss.margin=0.2",
+    "run.checkpoint_every=25", "run.collapse=true", "optimizer.lr=0.1", "optimizer.head_lr=1", "loss.scale=24",
+    "loss.margin=0.2",
 ]  # fmt: skip
 
 
@@ -72,6 +73,7 @@ def data(work: Path) -> Path:
 def run(work: Path, data: Path) -> Path:
     text = hypersphere("train", f"data.path={data}", "run.out=run", *SETTINGS, cwd=work)
     assert re.search(r"step 60/60 +loss [\d.]+ +\d+ samples/s +\d+ MB", text), text
+    assert re.search(r"step 60: rank-1 [\d.]+%.*, 9 other figures in run.json and MLflow\n", text), text
     assert "MLflow at" not in text
     return work / "run"
 
@@ -188,6 +190,8 @@ def test_the_run_is_in_mlflow(work: Path, run: Path, embedder: Path) -> None:
         assert client.get_metric_history(noted["mlflow_run_id"], metric), metric
     paths = {item.path for item in client.list_artifacts(noted["mlflow_run_id"], "evaluation")}
     assert any(path.endswith(".png") for path in paths)
+    assert "neural_collapse.png" in {item.path for item in client.list_artifacts(noted["mlflow_run_id"])}
+    assert [one["step"] for one in noted["evaluations"]] == [36, 60]
     champion = client.get_model_version_by_alias("hypersphere-embedder", "champion")
     assert champion.tags["model_id"] == read_manifest(embedder).model_id
 

@@ -11,16 +11,7 @@ from typing import Literal
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from onnxruntime.capi.onnxruntime_pybind11_state import (
-    EPFail,
-    Fail,
-    InvalidArgument,
-    InvalidGraph,
-    InvalidProtobuf,
-    NoModel,
-    NotImplemented,  # ONNX Runtime's own: an operator that it does not have
-    RuntimeException,
-)
+from onnxruntime.capi import onnxruntime_pybind11_state as state
 from pydantic import Field, ValidationError
 
 from trainer.atomic import write_file
@@ -36,14 +27,8 @@ NORM_TOLERANCE = 1e-3  # of a unit vector; float32 and bfloat16 exports stay wit
 
 # ONNX Runtime's exceptions have no common base but Exception.
 RUNTIME_ERRORS = (
-    EPFail,
-    Fail,
-    InvalidArgument,
-    InvalidGraph,
-    InvalidProtobuf,
-    NoModel,
-    NotImplemented,
-    RuntimeException,
+    *(state.EPFail, state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoModel),
+    *(state.NotImplemented, state.RuntimeException),
 )
 
 
@@ -69,15 +54,20 @@ def write_manifest(folder: Path, manifest: EmbedderManifest) -> None:
     write_file(folder / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
 
 
-def read_manifest(folder: Path, verify_digest: bool = True) -> EmbedderManifest:
+def read_manifest(folder: Path) -> EmbedderManifest:
     """Read and check an Embedder's manifest; the ONNX file must have the digest that it names.
 
     Raises:
         UserError: a file is missing, malformed, or not the one that was exported.
     """
+    return _read(folder)[0]
+
+
+def _read(folder: Path) -> tuple[EmbedderManifest, bytes]:
+    """The manifest and the ONNX file that it was checked with."""
     try:
         manifest = EmbedderManifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
-        onnx = (folder / MODEL_FILE).read_bytes() if verify_digest else b""
+        onnx = (folder / MODEL_FILE).read_bytes()
     except FileNotFoundError as error:
         raise UserError(
             f"'{folder}' is not an embedder: '{error.filename}' is missing; "
@@ -88,16 +78,20 @@ def read_manifest(folder: Path, verify_digest: bool = True) -> EmbedderManifest:
             f"'{folder / MANIFEST_FILE}' is not an embedder's manifest: {error.errors()[0]['msg']} "
             f"at '{'.'.join(map(str, error.errors()[0]['loc']))}'; export the embedder again"
         ) from error
-    if verify_digest and (found := model_id(onnx, manifest.preprocessing)) != manifest.model_id:
+    if (found := model_id(onnx, manifest.preprocessing)) != manifest.model_id:
         raise UserError(
             f"'{folder / MODEL_FILE}' has digest {found}, but its manifest names {manifest.model_id}: "
             "the file was changed after export; export the embedder again"
         )
-    return manifest
+    return manifest, onnx
 
 
 def open_session(onnx: bytes, threads: int) -> onnxruntime.InferenceSession:
-    """The model in ONNX Runtime, on the CPU; raises one of `RUNTIME_ERRORS` where it cannot run it."""
+    """The model in ONNX Runtime, on the CPU; raises one of `RUNTIME_ERRORS` where it cannot run it.
+
+    From bytes, not from a path: a graph that points to weights in other files, which the digest does not cover, then
+    does not load.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -125,10 +119,7 @@ class Embedder:
         Raises:
             UserError: not an Embedder, changed after export, or a model that does not turn images into unit vectors.
         """
-        manifest = read_manifest(folder)
-        # From bytes, not from the path: a graph that points to weights in other files, which the digest does not
-        # cover, then does not load.
-        onnx = (folder / MODEL_FILE).read_bytes()
+        manifest, onnx = _read(folder)
         try:
             session = open_session(onnx, threads)
         except RUNTIME_ERRORS as error:

@@ -17,7 +17,7 @@ from onnx import ModelProto
 from torch import nn
 
 from trainer.atomic import Kind, fresh_folder
-from trainer.backbones.build import build
+from trainer.backbones import build
 from trainer.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint, latest, open_checkpoint
 from trainer.config import Config, from_tree
 from trainer.data.image import Preprocessing

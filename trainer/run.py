@@ -8,6 +8,7 @@ run.out/  config.yaml          the resolved config
 """
 
 from collections.abc import Callable, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from trainer.atomic import write_file
-from trainer.backbones.build import build
+from trainer.backbones import build
 from trainer.checkpoint import CHECKPOINTS, latest
 from trainer.config import Config
 from trainer.data.manifest import Manifest
@@ -110,7 +111,8 @@ def start(config: Config, resume: bool, on_record: Callable[[Record], None], on_
     def dispatch(record: Record) -> None:
         on_record(record)
         if record.kind == "metrics":
-            measured[record.step] = record.values
+            # JSON has no infinity, which a measure of collapsed embeddings may be.
+            measured[record.step] = {name: value for name, value in record.values.items() if isfinite(value)}
         if record.kind in ("step", "metrics"):
             tracker.metrics(record.values, record.step, record.time_ms)
 

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from trainer import checkpoint
-from trainer.backbones.build import build
+from trainer.backbones import build
 from trainer.checkpoint import Checkpoint, CheckpointManifest
 from trainer.collapse import Collapse
 from trainer.config import Config

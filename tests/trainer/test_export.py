@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from trainer.backbones.build import build
+from trainer.backbones import build
 from trainer.config import BackboneConfig
 from trainer.data.image import Preprocessing
 from trainer.embedder import MANIFEST_FILE, MODEL_FILE, read_manifest

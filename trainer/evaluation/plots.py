@@ -64,6 +64,8 @@ def course_plot(course: Sequence[tuple[int, Mapping[str, float]]], path: Path) -
             axes = figure.add_subplot(rows, _COURSE_COLUMNS, place)
             points = [(step, values[name]) for step, values in course if name in values]
             axes.plot(*zip(*points, strict=True), "o-", color=BLACK, markersize=3)
+            # From 0, to which most of them tend; what is 0 but for rounding is drawn at 0.
+            axes.set(xlim=(0, None), ylim=(0, 1.1 * max(0.05, *(value for _, value in points))))
             axes.set_title(name.replace("_", " "), loc="left")
             axes.grid(color=PALE, linewidth=0.4)
             if place > len(names) - _COURSE_COLUMNS:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.backbones.build import build
+from trainer.backbones import build
 from trainer.config import BackboneConfig
 from trainer.errors import UserError
 

@@ -131,13 +131,7 @@ def export(
         UserError: `out` exists, the images do not fit the preprocessing, or the backbone has no ONNX form.
         RuntimeError: ONNX Runtime and torch differ by more than 1e-4.
     """
-    expected = (preprocessing.channels, preprocessing.height, preprocessing.width)
-    shape = tuple(sample_images_BCHW.shape)
-    if sample_images_BCHW.dtype != torch.uint8 or shape[1:] != expected or not shape[0]:
-        raise UserError(
-            f"export cannot compare the model with torch on images of type {sample_images_BCHW.dtype} and shape "
-            f"{shape}; give one real image or more, uint8 [B, {', '.join(map(str, expected))}]"
-        )
+    _check_images(sample_images_BCHW, preprocessing)
     with fresh_folder(out, _EMBEDDER, overwrite) as folder:
         model = UnitVectors(copy.deepcopy(backbone)).float().cpu().eval()
         onnx = _to_onnx(model, preprocessing)
@@ -150,6 +144,16 @@ def export(
         (folder / MODEL_FILE).write_bytes(onnx)
         write_manifest(folder, manifest)
     return manifest
+
+
+def _check_images(images_BCHW: torch.Tensor, preprocessing: Preprocessing) -> None:
+    expected = (preprocessing.channels, preprocessing.height, preprocessing.width)
+    shape = tuple(images_BCHW.shape)
+    if images_BCHW.dtype != torch.uint8 or shape[1:] != expected or not shape[0]:
+        raise UserError(
+            f"export cannot compare the model with torch on images of type {images_BCHW.dtype} and shape {shape}; "
+            f"give one real image or more, uint8 [B, {', '.join(map(str, expected))}]"
+        )
 
 
 def _to_onnx(model: UnitVectors, preprocessing: Preprocessing) -> bytes:

@@ -95,26 +95,24 @@ def start(config: Config, resume: bool, on_record: Callable[[Record], None], on_
         UserError: config, data or an earlier run do not fit together, or what `launch` finds wrong.
         trainer.launch.TrainingFailed: a worker failed by no fault of the input.
     """
-    from trainer.launch import launch  # Ray takes seconds to import: what is wrong with the config is said before
-
     config = resolved(config)
     manifest = check(config, resume)
-    folder = config.run.out
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "config.yaml", config.to_yaml())
-    note = RunNote.read(folder) if resume else RunNote()
+    config.run.out.mkdir(parents=True, exist_ok=True)
+    write_file(config.run.out / "config.yaml", config.to_yaml())
+    note = RunNote.read(config.run.out) if resume else RunNote()
     tracker = Tracker(config.tracking, on_trouble, note.mlflow_run_id or None)
-    tags = {"data": str(config.data.path), "data_kind": manifest.kind}
-    tracker.start(config.model_dump(mode="json"), config.to_yaml(), tags)
+    tree, tags = config.model_dump(mode="json"), {"data": str(config.data.path), "data_kind": manifest.kind}
+    tracker.start(tree, config.to_yaml(), tags)
     measured = {one.step: one.values for one in note.evaluations}
 
     def dispatch(record: Record) -> None:
         on_record(record)
         if record.kind == "metrics":
-            # JSON has no infinity, which a measure of collapsed embeddings may be.
-            measured[record.step] = {name: value for name, value in record.values.items() if isfinite(value)}
+            measured[record.step] = record.values
         if record.kind in ("step", "metrics"):
             tracker.metrics(record.values, record.step, record.time_ms)
+
+    from trainer.launch import launch  # only now: Ray takes seconds to import, and who reads a note does without
 
     status: Status = "FAILED"
     try:
@@ -126,12 +124,14 @@ def start(config: Config, resume: bool, on_record: Callable[[Record], None], on_
     finally:
         _finish(config, tracker, measured)
         tracker.close(status)
-    return folder
+    return config.run.out
 
 
 def _finish(config: Config, tracker: Tracker, measured: Mapping[int, dict[str, float]]) -> None:
     """Write the note, and the picture of what was measured (by step), however the run ended."""
-    evaluations = tuple(Evaluation(step=step, values=measured[step]) for step in sorted(measured))
+    # JSON has no infinity, which a measure of collapsed embeddings may be.
+    finite = {step: {k: v for k, v in values.items() if isfinite(v)} for step, values in measured.items()}
+    evaluations = tuple(Evaluation(step=step, values=finite[step]) for step in sorted(finite))
     note = RunNote(mlflow_run_id=tracker.run_id() or "", tracking_uri=config.tracking.uri, evaluations=evaluations)
     folder = config.run.out
     write_file(folder / NOTE, note.model_dump_json(indent=1) + "\n")

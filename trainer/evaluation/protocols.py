@@ -151,10 +151,8 @@ def evaluate(
         UserError: input that cannot be compared, or too few identities or samples for a protocol.
     """
     vectors_ND, labels_N = check(embeddings_ND, labels_N)
-    if labels_N.min() < 0 or labels_N.max() >= len(class_names):
-        wrong = int(labels_N.min()) if labels_N.min() < 0 else int(labels_N.max())
-        raise UserError(f"label {wrong} has no name among {len(class_names)} classes; pass the names of the same split")
-    found = angles(vectors_ND, labels_N)
+    _check_names(labels_N, class_names)
+    geometry = _geometry(vectors_ND, labels_N)
     return Report(
         source=source,
         model_id=model_id,
@@ -165,12 +163,20 @@ def evaluate(
         verification=verification(vectors_ND, labels_N, seed=seed),
         one_shot=one_shot(vectors_ND, labels_N, class_names, seed=seed, draws=draws, replicates=replicates),
         open_set=open_set(vectors_ND, labels_N, share=unenrolled_share, fpirs=fpirs, seed=seed, replicates=replicates),
-        geometry=Geometry(
-            intra_mean=found.intra_mean,
-            inter_smallest=found.inter_smallest,
-            inter_nearest_mean=float(found.nearest_C.mean()),
-        ),
+        geometry=geometry,
     )
+
+
+def _check_names(labels_N: Labels, class_names: Sequence[str]) -> None:
+    if labels_N.min() < 0 or labels_N.max() >= len(class_names):
+        wrong = int(labels_N.min()) if labels_N.min() < 0 else int(labels_N.max())
+        raise UserError(f"label {wrong} has no name among {len(class_names)} classes; pass the names of the same split")
+
+
+def _geometry(vectors_ND: Vectors, labels_N: Labels) -> Geometry:
+    found = angles(vectors_ND, labels_N)
+    nearest = float(found.nearest_C.mean())
+    return Geometry(intra_mean=found.intra_mean, inter_smallest=found.inter_smallest, inter_nearest_mean=nearest)
 
 
 def verification(vectors_ND: Vectors, labels_N: Labels, *, seed: int) -> AllPairs:

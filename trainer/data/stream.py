@@ -130,14 +130,6 @@ class Stream:
     def steps_per_epoch(self) -> int:
         return self._sampler.steps_per_epoch
 
-    @property
-    def samples(self) -> int:
-        return self._split.samples
-
-    @property
-    def classes(self) -> int:
-        return len(self._split.classes)
-
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from `start_step` on, prepared in a background thread.
 

@@ -221,7 +221,7 @@ def closing(url: str, keep: bool, seconds: float) -> None:
     console.rule(f"done in {seconds:.0f} s", align="left")
     mlflow = Path(sys.executable).with_name("mlflow")
     console.print(f"experiments  {mlflow} ui --backend-store-uri sqlite:///{DEMO / 'mlflow.db'}", highlight=False)
-    console.print(f"plots        {EMBEDDER / 'evaluation'}", highlight=False)
+    console.print(f"plots        {EMBEDDER / 'evaluation'}, {RUN / 'neural_collapse.png'}", highlight=False)
     if keep:
         console.print(f"API          {url}/docs (stop the service with: pkill -f {STORE})", highlight=False)
     else:

@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.intervals import interval
-from serving.terminal import progress
+from serving.cli.terminal import progress
 from trainer import digits
 from trainer.config import Config
 from trainer.losses import by_name

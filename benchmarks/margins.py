@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rich.console import Console
 
 from benchmarks.intervals import interval
-from serving.terminal import progress
+from serving.cli.terminal import progress
 from trainer.config import Config, load
 from trainer.data.importers.run import ImportOptions, run_import
 from trainer.errors import UserError

@@ -76,7 +76,7 @@ def import_command() -> list[str]:
         return omniglot
     if SHARED_COPY.is_file():
         console.print(f"data: Omniglot, from {SHARED_COPY}", highlight=False)
-        return [*omniglot, "--source", str(SHARED_COPY)]
+        return [*omniglot, str(SHARED_COPY)]
     if hypersphere(*omniglot, quiet=True) == 0:
         console.print("data: Omniglot, downloaded")
         return [*omniglot, "--overwrite"]
@@ -187,7 +187,9 @@ def subject(name: str) -> str:
 
 def identify(client: httpx.Client, image: bytes) -> dict[str, Any]:
     """Who is this, or is it nobody we know?"""
-    answer = client.post("/v1/identify", files={"image": ("probe.png", image)}, data={"top_k": "1", "below_threshold": "true"})
+    answer = client.post(
+        "/v1/identify", files={"image": ("probe.png", image)}, data={"top_k": "1", "below_threshold": "true"}
+    )
     answer.raise_for_status()
     return dict(answer.json())
 
@@ -221,7 +223,7 @@ def closing(url: str, keep: bool, seconds: float) -> None:
     console.rule(f"done in {seconds:.0f} s", align="left")
     mlflow = Path(sys.executable).with_name("mlflow")
     console.print(f"experiments  {mlflow} ui --backend-store-uri sqlite:///{DEMO / 'mlflow.db'}", highlight=False)
-    console.print(f"plots        {EMBEDDER / 'evaluation'}", highlight=False)
+    console.print(f"plots        {EMBEDDER / 'evaluation'}, {RUN / 'neural_collapse.png'}", highlight=False)
     if keep:
         console.print(f"API          {url}/docs (stop the service with: pkill -f {STORE})", highlight=False)
     else:

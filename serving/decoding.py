@@ -34,8 +34,7 @@ import PIL
 from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 
-from trainer.artifact import Preprocessing
-from trainer.data.image import OutOfMemory, TooManyPixels, as_pixels, decode
+from trainer.data.image import OutOfMemory, Preprocessing, TooManyPixels, as_pixels, decode
 from trainer.errors import UserError
 
 log = logging.getLogger("hypersphere.serving")

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.decoding import Decoders, DecodersClosed, ImageRefused, Limits
-from serving.embedder import Embedder
 from serving.errors import ApiError, stopping
 from serving.gallery import Gallery, Stopped
 from serving.index import NORM_TOLERANCE
@@ -45,6 +44,7 @@ from serving.settings import Settings
 from serving.store import Enrolment, Store, StoreError
 from serving.subject_id import enrollable, known
 from serving.threshold import rules
+from trainer.embedder import Embedder
 from trainer.errors import UserError
 
 WATCH_EVERY_S = 1.0

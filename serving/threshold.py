@@ -5,8 +5,9 @@ The service never guesses a threshold: without a calibration, and without an opt
 
 from dataclasses import dataclass
 
-from trainer.artifact import EmbedderManifest, Threshold
+from trainer.embedder import EmbedderManifest
 from trainer.errors import UserError
+from trainer.evaluation.report import Threshold
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+# One thread of arithmetic a process, for the tests and for what they start. The other cores are taken by tests that run
+# at the same time: a second thread then waits for its turn, the first spins, and a product takes ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -1,8 +1,8 @@
-"""README.md: its commands are the command line's, and the tree and the map name what is there, all of it."""
+"""README.md: its commands are the command line's, its phrases are those of the files, and what it names is there."""
 
+import ast
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,16 @@ from serving.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "README.md").read_text()
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "docs/papers.md")}
 
 
 def blocks() -> str:
     return "\n".join(re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL))
+
+
+def phrase(path: Path) -> str:
+    """The first line of a file's docstring."""
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
 
 
 def test_the_command_line_accepts_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,24 +41,30 @@ def test_make_has_every_target_that_is_named() -> None:
     assert targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
-def test_the_tree_names_every_source_file_once() -> None:
+def test_the_tree_names_every_folder_with_its_phrase() -> None:
     tree = re.search(r"```text\n(.*?)```", PAGE, re.DOTALL)
     assert tree
-    named, folder = [], ""
-    for line in tree[1].splitlines():
-        name = line.split()[0]
-        if name.endswith("/") and not line.startswith(" "):
-            folder = name
-        else:
-            named.append(folder + name if line.startswith(" ") else name)
-    there = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    sources = {n for n in there if n.startswith(("trainer/", "serving/")) and not n.endswith("__init__.py")}
-    assert sources == {name for name in named if name.startswith(("trainer/", "serving/"))}
-    assert len(named) == len(set(named))
+    named = dict(line.split(maxsplit=1) for line in tree[1].splitlines())
+    folders = [path.parent for room in ("trainer", "serving") for path in (ROOT / room).rglob("__init__.py")]
+    assert named == {f"{folder.relative_to(ROOT)}/": phrase(folder / "__init__.py") for folder in folders}
+    assert list(named) == sorted(named, key=lambda name: (not name.startswith("trainer"), name))
 
 
-def test_links_and_paths_exist() -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", PAGE):
-        assert (ROOT / target).exists(), target
-    for name in re.findall(r"`((?:trainer|serving|deploy|configs|docs|benchmarks)/[\w./-]+)`", PAGE):
+def test_every_source_file_says_its_purpose_in_one_line() -> None:
+    for room in ("trainer", "serving"):
+        for path in (ROOT / room).rglob("*.py"):
+            assert phrase(path).endswith((".", "?", "`")), path
+
+
+def test_the_files_to_read_first_have_their_phrases() -> None:
+    named = re.findall(r"^\d\. `([\w/.]+)`: (.+)$", PAGE, re.MULTILINE)
+    assert len(named) == 6
+    assert dict(named) == {name: phrase(ROOT / name) for name, _ in named}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_paths_exist(page: str) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", PAGES[page]):
+        assert ((ROOT / page).parent / target).exists(), target
+    for name in re.findall(r"`((?:trainer|serving|deploy|configs|docs|benchmarks|tests)/[\w./-]+)`", PAGES[page]):
         assert (ROOT / name).exists(), name

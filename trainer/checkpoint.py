@@ -9,37 +9,35 @@ Tensors are named by what they are, never by who wrote them: the backbone in ful
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trainer.atomic import publish, sync
 from trainer.distributed import Group
 from trainer.errors import UserError
+from trainer.strict import Strict
 
+CHECKPOINTS = "checkpoints"  # in a run's folder
 MANIFEST = "checkpoint.json"
 _PARTIAL = ".partial"
 
 
-class FileEntry(BaseModel):
+class FileEntry(Strict):
     """One file of a checkpoint."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     bytes: int
     sha256: str
 
 
-class CheckpointManifest(BaseModel):
+class CheckpointManifest(Strict):
     """`checkpoint.json`: where the run stood, and what belongs to the checkpoint."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal[1] = 1
     step: int
@@ -154,7 +152,7 @@ def _whole(parent: Path) -> list[Path]:
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    _sync(path)
+    sync(path)
     entry = FileEntry(bytes=path.stat().st_size, sha256=_sha256(path))
     path.with_name(path.name + ".entry").write_text(entry.model_dump_json())
 
@@ -166,20 +164,7 @@ def _finish(partial: Path, final: Path, manifest: CheckpointManifest) -> None:
         path.unlink()
     whole = manifest.model_copy(update={"files": entries})
     (partial / MANIFEST).write_text(json.dumps(whole.model_dump(mode="json"), indent=1))
-    _sync(partial / MANIFEST)
-    _sync(partial)
-    if final.exists():  # the same step again, after a resume from an older checkpoint
-        shutil.rmtree(final)
-    partial.rename(final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    publish(partial, final)  # there may be one of this step already, after a resume from an older one
 
 
 def _sha256(path: Path) -> str:

@@ -12,9 +12,8 @@ from torch import nn
 
 from trainer.config import Config
 from trainer.data.augment import to_float
-from trainer.data.batch import PADDING, Batch
 from trainer.data.manifest import Manifest
-from trainer.data.stream import Stream
+from trainer.data.stream import PADDING, Batch, Stream
 from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.evaluation.geometry import class_means, neural_collapse

@@ -9,63 +9,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from trainer.data.augment import AugmentConfig
+from trainer.data.stream import DataConfig
 from trainer.errors import UserError
 from trainer.losses import ArcFace, Loss, Margin
+from trainer.strict import Strict
+from trainer.tracking import TrackingConfig
 
 
-class Section(BaseModel):
-    """A part of the tree: frozen, and strict about its keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-
-class DataConfig(Section):
-    """What is read, and in which batches."""
-
-    path: Path = Field(Path("data"), description="folder of shards with a manifest.json")
-    train_split: str = "train"
-    val_split: str = "val"
-    height: int = Field(112, ge=8, le=1024, description="pixels; images are resized to it")
-    width: int = Field(112, ge=8, le=1024)
-    batch_size: int = Field(256, ge=1, description="samples a step, over all ranks together")
-    shuffle_window: int = Field(50_000, ge=1, description="samples among which the order is shuffled")
-    identities_per_batch: int | None = Field(
-        None, ge=2, description="P of a P x K batch, for losses on pairs; K = batch_size / P; null: plain shuffling"
-    )
-    cache: Literal["auto", "memory", "none"] = Field(
-        "auto", description="keep decoded images: auto = when they fit in 1 GiB"
-    )
-    decode_threads: int = Field(2, ge=1, le=64, description="threads of each worker that decode images")
-
-    @model_validator(mode="after")
-    def _whole_identities(self) -> "DataConfig":
-        if self.identities_per_batch is not None and self.batch_size % self.identities_per_batch:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of identities_per_batch {self.identities_per_batch}; "
-                "choose P and K with P x K = batch_size"
-            )
-        return self
-
-
-class AugmentConfig(Section):
-    """Random changes to training images, on whole batches, in torch. 0 turns a change off."""
-
-    rotate_degrees: float = Field(0.0, ge=0, le=180, description="uniform in +- this")
-    scale: float = Field(0.0, ge=0, lt=1, description="zoom in 1 +- this")
-    shear_degrees: float = Field(0.0, ge=0, le=60)
-    translate: float = Field(0.0, ge=0, le=0.5, description="share of the image's side")
-    flip: bool = Field(False, description="mirror half of the images (faces: true; characters: false)")
-    erase: float = Field(0.0, ge=0, le=1, description="probability of erasing a random rectangle")
-    brightness: float = Field(0.0, ge=0, lt=1)
-    contrast: float = Field(0.0, ge=0, lt=1)
-    quarter_turns: bool = Field(
-        False, description="each of the 4 quarter turns of an identity is an identity of its own: 4 x the classes"
-    )
-
-
-class BackboneConfig(Section):
+class BackboneConfig(Strict):
     """The network from pixels to the embedding."""
 
     name: str = Field("iresnet50", description="convnet, iresnet18/34/50/100, mobilefacenet, vit, or timm:<name>")
@@ -74,7 +28,7 @@ class BackboneConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
 
 
-class HeadConfig(Section):
+class HeadConfig(Strict):
     """How the class centres are kept and computed; which margin is `loss`."""
 
     algorithm: Literal["auto", "store", "recompute"] = Field("auto", description="auto: store when P fits the memory")
@@ -90,7 +44,7 @@ class HeadConfig(Section):
     sample_rate: float = Field(1.0, gt=0, le=1, description="share of the negative classes used in a step (PartialFC)")
 
 
-class OptimizerConfig(Section):
+class OptimizerConfig(Strict):
     """Steps of the backbone (inside DeepSpeed) and of the head (outside it)."""
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -107,7 +61,7 @@ class OptimizerConfig(Section):
     head_state: Literal["fp32", "bf16", "int8"] = Field("fp32", description="type of the head optimizer's state")
 
 
-class ScheduleConfig(Section):
+class ScheduleConfig(Strict):
     """Learning rate and margin over the steps."""
 
     kind: Literal["cosine", "polynomial", "constant"] = "cosine"
@@ -117,7 +71,7 @@ class ScheduleConfig(Section):
     margin_warmup_steps: int = Field(0, ge=0, description="steps over which the margin grows from 0 to its value")
 
 
-class EngineConfig(Section):
+class EngineConfig(Strict):
     """DeepSpeed around the backbone."""
 
     zero_stage: Literal[0, 1, 2] = 0
@@ -125,7 +79,7 @@ class EngineConfig(Section):
     gradient_clipping: float = Field(0.0, ge=0, description="of the backbone's gradient norm; 0: off")
 
 
-class ScalingConfig(Section):
+class ScalingConfig(Strict):
     """What Ray starts."""
 
     workers: int = Field(2, ge=1)
@@ -134,19 +88,7 @@ class ScalingConfig(Section):
     address: str | None = Field(None, description="Ray cluster to join; null: $RAY_ADDRESS, else one started here")
 
 
-class TrackingConfig(Section):
-    """MLflow."""
-
-    uri: str = "sqlite:///mlflow.db"
-    experiment: str = "hypersphere"
-    run_name: str | None = None
-    model_name: str = Field(
-        "hypersphere-embedder", description="the registered model that export gives the alias champion"
-    )
-    enabled: bool = True
-
-
-class RunConfig(Section):
+class RunConfig(Strict):
     """Length of the run, and what is written when."""
 
     out: Path = Field(Path("runs/default"), description="folder of checkpoints and of the resolved config")
@@ -162,7 +104,7 @@ class RunConfig(Section):
     keep_checkpoints: int = Field(2, ge=1)
 
 
-class Config(Section):
+class Config(Strict):
     """Everything that decides a training run."""
 
     data: DataConfig = DataConfig()

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trainer.config import BackboneConfig, Config, DataConfig, OptimizerConfig, RunConfig, ScalingConfig, from_tree
+from trainer.config import BackboneConfig, Config, OptimizerConfig, RunConfig, ScalingConfig, from_tree
+from trainer.data.stream import DataConfig
 from trainer.errors import UserError
 from trainer.evaluation.geometry import Angles, angles, class_means
 from trainer.losses import by_name

@@ -30,9 +30,9 @@ class Engine:
         module: the backbone, float pixels BCHW to embeddings x_BD.
         config: ZeRO stage, bf16, clipping.
         optimizer: name, momentum and weight decay; the learning rate comes with each `step`.
+        device: where this rank computes.
         batch_size: samples a step over all ranks, for DeepSpeed's own bookkeeping.
         world_size: ranks.
-        device: where this rank computes.
 
     Raises:
         UserError: bf16 on a device that cannot compute it.
@@ -43,14 +43,16 @@ class Engine:
         module: nn.Module,
         config: EngineConfig,
         optimizer: OptimizerConfig,
+        device: torch.device,
+        *,
         batch_size: int,
         world_size: int,
-        device: torch.device,
     ) -> None:
         if device.type == "cuda" and config.bf16 and not torch.cuda.is_bf16_supported():
             raise UserError("engine.bf16=true: this GPU does not compute in bfloat16; set engine.bf16=false")
         self._moments = _MOMENTS[optimizer.name]
-        self._engine = _initialize(module, config, optimizer, batch_size, world_size, device)
+        settings = _settings(config, sum(p.numel() for p in module.parameters()), batch_size, world_size)
+        self._engine = _initialize(module, optimizer, settings, device)
         self._create_moments()
 
     @property
@@ -180,14 +182,27 @@ def _optimizer(config: OptimizerConfig) -> Callable[[list[nn.Parameter]], torch.
     return make
 
 
-def _initialize(
-    module: nn.Module,
-    config: EngineConfig,
-    optimizer: OptimizerConfig,
-    batch_size: int,
-    world_size: int,
-    device: torch.device,
-) -> Any:
+def _settings(config: EngineConfig, parameters: int, batch_size: int, world_size: int) -> dict[str, Any]:
+    """The config as DeepSpeed writes it."""
+    # The default bucket reserves 2 GB; no bucket needs to be larger than the backbone.
+    bucket = min(parameters, 500_000_000)
+    return {
+        "train_batch_size": batch_size,
+        "train_micro_batch_size_per_gpu": batch_size // world_size,
+        "gradient_clipping": config.gradient_clipping,
+        # Autocast keeps the weights, the moments and the batch norms in fp32.
+        "torch_autocast": {"enabled": config.bf16, "dtype": "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+        "steps_per_print": 2**31 - 1,
+    }
+
+
+def _initialize(module: nn.Module, optimizer: OptimizerConfig, settings: dict[str, Any], device: torch.device) -> Any:
     # DeepSpeed picks its accelerator from this variable when it is first imported, hence before the import.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
@@ -197,22 +212,6 @@ def _initialize(
     # inference_all_reduce calls it, which training never does: declare it unavailable.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    parameters = sum(p.numel() for p in module.parameters())
-    settings = {
-        "train_batch_size": batch_size,
-        "train_micro_batch_size_per_gpu": batch_size // world_size,
-        "gradient_clipping": config.gradient_clipping,
-        # Autocast keeps the weights, the moments and the batch norms in fp32.
-        "torch_autocast": {"enabled": config.bf16, "dtype": "bfloat16"},
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            # The default bucket reserves 2 GB; no bucket needs to be larger than the backbone.
-            "reduce_bucket_size": min(parameters, 500_000_000),
-            "allgather_bucket_size": min(parameters, 500_000_000),
-        },
-        "steps_per_print": 2**31 - 1,
-    }
     engine, *_ = deepspeed.initialize(
         model=module,
         model_parameters=[p for p in module.parameters() if p.requires_grad],

@@ -1,4 +1,4 @@
-"""From a trained backbone to an Embedder: a folder with `model.onnx` and `manifest.json`.
+"""From a Checkpoint to an Embedder: a folder with `model.onnx` and `manifest.json`.
 
 Axes: B images, C channels, H and W pixels, D dimensions of the embedding.
 """
@@ -6,23 +6,31 @@ Axes: B images, C channels, H and W pixels, D dimensions of the embedding.
 import contextlib
 import copy
 import logging
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 import torch.nn.functional as F
 from onnx import ModelProto
 from torch import nn
 
-from trainer.artifact import MODEL_FILE, EmbedderManifest, Preprocessing, model_id, write_manifest
+from trainer.atomic import Kind, fresh_folder
+from trainer.backbones import build
+from trainer.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint, latest, open_checkpoint
+from trainer.config import Config, from_tree
+from trainer.data.image import Preprocessing
+from trainer.data.manifest import Manifest
+from trainer.data.stream import Stream, preprocessing
+from trainer.embedder import INPUT, MODEL_FILE, OUTPUT, EmbedderManifest, model_id, open_session, write_manifest
 from trainer.errors import UserError
+from trainer.objective import embedder_of
+from trainer.run import RunNote
+from trainer.tracking import added_to
 
-INPUT, OUTPUT = "images", "embeddings"
+_EMBEDDER = Kind("an embedder", MODEL_FILE)
+_COMPARED = 16  # images
 TOLERANCE = 1e-4  # of a component of a unit vector, ONNX Runtime against torch
 LARGEST = 2_000_000_000  # bytes; protobuf ends at 2 GiB
 
@@ -38,12 +46,74 @@ class UnitVectors(nn.Module):
         return F.normalize(self.backbone(images.float() / 127.5 - 1.0), dim=1)
 
 
+def export_run(
+    run: Path,
+    out: Path,
+    *,
+    data: Path | None = None,
+    overwrite: bool = False,
+    register: bool = True,
+    on_trouble: Callable[[str], None],
+) -> EmbedderManifest:
+    """Export the newest checkpoint of a run, compare it with torch on the data set's images, and register it in MLflow.
+
+    Args:
+        run: the run's folder, or that of one checkpoint.
+        data: a data set to take the images from; None: the one that the run was trained on.
+        on_trouble: called with one sentence when MLflow cannot be used.
+
+    Raises:
+        UserError: no checkpoint, or as `export`.
+    """
+    found = open_checkpoint(run) if (run / MANIFEST).is_file() else latest(run / CHECKPOINTS)
+    if found is None:
+        raise UserError(f"'{run}' holds no checkpoint; give the run.out of a training run, or train one first")
+    config = from_tree(found.manifest.config)
+    folder = data or config.data.path
+    manifest = Manifest.read(folder)
+    pixels = preprocessing(manifest, config.data)
+    backbone = build(config.backbone, pixels.channels, pixels.height, pixels.width)
+    backbone.load_state_dict(_weights(found))
+    note = RunNote.read(config.run.out)
+    provenance = _provenance(found, note) | {"data": manifest.kind}
+    model = embedder_of(config, found, backbone)
+    written = export(model, pixels, out, _images(folder, manifest, config), provenance, overwrite=overwrite)
+    if register and note.mlflow_run_id:
+        with added_to(config.tracking, note.mlflow_run_id, on_trouble) as tracker:
+            tracker.register(out, written.model_id)
+    return written
+
+
+def _provenance(found: Checkpoint, note: RunNote) -> dict[str, str]:
+    return {
+        "checkpoint_step": str(found.step),
+        "class_digest": found.manifest.class_digest,
+        "classes": str(found.manifest.classes),
+        "mlflow_run_id": note.mlflow_run_id,
+        "tracking_uri": "" if "@" in note.tracking_uri else note.tracking_uri,  # it may hold a password
+    }
+
+
+def _weights(found: Checkpoint) -> dict[str, torch.Tensor]:
+    """The backbone's state dict out of the engine's: its weights and buffers, by their own names."""
+    split = [(*name.partition("."), tensor) for name, tensor in found.read("backbone.safetensors").items()]
+    return {name: tensor for kind, _, name, tensor in split if kind in ("weight", "buffer")}
+
+
+def _images(folder: Path, manifest: Manifest, config: Config) -> torch.Tensor:
+    """Real images for the comparison, of the validation split where there is one."""
+    split = config.data.val_split if config.data.val_split in manifest.splits else config.data.train_split
+    settings = config.data.model_copy(update={"batch_size": _COMPARED, "cache": "none"})
+    return Stream(folder, manifest, split, settings, shuffle=False).batch(0, 0).images_BCHW
+
+
 def export(
     backbone: nn.Module,
     preprocessing: Preprocessing,
     out: Path,
     sample_images_BCHW: torch.Tensor,
     provenance: dict[str, str],
+    *,
     overwrite: bool = False,
 ) -> EmbedderManifest:
     """Write the Embedder folder `out`, whole or not at all, after comparing ONNX Runtime with torch on real images.
@@ -61,29 +131,29 @@ def export(
         UserError: `out` exists, the images do not fit the preprocessing, or the backbone has no ONNX form.
         RuntimeError: ONNX Runtime and torch differ by more than 1e-4.
     """
-    if out.exists() and not overwrite:
-        raise UserError(f"'{out}' exists already; choose another folder, or allow overwriting it")
-    if overwrite and out.exists() and any(out.iterdir()) and not (out / MODEL_FILE).is_file():
-        raise UserError(f"'{out}' is not an embedder, so it is not overwritten; choose another folder")
-    expected = (preprocessing.channels, preprocessing.height, preprocessing.width)
-    if sample_images_BCHW.dtype != torch.uint8 or tuple(sample_images_BCHW.shape[1:]) != expected:
-        raise UserError(
-            f"sample images of type {sample_images_BCHW.dtype} and shape {tuple(sample_images_BCHW.shape)} do not fit "
-            f"the preprocessing; give uint8 [B, {', '.join(map(str, expected))}]"
+    _check_images(sample_images_BCHW, preprocessing)
+    with fresh_folder(out, _EMBEDDER, overwrite) as folder:
+        model = UnitVectors(copy.deepcopy(backbone)).float().cpu().eval()
+        onnx = _to_onnx(model, preprocessing)
+        manifest = EmbedderManifest(
+            model_id=model_id(onnx, preprocessing),
+            dimension=_check(onnx, model, sample_images_BCHW.cpu()),
+            preprocessing=preprocessing,
+            provenance=provenance,
         )
-    if len(sample_images_BCHW) == 0:
-        raise UserError("export compares the exported model with torch on real images, but got none; give at least one")
-    model = UnitVectors(copy.deepcopy(backbone)).float().cpu().eval()
-    onnx = _to_onnx(model, preprocessing)
-    dimension = _check(onnx, model, sample_images_BCHW.cpu())
-    manifest = EmbedderManifest(
-        model_id=model_id(onnx, preprocessing),
-        dimension=dimension,
-        preprocessing=preprocessing,
-        provenance=provenance,
-    )
-    _write(out, onnx, manifest)
+        (folder / MODEL_FILE).write_bytes(onnx)
+        write_manifest(folder, manifest)
     return manifest
+
+
+def _check_images(images_BCHW: torch.Tensor, preprocessing: Preprocessing) -> None:
+    expected = (preprocessing.channels, preprocessing.height, preprocessing.width)
+    shape = tuple(images_BCHW.shape)
+    if images_BCHW.dtype != torch.uint8 or shape[1:] != expected or not shape[0]:
+        raise UserError(
+            f"export cannot compare the model with torch on images of type {images_BCHW.dtype} and shape {shape}; "
+            f"give one real image or more, uint8 [B, {', '.join(map(str, expected))}]"
+        )
 
 
 def _to_onnx(model: UnitVectors, preprocessing: Preprocessing) -> bytes:
@@ -131,9 +201,7 @@ def _forget_the_source(proto: ModelProto) -> None:
 
 def _check(onnx: bytes, model: UnitVectors, images_BCHW: torch.Tensor) -> int:
     """Compare ONNX Runtime with torch, on all images together and on the first alone; returns D."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+    session = open_session(onnx, torch.get_num_threads())
     for part_BCHW in (images_BCHW, images_BCHW[:1]):
         with torch.no_grad():
             wanted_BD = model(part_BCHW).numpy()
@@ -147,27 +215,6 @@ def _check(onnx: bytes, model: UnitVectors, images_BCHW: torch.Tensor) -> int:
                 f"at most {TOLERANCE:.0e} is allowed, so nothing was written"
             )
     return int(wanted_BD.shape[1])
-
-
-def _write(out: Path, onnx: bytes, manifest: EmbedderManifest) -> None:
-    """Build the folder beside `out` and rename it; a replaced Embedder is kept until the new one is in place."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    built, replaced = beside / "built", beside / "replaced"
-    try:
-        built.mkdir()
-        (built / MODEL_FILE).write_bytes(onnx)
-        write_manifest(built, manifest)
-        if out.exists():
-            out.rename(replaced)
-        try:
-            built.rename(out)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(out)
-            raise
-    finally:
-        shutil.rmtree(beside)
 
 
 @contextlib.contextmanager

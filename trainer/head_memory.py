@@ -1,5 +1,7 @@
-"""Buffers of the head that live from step to step: asking the system for hundreds of megabytes anew in every step
-costs as much as a tenth of a product."""
+"""Buffers of the head that live from step to step.
+
+Asking the system for hundreds of megabytes anew in every step costs as much as a tenth of a product.
+"""
 
 import os
 from dataclasses import dataclass, field

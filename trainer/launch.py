@@ -5,9 +5,13 @@ here. Rank 0 reports to a small actor; the process that launched reads it, shows
 workers wait for neither.
 """
 
+import asyncio
 import math
 import os
+import shlex
 import socket
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +24,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from trainer.config import Config, ScalingConfig, from_tree
 from trainer.errors import UserError
-from trainer.train import Record
+from trainer.train import Record, run
 
 _POLL_S = 0.3
 _ANSWER_S = 10
@@ -78,16 +82,16 @@ def _train(config: Config, resume: bool, on_record: Callable[[Record], None]) ->
         else:
             on_record(record)
 
-    reader = _Reader(board, dispatch)
+    clerk = _Clerk(board, dispatch)
     try:
         _trainer(config, resume, board).fit()
     except ray.train.TrainingFailedError as error:
-        reader.stop()
+        clerk.stop()
         if errors:
             raise UserError(errors[0]) from error
         raise TrainingFailed(str(error)) from error
     finally:
-        reader.stop()
+        clerk.stop()
 
 
 def _connect(scaling: ScalingConfig, address: str | None) -> None:
@@ -163,8 +167,6 @@ def _trainer(config: Config, resume: bool, board: Any) -> TorchTrainer:
 
 def _worker(settings: dict[str, Any]) -> None:
     """Body of one Ray worker: the process group is up; run the one training loop."""
-    from trainer import train
-
     board = settings["board"]
     config = from_tree(settings["config"])
     context = ray.train.get_context()
@@ -174,18 +176,16 @@ def _worker(settings: dict[str, Any]) -> None:
             board.put.remote(record)
 
     try:
-        train.run(config, resume=settings["resume"], report=report, local_rank=context.get_local_rank())
+        run(config, resume=settings["resume"], report=report, local_rank=context.get_local_rank())
     except UserError as error:
         ray.get(board.put.remote(Record(kind="error", text=str(error))))
         raise
 
 
-class _Reader:
+class _Clerk:
     """Takes records off the board in a thread, and the rest when stopped."""
 
     def __init__(self, board: Any, dispatch: Callable[[Record], None]) -> None:
-        import threading
-
         self._board, self._dispatch = board, dispatch
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="records", daemon=True)
@@ -206,47 +206,56 @@ class _Reader:
             self._drain()
 
 
-def submit(address: str, config: Config, command: str, arguments: list[str], folder: Path) -> Iterator[str]:
-    """Send a training run to a cluster through Ray Jobs, and yield its log as it grows.
+class Job:
+    """A training run on a cluster. Stopping this process leaves it running."""
 
-    The last item is "" and the status, such as "\\0SUCCEEDED".
+    def __init__(self, client: Any, identity: str) -> None:
+        self._client = client
+        self.identity = identity
+
+    def log(self) -> Iterator[str]:
+        """Its log as it grows, in pieces, until the job has ended."""
+        with asyncio.Runner() as runner:
+            lines = aiter(self._client.tail_job_logs(self.identity))
+            while (part := runner.run(_next(lines))) is not None:
+                yield part
+        while not self._client.get_job_status(self.identity).is_terminal():
+            time.sleep(0.5)
+
+    def status(self) -> str:
+        """Ray's name for how it stands, such as SUCCEEDED."""
+        return str(self._client.get_job_status(self.identity).value)
+
+
+def submit(address: str, config: Config, command: str, arguments: list[str]) -> Job:
+    """Send a training run to a cluster through Ray Jobs.
 
     Args:
         address: of the cluster's dashboard, http://HEAD:8265.
         config: the resolved tree, sent along as a file.
         command: the program on the cluster that runs it, usually `hypersphere`.
         arguments: further words of `COMMAND train`.
-        folder: an empty folder to put the config in; it becomes the job's working directory on the cluster.
 
     Raises:
         UserError: nothing answers at the address.
     """
-    import asyncio
-    import shlex
+    from ray.job_submission import JobSubmissionClient  # the workers, which import this file too, do without
 
-    from ray.job_submission import JobSubmissionClient
-
-    (folder / "config.yaml").write_text(config.to_yaml())
-    try:
-        client = JobSubmissionClient(address)
-        job = client.submit_job(
-            entrypoint=shlex.join([command, "train", "--config", "config.yaml", *arguments]),
-            runtime_env={"working_dir": str(folder)},
-            metadata={"project": "hypersphere", "experiment": config.tracking.experiment},
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"the Ray cluster at '{address}' did not take the job: {str(error).splitlines()[0]}; "
-            "give its dashboard's address, such as http://HEAD:8265, and its token in RAY_AUTH_TOKEN if it wants one"
-        ) from error
-    yield f"job {job} is on {address}; stop it with: ray job stop --address {address} {job}\n"
-    with asyncio.Runner() as runner:
-        lines = aiter(client.tail_job_logs(job))
-        while (part := runner.run(_next(lines))) is not None:
-            yield part
-    while not client.get_job_status(job).is_terminal():
-        time.sleep(0.5)
-    yield "\0" + str(client.get_job_status(job).value)
+    with tempfile.TemporaryDirectory() as folder:  # becomes the job's working directory on the cluster
+        Path(folder, "config.yaml").write_text(config.to_yaml())
+        try:
+            client = JobSubmissionClient(address)
+            identity = client.submit_job(
+                entrypoint=shlex.join([command, "train", "--config", "config.yaml", *arguments]),
+                runtime_env={"working_dir": folder},
+                metadata={"project": "hypersphere", "experiment": config.tracking.experiment},
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"the Ray cluster at '{address}' did not take the job: {str(error).splitlines()[0]}; give its "
+                "dashboard's address, such as http://HEAD:8265, and its token in RAY_AUTH_TOKEN if it wants one"
+            ) from error
+    return Job(client, str(identity))
 
 
 async def _next(lines: Any) -> str | None:

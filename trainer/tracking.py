@@ -9,15 +9,30 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.config import Config, TrackingConfig
+from pydantic import Field
+
+from trainer.strict import Strict
 
 _STOP = None
 CHAMPION = "champion"
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class TrackingConfig(Strict):
+    """Where to, and under which names."""
+
+    uri: str = "sqlite:///mlflow.db"
+    experiment: str = "hypersphere"
+    run_name: str | None = None
+    model_name: str = Field(
+        "hypersphere-embedder", description="the registered model that export gives the alias champion"
+    )
+    enabled: bool = True
 
 
 def absolute_uri(uri: str, base: Path) -> str:
@@ -52,10 +67,10 @@ class Tracker:
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 
-    def start(self, config: Config, tags: Mapping[str, str]) -> None:
-        """Make the run (or go on with the one named), with the resolved config as parameters and as an artifact."""
+    def start(self, tree: Mapping[str, Any], text: str, tags: Mapping[str, str]) -> None:
+        """Make the run (or go on with the one named), with the config's tree as parameters and its text as a file."""
         now_ms = int(time.time() * 1000)
-        self._calls.put(lambda: self._start(config, tags, now_ms))
+        self._calls.put(lambda: self._start(tree, text, tags, now_ms))
 
     def run_id(self, timeout_s: float = 60.0) -> str | None:
         """Identity of the run, once MLflow has answered; None where it has not."""
@@ -75,9 +90,7 @@ class Tracker:
         """Store an Embedder with the run, register it as a model version, and give that the alias `champion`."""
         self._put(lambda: self._register(embedder, model_id))
 
-    def close(
-        self, status: Literal["FINISHED", "FAILED", "KILLED"] | None = "FINISHED", timeout_s: float = 60.0
-    ) -> None:
+    def close(self, status: Status | None = "FINISHED", timeout_s: float = 60.0) -> None:
         """Write what is queued and end the run; None leaves the run's status as it is."""
         if status is not None:
             self._put(lambda: self._client.set_terminated(self._run_id, status))
@@ -108,7 +121,7 @@ class Tracker:
         self._ready.set()
         self._on_trouble(f"MLflow at '{self._config.uri}' cannot be used: {reason}; going on without tracking")
 
-    def _start(self, config: Config, tags: Mapping[str, str], now_ms: int) -> None:
+    def _start(self, tree: Mapping[str, Any], text: str, tags: Mapping[str, str], now_ms: int) -> None:
         if self._run_id is None:
             experiment = _experiment(self._client, self._config)
             run = self._client.create_run(
@@ -118,11 +131,11 @@ class Tracker:
         else:
             self._client.update_run(self._run_id, status="RUNNING")
         self._ready.set()
-        flat = _flatten(config.model_dump(mode="json"))
         from mlflow.entities import Param
 
-        self._client.log_batch(self._run_id, params=[Param(key, str(value)[:6000]) for key, value in flat.items()])
-        self._client.log_text(self._run_id, config.to_yaml(), "config.yaml")
+        params = [Param(key, str(value)[:6000]) for key, value in _flatten(tree).items()]
+        self._client.log_batch(self._run_id, params=params)
+        self._client.log_text(self._run_id, text, "config.yaml")
 
     def _metrics(self, values: Mapping[str, float], step: int, time_ms: int) -> None:
         from mlflow.entities import Metric
@@ -149,6 +162,16 @@ class Tracker:
         source = f"{self._client.get_run(self._run_id).info.artifact_uri}/embedder"
         version = self._client.create_model_version(name, source, self._run_id, tags={"model_id": model_id})
         self._client.set_registered_model_alias(name, CHAMPION, version.version)
+
+
+@contextmanager
+def added_to(settings: TrackingConfig, run_id: str, on_trouble: Callable[[str], None]) -> Iterator[Tracker]:
+    """Add to a run that is there already; its status stays as it is."""
+    tracker = Tracker(settings, on_trouble, run_id)
+    try:
+        yield tracker
+    finally:
+        tracker.close(None)
 
 
 def _client(uri: str) -> Any:

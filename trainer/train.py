@@ -17,14 +17,13 @@ from typing import Literal
 import torch
 
 from trainer import checkpoint
-from trainer.backbones.build import build
+from trainer.backbones import build
 from trainer.checkpoint import Checkpoint, CheckpointManifest
 from trainer.collapse import Collapse
 from trainer.config import Config
 from trainer.data.augment import Augment
-from trainer.data.batch import Batch
 from trainer.data.manifest import Manifest
-from trainer.data.stream import Stream, preprocessing
+from trainer.data.stream import Batch, Stream, preprocessing
 from trainer.distributed import Group, average_buffers, sum_not_mean
 from trainer.engine import Engine
 from trainer.errors import UserError
@@ -47,10 +46,10 @@ class Record:
     time_ms: int = field(default_factory=lambda: int(time.time() * 1000))
 
 
-Report = Callable[[Record], None]
+Listener = Callable[[Record], None]
 
 
-def run(config: Config, *, resume: bool, report: Report, local_rank: int = 0) -> None:
+def run(config: Config, *, resume: bool, report: Listener, local_rank: int = 0) -> None:
     """Train from the config's first step, or from the newest checkpoint, to the last; the process group is up.
 
     Args:
@@ -74,7 +73,7 @@ def run(config: Config, *, resume: bool, report: Report, local_rank: int = 0) ->
 class _Run:
     """The objects of one run on one rank."""
 
-    def __init__(self, config: Config, device: torch.device, report: Report) -> None:
+    def __init__(self, config: Config, device: torch.device, report: Listener) -> None:
         self.config, self.device, self.report = config, device, report
         data, group = config.data, Group.current()
         self.group = group
@@ -93,7 +92,9 @@ class _Run:
         torch.manual_seed(seed)
         pixels = preprocessing(self.manifest, data)
         backbone = build(config.backbone, pixels.channels, pixels.height, pixels.width).to(device)
-        self.engine = Engine(backbone, config.engine, config.optimizer, data.batch_size, group.size, device)
+        self.engine = Engine(
+            backbone, config.engine, config.optimizer, device, batch_size=data.batch_size, world_size=group.size
+        )
         self.objective = Objective(config, self.classes, list(split.class_counts) * turns, device)
         self.total_steps = config.run.epochs * self.stream.steps_per_epoch
         if config.run.max_steps is not None:
@@ -152,6 +153,8 @@ class _Run:
         values["learning_rate"] = self.config.optimizer.lr * learning_rate_factor(
             self.step - 1, self.total_steps, self.config.schedule
         )
+        if (norm := self.engine.gradient_norm()) is not None:
+            values["gradient_norm"] = norm
         for note in self.objective.notes(values):
             self.report(Record("note", text=note))
         self.report(Record("step", self.step, self.total_steps, values | meter.read()))
@@ -192,12 +195,12 @@ class _Run:
             config=self.config.model_dump(mode="json"),
             files={},
         )
-        parent, keep = self.config.run.out / "checkpoints", self.config.run.keep_checkpoints
+        parent, keep = self.config.run.out / checkpoint.CHECKPOINTS, self.config.run.keep_checkpoints
         checkpoint.save(parent, manifest, files, keep, self.group)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint; a run that has none starts from its first step."""
-        found = checkpoint.latest(self.config.run.out / "checkpoints")
+        found = checkpoint.latest(self.config.run.out / checkpoint.CHECKPOINTS)
         if found is None:
             self.report(Record("note", text=f"no checkpoint in '{self.config.run.out}' yet: starting at step 0"))
             return

@@ -4,6 +4,7 @@ environment, then its command and its health check run from there.
 Paths that the image has at its root are put below the temporary folder; apart from that the steps are the file's own.
 """
 
+import io
 import json
 import os
 import re
@@ -20,17 +21,16 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import typer
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
-from trainer.artifact import (
-    MODEL_FILE,
-    Calibration,
-    EmbedderManifest,
-    Preprocessing,
-    Threshold,
-    model_id,
-    write_manifest,
-)
+from serving.cli import app
+from trainer.data.image import Preprocessing
+from trainer.data.manifest import Manifest, Split
+from trainer.data.shards import SplitWriter
+from trainer.embedder import MODEL_FILE, EmbedderManifest, model_id, read_manifest, write_manifest
+from trainer.evaluation.report import Calibration, Report, Threshold
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -211,3 +211,77 @@ def test_the_images_command_serves_until_it_is_stopped(
     assert code == 0, log.read_text()
     assert installed.run(health).returncode != 0, "the health check must fail once the service is gone"
     assert list((installed.folder / "var/lib/hypersphere").iterdir()), "the store must be on the volume"
+
+
+@pytest.fixture(scope="module")
+def data_set(installed: Installed) -> Path:
+    """Twenty identities of five 8 x 8 images each, all held out."""
+    generator = np.random.default_rng(0)
+    classes = [f"person{number:02d}" for number in range(20)]
+    folder = installed.folder / "data"
+    folder.mkdir()
+    with SplitWriter(folder, "val") as writer:
+        for label, name in enumerate(classes):
+            face = generator.integers(0, 256, (8, 8))
+            for sample in range(5):
+                pixels = (face + generator.normal(scale=20, size=face.shape)).clip(0, 255).astype(np.uint8)
+                file = io.BytesIO()
+                Image.fromarray(pixels).save(file, "PNG")
+                writer.write(file.getvalue(), "png", label, name, f"{name}/{sample}.png")
+    split = Split(samples=100, classes=classes, class_counts=[5] * 20, shards=writer.entries)
+    Manifest(kind="folder", image_mode="L", splits={"val": split}).write(folder)
+    return folder
+
+
+def test_an_embedder_is_evaluated_and_calibrated_and_data_verified(
+    installed: Installed, embedder: Path, data_set: Path
+) -> None:
+    result = installed.run(["hypersphere", "data", "verify", str(data_set)])
+    assert result.returncode == 0, result.stderr
+    assert "every shard is as it was written" in result.stdout
+    both = ["--embedder", str(embedder), "--data", str(data_set)]
+    result = installed.run(["hypersphere", "evaluate", *both])
+    assert result.returncode == 0, result.stderr
+    assert "rank-1" in result.stdout
+    assert (
+        result.stderr.strip() == "no plots: 'matplotlib' is not installed; pip install 'hypersphere[trainer]' brings it"
+    )
+    report = Report.model_validate_json((embedder / "evaluation" / "report.json").read_text())
+    assert (report.samples, report.identities) == (100, 20)
+    result = installed.run(["hypersphere", "calibrate", *both, "--fpir", "0.1", "--fmr", "0.01"])
+    assert result.returncode == 0, result.stderr
+    calibration = read_manifest(embedder).calibration
+    assert calibration is not None
+    assert (calibration.identify.rate, calibration.identify.gallery_size) == (0.1, 20)
+
+
+OTHERS = {
+    "data import": ["--kind", "glyphs", "--out", "set"],
+    "train": [],
+    "submit": ["--address", "http://127.0.0.1:1"],
+    "export": ["--run", "run"],
+    "losses": [],
+    "plot geometry": [],
+    "plot gradients": [],
+}
+
+
+@pytest.mark.parametrize("words", OTHERS)
+def test_every_other_command_names_the_extra_that_it_needs(installed: Installed, words: str) -> None:
+    result = installed.run(["hypersphere", *words.split(), *OTHERS[words]])
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (sentence,) = result.stderr.strip().splitlines()
+    assert re.fullmatch(
+        r"error: this command needs '\w+', which is not installed: run pip install 'hypersphere\[trainer\]'", sentence
+    )
+
+
+def test_no_command_is_left_out_above() -> None:
+    def names(command: Any, above: str) -> list[str]:
+        below = getattr(command, "commands", None)
+        return [above.strip()] if below is None else [n for key, c in below.items() for n in names(c, f"{above} {key}")]
+
+    assert sorted(names(typer.main.get_command(app), "")) == sorted(
+        ["serve", "evaluate", "calibrate", "data verify", *OTHERS]
+    )

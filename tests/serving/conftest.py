@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from trainer.artifact import Calibration, EmbedderManifest, Preprocessing, Threshold, model_id, write_manifest
+from trainer.data.image import Preprocessing
+from trainer.embedder import EmbedderManifest, model_id, write_manifest
+from trainer.evaluation.report import Calibration, Threshold
 
 SIDE, DIMENSION = 16, 32
 SERVE = (

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serving.embedder import Embedder
 from tests.serving.asking import enrol, file, identify, identities, refused
-from trainer.artifact import read_manifest
+from trainer.data.image import Preprocessing, load_image
+from trainer.embedder import Embedder, read_manifest
 
 # Deciding
 
@@ -86,7 +86,9 @@ def test_embeddings_do_what_images_do(server, embedder, photos):
     person = next(identities)
     answer = server.http.post("/v1/embed", files=[file(photos(person, k), "images") for k in range(3)]).json()
     x = np.asarray(answer["embeddings"], np.float32)
-    np.testing.assert_allclose(x, Embedder.open(embedder).embed_files([photos(person, k) for k in range(3)]), atol=1e-6)
+    form = Preprocessing(mode="L", height=16, width=16)
+    pixels = np.stack([load_image(photos(person, k), form) for k in range(3)])
+    np.testing.assert_allclose(x, Embedder.open(embedder).embed(pixels), atol=1e-6)
     assert (answer["dimension"], x.shape) == (32, (3, 32))
     first, second, third = answer["embeddings"]
     body = {"embeddings": [first, second], "model_id": answer["model_id"]}

@@ -5,7 +5,7 @@ import re
 import jsonschema
 
 from tests.serving.asking import enrol, file, identify
-from trainer.artifact import read_manifest
+from trainer.embedder import read_manifest
 
 
 def test_request_ids(server):

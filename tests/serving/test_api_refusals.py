@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.serving.asking import enrol, file, identify, identities, refused
-from trainer.artifact import read_manifest
+from trainer.embedder import read_manifest
 
 
 def _json(**body):

@@ -19,8 +19,7 @@ from PIL import ExifTags, Image
 
 from serving.decoding import Decoders, DecodersClosed, ImageRefused, Limits
 from tests.serving.hostile.images import ATTACKS, MANY_PIXELS, encode, good, scans, webp_frames
-from trainer.artifact import Preprocessing
-from trainer.data.image import FORMATS, load_image
+from trainer.data.image import FORMATS, Preprocessing, load_image
 
 LONG = os.environ.get("HOSTILE") == "long"
 FORM = Preprocessing(mode="RGB", height=24, width=20)

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from serving.serve_command import serve
+from serving.cli.serve import serve
 from serving.server import LINES_A_MINUTE, Sparing, _listen, host_names, run
 from serving.settings import Settings, from_values
 from trainer.errors import UserError

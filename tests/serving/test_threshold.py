@@ -1,7 +1,7 @@
 import pytest
 
 from serving.threshold import Rule, rules
-from trainer.artifact import read_manifest
+from trainer.embedder import read_manifest
 from trainer.errors import UserError
 
 

@@ -12,10 +12,9 @@ from tests.ranks import folder_of_shapes, run_on_ranks
 from trainer.collapse import Collapse
 from trainer.config import Config, load
 from trainer.data.augment import to_float
-from trainer.data.batch import Batch
 from trainer.data.importers.run import ImportOptions, run_import
 from trainer.data.manifest import Manifest
-from trainer.data.stream import Stream
+from trainer.data.stream import Batch, Stream
 from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.evaluation.geometry import neural_collapse

@@ -22,7 +22,7 @@ def small_network() -> nn.Module:
 def make(stage: int, bf16: bool, name: str, clipping: float = 0.0) -> Engine:
     settings = EngineConfig(zero_stage=stage, bf16=bf16, gradient_clipping=clipping)  # type: ignore[arg-type]
     optimizer = OptimizerConfig(name=name, lr=0.1)  # type: ignore[arg-type]
-    return Engine(small_network(), settings, optimizer, 8, 2, torch.device("cpu"))
+    return Engine(small_network(), settings, optimizer, torch.device("cpu"), batch_size=8, world_size=2)
 
 
 def steps(engine: Engine, rank: int, first: int, last: int) -> list[float]:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from trainer.config import TrackingConfig, load
-from trainer.tracking import Tracker, absolute_uri
+from trainer.config import load
+from trainer.tracking import Tracker, TrackingConfig, absolute_uri, added_to
 
 # MLflow's own imports warn of what they use.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -17,7 +17,7 @@ def test_a_run_with_its_config_metrics_artifacts_and_model(tmp_path: Path) -> No
     config = load(None, [f"tracking.uri={uri}", "run.epochs=3"])
     troubles: list[str] = []
     tracker = Tracker(config.tracking, troubles.append)
-    tracker.start(config, {"data": "x"})
+    tracker.start(config.model_dump(mode="json"), config.to_yaml(), {"data": "x"})
     run_id = tracker.run_id()
     assert run_id, troubles
     for step in (1, 2):
@@ -35,9 +35,9 @@ def test_a_run_with_its_config_metrics_artifacts_and_model(tmp_path: Path) -> No
     assert {item.path for item in client.list_artifacts(run_id)} >= {"config.yaml", "embedder"}
     champion = client.get_model_version_by_alias("hypersphere-embedder", "champion")
     assert (champion.run_id, champion.tags["model_id"]) == (run_id, "abc")
-    again = Tracker(config.tracking, troubles.append, run_id)
-    again.register(tmp_path / "embedder", "def")
-    again.close(None)
+    with added_to(config.tracking, run_id, troubles.append) as again:
+        again.register(tmp_path / "embedder", "def")
+    assert client.get_run(run_id).info.status == "FINISHED"
     assert client.get_model_version_by_alias("hypersphere-embedder", "champion").tags["model_id"] == "def"
 
 
@@ -45,7 +45,7 @@ def test_a_server_that_is_not_there_is_reported_once(tmp_path: Path) -> None:
     troubles: list[str] = []
     config = load(None, ["tracking.uri=http://127.0.0.1:9"])
     tracker = Tracker(config.tracking, troubles.append)
-    tracker.start(config, {})
+    tracker.start({}, "", {})
     tracker.metrics({"loss": 1.0}, 1, 1)
     tracker.artifact(tmp_path)
     assert tracker.run_id() is None

@@ -77,9 +77,15 @@ def whole_and_cut_off(rank: int, data: Path, folder: Path) -> None:
         (folder / "cases.json").write_text(json.dumps(cases))
 
 
-def test_resume_gives_the_losses_of_the_uninterrupted_run(data: Path, tmp_path: Path) -> None:
-    run_on_ranks(2, whole_and_cut_off, data, tmp_path)
-    for number, case in enumerate(json.loads((tmp_path / "cases.json").read_text())):
+@pytest.fixture(scope="module")
+def resumed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resumed")
+    run_on_ranks(2, whole_and_cut_off, data, folder)
+    return folder
+
+
+def test_resume_gives_the_losses_of_the_uninterrupted_run(resumed: Path) -> None:
+    for number, case in enumerate(json.loads((resumed / "cases.json").read_text())):
         whole = case["whole"]
         assert len(whole) == 12  # 4 epochs of 3 batches
         assert case["before"] == {step: whole[step] for step in map(str, range(1, 8))}
@@ -88,7 +94,7 @@ def test_resume_gives_the_losses_of_the_uninterrupted_run(data: Path, tmp_path: 
         assert all(map(math.isfinite, whole.values()))
         assert 0 <= case["metrics"][-1]["val/rank1"] <= 1
         assert len(case["metrics"]) == 4
-        found = latest(tmp_path / f"cut{number}" / "checkpoints")
+        found = latest(resumed / f"cut{number}" / "checkpoints")
         assert found is not None
         assert found.step == 12
         assert sum(name.startswith(("arcface", "cosface")) for name in found.manifest.files) == 2
@@ -118,10 +124,5 @@ def other_world(rank: int, data: Path, folder: Path) -> None:
         run(config(data, folder / "cut0", "scaling.workers=1"), resume=True, report=lambda _: None)
 
 
-def two_ranks(rank: int, data: Path, folder: Path) -> None:
-    train(config(data, folder / "cut0", "run.max_steps=1"), folder, rank)
-
-
-def test_another_number_of_workers_is_refused_for_now(data: Path, tmp_path: Path) -> None:
-    run_on_ranks(2, two_ranks, data, tmp_path)
-    run_on_ranks(1, other_world, data, tmp_path)
+def test_another_number_of_workers_is_refused_for_now(data: Path, resumed: Path) -> None:
+    run_on_ranks(1, other_world, data, resumed)

@@ -1,0 +1,73 @@
+"""Networks from pixels to embeddings, made by their name in the config."""
+
+import difflib
+import importlib
+from typing import Any
+
+from torch import nn
+
+from trainer.backbones.convnet import ConvNet
+from trainer.backbones.iresnet import UNITS, IResNet
+from trainer.backbones.mobilefacenet import MobileFaceNet
+from trainer.backbones.vit import VisionTransformer
+from trainer.config import BackboneConfig
+from trainer.errors import UserError
+
+NAMES = ("convnet", *UNITS, "mobilefacenet", "vit", "timm:<name>")
+TIMM = "timm:"
+
+
+def build(config: BackboneConfig, channels: int, height: int, width: int) -> nn.Module:
+    """The backbone: float images_BCHW in [-1, 1] to x_BD, not normalised, with fresh weights from torch's generator.
+
+    Args:
+        channels, height, width: of the images; 1 or 3 channels, any size from 16 x 16.
+
+    Raises:
+        UserError: the name is not known, the images are too small, or timm cannot be used.
+    """
+    if min(height, width) < 16:
+        raise UserError(
+            f"images of {height} x {width} pixels are too small for a backbone; "
+            "set data.height and data.width to 16 or more"
+        )
+    if config.name.startswith(TIMM):
+        return _from_timm(config.name.removeprefix(TIMM), config, channels, height, width)
+    match config.name:
+        case "convnet":
+            return ConvNet(
+                channels, height, width, dimension=config.dimension, first=config.width, dropout=config.dropout
+            )
+        case "mobilefacenet":
+            return MobileFaceNet(channels, height, width, config.dimension, config.dropout)
+        case "vit":
+            return VisionTransformer(channels, height, width, config.dimension, config.dropout)
+        case name if name in UNITS:
+            units, D = UNITS[name], config.dimension
+            return IResNet(units, channels, height, width, dimension=D, dropout=config.dropout)
+        case name:
+            close = difflib.get_close_matches(name, NAMES, 1)
+            hint = f"did you mean '{close[0]}'? " if close else ""
+            raise UserError(f"backbone.name '{name}' is not known; {hint}allowed: {', '.join(NAMES)}")
+
+
+def _from_timm(name: str, config: BackboneConfig, channels: int, height: int, width: int) -> nn.Module:
+    """A timm network without its classifier, and a linear layer with batch norm to D."""
+    try:
+        timm = importlib.import_module("timm")
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
+        raise UserError(
+            f"backbone.name 'timm:{name}' needs timm, which cannot be imported here ({error}); "
+            "install it with pip install 'hypersphere[timm]', or choose another backbone"
+        ) from error
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), 3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists what it has"
+        raise UserError(f"backbone.name 'timm:{name}' is not a model of timm {timm.__version__}; {hint}")
+    options: dict[str, Any] = {"num_classes": 0, "in_chans": channels, "drop_rate": config.dropout}
+    if timm.get_pretrained_cfg(name).fixed_input_size:  # position embeddings: the network is made for one size
+        options["img_size"] = (height, width)
+    features = timm.create_model(name, pretrained=False, **options)
+    return nn.Sequential(
+        features, nn.Linear(features.num_features, config.dimension, bias=False), nn.BatchNorm1d(config.dimension)
+    )

@@ -1,1 +1,1 @@
-"""Importers, shards, augmentation and the stream of batches."""
+"""Images to shards, and shards to batches: manifest, reader, samplers, stream, augmentation."""

@@ -11,10 +11,11 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 
-from trainer.config import AugmentConfig
-from trainer.data.batch import PADDING, Batch
+from trainer.data.stream import PADDING, Batch
 from trainer.errors import UserError
+from trainer.strict import Strict
 
 # One column of uniform numbers in [0, 1) a sample for each of these.
 _COLUMNS = (
@@ -23,6 +24,22 @@ _COLUMNS = (
 )  # fmt: skip
 _ERASED_AREA = (0.02, 0.25)  # share of the image
 _ERASED_RATIO = (0.3, 1 / 0.3)  # height : width
+
+
+class AugmentConfig(Strict):
+    """Random changes to training images, on whole batches, in torch. 0 turns a change off."""
+
+    rotate_degrees: float = Field(0.0, ge=0, le=180, description="uniform in +- this")
+    scale: float = Field(0.0, ge=0, lt=1, description="zoom in 1 +- this")
+    shear_degrees: float = Field(0.0, ge=0, le=60)
+    translate: float = Field(0.0, ge=0, le=0.5, description="share of the image's side")
+    flip: bool = Field(False, description="mirror half of the images (faces: true; characters: false)")
+    erase: float = Field(0.0, ge=0, le=1, description="probability of erasing a random rectangle")
+    brightness: float = Field(0.0, ge=0, lt=1)
+    contrast: float = Field(0.0, ge=0, lt=1)
+    quarter_turns: bool = Field(
+        False, description="each of the 4 quarter turns of an identity is an identity of its own: 4 x the classes"
+    )
 
 
 def to_float(images_BCHW: torch.Tensor) -> torch.Tensor:

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
+from pydantic import Field
 
-from trainer.artifact import Preprocessing
 from trainer.errors import UserError
+from trainer.strict import Strict
 
 MAX_BYTES = 10 * 2**20
 MAX_PIXELS = 40_000_000  # decoded as RGB: 160 MB
@@ -61,6 +62,18 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+class Preprocessing(Strict):
+    """How an image becomes the pixels that the model reads. Scaling of the values happens inside the model."""
+
+    mode: Literal["L", "RGB"] = "RGB"
+    height: int = Field(112, ge=8, le=1024)
+    width: int = Field(112, ge=8, le=1024)
+
+    @property
+    def channels(self) -> int:
+        return 1 if self.mode == "L" else 3
 
 
 class TooManyPixels(UserError):

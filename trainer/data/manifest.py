@@ -1,24 +1,19 @@
 """`manifest.json` of a data set: what its shards hold, so that nobody has to open them to know. Runs without torch."""
 
 import json
-import os
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from trainer.atomic import write_file
 from trainer.errors import UserError
+from trainer.strict import Strict
 
 MANIFEST_FILE = "manifest.json"
 
 
-class Part(BaseModel):
-    """A part of the manifest: frozen, and strict about its keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ShardEntry(Part):
+class ShardEntry(Strict):
     """One tar file. `bytes` and `sha256` are of the whole file."""
 
     name: str
@@ -34,7 +29,7 @@ class ShardEntry(Part):
         return value
 
 
-class Split(Part):
+class Split(Strict):
     """Samples of one use. Labels count from 0 within the split: `classes[label]` is the identity's name."""
 
     samples: int = Field(ge=1)
@@ -57,14 +52,14 @@ class Split(Part):
         return self
 
 
-class BadSample(Part):
+class BadSample(Strict):
     """An image that was left out at import."""
 
     name: str
     reason: str
 
 
-class Manifest(Part):
+class Manifest(Strict):
     """A data set: a folder of shards and this file. The identities of two splits are disjoint."""
 
     format: Literal[1] = 1
@@ -99,13 +94,8 @@ class Manifest(Part):
 
     def write(self, folder: Path) -> None:
         """Write `<folder>/manifest.json` whole or not at all; the same manifest gives the same bytes."""
-        temporary = folder / (MANIFEST_FILE + ".partial")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(self.model_dump(mode="json"), file, indent=1, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(folder / MANIFEST_FILE)
+        text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)
+        write_file(folder / MANIFEST_FILE, text + "\n")
 
     def split(self, name: str) -> Split:
         """One split by name.

@@ -1,0 +1,1 @@
+"""How good an Embedder is: error rates, protocols, intervals and thresholds, in numpy alone."""

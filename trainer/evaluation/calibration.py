@@ -6,23 +6,25 @@ FPIR_N = 1 - (1 - FPIR_M)^(N / M). That is exact where all probes are alike and 
 F_p(t) the chance that probe p stays below t in one comparison, 1 - E[F_p^N] <= 1 - E[F_p^M]^(N / M) by Jensen.
 
 Rate. With 30 expected hits or more the threshold is the empirical quantile. With fewer, it comes from a generalised
-Pareto tail fitted to the highest scores (`tail.Pareto`), down to a tenth of a hit; beyond that there is no honest
+Pareto tail fitted to the highest scores (`tails.Pareto`), down to a tenth of a hit; beyond that there is no honest
 answer and the error says what it would take.
 
 Interval. Subjects are resampled in both of their roles, with the threshold held fixed and the tail fitted anew; for
-identify, the variation between galleries of N subjects is added (`rates.py`). It is where the rate of one real gallery
+identify, the variation between galleries of N subjects is added (`tails.py`). It is where the rate of one real gallery
 of N, with subjects like those at hand, is expected to lie.
 """
 
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from trainer.artifact import Calibration, Threshold
+import numpy as np
+
 from trainer.errors import UserError
 from trainer.evaluation.metrics import RESOLVED_ERRORS, SHOWN_ERRORS
 from trainer.evaluation.nonmated import pair_tail, search_tail
-from trainer.evaluation.rates import NonMated, RateAt, fitted_share
-from trainer.evaluation.scores import Floats, Integers, Labels, Vectors, check
+from trainer.evaluation.report import Calibration, Threshold
+from trainer.evaluation.scores import Labels, Vectors, check
+from trainer.evaluation.tails import NonMated, fitted_share
 
 FEWEST_HITS = 0.1  # expected at the target; the tail is not followed further than ten times beyond the largest score
 FEWEST_SUBJECTS = 10
@@ -31,174 +33,128 @@ MAX_PROBES = 50_000
 MAX_PAIR_SAMPLES = 10_000
 
 
-def calibrate(
-    embeddings_ND: Floats,
-    labels_N: Integers,
-    *,
-    model_id: str,
-    fpir: float = 0.01,
-    fmr: float = 1e-3,
-    gallery_size: int,
-    seed: int = 0,
-    source: str,
-    samples_per_subject: int = 1,
-    confidence: float = 0.95,
-) -> Calibration:
-    """Both thresholds of an Embedder from held-out samples that the training has not seen.
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Samples that the training has not seen, and what a Threshold says of them.
 
-    Args:
-        embeddings_ND: unit vectors.
+    Attributes:
+        vectors_ND: unit vectors.
         labels_N: the subject of each.
         model_id: of the Embedder that made them.
+        source: the data set and split, in words.
+        confidence: of the intervals.
+    """
+
+    vectors_ND: Vectors
+    labels_N: Labels
+    model_id: str
+    source: str
+    seed: int = 0
+    confidence: float = 0.95
+
+    def capped(self, most: int) -> "HeldOut":
+        """At most so many samples: as many of every subject as fit, then fewer subjects, drawn by the seed."""
+        generator = np.random.default_rng([self.seed, 5])
+        order_N = generator.permutation(len(self.labels_N))
+        order_N = order_N[np.argsort(self.labels_N[order_N], kind="stable")]
+        sorted_N = self.labels_N[order_N]
+        place_N = np.arange(len(sorted_N)) - np.searchsorted(sorted_N, sorted_N)
+        kept = np.sort(order_N[np.lexsort((generator.random(len(order_N)), place_N))[:most]])
+        return replace(self, vectors_ND=self.vectors_ND[kept], labels_N=self.labels_N[kept])
+
+
+def calibrate(
+    held: HeldOut, *, fpir: float = 0.01, fmr: float = 1e-3, gallery_size: int, samples_per_subject: int = 1
+) -> Calibration:
+    """Both thresholds of an Embedder.
+
+    Args:
+        held: embeddings that it gave to identities which it was not trained on.
         fpir: target share of non-mated searches that return somebody.
         fmr: target share of non-mated comparisons that match.
         gallery_size: subjects enrolled where the threshold will be used, N.
-        source: the data set and split, in words.
         samples_per_subject: enrolled of each subject, whose best counts.
 
     Raises:
         UserError: embeddings that cannot be compared, a rate that is not allowed, or too few subjects for it.
     """
-    vectors_ND, labels_N = check(embeddings_ND, labels_N)
-    kept_n = _capped(labels_N, MAX_PAIR_SAMPLES, seed)
-    kept_p = _capped(labels_N, MAX_PROBES, seed)
+    vectors_ND, labels_N = check(held.vectors_ND, held.labels_N)
+    held = replace(held, vectors_ND=vectors_ND, labels_N=labels_N)
     return Calibration(
-        verify=verify_threshold(
-            vectors_ND[kept_n],
-            labels_N[kept_n],
-            model_id=model_id,
-            fmr=fmr,
-            seed=seed,
-            source=source,
-            confidence=confidence,
-        ),
-        identify=identify_threshold(
-            vectors_ND[kept_p],
-            labels_N[kept_p],
-            model_id=model_id,
-            fpir=fpir,
-            gallery_size=gallery_size,
-            seed=seed,
-            source=source,
-            samples_per_subject=samples_per_subject,
-            confidence=confidence,
-        ),
+        verify=verify_threshold(held.capped(MAX_PAIR_SAMPLES), fmr),
+        identify=identify_threshold(held.capped(MAX_PROBES), fpir, gallery_size, samples_per_subject),
     )
 
 
-def identify_threshold(
-    vectors_ND: Vectors,
-    labels_N: Labels,
-    *,
-    model_id: str,
-    fpir: float,
-    gallery_size: int,
-    seed: int = 0,
-    source: str,
-    samples_per_subject: int = 1,
-    confidence: float = 0.95,
-) -> Threshold:
+def identify_threshold(held: HeldOut, fpir: float, gallery_size: int, samples_per_subject: int = 1) -> Threshold:
     """The lowest similarity at which searches of `gallery_size` subjects return a stranger's lookalike at rate `fpir`.
 
     Raises:
         UserError: a rate or size that is not allowed, or too few subjects; the message says how many it takes.
     """
     _check_rate("FPIR", fpir)
-    subjects = _check_sizes(labels_N, gallery_size, samples_per_subject)
+    probes, subjects = len(held.labels_N), _check_sizes(held.labels_N, gallery_size, samples_per_subject)
     growth = max(1.0, gallery_size / (subjects - 1))
-    expected = len(labels_N) * -np.expm1(np.log1p(-fpir) / growth)
+    expected = probes * -np.expm1(np.log1p(-fpir) / growth)
     if expected < FEWEST_HITS:
         needed = int(np.ceil(np.sqrt(FEWEST_HITS / expected) * subjects))
         raise UserError(
-            f"{len(labels_N)} non-mated probes of {subjects} subjects cannot tell FPIR {fpir:g} with {gallery_size} "
+            f"{probes} non-mated probes of {subjects} subjects cannot tell FPIR {fpir:g} with {gallery_size} "
             f"enrolled; it takes about {needed} subjects like these, or a higher rate, or a smaller gallery"
         )
-    tail = search_tail(vectors_ND, labels_N, gallery_size, samples_per_subject, seed)
+    tail = search_tail(held.vectors_ND, held.labels_N, gallery_size, samples_per_subject, held.seed)
     model = NonMated(tail, growth, float(tail.gallery_mass_S.sum()) / gallery_size, None)
-    model, threshold, method = _solved(model, fpir, expected, "FPIR")
-    reached = model.rate_at(threshold, confidence, seed)
     scaled = f"; scaled from {subjects - 1} to {gallery_size} enrolled by 1-(1-FPIR)^(N/M)" if growth > 1.01 else ""
-    return Threshold(
-        value=threshold,
-        target="FPIR",
-        rate=fpir,
-        gallery_size=gallery_size,
-        low=reached.low,
-        high=reached.high,
-        confidence=confidence,
-        probes=tail.trials,
-        subjects=subjects,
-        model_id=model_id,
-        source=f"{source}: {method}{scaled}{_clean_subjects('FPIR', fpir, subjects)}",
-    )
+    remarks = scaled + _clean_subjects("FPIR", fpir, subjects, "subjects")
+    return _threshold(held, model, "FPIR", fpir, expected, gallery_size=gallery_size, remarks=remarks)
 
 
-def verify_threshold(
-    vectors_ND: Vectors,
-    labels_N: Labels,
-    *,
-    model_id: str,
-    fmr: float,
-    seed: int = 0,
-    source: str,
-    confidence: float = 0.95,
-) -> Threshold:
+def verify_threshold(held: HeldOut, fmr: float) -> Threshold:
     """The lowest similarity at which two samples of different subjects match at rate `fmr`.
 
     Raises:
         UserError: a rate that is not allowed, or too few pairs; the message says how many it takes.
     """
     _check_rate("FMR", fmr)
-    subjects = _check_sizes(labels_N, 1, 1)
-    counts_S = np.unique(labels_N, return_counts=True)[1].astype(np.float64)
+    subjects = _check_sizes(held.labels_N, 1, 1)
+    counts_S = np.unique(held.labels_N, return_counts=True)[1].astype(np.float64)
     pairs = float(counts_S.sum() ** 2 - np.square(counts_S).sum()) / 2
     if pairs * fmr < FEWEST_HITS:
         raise UserError(
             f"{pairs:.0f} non-mated pairs of {subjects} subjects cannot tell FMR {fmr:g}; it takes "
             f"{FEWEST_HITS / fmr:.0f} pairs, that is about {np.sqrt(FEWEST_HITS / fmr / pairs) * subjects:.0f} subjects"
         )
-    tail = pair_tail(vectors_ND, labels_N, max(fmr, fitted_share(pairs)))
-    model, threshold, method = _solved(NonMated(tail, 1.0, 0.0, None), fmr, pairs * fmr, "FMR")
-    reached = model.rate_at(threshold, confidence, seed)
+    model = NonMated(pair_tail(held.vectors_ND, held.labels_N, max(fmr, fitted_share(pairs))), 1.0, 0.0, None)
+    remarks = _clean_subjects("FMR", fmr, subjects * (subjects - 1) // 2, "pairs of subjects")
+    return _threshold(held, model, "FMR", fmr, pairs * fmr, gallery_size=1, remarks=remarks)
+
+
+def _threshold(
+    held: HeldOut,
+    model: NonMated,
+    target: Literal["FMR", "FPIR"],
+    rate: float,
+    expected: float,
+    *,
+    gallery_size: int,
+    remarks: str,
+) -> Threshold:
+    """The Threshold of a model of the non-mated scores, with `expected` hits at the target."""
+    model, value, method = _solved(model, rate, expected, target)
+    reached = model.rate_at(value, held.confidence, held.seed)
     return Threshold(
-        value=threshold,
-        target="FMR",
-        rate=fmr,
+        value=value,
+        target=target,
+        rate=rate,
+        gallery_size=gallery_size,
         low=reached.low,
         high=reached.high,
-        confidence=confidence,
-        probes=len(labels_N),
-        subjects=subjects,
-        model_id=model_id,
-        source=f"{source}: {method}{_clean_subjects('FMR', fmr, subjects * (subjects - 1) // 2, 'pairs of subjects')}",
+        confidence=held.confidence,
+        probes=len(held.labels_N),
+        subjects=len(np.unique(held.labels_N)),
+        model_id=held.model_id,
+        source=f"{held.source}: {method}{remarks}",
     )
-
-
-def fpir_at(
-    embeddings_ND: Floats,
-    labels_N: Integers,
-    threshold: float,
-    gallery_size: int,
-    *,
-    seed: int = 0,
-    samples_per_subject: int = 1,
-    confidence: float = 0.95,
-) -> RateAt:
-    """What FPIR a threshold has at another gallery size: how it drifts as the gallery grows.
-
-    Raises:
-        UserError: embeddings that cannot be compared, or a size that is not allowed.
-    """
-    vectors_ND, labels_N = check(embeddings_ND, labels_N)
-    kept_p = _capped(labels_N, MAX_PROBES, seed)
-    vectors_ND, labels_N = vectors_ND[kept_p], labels_N[kept_p]
-    subjects = _check_sizes(labels_N, gallery_size, samples_per_subject)
-    tail = search_tail(vectors_ND, labels_N, gallery_size, samples_per_subject, seed)
-    galleries = float(tail.gallery_mass_S.sum()) / gallery_size
-    model = NonMated(tail, max(1.0, gallery_size / (subjects - 1)), galleries, None)
-    if tail.rate(threshold) * tail.trials < RESOLVED_ERRORS:
-        model = model.extended()
-    return model.rate_at(threshold, confidence, seed)
 
 
 def _solved(model: NonMated, rate: float, expected: float, name: str) -> tuple[NonMated, float, str]:
@@ -218,22 +174,12 @@ def _solved(model: NonMated, rate: float, expected: float, name: str) -> tuple[N
     return model, threshold, method
 
 
-def _clean_subjects(name: str, rate: float, independent: int, what: str = "subjects") -> str:
+def _clean_subjects(name: str, rate: float, independent: int, what: str) -> str:
     if independent * rate >= SHOWN_ERRORS:
         return ""
     return (
         f"; rule of three: {independent} {what} without one error would show {name} <= {SHOWN_ERRORS / independent:.2g}"
     )
-
-
-def _capped(labels_N: Labels, most: int, seed: int) -> NDArray[np.int64]:
-    """Rows of at most so many samples: as many of every subject as fit, then fewer subjects, drawn by the seed."""
-    generator = np.random.default_rng([seed, 5])
-    order_N = generator.permutation(len(labels_N))
-    order_N = order_N[np.argsort(labels_N[order_N], kind="stable")]
-    sorted_N = labels_N[order_N]
-    place_N = np.arange(len(sorted_N)) - np.searchsorted(sorted_N, sorted_N)
-    return np.sort(order_N[np.lexsort((generator.random(len(order_N)), place_N))[:most]])
 
 
 def _check_rate(name: str, rate: float) -> None:

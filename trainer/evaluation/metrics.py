@@ -19,7 +19,7 @@ SHOWN_ERRORS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Curve:
+class ErrorCurve:
     """FMR and FNMR at every threshold where either changes, ascending; the last threshold accepts nothing."""
 
     thresholds_T: NDArray[np.float64]
@@ -43,7 +43,7 @@ class OperatingPoint:
     reason: str | None = None
 
 
-def verification_curve(counts: PairCounts) -> Curve:
+def verification_curve(counts: PairCounts) -> ErrorCurve:
     """The ROC / DET curve of counted pairs: FMR(t) = share of non-mated scores >= t, FNMR(t) = share of mated ones < t.
 
     Raises:
@@ -58,7 +58,7 @@ def verification_curve(counts: PairCounts) -> Curve:
     cells_T = np.flatnonzero(counts.mated + counts.non_mated)
     accepted_T = np.cumsum(counts.non_mated[cells_T][::-1])[::-1]
     rejected_T = np.cumsum(counts.mated[cells_T]) - counts.mated[cells_T]
-    return Curve(
+    return ErrorCurve(
         thresholds_T=(np.append(cells_T, CELLS) - STEPS) * GRID,
         fmr_T=np.append(accepted_T, 0) / non_mated,
         fnmr_T=np.append(rejected_T, mated) / mated,
@@ -67,7 +67,7 @@ def verification_curve(counts: PairCounts) -> Curve:
     )
 
 
-def equal_error_rate(curve: Curve) -> float:
+def equal_error_rate(curve: ErrorCurve) -> float:
     """Where FMR = FNMR, on the straight line between the two thresholds that enclose it; 0.5 for chance."""
     excess_T = curve.fmr_T - curve.fnmr_T  # falls from 1 to -1
     after = int(np.argmax(excess_T <= 0))
@@ -75,12 +75,12 @@ def equal_error_rate(curve: Curve) -> float:
     return float(curve.fmr_T[after - 1] + share * (curve.fmr_T[after] - curve.fmr_T[after - 1]))
 
 
-def area_under_curve(curve: Curve) -> float:
+def area_under_curve(curve: ErrorCurve) -> float:
     """Probability that a mated pair scores higher than a non-mated one, a tie counting half; 0.5 for chance."""
     return float(np.trapezoid(1 - curve.fnmr_T[::-1], curve.fmr_T[::-1]))
 
 
-def tar_at_far(curve: Curve, far: float) -> OperatingPoint:
+def tar_at_far(curve: ErrorCurve, far: float) -> OperatingPoint:
     """The true accept rate at a false accept rate of at most `far`.
 
     It is given only where `far` means 30 false accepts or more (Doddington's rule); otherwise the reason is.

@@ -17,7 +17,7 @@ from trainer.evaluation.scores import (
     pair_blocks,
     pair_counts,
 )
-from trainer.evaluation.tail import Numbers, Tail
+from trainer.evaluation.tails import Numbers, Tail
 
 
 @dataclass(frozen=True, slots=True)

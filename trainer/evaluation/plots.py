@@ -1,9 +1,9 @@
-"""Figures of a Report: ROC, DET, scores, open set and CMC, each a PNG that prints in black and white.
+"""Figures of a Report (ROC, DET, scores, open set, CMC) and of a run's course, PNGs that print in black and white.
 
 Only matplotlib's Agg canvas is used: nothing here needs a display or touches global state.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import Literal
@@ -14,11 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
+from trainer.atomic import fresh_file
 from trainer.evaluation.metrics import RESOLVED_ERRORS, SHOWN_ERRORS
-from trainer.evaluation.plots_style import COLOURS, DPI, GREY, LINES, PALE, SINGLE, new_figure, paper_style
+from trainer.evaluation.plots_style import COLOURS, DOUBLE, DPI, GREY, LINES, PALE, SINGLE, new_figure, paper_style
 from trainer.evaluation.report import Report
 
 HEIGHT = 2.75  # inches
+_COURSE_COLUMNS = 3
 DEVIATE_TICKS = (1e-6, 1e-4, 1e-3, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95)
 BLACK, BLUE = COLOURS[0], COLOURS[1]
 
@@ -43,10 +45,38 @@ def report_plots(report: Report, folder: Path) -> list[Path]:
             figure: Figure = new_figure(SINGLE, HEIGHT)
             figure.set_layout_engine("constrained")
             draw(figure.add_subplot(), report)
-            path = folder / f"{name}.png"
-            figure.savefig(path, dpi=DPI, metadata={"Software": None})
-            paths.append(path)
+            paths.append(_save(figure, folder / f"{name}.png"))
     return paths
+
+
+def course_plot(course: Sequence[tuple[int, Mapping[str, float]]], path: Path) -> Path:
+    """The measures of neural collapse over the steps of a training run, one panel each, as a PNG.
+
+    Args:
+        course: the step of each evaluation and what it measured, by name.
+    """
+    names = sorted({name for _, values in course for name in values})
+    rows = -(-len(names) // _COURSE_COLUMNS)
+    with paper_style():
+        figure = new_figure(DOUBLE, 1.5 * rows)
+        figure.set_layout_engine("constrained")
+        for place, name in enumerate(names, 1):
+            axes = figure.add_subplot(rows, _COURSE_COLUMNS, place)
+            points = [(step, values[name]) for step, values in course if name in values]
+            axes.plot(*zip(*points, strict=True), "o-", color=BLACK, markersize=3)
+            # From 0, to which most of them tend; what is 0 but for rounding is drawn at 0.
+            axes.set(xlim=(0, None), ylim=(0, 1.1 * max(0.05, *(value for _, value in points))))
+            axes.set_title(name.replace("_", " "), loc="left")
+            axes.grid(color=PALE, linewidth=0.4)
+            if place > len(names) - _COURSE_COLUMNS:
+                axes.set_xlabel("step")
+        return _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    with fresh_file(path) as file:
+        figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
+    return path
 
 
 def draw_roc(axes: Axes, report: Report) -> None:

@@ -12,6 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from trainer.atomic import fresh_file
+
 SINGLE, DOUBLE = 3.5, 7.16  # inches: the widths of one and of two columns of a paper
 DPI = 200  # of the PNG; the PDF is vectors
 
@@ -81,10 +83,11 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     pdf, png = folder / f"{name}.pdf", folder / f"{name}.png"
     pixels = BytesIO()
     with paper_style():
-        figure.savefig(pdf, metadata={"CreationDate": None})
+        with fresh_file(pdf) as file:
+            figure.savefig(file, format="pdf", metadata={"CreationDate": None})
         figure.savefig(pixels, format="png", dpi=DPI)
-    with Image.open(pixels) as image:  # without the transparency that nothing uses
-        image.convert("RGB").save(png, optimize=True, dpi=(DPI, DPI))
+    with Image.open(pixels) as image, fresh_file(png) as file:  # without the transparency that nothing uses
+        image.convert("RGB").save(file, format="png", optimize=True, dpi=(DPI, DPI))
     return [pdf, png]
 
 

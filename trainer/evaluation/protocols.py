@@ -2,7 +2,7 @@
 
 One-shot: one enrolled sample per identity, all others are probes, every identity in one gallery. Open set: a share of
 the identities is not enrolled, and all their samples are probes that must come back as unknown. Verification: all
-pairs (`pairs.py`). Everything is decided by the order of the samples and the seed.
+pairs, and LFW's ten folds of drawn ones. Everything is decided by the order of the samples and the seed.
 """
 
 from collections import Counter
@@ -13,17 +13,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import UserError
-from trainer.evaluation.bootstrap import fnir_interval, mean_interval
+from trainer.evaluation import metrics
 from trainer.evaluation.geometry import angles
-from trainer.evaluation.metrics import (
-    OperatingPoint,
-    fnir_at_fpir,
-    identification_curve,
-    match_characteristic,
-    rank1_P,
+from trainer.evaluation.intervals import fnir_interval, mean_interval
+from trainer.evaluation.report import (
+    AllPairs,
+    Confusion,
+    FnirAtFpir,
+    Geometry,
+    OneShot,
+    OpenSet,
+    Report,
+    TarAtFar,
+    TenFold,
+    histogram_of,
+    rounded,
+    thinned,
 )
-from trainer.evaluation.pairs import verification
-from trainer.evaluation.report import Confusion, FnirAtFpir, Geometry, OneShot, OpenSet, Report, rounded, thinned
 from trainer.evaluation.scores import (
     Floats,
     Integers,
@@ -32,12 +38,17 @@ from trainer.evaluation.scores import (
     NonMatedSearches,
     Vectors,
     check,
+    pair_counts,
     search_mated,
     search_non_mated,
 )
 
 RANKS = 20  # of the CMC
 CONFUSIONS = 20
+FOLDS = 10
+FARS = (1e-2, 1e-3, 1e-4)
+MOST_PAIR_SAMPLES = 30_000  # their pairs are counted in some seconds
+PAIRS_PER_FOLD = 300  # mated, and as many non-mated, as in LFW
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +58,6 @@ class Quick:
     rank1: float
     fnir_at_fpir_1pct: float | None
     threshold: float | None
-    identities: int
-    samples: int
 
 
 def enrolled_rows(labels_N: Labels, seed: int | None = None) -> NDArray[np.int64]:
@@ -112,9 +121,8 @@ def quick(embeddings_ND: Floats, labels_N: Integers, *, seed: int = 0, unenrolle
     _, searches = one_shot_searches(vectors_ND, labels_N, enrolled_rows(labels_N))
     unenrolled_U = unenrolled_identities(labels_N, unenrolled_share, seed)
     _, mated, _, strangers = open_set_searches(vectors_ND, labels_N, unenrolled_U)
-    point = fnir_at_fpir(mated.mate_P, strangers.best_P, 0.01)
-    identities = len(np.unique(labels_N))
-    return Quick(float(rank1_P(searches).mean()), point.value, point.threshold, identities, len(labels_N))
+    point = metrics.fnir_at_fpir(mated.mate_P, strangers.best_P, 0.01)
+    return Quick(float(metrics.rank1_P(searches).mean()), point.value, point.threshold)
 
 
 def evaluate(
@@ -124,11 +132,9 @@ def evaluate(
     *,
     seed: int = 0,
     unenrolled_share: float = 0.5,
-    fars: Sequence[float] = (1e-2, 1e-3, 1e-4),
     fpirs: Sequence[float] = (0.01, 0.1),
     draws: int = 5,
     replicates: int = 1000,
-    max_pair_samples: int = 30_000,
     source: str = "",
     model_id: str | None = None,
 ) -> Report:
@@ -139,17 +145,14 @@ def evaluate(
         labels_N: identity of each, an index into `class_names`.
         draws: other choices of the enrolled samples, for the spread of rank-1.
         replicates: of the bootstrap over subjects.
-        max_pair_samples: above it, verification takes whole identities drawn by the seed, up to so many samples.
         source: the data set and split, in words.
 
     Raises:
         UserError: input that cannot be compared, or too few identities or samples for a protocol.
     """
     vectors_ND, labels_N = check(embeddings_ND, labels_N)
-    if labels_N.min() < 0 or labels_N.max() >= len(class_names):
-        wrong = int(labels_N.min()) if labels_N.min() < 0 else int(labels_N.max())
-        raise UserError(f"label {wrong} has no name among {len(class_names)} classes; pass the names of the same split")
-    found = angles(vectors_ND, labels_N)
+    _check_names(labels_N, class_names)
+    geometry = _geometry(vectors_ND, labels_N)
     return Report(
         source=source,
         model_id=model_id,
@@ -157,15 +160,97 @@ def evaluate(
         identities=len(np.unique(labels_N)),
         samples=len(labels_N),
         dimension=vectors_ND.shape[1],
-        verification=verification(vectors_ND, labels_N, fars=fars, seed=seed, max_samples=max_pair_samples),
+        verification=verification(vectors_ND, labels_N, seed=seed),
         one_shot=one_shot(vectors_ND, labels_N, class_names, seed=seed, draws=draws, replicates=replicates),
         open_set=open_set(vectors_ND, labels_N, share=unenrolled_share, fpirs=fpirs, seed=seed, replicates=replicates),
-        geometry=Geometry(
-            intra_mean=found.intra_mean,
-            inter_smallest=found.inter_smallest,
-            inter_nearest_mean=float(found.nearest_C.mean()),
-        ),
+        geometry=geometry,
     )
+
+
+def _check_names(labels_N: Labels, class_names: Sequence[str]) -> None:
+    if labels_N.min() < 0 or labels_N.max() >= len(class_names):
+        wrong = int(labels_N.min()) if labels_N.min() < 0 else int(labels_N.max())
+        raise UserError(f"label {wrong} has no name among {len(class_names)} classes; pass the names of the same split")
+
+
+def _geometry(vectors_ND: Vectors, labels_N: Labels) -> Geometry:
+    found = angles(vectors_ND, labels_N)
+    nearest = float(found.nearest_C.mean())
+    return Geometry(intra_mean=found.intra_mean, inter_smallest=found.inter_smallest, inter_nearest_mean=nearest)
+
+
+def verification(vectors_ND: Vectors, labels_N: Labels, *, seed: int) -> AllPairs:
+    """Verification over all pairs of the samples, or of whole identities up to `MOST_PAIR_SAMPLES` of them."""
+    rows = whole_identities(labels_N, MOST_PAIR_SAMPLES, seed)
+    vectors_ND, labels_N = vectors_ND[rows], labels_N[rows]
+    counts = pair_counts(vectors_ND, labels_N)
+    curve = metrics.verification_curve(counts)
+    kept = thinned(curve.fmr_T, curve.fnmr_T)
+    points = [metrics.tar_at_far(curve, far) for far in FARS]
+    return AllPairs(
+        samples=len(labels_N),
+        mated_pairs=curve.mated,
+        non_mated_pairs=curve.non_mated,
+        eer=metrics.equal_error_rate(curve),
+        auc=metrics.area_under_curve(curve),
+        tar_at_far=[TarAtFar(far=p.rate, tar=p.value, threshold=p.threshold, reason=p.reason) for p in points],
+        ten_fold=ten_fold(vectors_ND, labels_N, seed=seed),
+        thresholds=rounded(curve.thresholds_T[kept], 9),
+        fmr=rounded(curve.fmr_T[kept]),
+        fnmr=rounded(curve.fnmr_T[kept]),
+        histogram=histogram_of(counts),
+    )
+
+
+def ten_fold(vectors_ND: Vectors, labels_N: Labels, *, seed: int) -> TenFold | None:
+    """LFW-style accuracy: ten folds of identities, each of up to 300 mated and as many non-mated pairs."""
+    generator = np.random.default_rng(seed)
+    parts = np.array_split(generator.permutation(np.unique(labels_N)), FOLDS)
+    scores, mated, folds = [], [], []
+    for fold, identities in enumerate(parts):
+        rows = np.flatnonzero(np.isin(labels_N, identities))
+        same, different = _drawn_pairs(labels_N[rows], generator)
+        size = min(len(same), len(different))
+        if size == 0:
+            return None
+        pairs = rows[np.concatenate([same[:size], different[:size]])]
+        scores.append(np.einsum("pd,pd->p", vectors_ND[pairs[:, 0]], vectors_ND[pairs[:, 1]]))
+        mated.append(np.arange(2 * size) < size)
+        folds.append(np.full(2 * size, fold))
+    accuracies = metrics.ten_fold_accuracy(np.concatenate(scores), np.concatenate(mated), np.concatenate(folds))
+    error = float(accuracies.std(ddof=1) / np.sqrt(FOLDS))
+    return TenFold(accuracy=float(accuracies.mean()), standard_error=error, pairs=sum(map(len, folds)))
+
+
+def _drawn_pairs(labels_n: Labels, generator: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Up to 300 different mated and 300 different non-mated pairs of positions, in random order."""
+    if len(labels_n) < 2:
+        none = np.empty((0, 2), np.int64)
+        return none, none
+    order_n = np.argsort(labels_n, kind="stable")
+    first_n = np.searchsorted(labels_n[order_n], labels_n[order_n])
+    count_n = np.searchsorted(labels_n[order_n], labels_n[order_n], side="right") - first_n
+    one = generator.integers(len(labels_n), size=4 * PAIRS_PER_FOLD)
+    mate = first_n[one] + generator.integers(count_n[one])
+    other = generator.integers(len(labels_n), size=4 * PAIRS_PER_FOLD)
+    same = _distinct(order_n[np.stack([one, mate], axis=1)], generator)
+    different = np.stack([one, other], axis=1)
+    return same, _distinct(different[labels_n[one] != labels_n[other]], generator)
+
+
+def _distinct(pairs: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64]:
+    unique = np.unique(np.sort(pairs[pairs[:, 0] != pairs[:, 1]], axis=1), axis=0)
+    return np.asarray(generator.permutation(unique)[:PAIRS_PER_FOLD], dtype=np.int64)
+
+
+def whole_identities(labels_N: Labels, most: int, seed: int) -> NDArray[np.int64]:
+    """Rows of identities drawn by the seed while they hold at most `most` samples; all rows where that is enough."""
+    if len(labels_N) <= most:
+        return np.arange(len(labels_N))
+    identities_C, counts_C = np.unique(labels_N, return_counts=True)
+    order_C = np.random.default_rng(seed).permutation(len(identities_C))
+    kept = max(2, int(np.searchsorted(np.cumsum(counts_C[order_C]), most, side="right")))
+    return np.flatnonzero(np.isin(labels_N, identities_C[order_C[:kept]]))
 
 
 def one_shot(
@@ -174,10 +259,10 @@ def one_shot(
     """The closed-set protocol, with the first samples enrolled and with `draws` random ones."""
     enrolled_C = enrolled_rows(labels_N)
     probe_labels_P, searches = one_shot_searches(vectors_ND, labels_N, enrolled_C)
-    hits_P = rank1_P(searches)
+    hits_P = metrics.rank1_P(searches)
     low, high = mean_interval(hits_P, probe_labels_P, seed=seed, replicates=replicates)
     others = [
-        float(rank1_P(one_shot_searches(vectors_ND, labels_N, enrolled_rows(labels_N, seed + draw))[1]).mean())
+        float(metrics.rank1_P(one_shot_searches(vectors_ND, labels_N, enrolled_rows(labels_N, seed + draw))[1]).mean())
         for draw in range(draws)
     ]
     every = [float(hits_P.mean()), *others]
@@ -187,7 +272,7 @@ def one_shot(
         rank1=float(hits_P.mean()),
         low=low,
         high=high,
-        cmc=rounded(match_characteristic(searches, min(RANKS, len(enrolled_C)))),
+        cmc=rounded(metrics.match_characteristic(searches, min(RANKS, len(enrolled_C)))),
         rank1_draws=others,
         rank1_mean=float(np.mean(every)),
         rank1_std=float(np.std(every, ddof=1)) if len(every) > 1 else 0.0,
@@ -203,7 +288,7 @@ def open_set(
     mated_labels_P, mated, stranger_labels_P, strangers = open_set_searches(vectors_ND, labels_N, unenrolled_U)
     points = []
     for fpir in fpirs:
-        point = fnir_at_fpir(mated.mate_P, strangers.best_P, fpir)
+        point = metrics.fnir_at_fpir(mated.mate_P, strangers.best_P, fpir)
         low, high = (None, None)
         if point.value is not None:
             low, high = fnir_interval(
@@ -216,7 +301,7 @@ def open_set(
                 replicates=replicates,
             )
         points.append(_open_set_point(point, mated, low, high))
-    thresholds_T, fpir_T, fnir_T = identification_curve(mated.mate_P, strangers.best_P)
+    thresholds_T, fpir_T, fnir_T = metrics.identification_curve(mated.mate_P, strangers.best_P)
     kept = thinned(fpir_T, fnir_T)
     return OpenSet(
         unenrolled_share=share,
@@ -231,10 +316,12 @@ def open_set(
     )
 
 
-def _open_set_point(point: OperatingPoint, mated: MatedSearches, low: float | None, high: float | None) -> FnirAtFpir:
+def _open_set_point(
+    point: metrics.OperatingPoint, mated: MatedSearches, low: float | None, high: float | None
+) -> FnirAtFpir:
     first = None
     if point.threshold is not None:
-        first = 1 - float(np.mean(rank1_P(mated) * (mated.mate_P >= point.threshold)))
+        first = 1 - float(np.mean(metrics.rank1_P(mated) * (mated.mate_P >= point.threshold)))
     return FnirAtFpir(
         fpir=point.rate,
         fnir=point.value,

@@ -1,21 +1,20 @@
-"""The Report of an evaluation: everything that its tables and plots show, as JSON."""
+"""What evaluation and calibration found, as JSON: the Report with all that tables and plots show, and Thresholds."""
 
+from math import isqrt
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from trainer.evaluation.scores import GRID, STEPS, PairCounts
+from trainer.strict import Strict
 
 CURVE_POINTS = 200  # kept along each axis of a curve
+HISTOGRAM_BINS = 200  # from the lowest score that occurs to the highest; fewer where pairs are few
 
 
-class Part(BaseModel):
-    """A part of a report: frozen, and strict about its keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TarAtFar(Part):
+class TarAtFar(Strict):
     """True accept rate at a false accept rate; None with a reason where the pairs do not resolve it."""
 
     far: float
@@ -24,7 +23,7 @@ class TarAtFar(Part):
     reason: str | None = None
 
 
-class Histogram(Part):
+class Histogram(Strict):
     """Density of scores: `mated[i]` is the share of mated pairs in edges[i] ... edges[i + 1], per unit of score."""
 
     edges: list[float]
@@ -32,7 +31,7 @@ class Histogram(Part):
     non_mated: list[float]
 
 
-class TenFold(Part):
+class TenFold(Strict):
     """LFW-style accuracy: mean over ten folds that share no identity, and its standard error."""
 
     accuracy: float
@@ -40,7 +39,7 @@ class TenFold(Part):
     pairs: int
 
 
-class Verification(Part):
+class AllPairs(Strict):
     """1:1, over all pairs of the samples used."""
 
     samples: int
@@ -56,7 +55,7 @@ class Verification(Part):
     histogram: Histogram
 
 
-class Confusion(Part):
+class Confusion(Strict):
     """An identity taken for another, in searches of the one-shot gallery."""
 
     identity: str
@@ -65,7 +64,7 @@ class Confusion(Part):
     of: int
 
 
-class OneShot(Part):
+class OneShot(Strict):
     """Closed set: one enrolled sample per identity, all others are probes, every identity in one gallery."""
 
     gallery_size: int
@@ -80,7 +79,7 @@ class OneShot(Part):
     confusions: list[Confusion]
 
 
-class FnirAtFpir(Part):
+class FnirAtFpir(Strict):
     """FNIR at an FPIR; None with a reason where the non-mated probes do not show it.
 
     `fnir` wants the mate at or above the threshold at any rank, `fnir_rank1` wants it first as well. The interval is of
@@ -96,7 +95,7 @@ class FnirAtFpir(Part):
     reason: str | None = None
 
 
-class OpenSet(Part):
+class OpenSet(Strict):
     """Open set: a share of the identities is not enrolled; their samples must come back as unknown."""
 
     unenrolled_share: float
@@ -110,7 +109,7 @@ class OpenSet(Part):
     fnir: list[float]
 
 
-class Geometry(Part):
+class Geometry(Strict):
     """Angles in degrees about the normalised means of the identities."""
 
     intra_mean: float = Field(description="mean angle between a sample and its identity's centre")
@@ -118,7 +117,7 @@ class Geometry(Part):
     inter_nearest_mean: float = Field(description="mean angle between a centre and the nearest other one")
 
 
-class Report(Part):
+class Report(Strict):
     """What `evaluate` found."""
 
     format: Literal[1] = 1
@@ -128,7 +127,7 @@ class Report(Part):
     identities: int
     samples: int
     dimension: int
-    verification: Verification
+    verification: AllPairs
     one_shot: OneShot
     open_set: OpenSet
     geometry: Geometry
@@ -154,6 +153,34 @@ class Report(Part):
         return {name: value for name, value in found.items() if value is not None}
 
 
+class Threshold(Strict):
+    """A similarity at or above which two vectors, or a probe and a candidate, are called the same identity.
+
+    `target` names the error rate it was calibrated for: FMR (one comparison) or FPIR (one search of a gallery of
+    `gallery_size` subjects). `low` and `high` bound the error rate actually reached, at `confidence`, bootstrapped
+    over subjects.
+    """
+
+    value: float = Field(ge=-1.0, le=1.0001)
+    target: Literal["FMR", "FPIR"]
+    rate: float = Field(gt=0, lt=1)
+    gallery_size: int = Field(1, ge=1)
+    low: float = Field(ge=0, le=1)
+    high: float = Field(ge=0, le=1)
+    confidence: float = Field(0.95, gt=0, lt=1)
+    probes: int = Field(ge=1, description="non-mated probes it was measured on")
+    subjects: int = Field(ge=1, description="subjects those probes belong to")
+    model_id: str
+    source: str = Field(description="where it came from, in words: the data set and split, and the method")
+
+
+class Calibration(Strict):
+    """Thresholds by use: `verify` for 1:1, `identify` for 1:N."""
+
+    verify: Threshold
+    identify: Threshold
+
+
 def rounded(values: NDArray[np.floating], digits: int = 6) -> list[float]:
     """Values with so many significant digits, for a file that people open."""
     return [float(f"{value:.{digits}g}") for value in values]
@@ -173,3 +200,16 @@ def thinned(falling_T: NDArray[np.float64], rising_T: NDArray[np.float64]) -> ND
         found = np.minimum(np.searchsorted(ascending_T, levels), len(ascending_T) - 1)
         kept.update((len(ascending_T) - 1 - found if flip else found).tolist())
     return np.array(sorted(kept))
+
+
+def histogram_of(counts: PairCounts) -> Histogram:
+    """Densities of the mated and non-mated scores, over the range that occurs."""
+    cells = np.flatnonzero(counts.mated + counts.non_mated)
+    bins = min(HISTOGRAM_BINS, 20 + isqrt(int(counts.mated.sum())))
+    width = max(1, -(-int(cells[-1] + 1 - cells[0]) // bins))
+    starts = np.arange(cells[0], cells[-1] + 1, width)
+    edges = (np.append(starts, starts[-1] + width) - STEPS) * GRID
+    mated, non_mated = (
+        np.add.reduceat(c[: cells[-1] + 1], starts) / c.sum() / (width * GRID) for c in (counts.mated, counts.non_mated)
+    )
+    return Histogram(edges=rounded(edges, 9), mated=rounded(mated), non_mated=rounded(non_mated))

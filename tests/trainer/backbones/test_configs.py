@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.backbones.build import build
+from trainer.backbones import build
 from trainer.config import load
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))

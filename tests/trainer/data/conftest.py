@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.config import DataConfig
 from trainer.data.importers.run import ImportOptions, run_import
 from trainer.data.manifest import Manifest
+from trainer.data.stream import DataConfig
 
 COUNTS = {"ada": 9, "bob": 4, "cy": 7, "dot": 5, "eve": 12, "fay": 4, "gus": 6}  # 47 samples
 

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.config import AugmentConfig
-from trainer.data.augment import Augment, to_float
-from trainer.data.batch import PADDING, Batch
+from trainer.data.augment import Augment, AugmentConfig, to_float
+from trainer.data.stream import PADDING, Batch
 from trainer.errors import UserError
 
 ALL = AugmentConfig(

@@ -10,9 +10,8 @@ import pytest
 from PIL import ExifTags, Image
 
 from tests.serving.hostile.images import scans, segment
-from trainer.artifact import Preprocessing
 from trainer.data import image as module
-from trainer.data.image import FORMATS, MAX_BYTES, MAX_SCANS, TooManyPixels, decode, load_image
+from trainer.data.image import FORMATS, MAX_BYTES, MAX_SCANS, Preprocessing, TooManyPixels, decode, load_image
 from trainer.errors import UserError
 
 GREY = Preprocessing(mode="L", height=8, width=8)

@@ -7,12 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.config import DataConfig
-from trainer.data.batch import PADDING, Batch
 from trainer.data.image import load_image
 from trainer.data.manifest import Manifest
 from trainer.data.shards import SplitWriter
-from trainer.data.stream import Stream, preprocessing
+from trainer.data.stream import PADDING, Batch, DataConfig, Stream, preprocessing
 from trainer.errors import UserError
 
 
@@ -122,7 +120,7 @@ def test_later_epochs_decode_nothing(
         decoded.append(arguments)
         return load_image(*arguments)
 
-    monkeypatch.setattr("trainer.data.stream.load_image", counting)
+    monkeypatch.setattr("trainer.data.reader.load_image", counting)
     for cache, expected in (("none", 3 * 47), ("memory", 47), ("auto", 47)):
         decoded.clear()
         stream = Stream(data_set, manifest, "train", with_(config, cache=cache))
@@ -136,7 +134,7 @@ def test_a_rank_decodes_its_own_samples_only(
 ):
     decoded = []
     monkeypatch.setattr(
-        "trainer.data.stream.load_image", lambda *arguments: decoded.append(arguments) or load_image(*arguments)
+        "trainer.data.reader.load_image", lambda *arguments: decoded.append(arguments) or load_image(*arguments)
     )
     list(Stream(data_set, manifest, "train", config, rank=1, world_size=3).batches(0))
     assert len(decoded) == 4 * 4  # a third of each batch of 12
@@ -236,7 +234,7 @@ def test_many_shards_keep_few_files_open(
     data_set: Path, manifest: Manifest, config: DataConfig, monkeypatch: pytest.MonkeyPatch
 ):
     reference = list(Stream(data_set, manifest, "train", with_(config, cache="none")).batches(0))
-    monkeypatch.setattr("trainer.data.stream._OPEN_SHARDS", 1)
+    monkeypatch.setattr("trainer.data.reader._OPEN_SHARDS", 1)
     stream = Stream(data_set, manifest, "train", with_(config, cache="none"))
     stream._reader._keep_indexes = 1
     for a, b in zip(stream.batches(0), reference, strict=True):

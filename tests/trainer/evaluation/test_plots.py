@@ -11,7 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from trainer.evaluation.plots import draw_cmc, draw_det, draw_open_set, draw_roc, draw_scores, report_plots
+from trainer.evaluation import plots
+from trainer.evaluation.plots import course_plot, draw_cmc, draw_det, draw_open_set, draw_roc, draw_scores, report_plots
+from trainer.evaluation.plots_style import new_figure
 from trainer.evaluation.protocols import evaluate
 from trainer.evaluation.report import Report
 
@@ -101,3 +103,20 @@ def test_the_rest_of_the_evaluation_needs_neither_torch_nor_matplotlib() -> None
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_course_of_a_run_shows_every_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(plots, "new_figure", lambda *size: figures.append(new_figure(*size)) or figures[-1])
+    course = [(10, {"within_between": 3.0, "self_duality": 1.0}), (20, {"within_between": 2.0}), (30, {"last": 1.0})]
+    assert course_plot(course, tmp_path / "course.png") == tmp_path / "course.png"
+    lines = {axes.get_title(loc="left"): axes.lines[0].get_xydata().tolist() for axes in figures[0].axes}
+    assert lines == {
+        "last": [[30, 1.0]], "self duality": [[10, 1.0]], "within between": [[10, 3.0], [20, 2.0]],
+    }  # fmt: skip
+    with Image.open(tmp_path / "course.png") as image:
+        assert np.asarray(image.convert("L"), dtype=np.float64).std() > 5
+    first = (tmp_path / "course.png").read_bytes()
+    course_plot(course, tmp_path / "course.png")
+    assert (tmp_path / "course.png").read_bytes() == first
+    assert [path.name for path in tmp_path.iterdir()] == ["course.png"]

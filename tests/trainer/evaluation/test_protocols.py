@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 
 from trainer.errors import UserError
-from trainer.evaluation.bootstrap import mean_interval
-from trainer.evaluation.pairs import ten_fold, whole_identities
-from trainer.evaluation.protocols import enrolled_rows, evaluate, one_shot_searches, quick, unenrolled_identities
+from trainer.evaluation.intervals import mean_interval
+from trainer.evaluation.protocols import (
+    enrolled_rows,
+    evaluate,
+    one_shot_searches,
+    quick,
+    ten_fold,
+    unenrolled_identities,
+    whole_identities,
+)
 from trainer.evaluation.report import Report, thinned
 
 

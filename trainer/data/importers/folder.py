@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.data.image import read_file
-from trainer.data.importers.source import Sample, Source, hold_out_share
+from trainer.data.importers import Sample, Source, hold_out_share
 from trainer.errors import UserError
 
 _LITTER = {"thumbs.db", "desktop.ini", "__macosx"}  # what file managers leave behind

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageFont, ImageOps
 
-from trainer.data.importers.source import Sample, Source, hold_out_share
+from trainer.data.importers import Sample, Source, hold_out_share
 from trainer.errors import UserError
 
 SIDE = 105

@@ -4,17 +4,21 @@ Lake, Salakhutdinov and Tenenbaum, "Human-level concept learning through probabi
 2015. `images_background/<Alphabet>/character<NN>/<id>_<drawer>.png`, 105 x 105 pixels, one bit each.
 """
 
+import hashlib
 import os
 import re
+import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
+from typing import BinaryIO
 
+from trainer.atomic import fresh_file
 from trainer.data.image import MAX_BYTES, read_file
-from trainer.data.importers.download import fetch
-from trainer.data.importers.source import Sample, Source, choose
+from trainer.data.importers import Sample, Source, choose
 from trainer.data.index import Progress
 from trainer.errors import UserError
 
@@ -26,6 +30,9 @@ _MAX_MEMBERS = 1_000_000
 # Anything above the alphabet is the root: usually images_background or images_evaluation, or nothing.
 _LAYOUT = re.compile(r"(?:(?P<root>.*)/)?(?P<alphabet>[^/]+)/(?P<character>character\d+)/[^/]+\.png", re.IGNORECASE)
 _EVALUATION = "images_evaluation"
+_MAX_DOWNLOAD = 256 * 2**20
+_CHUNK = 2**18
+_TIMEOUT_S = 30
 
 
 @contextmanager
@@ -129,3 +136,54 @@ def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
             return file.read(MAX_BYTES + 1)
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError) as error:
         raise UserError(f"image '{name}' cannot be unpacked ({error}); pack the archive again") from error
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: `$XDG_CACHE_HOME/hypersphere`, by default `~/.cache/hypersphere`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hypersphere"
+
+
+def fetch(url: str, md5: str, name: str, progress: Progress | None = None) -> Path:
+    """Download once into the cache folder, whole or not at all; a kept file is checked again.
+
+    MD5 is what the publisher gives: it finds damage, and the connection (HTTPS) speaks for the origin.
+
+    Raises:
+        UserError: no network, or the file is not the published one.
+    """
+    path = cache_folder() / name
+    if path.exists() and _md5(path) == md5:
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with fresh_file(path) as file:
+            found = _download(url, file, progress)
+            if found != md5:
+                raise UserError(f"'{url}' has MD5 {found}, not the published {md5}; try again, or give the file itself")
+    except (OSError, HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise UserError(
+            f"cannot download '{url}' ({reason}); get the file elsewhere and name it as SOURCE or in OMNIGLOT_ZIP"
+        ) from error
+    return path
+
+
+def _download(url: str, file: BinaryIO, progress: Progress | None) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:
+        total = int(answer.headers.get("Content-Length") or 0)
+        done = 0
+        while chunk := answer.read(_CHUNK):
+            done += len(chunk)
+            if done > _MAX_DOWNLOAD:
+                raise UserError(f"'{url}' sends more than {_MAX_DOWNLOAD} bytes; name the file itself as SOURCE")
+            digest.update(chunk)
+            file.write(chunk)
+            if progress is not None:
+                progress("download", done, max(total, done))
+    return digest.hexdigest()
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -2,9 +2,8 @@
 
 import hashlib
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -13,20 +12,23 @@ from pathlib import Path
 import numpy as np
 import PIL
 
-from trainer.data.atomic import fresh_folder
+from trainer.atomic import Kind, fresh_folder
 from trainer.data.image import decode
+from trainer.data.importers import Source
 from trainer.data.importers.folder import open_folder
 from trainer.data.importers.glyphs import open_glyphs
 from trainer.data.importers.omniglot import open_omniglot
-from trainer.data.importers.source import Source
 from trainer.data.index import Progress
-from trainer.data.manifest import BadSample, Manifest, ShardEntry, Split
+from trainer.data.manifest import MANIFEST_FILE, BadSample, Manifest, ShardEntry, Split
+from trainer.data.reader import ahead
 from trainer.data.shards import SAMPLES_PER_SHARD, SplitWriter
 from trainer.errors import UserError
 
 KINDS = ("omniglot", "folder", "glyphs")
 _KEPT = {"PNG": "png", "JPEG": "jpg"}  # formats whose bytes go into the shard as they are
 _SHUFFLE = 0x5A0F
+_THREADS = min(4, os.cpu_count() or 1)
+_DATA_SET = Kind("a data set", MANIFEST_FILE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def run_import(
             `out` exists.
     """
     options = options or ImportOptions()
-    with fresh_folder(out, options.overwrite) as folder, _open(kind, source, options, progress) as opened:
+    with fresh_folder(out, _DATA_SET, options.overwrite) as folder, _open(kind, source, options, progress) as opened:
         manifest = _Import(opened, folder, options, progress).run()
         manifest.write(folder)
     return manifest
@@ -175,7 +177,10 @@ class _Import:
     def _read_all(self, rows: list[int]) -> Iterator[tuple[int, _Checked]]:
         """The readable images of the rows, in order; the others go to the list of bad ones."""
         total = len(self._source.samples)
-        for row, checked in _ahead(self._check, [row for row in rows if row not in self._bad]):
+        rows = [row for row in rows if row not in self._bad]
+        # Decoding frees the interpreter's lock, so that threads help.
+        found = ahead(self._check, rows, threads=_THREADS, most=8 * _THREADS)
+        for row, checked in zip(rows, found, strict=True):
             if isinstance(checked, str):
                 self._note_bad(row, checked)
             else:
@@ -230,21 +235,3 @@ class _Import:
 def _split(classes: list[str], counts: Counter[str], shards: list[ShardEntry]) -> Split:
     class_counts = [counts[name] for name in classes]
     return Split(samples=sum(class_counts), classes=classes, class_counts=class_counts, shards=shards)
-
-
-def _ahead(check: Callable[[int], _Checked | str], rows: Sequence[int]) -> Iterator[tuple[int, _Checked | str]]:
-    """`check` of each row, in order, computed by a few threads that run a little ahead (decoding frees the lock)."""
-    threads = min(4, os.cpu_count() or 1)
-    pending: deque[tuple[int, Future[_Checked | str]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for row in rows:
-                pending.append((row, pool.submit(check, row)))
-                if len(pending) > 8 * threads:
-                    first, future = pending.popleft()
-                    yield first, future.result()
-            for first, future in pending:
-                yield first, future.result()
-        finally:
-            for _, future in pending:
-                future.cancel()

@@ -6,12 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer.artifact import Preprocessing
-from trainer.data.image import load_image
-from trainer.data.importers import glyphs
+from trainer.data.image import Preprocessing, load_image
+from trainer.data.importers import Source, glyphs
 from trainer.data.importers.glyphs import open_glyphs
 from trainer.data.importers.run import ImportOptions, run_import
-from trainer.data.importers.source import Source
 from trainer.errors import UserError
 
 PLAIN = Preprocessing(mode="L", height=105, width=105)

@@ -239,13 +239,13 @@ def test_killed_import_leaves_nothing_that_looks_finished(tmp_path: Path, data_s
     command = [sys.executable, "-c", KILLED, str(people), str(out)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline().strip() == "64"
-        left = sorted(path.name for path in (tmp_path / ".set.importing").iterdir())
+        left = sorted(path.name for path in (tmp_path / ".set.partial").iterdir())
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert left[:3] == ["train-000000.tar", "train-000001.tar", "train-000002.tar"]
     assert not out.exists()
     with pytest.raises(UserError, match="is not a data set"):
-        Manifest.read(tmp_path / ".set.importing")
+        Manifest.read(tmp_path / ".set.partial")
     for path in people.glob("ada/x*.png"):
         path.unlink()
     deadline = time.monotonic() + 10

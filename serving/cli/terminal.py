@@ -1,8 +1,8 @@
-"""What the terminal shows: progress bars and tables."""
+"""What the terminal shows: lines, progress bars and tables."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,13 +18,31 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from trainer.evaluation.report import Report
+    from trainer.train import Record
 
 _PLAIN_EVERY = 0.1  # without a terminal, a line each tenth of the way
 
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+
+def plain(text: object) -> str:
+    """Text that may hold square brackets, which rich would take for styles."""
+    return escape(str(text))
+
+
+def warn(text: str) -> None:
+    """A line on stderr; the command goes on."""
+    err.print(plain(text), style="yellow", highlight=False)
+
+
+def fail(text: str, what: str = "error") -> None:
+    """The line on stderr that a failed command ends with."""
+    err.print(f"[bold red]{what}:[/] {plain(text)}", highlight=False)
+
 
 @contextmanager
-def progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+def progress(console: Console = out) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each stage; yields `show(stage, done, total)`. Nothing is drawn where there is no terminal."""
     bar = Progress(
         TextColumn("{task.description:>10}"),
@@ -72,8 +90,16 @@ class TrainingView:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def step(self, step: int, total: int, values: Mapping[str, float]) -> None:
-        """Show where the training is."""
+    def record(self, record: "Record") -> None:
+        """Show what rank 0 tells."""
+        if record.kind == "note":
+            self._line(record.text)
+        elif record.kind == "metrics":
+            self._line(f"step {record.step}: {_evaluation(record.values)}")
+        elif record.kind in ("start", "step"):
+            self._step(record.step, record.total_steps, record.values)
+
+    def _step(self, step: int, total: int, values: Mapping[str, float]) -> None:
         text = (
             f"loss {values['loss']:.3f}  {values['samples_per_s']:.0f} samples/s  {values['memory_mb']:.0f} MB"
             if "loss" in values
@@ -88,51 +114,23 @@ class TrainingView:
             self._task = self._bar.add_task("train", total=total, text=text)
         self._bar.update(self._task, completed=step, total=total, text=text)
 
-    def line(self, text: str) -> None:
+    def _line(self, text: str) -> None:
         """A line above the bar."""
-        self._bar.console.print(escape(text), highlight=False)
+        self._bar.console.print(plain(text), highlight=False)
+
+
+def _evaluation(values: Mapping[str, float]) -> str:
+    """One short line of an evaluation: what was found of the identities held out, and where the rest is."""
+    named = (("val/rank1", "rank-1"), ("val/fnir_at_fpir_1pct", "FNIR at FPIR 1 %"))
+    shown = [f"{what} {values[key]:.1%}" for key, what in named if key in values]
+    others = len(values) - len(shown)
+    shown += [f"{others} other figures in run.json and MLflow"] if others else []
+    return ", ".join(shown)
 
 
 def rows_table(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     """Two columns: what, and its value."""
     table = Table(title=title, show_header=False, title_justify="left")
     for what, value in rows:
-        table.add_row(escape(what), escape(value))
-    return table
-
-
-def report_rows(report: "Report") -> list[tuple[str, str]]:
-    """The headline figures of an evaluation, each with what it was measured on; a figure not resolved says why."""
-    shot, open_set = report.one_shot, report.open_set
-    rows = [
-        (
-            f"rank-1, one image enrolled per identity, gallery of {shot.gallery_size}",
-            f"{shot.rank1:.2%}  (95 %: {shot.low:.2%} to {shot.high:.2%}; {shot.probes} probes)",
-        )
-    ]
-    for far in report.verification.tar_at_far:
-        rows.append((f"TAR at FAR {far.far:g}", _rate(far.tar, far.reason)))
-    rows.append(("EER", f"{report.verification.eer:.2%}"))
-    for point in open_set.points:
-        interval = f"  (95 %: {point.low:.2%} to {point.high:.2%})" if point.low is not None and point.high else ""
-        what = f"FNIR at FPIR {point.fpir:g}, {open_set.unenrolled} identities not enrolled, gallery of"
-        rows.append((f"{what} {open_set.gallery_size}", _rate(point.fnir, point.reason) + interval))
-    return rows
-
-
-def _rate(value: float | None, reason: str | None) -> str:
-    return f"{value:.2%}" if value is not None else f"not resolved: {reason}"
-
-
-def losses_table(losses: Sequence[Mapping[str, Any]]) -> Table:
-    """The losses by family."""
-    table = Table()
-    table.add_column("name", no_wrap=True)  # what a config asks for: never cut
-    for column in ("family", "formula", "defaults", "source"):
-        table.add_column(column, overflow="fold")
-    for loss in losses:
-        defaults = ", ".join(f"{key}={value}" for key, value in loss["defaults"].items())
-        table.add_row(
-            *(escape(str(loss[key])) for key in ("name", "family", "formula")), escape(defaults), escape(loss["source"])
-        )
+        table.add_row(plain(what), plain(value))
     return table

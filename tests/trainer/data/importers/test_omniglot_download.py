@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data.importers.download import cache_folder, fetch
+from trainer.data.importers.omniglot import cache_folder, fetch
 from trainer.errors import UserError
 
 CONTENT = bytes(range(256)) * 4000
@@ -68,18 +68,18 @@ def test_wrong_content_is_not_kept(server: str):
 
 @pytest.mark.parametrize("path", ["/cut", "/gone"])
 def test_failed_download_leaves_nothing_and_names_the_way_out(server: str, path: str):
-    with pytest.raises(UserError, match=r"--source or OMNIGLOT_ZIP|not the published"):
+    with pytest.raises(UserError, match=r"SOURCE or in OMNIGLOT_ZIP|not the published"):
         fetch(server + path, MD5, "x.zip")
     assert list(cache_folder().iterdir()) == []
 
 
 def test_no_network(server: str):
-    with pytest.raises(UserError, match=r"cannot download 'http://127\.0\.0\.1:1/x' .*--source or OMNIGLOT_ZIP"):
+    with pytest.raises(UserError, match=r"cannot download 'http://127\.0\.0\.1:1/x' .*SOURCE or in OMNIGLOT_ZIP"):
         fetch("http://127.0.0.1:1/x", MD5, "x.zip")
 
 
 def test_endless_download_is_stopped(server: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("trainer.data.importers.download._MAX_BYTES", 1000)
+    monkeypatch.setattr("trainer.data.importers.omniglot._MAX_DOWNLOAD", 1000)
     with pytest.raises(UserError, match="more than 1000 bytes"):
         fetch(f"{server}/x", MD5, "x.zip")
     assert list(cache_folder().iterdir()) == []

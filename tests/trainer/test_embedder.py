@@ -5,10 +5,19 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from serving.embedder import Embedder
-from trainer.artifact import Preprocessing, model_id, read_manifest, write_manifest
-from trainer.data.image import load_image
+from tests.serving.conftest import onnx_model, write_embedder
+from trainer.embedder import Embedder, model_id, read_manifest, write_manifest
 from trainer.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory):
+    return write_embedder(tmp_path_factory.mktemp("embedder") / "tiny", onnx_model())
+
+
+def pictures(count):
+    """uint8 [count, 1, 16, 16]."""
+    return np.random.default_rng(1).integers(0, 256, (count, 1, 16, 16), dtype=np.uint8)
 
 
 def _with_model(folder, source, content):
@@ -21,27 +30,21 @@ def _with_model(folder, source, content):
     return folder
 
 
-def test_vectors_are_those_of_the_formula(embedder, photos):
+def test_vectors_are_those_of_the_formula(embedder):
     opened = Embedder.open(embedder)
-    sources = [photos(identity) for identity in range(3)]
+    pixels_BCHW = pictures(3)
     weights = np.random.default_rng(0).normal(size=(256, 32)).astype(np.float32)
-    x_BD = opened.embed_files(sources)
-    for source, x_D in zip(sources, x_BD, strict=True):
-        pixels = load_image(source, Preprocessing(mode="L", height=16, width=16)).reshape(-1).astype(np.float64)
+    x_BD = opened.embed(pixels_BCHW)
+    for pixels, x_D in zip(pixels_BCHW.reshape(3, -1).astype(np.float64), x_BD, strict=True):
         expected_D = (pixels - pixels.mean()) @ weights.astype(np.float64)
         np.testing.assert_allclose(x_D, expected_D / np.linalg.norm(expected_D), atol=1e-5)
     assert x_BD.dtype == np.float32
     assert (opened.dimension, opened.model_id) == (32, read_manifest(embedder).model_id)
 
 
-def test_batches_do_not_change_the_vectors(embedder, photos, tmp_path):
-    paths = []
-    for identity in range(7):
-        paths.append(tmp_path / f"{identity}.png")
-        paths[-1].write_bytes(photos(identity))
+def test_batches_do_not_change_the_vectors(embedder):
     at_once, in_twos = Embedder.open(embedder), Embedder.open(embedder, batch_size=2)
-    np.testing.assert_allclose(in_twos.embed_files(paths), at_once.embed_files(paths), atol=1e-6)
-    assert at_once.embed_files([]).shape == (0, 32)
+    np.testing.assert_allclose(in_twos.embed(pictures(7)), at_once.embed(pictures(7)), atol=1e-6)
     assert at_once.embed(np.zeros((0, 1, 16, 16), np.uint8)).shape == (0, 32)
 
 
@@ -83,9 +86,9 @@ def test_truncated_models_are_refused(embedder, tmp_path):
             Embedder.open(_with_model(tmp_path / str(number), embedder, content[:length]))
 
 
-def test_a_model_that_does_not_normalise_is_refused(make_embedder):
+def test_a_model_that_does_not_normalise_is_refused(tmp_path):
     with pytest.raises(UserError, match="an embedder normalises them to 1"):
-        Embedder.open(make_embedder(normalise=False))
+        Embedder.open(write_embedder(tmp_path / "long", onnx_model(normalise=False)))
 
 
 def test_another_signature_is_refused(embedder, tmp_path):

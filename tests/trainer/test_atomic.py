@@ -1,13 +1,16 @@
+import os
 from pathlib import Path
 
 import pytest
 
-from trainer.data.atomic import fresh_folder
+from trainer.atomic import Kind, fresh_file, fresh_folder, write_file
 from trainer.errors import UserError
+
+SET = Kind("a data set", "manifest.json")
 
 
 def fill(out: Path, text: str, overwrite: bool = False) -> None:
-    with fresh_folder(out, overwrite) as folder:
+    with fresh_folder(out, SET, overwrite) as folder:
         (folder / "manifest.json").write_text(text)
 
 
@@ -17,7 +20,7 @@ def names(folder: Path) -> list[str]:
 
 def test_folder_appears_whole(tmp_path: Path):
     out = tmp_path / "deep" / "set"
-    with fresh_folder(out) as folder:
+    with fresh_folder(out, SET) as folder:
         (folder / "manifest.json").write_text("1")
         assert not out.exists()
     assert names(out) == ["manifest.json"]
@@ -26,7 +29,7 @@ def test_folder_appears_whole(tmp_path: Path):
 
 def test_failure_leaves_nothing(tmp_path: Path):
     def interrupted() -> None:
-        with fresh_folder(tmp_path / "set") as folder:
+        with fresh_folder(tmp_path / "set", SET) as folder:
             (folder / "train-000000.tar").write_text("1")
             raise KeyboardInterrupt
 
@@ -49,7 +52,7 @@ def test_failed_overwrite_keeps_the_old_set(tmp_path: Path):
     fill(tmp_path / "set", "1")
 
     def failing() -> None:
-        with fresh_folder(tmp_path / "set", overwrite=True):
+        with fresh_folder(tmp_path / "set", SET, overwrite=True):
             raise UserError("no")
 
     with pytest.raises(UserError, match="no"):
@@ -74,7 +77,7 @@ def test_empty_folder_is_taken(tmp_path: Path):
 
 
 def test_leftovers_of_a_killed_import_are_cleared(tmp_path: Path):
-    work = tmp_path / ".set.importing"
+    work = tmp_path / ".set.partial"
     (work / "sub").mkdir(parents=True)
     (work / "train-000000.tar").write_text("half")
     (work / "manifest.json.partial").write_text("half")
@@ -85,14 +88,61 @@ def test_leftovers_of_a_killed_import_are_cleared(tmp_path: Path):
 
 def test_set_that_was_being_replaced_comes_back(tmp_path: Path):
     fill(tmp_path / ".set.replaced", "old")  # killed after the old one stepped aside
-    with pytest.raises(UserError, match="finished data set already"):
+    with pytest.raises(UserError, match="is a data set already"):
         fill(tmp_path / "set", "new")
     assert (tmp_path / "set" / "manifest.json").read_text() == "old"
 
 
 def test_two_imports_do_not_mix(tmp_path: Path):
-    with fresh_folder(tmp_path / "set") as folder:
+    with fresh_folder(tmp_path / "set", SET) as folder:
         (folder / "manifest.json").write_text("first")
-        with pytest.raises(UserError, match="another import is writing"):
+        with pytest.raises(UserError, match="another process is writing"):
             fill(tmp_path / "set", "second")
     assert (tmp_path / "set" / "manifest.json").read_text() == "first"
+
+
+def test_a_file_appears_whole_or_the_old_one_stays(tmp_path: Path) -> None:
+    write_file(tmp_path / "file.json", "old")
+
+    def failing() -> None:
+        with fresh_file(tmp_path / "file.json") as file:
+            file.write(b"half")
+            assert (tmp_path / "file.json").read_text() == "old"
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        failing()
+    assert (tmp_path / "file.json").read_text() == "old"
+    assert names(tmp_path) == ["file.json"]
+    write_file(tmp_path / "file.json", "n\N{LATIN SMALL LETTER E WITH ACUTE}w")
+    assert (tmp_path / "file.json").read_bytes() == b"n\xc3\xa9w"
+    assert names(tmp_path) == ["file.json"]
+
+
+def test_a_file_may_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        write_file(tmp_path / "file", b"")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
+
+
+def test_content_and_name_are_on_the_disk_before_the_block_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is flushed, in order: a file before it takes its name, then the folder that holds the name."""
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def noted(handle: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    write_file(tmp_path / "one", b"1")
+    assert [name.startswith(".partial-") for name in flushed] == [True, False]
+    assert flushed[1] == tmp_path.name
+    flushed.clear()
+    fill(tmp_path / "set", "1")
+    assert flushed == ["manifest.json", ".set.partial", tmp_path.name]

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from trainer.evaluation.bootstrap import score_interval, subject_weights
+from trainer.evaluation.intervals import score_interval, subject_weights
 from trainer.evaluation.nonmated import maximum_weights, pair_tail, search_tail
 from trainer.evaluation.scores import GRID
-from trainer.evaluation.tail import Pareto, Tail, fit, pareto_moments, replicate_rates, spread, strength
+from trainer.evaluation.tails import Pareto, Tail, fit, pareto_moments, replicate_rates, spread, strength
 
 
 def unit(rows: int, dimension: int, seed: int) -> np.ndarray:

@@ -4,19 +4,19 @@ import numpy as np
 import pytest
 
 from trainer.data.manifest import ShardEntry, Split
-from trainer.data.order import Identities, Sequential, Shuffled
+from trainer.data.samplers import PKSampler, SequentialSampler, ShuffledSampler
 from trainer.errors import UserError
 
 SHARDS = [10, 10, 3, 10, 10, 4]
 
 
-def epoch_of(order: Sequential | Shuffled | Identities, epoch: int) -> list[np.ndarray]:
+def epoch_of(order: SequentialSampler | ShuffledSampler | PKSampler, epoch: int) -> list[np.ndarray]:
     return [order.positions(epoch, step) for step in range(order.steps_per_epoch)]
 
 
 @pytest.mark.parametrize(("batch", "window"), [(1, 1), (8, 20), (8, 7), (47, 1000), (100, 1000), (5, 47), (16, 3)])
 def test_every_sample_comes_once_an_epoch(batch: int, window: int):
-    order = Shuffled(SHARDS, batch, window, seed=3)
+    order = ShuffledSampler(SHARDS, batch, window, seed=3)
     for epoch in range(3):
         batches = epoch_of(order, epoch)
         assert sorted(np.concatenate(batches).tolist()) == list(range(47))
@@ -24,48 +24,48 @@ def test_every_sample_comes_once_an_epoch(batch: int, window: int):
 
 
 def test_order_depends_on_seed_and_epoch_and_on_nothing_else():
-    first, again = Shuffled(SHARDS, 8, 20, seed=3), Shuffled(SHARDS, 8, 20, seed=3)
+    first, again = ShuffledSampler(SHARDS, 8, 20, seed=3), ShuffledSampler(SHARDS, 8, 20, seed=3)
     reference = [np.concatenate(epoch_of(first, epoch)).tolist() for epoch in range(2)]
     assert np.concatenate([again.positions(1, step) for step in reversed(range(6))][::-1]).tolist() == reference[1]
     assert np.concatenate(epoch_of(again, 0)).tolist() == reference[0]
     assert reference[0] != reference[1]
-    assert np.concatenate(epoch_of(Shuffled(SHARDS, 8, 20, seed=4), 0)).tolist() != reference[0]
+    assert np.concatenate(epoch_of(ShuffledSampler(SHARDS, 8, 20, seed=4), 0)).tolist() != reference[0]
 
 
 def test_asking_again_gives_the_same_and_changes_nothing():
-    order = Shuffled(SHARDS, 8, 20, seed=3)
+    order = ShuffledSampler(SHARDS, 8, 20, seed=3)
     first = order.positions(0, 2).copy()
     order.positions(0, 2)[:] = -1
     np.testing.assert_array_equal(order.positions(0, 2), first)
 
 
 def test_window_that_holds_all_mixes_all():
-    order = Shuffled([10] * 100, 100, 1000, seed=0)
+    order = ShuffledSampler([10] * 100, 100, 1000, seed=0)
     shards = order.positions(0, 0) // 10
     assert len(set(shards.tolist())) > 50
 
 
 def test_small_window_keeps_to_few_shards():
-    order = Shuffled([10] * 100, 10, 20, seed=0)
+    order = ShuffledSampler([10] * 100, 10, 20, seed=0)
     for batch in epoch_of(order, 1):
         assert len(set((batch // 10).tolist())) <= 2
 
 
 def test_each_order_of_a_window_is_equally_likely():
-    seen = Counter(tuple(Shuffled([3], 3, 3, seed=seed).positions(0, 0).tolist()) for seed in range(1200))
+    seen = Counter(tuple(ShuffledSampler([3], 3, 3, seed=seed).positions(0, 0).tolist()) for seed in range(1200))
     assert len(seen) == 6
     assert min(seen.values()) > 140  # 200 expected; 140 is 4.6 standard deviations away
 
 
 def test_ten_million_identities_need_no_memory_but_the_windows():
-    order = Shuffled([10_000] * 10_000, 1024, 50_000, seed=0)
+    order = ShuffledSampler([10_000] * 10_000, 1024, 50_000, seed=0)
     batch = order.positions(7, 50_000)
     assert len(np.unique(batch)) == 1024
     assert len(np.unique(batch // 10_000)) <= 10
 
 
 def test_sequential_is_the_order_of_the_shards():
-    order = Sequential(47, 10)
+    order = SequentialSampler(47, 10)
     assert np.concatenate(epoch_of(order, 5)).tolist() == list(range(47))
     assert order.steps_per_epoch == 5
 
@@ -93,7 +93,7 @@ def split_of(counts: list[int]) -> tuple[Split, np.ndarray]:
 )
 def test_every_batch_is_p_identities_of_k_samples(counts: list[int], p: int, k: int, seed: int):
     split, labels = split_of(counts)
-    order = Identities(split, p, p * k, seed, lambda: labels)
+    order = PKSampler(split, p, p * k, seed, lambda: labels)
     for epoch in range(4):
         batches = epoch_of(order, epoch)
         for batch in batches:
@@ -106,21 +106,21 @@ def test_every_batch_is_p_identities_of_k_samples(counts: list[int], p: int, k: 
 
 def test_epoch_uses_all_groups_of_a_balanced_set_once():
     split, labels = split_of([8] * 6)
-    batches = epoch_of(Identities(split, 3, 12, 0, lambda: labels), 0)
+    batches = epoch_of(PKSampler(split, 3, 12, 0, lambda: labels), 0)
     assert sorted(np.concatenate(batches).tolist()) == list(range(48))
 
 
 def test_left_over_samples_come_in_other_epochs():
     split, labels = split_of([5] * 4)
-    order = Identities(split, 2, 6, 0, lambda: labels)
+    order = PKSampler(split, 2, 6, 0, lambda: labels)
     seen = {int(i) for epoch in range(12) for batch in epoch_of(order, epoch) for i in batch}
     assert seen == set(range(20))
 
 
 def test_batches_depend_on_seed_and_epoch_alone():
     split, labels = split_of([6] * 9)
-    first = Identities(split, 4, 8, 1, lambda: labels)
-    again = Identities(split, 4, 8, 1, lambda: labels)
+    first = PKSampler(split, 4, 8, 1, lambda: labels)
+    again = PKSampler(split, 4, 8, 1, lambda: labels)
     reference = epoch_of(first, 2)
     np.testing.assert_array_equal(again.positions(2, 3), reference[3])
     assert np.concatenate(epoch_of(again, 1)).tolist() != np.concatenate(reference).tolist()
@@ -129,13 +129,13 @@ def test_batches_depend_on_seed_and_epoch_alone():
 def test_too_few_classes_say_how_many():
     split, labels = split_of([4] * 3)
     with pytest.raises(UserError, match="identities_per_batch 4 is more than the 3 classes"):
-        Identities(split, 4, 8, 0, lambda: labels)
+        PKSampler(split, 4, 8, 0, lambda: labels)
 
 
 def test_class_with_too_few_samples_is_named():
     split, labels = split_of([4, 4, 2, 3])
     with pytest.raises(UserError, match=r"K = 4 .* class 'who 2' has 2 and 2 of 4 classes have fewer than 4; .*--min-"):
-        Identities(split, 2, 8, 0, lambda: labels)
+        PKSampler(split, 2, 8, 0, lambda: labels)
 
 
 def test_shards_that_disagree_with_the_manifest_are_refused():
@@ -143,4 +143,4 @@ def test_shards_that_disagree_with_the_manifest_are_refused():
     wrong = labels.copy()
     wrong[np.flatnonzero(labels == 1)[0]] = 2
     with pytest.raises(UserError, match="3 samples of class 1, but the manifest says 4"):
-        Identities(split, 2, 4, 0, lambda: wrong).positions(0, 0)
+        PKSampler(split, 2, 4, 0, lambda: wrong).positions(0, 0)

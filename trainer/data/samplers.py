@@ -3,9 +3,9 @@
 Nothing is read for it but the manifest's counts, and any step can be asked for directly, which is all that an exact
 resume needs.
 
-Arithmetic of the shuffled order at 10M identities x 10 samples in 10,000 shards: the permutation of the shards is
-80 kB, that of a window of 50,000 samples 400 kB, and nothing grows with the number of samples. The order of P x K
-batches needs the labels: 4 + 8 bytes a sample (1.2 GB there) and 12 bytes a group of K samples.
+Arithmetic of the shuffled sampler at 10M identities x 10 samples in 10,000 shards: the permutation of the shards is
+80 kB, that of a window of 50,000 samples 400 kB, and nothing grows with the number of samples. The P x K sampler
+needs the labels: 4 + 8 bytes a sample (1.2 GB there) and 12 bytes a group of K samples.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from trainer.errors import UserError
 _SHARDS, _WINDOW, _GROUPS, _CLASS = range(4)  # keep the streams of random numbers apart
 
 
-class Order(Protocol):
+class Sampler(Protocol):
     """Positions of samples: sample i is the i-th of the split, in the manifest's order of shards."""
 
     @property
@@ -32,7 +32,7 @@ class Order(Protocol):
         ...
 
 
-class Sequential:
+class SequentialSampler:
     """The order in which the samples lie in the shards."""
 
     def __init__(self, samples: int, batch_size: int) -> None:
@@ -48,7 +48,7 @@ class Sequential:
         return np.arange(start, min(start + self._batch_size, self._samples))
 
 
-class Shuffled:
+class ShuffledSampler:
     """Shards in random order, laid end to end, and cut into windows; inside a window samples are in random order.
 
     Every sample comes once an epoch. The shards in which the samples of a batch lie are those of one or two windows.
@@ -91,7 +91,7 @@ class Shuffled:
         return np.random.default_rng([self._seed, epoch, _WINDOW, window]).permutation(size)
 
 
-class Identities:
+class PKSampler:
     """P identities x K samples a batch, for losses on pairs. Row p * K + k is the k-th sample of the p-th identity.
 
     Each epoch deals the samples of every class, shuffled, into groups of K; what is left over (fewer than K) waits for

@@ -113,13 +113,12 @@ def test_what_cannot_be_drawn_is_named(arguments: list[str], words: str, tmp_pat
 
 @pytest.mark.filterwarnings("default")  # MLflow's own imports warn of what they use
 def test_figures_are_logged_to_the_active_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainer.config import Config, TrackingConfig
-    from trainer.tracking import Tracker
+    from trainer.tracking import Tracker, TrackingConfig
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     troubles: list[str] = []
     tracker = Tracker(TrackingConfig(uri=uri), troubles.append)
-    tracker.start(Config(), {})
+    tracker.start({}, "", {})
     run_id = tracker.run_id()
     tracker.close()
     assert not troubles

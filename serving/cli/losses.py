@@ -1,27 +1,46 @@
-"""`hypersphere plot`: figures of what the losses do to embeddings, for papers and for MLflow."""
+"""`hypersphere losses` and `plot`: the table of losses, and figures of what they do to embeddings."""
 
+import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.table import Table
+
+from serving.cli.terminal import out, plain, progress, warn
 
 if TYPE_CHECKING:
     from trainer.figures import Written
 
-plot_app = typer.Typer(no_args_is_help=True, help="Draw the losses: what they do to embeddings, and their gradients.")
-
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
+plot = typer.Typer(no_args_is_help=True, help="Draw the losses: what they do to embeddings, and their gradients.")
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the figures.")]
 
 
-@plot_app.command()
+def table(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+    """The table of all losses: names for the config, formulas, defaults and sources."""
+    from trainer.losses import table as rows_of_all
+
+    rows = rows_of_all()
+    if as_json:
+        sys.stdout.write(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+        return
+    shown = Table()
+    shown.add_column("name", no_wrap=True)  # what a config asks for: never cut
+    for column in ("family", "formula", "defaults", "source"):
+        shown.add_column(column, overflow="fold")
+    for row in rows:
+        defaults = ", ".join(f"{key}={value}" for key, value in row["defaults"].items())
+        shown.add_row(*(plain(text) for text in (row["name"], row["family"], row["formula"], defaults, row["source"])))
+    out.print(shown)
+
+
+@plot.command()
 def geometry(
+    *,
     loss: Annotated[list[str] | None, typer.Option("--loss", help="Only this loss; may be repeated.")] = None,
     family: Annotated[
         list[str] | None, typer.Option("--family", help="Only softmax, margin, pair or centre; may be repeated.")
@@ -43,17 +62,16 @@ def geometry(
     """
     import torch
 
-    from serving.terminal import progress
     from trainer import figures
 
     names = figures.check_losses(loss or [], family or [])
     torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
-    with progress(out) as show:
+    with progress() as show:
         written = figures.geometry(folder, names, dimension or [2, 3], steps, seed, show)
     _finish(folder, written)
 
 
-@plot_app.command()
+@plot.command()
 def gradients(folder: OutOption = Path("figures")) -> None:
     """Draw dL/dcos(theta) over theta for each margin, from the margins' own targets.
 
@@ -76,16 +94,14 @@ def _track(files: Sequence[Path]) -> None:
     run_id = os.environ.get("MLFLOW_RUN_ID")
     if not run_id:
         return
-    from trainer.config import TrackingConfig
-    from trainer.tracking import Tracker, absolute_uri
+    from trainer.tracking import TrackingConfig, absolute_uri, added_to
 
     uri = os.environ.get("MLFLOW_TRACKING_URI") or absolute_uri(TrackingConfig().uri, Path.cwd())
     troubles: list[str] = []
-    tracker = Tracker(TrackingConfig(uri=uri), troubles.append, run_id)
-    for path in files:
-        tracker.artifact(path, "figures")
-    tracker.close(None)
+    with added_to(TrackingConfig(uri=uri), run_id, troubles.append) as tracker:
+        for path in files:
+            tracker.artifact(path, "figures")
     for trouble in troubles:
-        err.print(escape(trouble), style="yellow", highlight=False)
+        warn(trouble)
     if not troubles:
         out.print(f"logged to the MLflow run {run_id}", highlight=False)

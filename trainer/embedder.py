@@ -1,43 +1,102 @@
-"""Runs an Embedder: images to unit vectors with ONNX Runtime, without torch.
+"""The Embedder, image to unit vector: a folder with an ONNX file and a manifest, run by ONNX Runtime without torch.
 
 Axes: B images, C channels, H and W pixels, D dimensions of the embedding.
 """
 
-from collections.abc import Sequence
+import hashlib
+import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from onnxruntime.capi.onnxruntime_pybind11_state import (
-    EPFail,
-    Fail,
-    InvalidArgument,
-    InvalidGraph,
-    InvalidProtobuf,
-    NoModel,
-    NotImplemented,  # ONNX Runtime's own: an operator that it does not have
-    RuntimeException,
-)
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+from pydantic import Field, ValidationError
 
-from trainer.artifact import MODEL_FILE, EmbedderManifest, Preprocessing, read_manifest
-from trainer.data.image import load_image
+from trainer.atomic import write_file
+from trainer.data.image import Preprocessing
 from trainer.errors import UserError
+from trainer.evaluation.report import Calibration
+from trainer.strict import Strict
 
+MODEL_FILE = "model.onnx"
+MANIFEST_FILE = "manifest.json"
 INPUT, OUTPUT = "images", "embeddings"
 NORM_TOLERANCE = 1e-3  # of a unit vector; float32 and bfloat16 exports stay within it
 
 # ONNX Runtime's exceptions have no common base but Exception.
 RUNTIME_ERRORS = (
-    EPFail,
-    Fail,
-    InvalidArgument,
-    InvalidGraph,
-    InvalidProtobuf,
-    NoModel,
-    NotImplemented,
-    RuntimeException,
+    *(state.EPFail, state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoModel),
+    *(state.NotImplemented, state.RuntimeException),
 )
+
+
+class EmbedderManifest(Strict):
+    """`manifest.json` of an Embedder. `model_id` is the digest of the ONNX bytes and the preprocessing."""
+
+    format: Literal[1] = 1
+    model_id: str
+    dimension: int = Field(ge=2)
+    preprocessing: Preprocessing
+    calibration: Calibration | None = None
+    provenance: dict[str, str] = Field(default_factory=dict, description="config digest, step, MLflow run, versions")
+
+
+def model_id(onnx: bytes, preprocessing: Preprocessing) -> str:
+    """First 32 hexadecimal digits of SHA-256 over the preprocessing (canonical JSON), a zero byte and the ONNX file."""
+    canonical = json.dumps(preprocessing.model_dump(), sort_keys=True).encode()
+    return hashlib.sha256(canonical + b"\0" + onnx).hexdigest()[:32]
+
+
+def write_manifest(folder: Path, manifest: EmbedderManifest) -> None:
+    """Write `manifest.json` whole or not at all."""
+    write_file(folder / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
+
+
+def read_manifest(folder: Path) -> EmbedderManifest:
+    """Read and check an Embedder's manifest; the ONNX file must have the digest that it names.
+
+    Raises:
+        UserError: a file is missing, malformed, or not the one that was exported.
+    """
+    return _read(folder)[0]
+
+
+def _read(folder: Path) -> tuple[EmbedderManifest, bytes]:
+    """The manifest and the ONNX file that it was checked with."""
+    try:
+        manifest = EmbedderManifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
+        onnx = (folder / MODEL_FILE).read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(
+            f"'{folder}' is not an embedder: '{error.filename}' is missing; "
+            f"an embedder folder holds {MODEL_FILE} and {MANIFEST_FILE}; make one with 'hypersphere export'"
+        ) from error
+    except ValidationError as error:
+        raise UserError(
+            f"'{folder / MANIFEST_FILE}' is not an embedder's manifest: {error.errors()[0]['msg']} "
+            f"at '{'.'.join(map(str, error.errors()[0]['loc']))}'; export the embedder again"
+        ) from error
+    if (found := model_id(onnx, manifest.preprocessing)) != manifest.model_id:
+        raise UserError(
+            f"'{folder / MODEL_FILE}' has digest {found}, but its manifest names {manifest.model_id}: "
+            "the file was changed after export; export the embedder again"
+        )
+    return manifest, onnx
+
+
+def open_session(onnx: bytes, threads: int) -> onnxruntime.InferenceSession:
+    """The model in ONNX Runtime, on the CPU; raises one of `RUNTIME_ERRORS` where it cannot run it.
+
+    From bytes, not from a path: a graph that points to weights in other files, which the digest does not cover, then
+    does not load.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors; they come as exceptions too
+    return onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
 
 
 class Embedder:
@@ -60,16 +119,9 @@ class Embedder:
         Raises:
             UserError: not an Embedder, changed after export, or a model that does not turn images into unit vectors.
         """
-        manifest = read_manifest(folder)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # errors; they come as exceptions too
-        # From bytes, not from the path: a graph that points to weights in other files, which the digest does not
-        # cover, then does not load.
-        onnx = (folder / MODEL_FILE).read_bytes()
+        manifest, onnx = _read(folder)
         try:
-            session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+            session = open_session(onnx, threads)
         except RUNTIME_ERRORS as error:
             raise UserError(
                 f"'{folder / MODEL_FILE}' is not a model that ONNX Runtime {onnxruntime.__version__} can run: "
@@ -118,20 +170,6 @@ class Embedder:
                 "the image has nothing to go by (one flat colour?): take another one"
             )
         return x_BD
-
-    def embed_files(self, sources: Sequence[bytes | Path]) -> NDArray[np.float32]:
-        """Unit vectors [B, D] of image files or their bytes, loaded with the Embedder's preprocessing.
-
-        Only `batch_size` images are held as pixels at a time.
-
-        Raises:
-            UserError: a file is not an image that can be read (see `trainer.data.image.load_image`), or as `embed`.
-        """
-        parts = [np.empty((0, self.dimension), np.float32)]
-        for start in range(0, len(sources), self._batch_size):
-            batch = sources[start : start + self._batch_size]
-            parts.append(self.embed(np.stack([load_image(source, self.preprocessing) for source in batch])))
-        return np.concatenate(parts)
 
     def _run(self, images_BCHW: NDArray[np.uint8]) -> NDArray[np.float32]:
         (x_BD,) = self._session.run([OUTPUT], {INPUT: np.ascontiguousarray(images_BCHW)})

@@ -1,0 +1,64 @@
+"""`hypersphere data`: images to WebDataset shards, and shards checked."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from serving.cli.terminal import err, out, plain, progress
+from trainer.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, help="Turn images into WebDataset shards, and check them.")
+
+
+def _source_is_an_argument(value: str | None) -> None:
+    if value is not None:
+        raise UserError(f"--source is no option: write the source as a word, 'hypersphere data import {value} ...'")
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path | None, typer.Argument(help="Zip or folder; glyphs need none.")] = None,
+    *,
+    kind: Annotated[Literal["omniglot", "folder", "glyphs"], typer.Option(help="Layout of the source.")],
+    to: Annotated[Path, typer.Option("--out", help="New folder for shards and manifest.json.")],
+    holdout_alphabets: Annotated[
+        int | None, typer.Option(help="omniglot: whole alphabets held out for validation.")
+    ] = None,
+    holdout_share: Annotated[float, typer.Option(help="folder, glyphs: share of the identities held out.")] = 0.1,
+    max_bad: Annotated[float, typer.Option(help="Share of unreadable images past which the import fails.")] = 0.01,
+    min_samples: Annotated[int, typer.Option(help="Leave out identities with fewer images.")] = 1,
+    samples_per_shard: Annotated[int, typer.Option(help="Images in one tar file.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Chooses what is held out, and the order.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    _: Annotated[str | None, typer.Option("--source", hidden=True, callback=_source_is_an_argument)] = None,
+) -> None:
+    """Import images as WebDataset shards with a manifest.
+
+    **omniglot**: the official layout, from a zip or folder, from `$OMNIGLOT_ZIP`, or downloaded. Identity = character.
+    **folder**: one folder per identity, any format that Pillow reads. **glyphs**: rendered from installed fonts.
+
+    Example: `hypersphere data import faces/ --kind folder --out data/faces --holdout-share 0.1`
+    """
+    from trainer.data.importers.run import ImportOptions, run_import
+
+    options = ImportOptions(holdout_alphabets, holdout_share, max_bad, min_samples, seed, samples_per_shard, overwrite)
+    with progress() as show:
+        manifest = run_import(kind, source, to, options, show)
+    for name, split in manifest.splits.items():
+        out.print(f"{name}: {split.samples} images of {len(split.classes)} identities in {len(split.shards)} shards")
+    for bad in manifest.bad[:20]:
+        err.print(f"left out: {plain(bad.name)}: {plain(bad.reason)}", highlight=False)
+    if manifest.bad:
+        err.print(f"{len(manifest.bad)} unreadable images were left out; all are named in {to}/manifest.json")
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="Folder that `data import` wrote.")]) -> None:
+    """Read every shard again and compare it with the manifest's digests."""
+    from trainer.data.index import verify as verify_shards
+    from trainer.data.manifest import Manifest
+
+    with progress() as show:
+        verify_shards(folder, Manifest.read(folder), show)
+    out.print(f"{folder}: every shard is as it was written")

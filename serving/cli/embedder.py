@@ -1,0 +1,135 @@
+"""`hypersphere export`, `evaluate` and `calibrate`: an Embedder is made, measured, and given its thresholds."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from serving.cli.terminal import out, progress, rows_table, warn
+
+if TYPE_CHECKING:
+    from trainer.embedder import EmbedderManifest
+    from trainer.evaluation.report import Report, Threshold
+
+EmbedderOption = Annotated[Path, typer.Option("--embedder", "-e", help="Folder that `export` wrote.")]
+DataOption = Annotated[Path, typer.Option("--data", "-d", help="Folder that `data import` wrote.")]
+Threads = Annotated[int, typer.Option(help="CPU threads of the model.")]
+
+
+def export(
+    run: Annotated[Path, typer.Option("--run", "-r", help="The run's folder (run.out), or one checkpoint's.")],
+    to: Annotated[Path | None, typer.Option("--out", "-o", help="New folder; default RUN/embedder.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Data set for the parity check; default: the run's.")
+    ] = None,
+    register: Annotated[bool, typer.Option(help="Register it in MLflow with the alias champion.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+) -> None:
+    """Write the Embedder (ONNX and manifest) of a checkpoint, and check it against torch on real images."""
+    from trainer.export import export_run
+
+    to = to or run / "embedder"
+    manifest = export_run(run, to, data=data, overwrite=overwrite, register=register, on_trouble=warn)
+    out.print(f"embedder {manifest.model_id}: {manifest.dimension} dimensions, in {to}")
+
+
+def evaluate(
+    *,
+    embedder: EmbedderOption,
+    data: DataOption,
+    split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "val",
+    to: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.json and plots.")] = None,
+    unenrolled: Annotated[float, typer.Option(help="Share of the identities not enrolled, for open-set errors.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Chooses who is not enrolled.")] = 0,
+    threads: Threads = 2,
+) -> None:
+    """Measure an Embedder: verification, one-shot identification, and open-set errors; as text, JSON and plots."""
+    from trainer.assess import evaluate_split
+    from trainer.atomic import write_file
+    from trainer.embedder import Embedder
+
+    opened = Embedder.open(embedder, threads)
+    with progress() as show:
+        report = evaluate_split(opened, data, split, unenrolled=unenrolled, seed=seed, progress=show)
+    to = to or embedder / "evaluation"
+    to.mkdir(parents=True, exist_ok=True)
+    write_file(to / "report.json", report.to_json())
+    out.print(_report_table(f"{split}: {report.samples} images of {report.identities} identities", report))
+    try:
+        from trainer.evaluation.plots import report_plots
+    except ModuleNotFoundError as error:
+        warn(f"no plots: '{error.name}' is not installed; pip install 'hypersphere[trainer]' brings it")
+        plots = []
+    else:
+        plots = report_plots(report, to)
+    out.print(f"report and {len(plots)} plots are in {to}", highlight=False)
+    _track(opened.manifest, report, to)
+
+
+def calibrate(
+    *,
+    embedder: EmbedderOption,
+    data: DataOption,
+    split: Annotated[str, typer.Option(help="Split to calibrate on: identities that were not trained on.")] = "val",
+    fpir: Annotated[float, typer.Option(help="Allowed share of strangers' searches that return somebody.")] = 0.01,
+    fmr: Annotated[float, typer.Option(help="Allowed share of false matches in 1:1 verification.")] = 0.001,
+    gallery_size: Annotated[
+        int | None, typer.Option(help="Subjects in the gallery; default: those of the split.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    threads: Threads = 2,
+) -> None:
+    """Choose the thresholds for the error rates that you allow, and write them into the Embedder's manifest."""
+    from trainer.assess import calibrate_on_split
+    from trainer.embedder import Embedder, write_manifest
+
+    opened = Embedder.open(embedder, threads)
+    with progress() as show:
+        found = calibrate_on_split(
+            opened, data, split, fpir=fpir, fmr=fmr, gallery_size=gallery_size, seed=seed, progress=show
+        )
+    write_manifest(embedder, opened.manifest.model_copy(update={"calibration": found}))
+    size = f" at {found.identify.gallery_size} subjects"
+    rows = [_threshold_row("verify", found.verify, ""), _threshold_row("identify", found.identify, size)]
+    out.print(rows_table("thresholds", rows))
+
+
+def _threshold_row(use: str, found: "Threshold", size: str) -> tuple[str, str]:
+    return (
+        f"{use} ({found.target} {found.rate:g}{size})",
+        f"{found.value:.4f}, reached {found.target} between {found.low:.4f} and {found.high:.4f}",
+    )
+
+
+def _report_table(title: str, report: "Report") -> Table:
+    """The headline figures, each with what it was measured on; a figure that is not resolved says why."""
+    shot, open_set = report.one_shot, report.open_set
+    rank1 = f"{shot.rank1:.2%}  (95 %: {shot.low:.2%} to {shot.high:.2%}; {shot.probes} probes)"
+    rows = [(f"rank-1, one image enrolled per identity, gallery of {shot.gallery_size}", rank1)]
+    rows += [(f"TAR at FAR {far.far:g}", _rate(far.tar, far.reason)) for far in report.verification.tar_at_far]
+    rows.append(("EER", f"{report.verification.eer:.2%}"))
+    for point in open_set.points:
+        interval = f"  (95 %: {point.low:.2%} to {point.high:.2%})" if point.low is not None and point.high else ""
+        what = f"FNIR at FPIR {point.fpir:g}, {open_set.unenrolled} identities not enrolled, gallery of"
+        rows.append((f"{what} {open_set.gallery_size}", _rate(point.fnir, point.reason) + interval))
+    return rows_table(title, rows)
+
+
+def _rate(value: float | None, reason: str | None) -> str:
+    return f"{value:.2%}" if value is not None else f"not resolved: {reason}"
+
+
+def _track(manifest: "EmbedderManifest", report: "Report", folder: Path) -> None:
+    """Add the figures and the folder to the MLflow run that the Embedder comes from, where it names one."""
+    provenance = manifest.provenance
+    if not provenance.get("mlflow_run_id") or not provenance.get("tracking_uri"):
+        return
+    from trainer.tracking import TrackingConfig, added_to
+
+    settings = TrackingConfig(uri=provenance["tracking_uri"])
+    values = {f"evaluation/{name}": value for name, value in report.scalars().items()}
+    with added_to(settings, provenance["mlflow_run_id"], warn) as tracker:
+        tracker.metrics(values, int(provenance["checkpoint_step"]), int(time.time() * 1000))
+        tracker.artifact(folder, "evaluation")

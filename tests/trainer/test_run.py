@@ -1,0 +1,86 @@
+"""A run's folder: what is noted in it, however the run ends, and what is refused before it starts."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.ranks import folder_of_shapes
+from trainer import launch
+from trainer.config import Config, load
+from trainer.data.importers.run import ImportOptions, run_import
+from trainer.errors import UserError
+from trainer.run import RunNote, start
+from trainer.train import Record
+
+Workers = Callable[[Config, bool, Callable[[Record], None]], None]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shapes")
+    run_import("folder", folder_of_shapes(folder / "images"), folder / "data", ImportOptions(holdout_share=0.4))
+    return folder / "data"
+
+
+def config(data: Path, out: Path, *overrides: str) -> Config:
+    common = (f"data.path={data}", f"run.out={out}", "backbone.name=convnet", "tracking.enabled=false")
+    return load(None, [*common, *overrides])
+
+
+def workers(*steps: int, ends_well: bool = True) -> Workers:
+    """What stands in for Ray's workers: an evaluation at each of the steps."""
+
+    def work(config: Config, resume: bool, on_record: Callable[[Record], None]) -> None:
+        for step in steps:
+            values = {"val/rank1": step / 100, "neural_collapse/self_duality": 1 / step}
+            values["neural_collapse/within_between"] = math.inf
+            on_record(Record("step", step, 99, {"loss": 1.0}))
+            on_record(Record("metrics", step, 99, values))
+        if not ends_well:
+            raise launch.TrainingFailed("a worker died")
+
+    return work
+
+
+def test_evaluations_are_noted_and_drawn_and_a_resumed_run_adds_to_them(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[Record] = []
+    monkeypatch.setattr(launch, "launch", workers(10, 20, 30, ends_well=False))
+    with pytest.raises(launch.TrainingFailed):
+        start(config(data, tmp_path / "run"), False, shown.append, pytest.fail)
+    assert [(one.step, one.values["val/rank1"]) for one in RunNote.read(tmp_path / "run").evaluations] == [
+        (10, 0.1), (20, 0.2), (30, 0.3)
+    ]  # fmt: skip
+    with Image.open(tmp_path / "run" / "neural_collapse.png") as image:
+        first = image.tobytes()
+    monkeypatch.setattr(launch, "launch", workers(30, 40))
+    assert start(config(data, tmp_path / "run"), True, shown.append, pytest.fail) == tmp_path / "run"
+    note = RunNote.read(tmp_path / "run")
+    assert [one.step for one in note.evaluations] == [10, 20, 30, 40]
+    assert note.course()[-1] == (40, {"self_duality": 1 / 40})
+    with Image.open(tmp_path / "run" / "neural_collapse.png") as image:
+        assert image.tobytes() != first
+    assert len(shown) == 10
+    assert load(tmp_path / "run" / "config.yaml").run.out == tmp_path / "run"
+
+
+def test_paths_mean_the_same_from_everywhere(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "launch", workers())
+    start(config(data, Path("here"), "tracking.uri=sqlite:///mlflow.db"), False, lambda record: None, pytest.fail)
+    written = load(tmp_path / "here" / "config.yaml")
+    assert written.run.out == tmp_path / "here"
+    assert written.tracking.uri == f"sqlite:///{tmp_path}/mlflow.db"
+    assert RunNote.read(tmp_path / "here").tracking_uri == written.tracking.uri
+    assert not (tmp_path / "here" / "neural_collapse.png").exists()
+
+
+def test_a_folder_without_a_note_and_one_with_a_spoilt_one(tmp_path: Path) -> None:
+    assert RunNote.read(tmp_path) == RunNote()
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(UserError, match="is not a run's note"):
+        RunNote.read(tmp_path)

@@ -1,0 +1,95 @@
+"""An Embedder on the samples of a split: its embeddings, its Report, its Calibration. Runs without torch.
+
+Axes: N samples, B images, C channels, H and W pixels, D dimensions of the embedding.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.index import Progress
+from trainer.data.manifest import Manifest, Split
+from trainer.data.reader import Reader, ahead
+from trainer.embedder import Embedder
+from trainer.evaluation.calibration import HeldOut, calibrate
+from trainer.evaluation.protocols import evaluate
+from trainer.evaluation.report import Calibration, Report
+
+_BATCH = 256  # images decoded at a time
+_AHEAD = 3
+
+
+Embedded = tuple[NDArray[np.float32], NDArray[np.int64]]
+
+
+def evaluate_split(
+    embedder: Embedder,
+    data: Path,
+    split: str,
+    *,
+    unenrolled: float = 0.5,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Report:
+    """Verification, one-shot and open-set identification on a split.
+
+    Args:
+        data: folder of the data set.
+        unenrolled: share of the identities that are not enrolled, for open-set errors.
+        seed: chooses who is not enrolled.
+        progress: called with the stage "embed", what is done and what there is to do.
+
+    Raises:
+        UserError: as `embed_split`, or too few identities or samples for a protocol.
+    """
+    manifest = Manifest.read(data)
+    vectors_ND, labels_N = embed_split(embedder, data, manifest.split(split), progress)
+    return evaluate(vectors_ND, labels_N, manifest.split(split).classes, seed=seed, unenrolled_share=unenrolled)
+
+
+def calibrate_on_split(
+    embedder: Embedder,
+    data: Path,
+    split: str,
+    *,
+    fpir: float,
+    fmr: float,
+    gallery_size: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Thresholds for allowed error rates, from a split of identities that were not trained on.
+
+    Args:
+        fpir, fmr: allowed error rates of identification and of verification.
+        gallery_size: subjects in the gallery; None: as many as the split has.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: as `embed_split`, or a rate that so few subjects cannot show.
+    """
+    manifest = Manifest.read(data)
+    vectors_ND, labels_N = embed_split(embedder, data, manifest.split(split), progress)
+    held = HeldOut(vectors_ND, labels_N, embedder.model_id, f"{manifest.kind}, split '{split}'", seed)
+    subjects = len(manifest.split(split).classes)
+    return calibrate(held, fpir=fpir, fmr=fmr, gallery_size=gallery_size or subjects)
+
+
+def embed_split(embedder: Embedder, data: Path, split: Split, progress: Progress | None = None) -> Embedded:
+    """Unit vectors [N, D] and labels [N] of all samples of a split, in the order of its shards.
+
+    Raises:
+        UserError: a damaged shard or image, or an image that has no embedding.
+    """
+    reader = Reader(data, split, embedder.preprocessing)
+    vectors, labels = [], []
+    starts = range(0, split.samples, _BATCH)
+    with reader.pool() as pool:
+        places = (np.arange(start, min(start + _BATCH, split.samples)) for start in starts)
+        for images_BCHW, labels_B, _ in ahead(lambda rows: reader.read(rows, pool), places, threads=1, most=_AHEAD):
+            vectors.append(embedder.embed(images_BCHW))
+            labels.append(labels_B)
+            if progress is not None:
+                progress("embed", sum(map(len, labels)), split.samples)
+    return np.concatenate(vectors), np.concatenate(labels).astype(np.int64)

@@ -1,0 +1,132 @@
+"""Files and folders that appear whole or not at all, and are on the disk when they do."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from trainer.errors import UserError
+
+
+@contextmanager
+def fresh_file(path: Path) -> Iterator[BinaryIO]:
+    """A hidden sibling of `path` to write into; it takes `path`'s name when the block ends without an exception.
+
+    Its name ends as `path`'s does, so that writers which go by the suffix do the same to it. Two processes may write
+    one path at the same time: the last one to end wins, whole.
+    """
+    partial = path.with_name(f".partial-{os.urandom(6).hex()}-{path.name}")
+    try:
+        with partial.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a file whole or not at all; text as UTF-8."""
+    with fresh_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a folder is, so that nothing else is ever replaced: `name` with its article, and a file that each has."""
+
+    name: str
+    marker: str
+
+
+@contextmanager
+def fresh_folder(out: Path, kind: Kind, overwrite: bool = False) -> Iterator[Path]:
+    """A hidden sibling of `out` to write into; it takes `out`'s name when the block ends without an exception.
+
+    What a killed process left behind is removed by the next one. A lock on the sibling, which the system drops with
+    the process that holds it, tells leftovers from a writer that is at work.
+
+    Raises:
+        UserError: `out` is there already (and not a folder of this kind that `overwrite` allows to replace), or another
+            process is writing it.
+    """
+    out = Path(os.path.abspath(out))
+    work, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.replaced")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if old.exists() and not out.exists():  # killed between the two renames of `publish`
+        old.rename(out)
+    _check(out, kind, overwrite)
+    lock = _claim(work, out)
+    finished = False
+    try:
+        yield work
+        publish(work, out)
+        finished = True
+    finally:
+        if not finished:  # afterwards the name may already be another writer's
+            shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def publish(work: Path, out: Path) -> None:
+    """Flush the finished folder `work` with its files, and give it the name `out`, in place of what has it."""
+    old = out.with_name(f".{out.name}.replaced")
+    for path in [*work.iterdir(), work]:
+        sync(path)
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    work.rename(out)
+    sync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _check(out: Path, kind: Kind, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"'{out}' is a file; name a folder that does not exist yet with --out")
+    if not any(out.iterdir()):
+        return
+    if not (out / kind.marker).exists():
+        raise UserError(f"'{out}' holds other files and is not {kind.name}; choose a new folder with --out")
+    if not overwrite:
+        raise UserError(f"'{out}' is {kind.name} already; choose another --out, or replace it with --overwrite")
+
+
+def _claim(work: Path, out: Path) -> int:
+    """Take the sibling folder, clearing it of leftovers; the lock is on the folder itself, so it leaves no file."""
+    while True:
+        work.mkdir(exist_ok=True)
+        lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise UserError(
+                f"another process is writing '{out}' now; wait for it to end, or choose another --out"
+            ) from error
+        if work.exists() and os.stat(work).st_ino == os.fstat(lock).st_ino:
+            break
+        os.close(lock)  # its former owner finished between our open and our lock
+    for path in work.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return lock

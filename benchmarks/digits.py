@@ -25,7 +25,7 @@ from rich.console import Console
 
 from benchmarks.intervals import interval
 from serving.terminal import progress
-from trainer import digits
+from trainer.figures import digits
 from trainer.config import Config
 from trainer.losses import by_name
 

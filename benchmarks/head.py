@@ -32,7 +32,7 @@ provide()
 
 from benchmarks.head_contenders import MARGIN, SCALE, Contender, Floor, Ours, Problem, contenders  # noqa: E402
 from trainer.distributed import Group  # noqa: E402
-from trainer.head_memory import free_memory  # noqa: E402
+from trainer.head.memory import free_memory  # noqa: E402
 
 NAMES = ["floor", "store", "recompute", "dense", "pml", "insightface_ops"]
 CHUNK = 16384  # classes of the float64 reference at once

@@ -17,7 +17,7 @@ from torch.nn import functional
 from trainer.config import HeadConfig, OptimizerConfig
 from trainer.distributed import Group
 from trainer.head import Head
-from trainer.head_optimizer import HeadOptimizer
+from trainer.head.optimizer import HeadOptimizer
 from trainer.losses import ArcFace
 
 SCALE, MARGIN, MOMENTUM, LEARNING_RATE = 64.0, 0.5, 0.9, 1e-4

@@ -19,7 +19,7 @@ import torch
 
 from trainer.config import HeadConfig, OptimizerConfig
 from trainer.head import Head
-from trainer.head_optimizer import HeadOptimizer
+from trainer.head.optimizer import HeadOptimizer
 from trainer.losses import ArcFace
 
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 if TYPE_CHECKING:
-    from trainer.figures import Written
+    from trainer.figures.draw import Written
 
 plot_app = typer.Typer(no_args_is_help=True, help="Draw the losses: what they do to embeddings, and their gradients.")
 
@@ -44,7 +44,7 @@ def geometry(
     import torch
 
     from serving.terminal import progress
-    from trainer import figures
+    from trainer.figures import draw as figures
 
     names = figures.check_losses(loss or [], family or [])
     torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
@@ -59,7 +59,7 @@ def gradients(folder: OutOption = Path("figures")) -> None:
 
     Example: `hypersphere plot gradients --out figures`
     """
-    from trainer import figures
+    from trainer.figures import draw as figures
 
     _finish(folder, figures.gradients(folder))
 

@@ -19,7 +19,7 @@ import torch
 from trainer import checkpoint
 from trainer.backbones.build import build
 from trainer.checkpoint import Checkpoint, CheckpointManifest
-from trainer.collapse import Collapse
+from trainer.monitor import Collapse
 from trainer.config import Config
 from trainer.data.augment import Augment
 from trainer.data.batch import Batch

@@ -12,10 +12,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from serving.cli import app
-from trainer import figures, objective_parts
+from trainer.figures import draw as figures
+from trainer.objective import members
 from trainer.distributed import Group
 from trainer.errors import UserError
-from trainer.evaluation.plots_geometry import Panel, geometry_figure
+from trainer.figures.plot_geometry import Panel, geometry_figure
 from trainer.losses.centres import Center, CentreModule
 
 RUNNER = CliRunner()

@@ -7,9 +7,9 @@ from pydantic import Field
 from trainer.losses.base import LossSpec
 from trainer.losses.centres import Center, CenterInvariant
 from trainer.losses.coco import CoCo
-from trainer.losses.margins import Margin
-from trainer.losses.margins_adaptive import AdaFace, CurricularFace, MagFace, MVSoftmax
-from trainer.losses.margins_cosine import (
+from trainer.losses.margins.base import Margin
+from trainer.losses.margins.adaptive import AdaFace, CurricularFace, MagFace, MVSoftmax
+from trainer.losses.margins.cosine import (
     ArcFace,
     Combined,
     CosFace,
@@ -18,8 +18,8 @@ from trainer.losses.margins_cosine import (
     NormFace,
     SubCenterArcFace,
 )
-from trainer.losses.margins_multiple import ASoftmax, LSoftmax
-from trainer.losses.margins_softmax import Focal, L2Softmax, ModifiedSoftmax, Softmax, WeightedSoftmax
+from trainer.losses.margins.multiple import ASoftmax, LSoftmax
+from trainer.losses.margins.softmax import Focal, L2Softmax, ModifiedSoftmax, Softmax, WeightedSoftmax
 from trainer.losses.pairs import Contrastive, Marginal
 from trainer.losses.projections import TPE, TSE
 from trainer.losses.ranges import Range

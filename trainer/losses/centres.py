@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from trainer.distributed import Group, RowRange, gather_rows, sum_over_ranks
 from trainer.errors import UserError
-from trainer.faults import Fault, check_shapes
+from trainer.gather import Fault, check_shapes
 from trainer.losses.base import Family, LossSpec
-from trainer.losses.batchwise import unit_vectors
+from trainer.losses.batch import unit_vectors
 
 
 class Center(LossSpec):

@@ -10,10 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from trainer.evaluation.theory import coco_scale
+from trainer.losses.bounds import coco_scale
 from trainer.losses.base import Family
-from trainer.losses.batchwise import BatchLoss, GlobalBatch, Terms, count, members, unit_vectors
-from trainer.losses.margins import positive_scale
+from trainer.losses.batch import BatchLoss, GlobalBatch, Terms, count, members, unit_vectors
+from trainer.losses.margins.base import positive_scale
 
 
 class CoCo(BatchLoss):

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from trainer.losses.batchwise import BatchLoss, GlobalBatch, Terms, count, distances, squared_distances, unit_vectors
+from trainer.losses.batch import BatchLoss, GlobalBatch, Terms, count, distances, squared_distances, unit_vectors
 
 
 class Contrastive(BatchLoss):

@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from trainer.errors import UserError
-from trainer.losses.batchwise import (
+from trainer.losses.batch import (
     BatchLoss,
     GlobalBatch,
     Terms,

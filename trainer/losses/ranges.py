@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from trainer.losses.base import Family
-from trainer.losses.batchwise import BatchLoss, GlobalBatch, Terms, count, members, squared_distances, unit_vectors
+from trainer.losses.batch import BatchLoss, GlobalBatch, Terms, count, members, squared_distances, unit_vectors
 
 # Two equal images: far below any distance that a fp32 product tells from 0, yet its square is a normal fp32 number.
 _LEAST = 1e-12

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from trainer.losses.batchwise import BatchLoss, GlobalBatch, Terms, count, squared_distances, unit_vectors
+from trainer.losses.batch import BatchLoss, GlobalBatch, Terms, count, squared_distances, unit_vectors
 
 Selection = Literal["all", "easy", "semi_hard", "hard", "batch_hard"]
 

@@ -6,7 +6,7 @@ import pytest
 from trainer.errors import UserError
 from trainer.evaluation import geometry
 from trainer.evaluation.geometry import angles, neural_collapse
-from trainer.evaluation.theory import simplex
+from trainer.losses.bounds import simplex
 
 
 def collapsed(classes: int, dimension: int, samples: int, centre: float = 0.0) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.trainer.losses.embedding_cases import CLASSES, DIMENSION, LABELS, problem
+from tests.trainer.objective.cases import CLASSES, DIMENSION, LABELS, problem
 from trainer.config import HeadConfig
 from trainer.distributed import Group
 from trainer.head import Head
@@ -27,7 +27,7 @@ from trainer.losses import (
     SubCenterArcFace,
     Triplet,
 )
-from trainer.losses.batchwise import BatchLoss, BatchLossModule
+from trainer.losses.batch import BatchLoss, BatchLossModule
 from trainer.losses.projections import PROJECTION
 
 with warnings.catch_warnings():

@@ -1,0 +1,301 @@
+"""What a margin is: a function of the target's logit, and the angular functions that margins share.
+
+Legend: B samples of all ranks, T classes of a tile, D dimension, C classes; theta the angle between a sample and the
+centre of its own class; s the scale.
+
+Every loss of this family is a function of two numbers a sample: N = log sum over the other classes of exp(logit), and
+t, the target's logit. With N and t the cross entropy is softplus(N - t). The head computes N; a margin says what t is:
+
+    class MyMargin(Margin):
+        formula: ClassVar[str] = "s (cos theta - m theta)"
+        source: ClassVar[str] = "..."
+        name: Literal["my_margin"] = "my_margin"
+        scale: Scale = 64.0
+        margin: float = 0.1
+
+        def target(self, positives: Positives) -> Tensor:
+            return self.scale * (positives.cos_B - self.margin * angle(positives.cos_B))
+
+It then works on any number of ranks and in both algorithms of the head. Its derivative is what autograd makes of
+`target`; it must be finite also at the edges, theta = 0 and pi, and at values that belong to no sample, since `target`
+is evaluated on all B samples and the ones of other ranks' classes are masked afterwards.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional
+
+from trainer.errors import UserError
+from trainer.losses.bounds import cosface_scale, cosine_margin
+from trainer.losses.base import Family, LossSpec
+
+# Beyond it the rounding of a fp32 logit, s x 2^-24, is a thousandth of a nat, and gradients lose their meaning.
+MAX_SCALE = 16384.0
+Scale = Annotated[float, Field(gt=0, le=MAX_SCALE, allow_inf_nan=False)]
+AutoScale = Scale | Literal["auto"]
+Probability = Annotated[float, Field(gt=0, lt=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, slots=True)
+class Positives:
+    """What a margin may know of each sample and of its own class; [B] each.
+
+    Attributes:
+        cos_B: cosine to the own centre, within [-1, 1]; the nearest of several centres.
+        dots_B: the plain target logit: embedding as the head uses it (`Margin.embed`) times the own centre, plus bias.
+        lengths_B: |embedding as the head uses it| x |own centre|; dots = lengths x cos + bias.
+        norms_B: |x| of the embedding as the backbone gave it.
+        labels_B: the class, or -1 for padding.
+        values: the margin's learnable scalars and buffers, by name.
+        noise_B: standard normal numbers, drawn from (seed, step); for margins with `noisy`.
+        class_values_B: what `Margin.per_class` gave the own class; for margins that have it.
+    """
+
+    cos_B: Tensor
+    dots_B: Tensor
+    lengths_B: Tensor
+    norms_B: Tensor
+    labels_B: Tensor
+    values: Mapping[str, Tensor]
+    noise_B: Tensor | None = None
+    class_values_B: Tensor | None = None
+
+
+class Margin(LossSpec):
+    """A softmax over class centres with a changed target logit. Subclasses give `target` and override what differs.
+
+    Class attributes:
+        unit_rows: the centres enter as unit vectors.
+        unit_embedding: the embedding enters as a unit vector times a scale; else as it is.
+        bias: a learnable number is added to each logit.
+        noisy: `target` wants `Positives.noise_B`.
+        reweights: hard negatives' logits are changed too (`reweight`); costs one message of [B].
+        eased: the fields that grow from 0 to their value during the margin's warm-up.
+    """
+
+    family: ClassVar[Family] = "margin"
+    unit_rows: ClassVar[bool] = True
+    unit_embedding: ClassVar[bool] = True
+    bias: ClassVar[bool] = False
+    noisy: ClassVar[bool] = False
+    reweights: ClassVar[bool] = False
+    eased: ClassVar[tuple[str, ...]] = ("margin",)
+
+    def centres_per_class(self) -> int:
+        """K; the logit of a class is its best centre's."""
+        return 1
+
+    def resolve(self, classes: int, dimension: int) -> Self:
+        """The same loss with every `auto` replaced, and its constants checked against the problem's size.
+
+        Raises:
+            UserError: a constant is outside what is legal for so many classes in so many dimensions.
+        """
+        return self
+
+    def at(self, step: int, warm: float) -> Self:
+        """The loss as it is at a step: `warm` in [0, 1] is how far the margin's warm-up has come."""
+        if warm >= 1 or not self.eased:
+            return self
+        return self.model_copy(update={name: getattr(self, name) * warm for name in self.eased})
+
+    def learnables(self) -> dict[str, float]:
+        """Learnable scalars and their first values. Each costs one message of 4 bytes a step on several ranks."""
+        return {}
+
+    def buffers(self) -> dict[str, float]:
+        """Running statistics and their first values; they belong to the checkpoint."""
+        return {}
+
+    def per_class(self, counts_C: Tensor) -> Tensor | None:
+        """A number for each class, from how many samples each has; handed to `target` and `per_sample`."""
+        return None
+
+    def scale_of(self, values: Mapping[str, Tensor]) -> float | Tensor:
+        """s: the length given to unit embeddings."""
+        scale = getattr(self, "scale", 1.0)
+        if scale == "auto":
+            raise UserError(f"the scale of {self.name} is still 'auto'; call resolve(classes, dimension) first")
+        return float(scale)
+
+    def bound(self) -> tuple[float, float] | None:
+        """The least and the greatest logit that another class can have, or None where there is no bound."""
+        if self.unit_rows and self.unit_embedding and not self.bias and not self.learnables():
+            scale = float(self.scale_of({}))
+            return -scale, scale
+        return None
+
+    def observe(
+        self, norms_B: Tensor, cos_B: Tensor | None, valid_B: Tensor, values: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The new values of the buffers, before `target` is asked; the same on every rank. Without gradient.
+
+        Args:
+            cos_B: of all samples to their own centre; only for margins with `reweights`.
+            valid_B: False for padding.
+        """
+        return {}
+
+    def target(self, positives: Positives) -> Tensor:
+        """The target's logit, [B], differentiable."""
+        raise NotImplementedError
+
+    def reweight(self, cos_TB: Tensor, hard_TB: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The changed cosines of other classes, and their derivative; `hard_TB`: where cos > the target's cosine."""
+        raise NotImplementedError
+
+    def per_sample(self, negatives_B: Tensor, targets_B: Tensor, class_values_B: Tensor | None) -> Tensor:
+        """The loss of each sample from N and t."""
+        return functional.softplus(negatives_B - targets_B)
+
+    def regularizer(self, norms_B: Tensor) -> Tensor | None:
+        """A further loss of each sample, of its embedding's norm."""
+        return None
+
+
+def plain(
+    cos_B: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    norms_B: Tensor | None = None,
+    values: Mapping[str, Tensor] | None = None,
+    noise_B: Tensor | None = None,
+    class_values_B: Tensor | None = None,
+) -> Positives:
+    """Positives from cosines alone, to look at a margin's curve without a head."""
+    lengths_B = torch.ones_like(cos_B) * scale
+    return Positives(
+        cos_B,
+        lengths_B * cos_B,
+        lengths_B,
+        torch.ones_like(cos_B) if norms_B is None else norms_B,
+        torch.zeros_like(cos_B, dtype=torch.int64),
+        values or {},
+        noise_B,
+        class_values_B,
+    )
+
+
+def auto_scale(name: str, classes: int, probability: float) -> float:
+    """The least scale at which a perfect embedding reaches the posterior (`theory.cosface_scale`), if it is positive.
+
+    Raises:
+        UserError: so few classes reach the probability at any scale.
+    """
+    return positive_scale(f"{name}: scale", cosface_scale(classes, probability), classes, f"probability {probability}")
+
+
+def positive_scale(what: str, scale: float, classes: int, goal: str) -> float:
+    """A scale computed for `auto`; one that is not positive would turn the loss around.
+
+    Raises:
+        UserError: it is not positive.
+    """
+    if scale <= 0:
+        raise UserError(
+            f"{what} 'auto' is {scale:.3g} for {classes} classes and {goal}; it must be positive, so give a number "
+            "for it or change what it is computed from"
+        )
+    return scale
+
+
+def check_cosine_margin(name: str, margin: float, classes: int, dimension: int) -> None:
+    """Refuse a margin of the cosine that no arrangement of the centres can satisfy (`theory.cosine_margin`).
+
+    Raises:
+        UserError: with the bound.
+    """
+    greatest = cosine_margin(classes, dimension)
+    if margin > greatest:
+        raise UserError(
+            f"{name}: margin {margin} of the cosine is more than {greatest:.4g}, the most that {classes} centres in "
+            f"{dimension} dimensions allow; choose a smaller margin"
+        )
+
+
+class _Angle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, cos: Tensor) -> Tensor:
+        ctx.save_for_backward(cos)
+        return torch.atan2(_sine(cos), cos)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> Tensor:
+        (cos,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return -gradients[0] / _sine(cos).clamp_min(SINE_GUARD)
+
+
+# d theta / d cos = -1 / sin theta has a pole at 0 and pi, where the direction in which x should turn is not defined
+# either (d cos / dx has length sin theta / |x|). Below this sine the derivative keeps the value it has there.
+SINE_GUARD = 1e-4
+
+
+def angle(cos: Tensor) -> Tensor:
+    """theta = arccos(cos), exact also near 0 and pi, with a finite derivative: -1 / max(sin theta, SINE_GUARD)."""
+    result: Tensor = _Angle.apply(cos)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _sine(cos: Tensor) -> Tensor:
+    return ((1 - cos) * (1 + cos)).clamp_min(0).sqrt()
+
+
+class _Sine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, cos: Tensor) -> Tensor:
+        sine = _sine(cos)
+        ctx.save_for_backward(cos, sine)
+        return sine
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> Tensor:
+        cos, sine = ctx.saved_tensors  # type: ignore[attr-defined]
+        slope: Tensor = -gradients[0] * cos / sine.clamp_min(SINE_GUARD)
+        return slope
+
+
+def sine_of(cos: Tensor) -> Tensor:
+    """sin theta = sqrt(1 - cos^2), with the derivative -cos / max(sin theta, SINE_GUARD)."""
+    result: Tensor = _Sine.apply(cos)  # type: ignore[no-untyped-call]
+    return result
+
+
+def chebyshev(cos: Tensor, degree: int) -> tuple[Tensor, Tensor]:
+    """cos(n theta) and sin(n theta)/sin(theta) as polynomials of cos theta: T_n and U_(n-1); no pole anywhere."""
+    first, second = torch.ones_like(cos), torch.zeros_like(cos)
+    for _ in range(degree):
+        first, second = cos * first - (1 - cos * cos) * second, first + cos * second
+    return first, second
+
+
+def monotone_cosine(cos: Tensor, factor: float = 1.0, offset: float | Tensor = 0.0) -> Tensor:
+    """psi(theta) = (-1)^k cos(phi) - 2k with phi = factor theta + offset and k = floor(phi / pi).
+
+    This is cos(phi) for phi in [0, pi], and 1 for phi < 0. Beyond pi, where the cosine would rise again and reward a
+    worse sample, psi goes on falling, with a continuous derivative: the extension of L-Softmax (Liu et al. 2016,
+    eq. 6), here for any factor and offset. So ArcFace's target is -2 - cos(theta + m) where theta + m > pi.
+
+    d psi / d cos = (-1)^k factor sin(phi) / sin(theta). For a whole factor the part without offset is a polynomial
+    and exact at theta = 0 and pi (where it is factor^2); an offset brings the pole that `sine_of` guards.
+    """
+    with torch.no_grad():
+        turns = torch.as_tensor(offset, dtype=cos.dtype, device=cos.device) / math.pi
+        branch = torch.floor(factor * torch.atan2(_sine(cos), cos) / math.pi + turns)
+        branch = torch.minimum(branch, torch.ceil(factor + turns) - 1)  # theta = pi belongs to the branch before it
+        sign = 1 - 2 * torch.remainder(branch, 2)
+    if factor != round(factor):
+        value = torch.cos(factor * angle(cos) + offset)
+    else:
+        value, sine_ratio = chebyshev(cos, round(factor))
+        if isinstance(offset, Tensor) or offset != 0:
+            turn = torch.as_tensor(offset, dtype=cos.dtype, device=cos.device)
+            value = value * torch.cos(turn) - sine_of(cos) * sine_ratio * torch.sin(turn)
+    return torch.where(branch < 0, 1, sign * value - 2 * branch)

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.config import HeadConfig, OptimizerConfig
 from trainer.distributed import Group
 from trainer.head import Head
 from trainer.head.optimizer import HeadOptimizer
+from trainer.head.settings import HeadConfig, HeadOptimizerConfig
 from trainer.losses import ArcFace
 
 SCALE, MARGIN, MOMENTUM, LEARNING_RATE = 64.0, 0.5, 0.9, 1e-4
@@ -129,7 +129,8 @@ class Ours(Base):
         super().__init__(problem)
         self.name = algorithm
         kind = "bf16" if problem.dtype == torch.bfloat16 else "fp32"
-        config = HeadConfig(algorithm=algorithm, dtype=kind, fused=fused)  # type: ignore[arg-type]
+        settings = HeadOptimizerConfig(momentum=MOMENTUM)
+        config = HeadConfig(algorithm=algorithm, compute_dtype=kind, fused=fused, optimizer=settings)  # type: ignore[arg-type]
         D, device = problem.x_bD.shape[1], problem.x_bD.device
         self.head = Head(ArcFace(scale=SCALE, margin=MARGIN), problem.group.size * 2, D, config, device=device)
         self._adopt(problem)
@@ -158,7 +159,7 @@ class Ours(Base):
 
     def _made(self) -> HeadOptimizer:
         if self.optimizer is None:
-            self.optimizer = HeadOptimizer(self.head, OptimizerConfig(head_momentum=MOMENTUM))
+            self.optimizer = HeadOptimizer(self.head)
         return self.optimizer
 
     def rows_gradient(self) -> Tensor | None:

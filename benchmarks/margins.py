@@ -45,15 +45,15 @@ COMMON = (
     *("data.height=28", "data.width=28", "data.batch_size=256"),
     *("augment.rotate_degrees=10", "augment.scale=0.1", "augment.shear_degrees=8", "augment.translate=0.06"),
     *("backbone.name=convnet", "backbone.dimension=128", "backbone.width=32"),
-    *("optimizer.lr=0.15", "optimizer.weight_decay=5e-4", "optimizer.head_weight_decay=5e-4"),
+    *("optimizer.lr=0.15", "optimizer.weight_decay=5e-4", "head.optimizer.weight_decay=5e-4"),
     *("schedule.warmup_steps=60", "schedule.margin_warmup_steps=150", "engine.bf16=true", "scaling.workers=1"),
     *("run.eval_every=1000", "run.checkpoint_every=0", "run.log_every=100", "tracking.enabled=false"),
 )
-UNIT_ROWS = ("optimizer.head_lr=2.0",)  # each centre is the target of few samples: it wants a far larger step
-FREE_ROWS = ("optimizer.head_lr=0.3",)  # centres with a length
+UNIT_ROWS = ("head.optimizer.lr=2.0",)  # each centre is the target of few samples: it wants a far larger step
+FREE_ROWS = ("head.optimizer.lr=0.3",)  # centres with a length
 PAIRS = ("data.identities_per_batch=32",)  # 32 identities x 8 samples
 EASED = ("loss.lambda_start=100", "loss.lambda_gamma=0.0133", "loss.lambda_power=4")  # L-Softmax and A-Softmax
-ADAMW = ("optimizer.head_name=adamw", "optimizer.head_lr=0.01")
+ADAMW = ("head.optimizer.name=adamw", "head.optimizer.lr=0.01")
 
 
 @dataclass(frozen=True)
@@ -126,16 +126,23 @@ ABLATION = (
 )
 _FLOOR = 0.68
 STATE = [
-    recipe("arcface", _FLOOR, *ARCFACE, "optimizer.head_state=fp32", name="SGD, fp32 state"),
-    recipe("arcface", _FLOOR, *ARCFACE, "optimizer.head_state=bf16", name="SGD, bf16 state"),
-    recipe("arcface", _FLOOR, *ARCFACE, "optimizer.head_state=int8", name="SGD, int8 state"),
+    recipe("arcface", _FLOOR, *ARCFACE, "head.optimizer.state_dtype=fp32", name="SGD, fp32 state"),
+    recipe("arcface", _FLOOR, *ARCFACE, "head.optimizer.state_dtype=bf16", name="SGD, bf16 state"),
+    recipe("arcface", _FLOOR, *ARCFACE, "head.optimizer.state_dtype=int8", name="SGD, int8 state"),
     recipe(
-        *("arcface", _FLOOR, *ARCFACE, "optimizer.head_state=int8", "head.weights=bf16", "head.dtype=bf16"),
+        *(
+            "arcface",
+            _FLOOR,
+            *ARCFACE,
+            "head.optimizer.state_dtype=int8",
+            "head.param_dtype=bf16",
+            "head.compute_dtype=bf16",
+        ),
         name="SGD, int8 state, bf16 centres and products",
     ),
-    recipe("arcface", _FLOOR, *ARCFACE, *ADAMW, "optimizer.head_state=fp32", name="AdamW, fp32 state"),
-    recipe("arcface", _FLOOR, *ARCFACE, *ADAMW, "optimizer.head_state=bf16", name="AdamW, bf16 state"),
-    recipe("arcface", _FLOOR, *ARCFACE, *ADAMW, "optimizer.head_state=int8", name="AdamW, int8 state"),
+    recipe("arcface", _FLOOR, *ARCFACE, *ADAMW, "head.optimizer.state_dtype=fp32", name="AdamW, fp32 state"),
+    recipe("arcface", _FLOOR, *ARCFACE, *ADAMW, "head.optimizer.state_dtype=bf16", name="AdamW, bf16 state"),
+    recipe("arcface", _FLOOR, *ARCFACE, *ADAMW, "head.optimizer.state_dtype=int8", name="AdamW, int8 state"),
 ]
 TABLES = {
     "ablation": [one for name in ABLATION for one in LOSSES if one.name == name],

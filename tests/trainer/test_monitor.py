@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from tests.ranks import folder_of_shapes, run_on_ranks
-from trainer.monitor import Collapse
 from trainer.config import Config, load
 from trainer.data.augment import to_float
 from trainer.data.batch import Batch
@@ -19,6 +18,7 @@ from trainer.data.stream import Stream
 from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.evaluation.geometry import neural_collapse
+from trainer.monitor import Collapse
 from trainer.objective import Objective
 from trainer.train import Record, run
 
@@ -67,9 +67,9 @@ def cases(data: Path) -> list[dict[str, float]]:
     """Some losses on all 7 identities, then one on 5 of them, with 3 identities a batch or fewer."""
     chosen = [config(data, f"loss={name}", "scaling.workers=1") for name in LOSSES]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.collapse._CLASSES_A_STEP", 3)
+        patch.setattr("trainer.monitor._CLASSES_A_STEP", 3)
         measured = [measure(settings, data) for settings in chosen]
-        patch.setattr("trainer.collapse.MOST_CLASSES", 5)
+        patch.setattr("trainer.monitor.MOST_CLASSES", 5)
         return [*measured, measure(chosen[0], data)]
 
 
@@ -96,7 +96,7 @@ def test_the_same_on_one_two_and_three_ranks(data: Path, tmp_path: Path) -> None
 
 def test_every_image_counts_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What all 28 images give at once, although they come in batches of 3 identities, which do not divide 7."""
-    monkeypatch.setattr("trainer.collapse._CLASSES_A_STEP", 3)
+    monkeypatch.setattr("trainer.monitor._CLASSES_A_STEP", 3)
     settings = config(data, "loss=contrastive", "loss.unit=false", "scaling.workers=1")
     batch = samples(settings, data)
     with torch.no_grad():
@@ -108,14 +108,14 @@ def test_every_image_counts_once(data: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_bounded_number_of_identities_and_images_chosen_by_the_seed(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.collapse.MOST_CLASSES", 5)
-    monkeypatch.setattr("trainer.collapse.SAMPLES_A_CLASS", 3)
-    monkeypatch.setattr("trainer.collapse._CLASSES_A_STEP", 2)
+    monkeypatch.setattr("trainer.monitor.MOST_CLASSES", 5)
+    monkeypatch.setattr("trainer.monitor.SAMPLES_A_CLASS", 3)
+    monkeypatch.setattr("trainer.monitor._CLASSES_A_STEP", 2)
     chosen = []
     for seed in (0, 0, 1, 2):
         settings = config(data, "scaling.workers=1", f"run.seed={seed}")
         collapse = Collapse(settings, Manifest.read(data), Group())
-        images_nD, labels_n = collapse._embed(nn.Flatten(), torch.device("cpu"))
+        images_nD, labels_n = collapse._embed(nn.Flatten(), collapse._batches(), torch.device("cpu"))
         assert np.unique(labels_n, return_counts=True)[1].tolist() == [3] * 5
         assert len(np.unique(images_nD, axis=0)) == 15
         chosen.append(sorted(set(labels_n.tolist())))
@@ -138,9 +138,10 @@ class Known(nn.Module):
 def test_embeddings_at_their_own_centres_have_collapsed(data: Path) -> None:
     settings = config(data, "loss=arcface", "scaling.workers=1")
     objective, batch = objective_of(settings, data), samples(settings, data)
-    centres = objective.centres(torch.arange(7))
+    centres = objective.geometry().centres
     assert centres is not None
-    backbone = Known(batch, 3 * centres.rows_cKD[batch.labels_B, 0])
+    rows_cD = torch.from_numpy(centres(torch.arange(7)).rows_cKD[:, 0])
+    backbone = Known(batch, 3 * rows_cD[batch.labels_B])
     measured = Collapse(settings, Manifest.read(data), Group())(backbone, objective, torch.device("cpu"))
     assert measured["neural_collapse/within_between"] == pytest.approx(0, abs=1e-9)
     assert measured["neural_collapse/nearest_centre_agreement"] == 1.0

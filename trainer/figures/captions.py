@@ -1,38 +1,11 @@
 """What stands below the figures of the geometry of losses: what is drawn, how, and with which constants."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+from trainer.figures.boundaries import BoundaryRow
+from trainer.figures.curves import CLASSES, RAW_LENGTH, CurveGroup
 from trainer.figures.plot_geometry import Panel
-from trainer.figures.plot_margins import BoundaryRow, CurveGroup
-from trainer.figures.curves import CLASSES, RAW_LENGTH
 
-TITLES: Mapping[str, str] = {
-    "weighted_softmax": "weighted softmax",
-    "modified_softmax": "modified softmax",
-    "l_softmax": "L-Softmax",
-    "a_softmax": "A-Softmax",
-    "l2_softmax": "$L_2$-softmax",
-    "normface": "NormFace",
-    "coco": "CoCo",
-    "cosface": "CosFace",
-    "arcface": "ArcFace",
-    "sub_center_arcface": "sub-centre ArcFace",
-    "adaface": "AdaFace",
-    "magface": "MagFace",
-    "elasticface": "ElasticFace",
-    "dynamic": "dynamic margin",
-    "curricularface": "CurricularFace",
-    "mv_softmax": "MV-softmax",
-    "tse": "softmax, then TSE",
-    "tpe": "softmax, then TPE",
-    "center": "softmax + centre",
-    "center_invariant": "softmax + centre-invariant",
-    "range": "softmax + range",
-}
-NEGATIVES = (
-    "What CurricularFace (at three values of its running mean t) and MV-softmax make of the cosine between a sample "
-    "and another class's centre, where that class is hard: its cosine exceeds the target's."
-)
 BOUNDARY_PLANES = (
     "Where class 1 (hatched) and class 2 (dotted) are decided with their margins, over the angles θ₁ and θ₂ to both "
     "centres. White belongs to neither; the dotted diagonal is the boundary without margin."
@@ -85,6 +58,15 @@ def of_boundaries(rows: Sequence[BoundaryRow]) -> str:
         f"Binary decision boundaries. Numbers: two centres {rows[0].apart_degrees:g}° apart, a sample between them "
         "in their plane at θ₁ from the first; class 1 is decided with its margin up to the boundary, and the gap "
         "between the boundaries of both classes belongs to neither. The boundary of class 2 is the mirror image."
+    )
+
+
+def of_negatives(group: CurveGroup) -> str:
+    """Below the curves of re-weighted negatives."""
+    margins = " and ".join(dict.fromkeys(curve.label.partition(", ")[0] for curve in group.curves))
+    return (
+        f"What {margins} make of the cosine between a sample and another class's centre, where that class is hard: "
+        "its cosine exceeds the target's."
     )
 
 

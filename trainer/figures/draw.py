@@ -5,32 +5,30 @@ Beside the figures (PDF and PNG) lie `captions.md`, the tables as Markdown and J
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from trainer.figures import captions, digits
 from trainer.config import Config
-from trainer.figures.digits import Trained
 from trainer.errors import UserError
+from trainer.evaluation.plots_style import save
+from trainer.figures import captions, digits
+from trainer.figures.boundaries import boundary_markdown, boundary_records, boundary_rows
+from trainer.figures.curves import CurveGroup, curve_groups, negative_curves
+from trainer.figures.digits import Trained
 from trainer.figures.plot_angles import angle_figure
 from trainer.figures.plot_geometry import Panel, geometry_figure
 from trainer.figures.plot_margins import (
-    CurveGroup,
-    boundary_markdown,
     boundary_plane_figure,
-    boundary_records,
     boundary_table_figure,
     gradient_figure,
     negatives_figure,
     psi_figure,
 )
-from trainer.evaluation.plots_style import save
 from trainer.losses import by_name
-from trainer.figures.boundaries import boundary_rows
-from trainer.figures.curves import curve_groups, negative_curves
+from trainer.losses.base import Family
 
-FAMILIES = ("softmax", "margin", "pair", "centre")
+FAMILIES: tuple[Family, ...] = get_args(Family)
 MULTIPLES = (1, 2, 3, 4)
 LEARNED = 0.7  # below this accuracy the caption says that a loss has not learned to tell the digits apart
 _L_SOFTMAX = "l_softmax"
@@ -137,7 +135,7 @@ def _wanted(losses: Sequence[str], dimension: int, steps: int) -> list[_Wanted]:
     figures = []
     for family in FAMILIES:
         members = tuple(
-            (captions.TITLES.get(name, name), digits.settings(name, dimension, steps))
+            (by_name()[name].title, digits.settings(name, dimension, steps))
             for name in names
             if by_name()[name].family == family
         )
@@ -172,7 +170,7 @@ def _panel(title: str, trained: Trained, dimension: int) -> Panel:
     if trained.centres is None:
         directions_MD = trained.mean_directions_CD
     else:
-        directions_MD = trained.centres.rows_CKD.reshape(-1, dimension)
+        directions_MD = trained.centres.rows_cKD.reshape(-1, dimension)
     return Panel(
         title=title,
         note=f"test accuracy {100 * accuracy:.1f} %",
@@ -191,8 +189,8 @@ def _numbers(figure: str, dimension: int, config: Config, trained: Trained) -> d
         "figure": f"geometry_{figure}_{dimension}d",
         "name": trained.name,
         "dimension": dimension,
-        "loss": config.loss.model_dump(mode="json"),
-        "auxiliary": [spec.model_dump(mode="json") for spec in config.auxiliary],
+        "loss": asdict(config.loss),
+        "auxiliary": [asdict(spec) for spec in config.auxiliary],
         "learned_centres": None if trained.learned_CD is None else trained.learned_CD.round(4).tolist(),
         "accuracy_by_centres": trained.accuracy_by_centres(),
         "accuracy_by_means": trained.accuracy_by_means(),
@@ -209,7 +207,7 @@ def _draw_margins(folder: Path) -> Written:
     records = _write_json(folder / "boundaries.json", boundary_records(rows))
     parts = [
         ("psi", psi_figure(groups), captions.of_psi(groups)),
-        ("negatives", negatives_figure(negatives), captions.NEGATIVES),
+        ("negatives", negatives_figure(negatives), captions.of_negatives(negatives)),
         ("boundaries", boundary_table_figure(rows), captions.of_boundaries(rows)),
         ("boundary_planes", boundary_plane_figure(rows), captions.BOUNDARY_PLANES),
     ]

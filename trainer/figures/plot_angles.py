@@ -9,8 +9,8 @@ from matplotlib.ticker import PercentFormatter
 
 from trainer.errors import UserError
 from trainer.evaluation.geometry import angles
-from trainer.figures.plot_geometry import Panel
 from trainer.evaluation.plots_style import COLOURS, DOUBLE, new_figure, paper_style
+from trainer.figures.plot_geometry import Panel
 
 BIN = 4  # degrees
 

@@ -5,14 +5,12 @@ Legend: T angles on a grid; all angles in degrees.
 
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
-from numpy.typing import NDArray
 
 from trainer.evaluation.plots_style import (
     COLOURS,
@@ -25,66 +23,8 @@ from trainer.evaluation.plots_style import (
     new_figure,
     paper_style,
 )
-
-Vector = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One margin over theta.
-
-    Attributes:
-        name: of the loss, as the config writes it.
-        label: for the legend; may hold mathtext.
-        length: what the target's cosine is multiplied by: the scale, or |x| |w|.
-        psi_T: target logit / length.
-        target_T: target logit.
-        slope_T: d psi / d cos(theta).
-        gradient_T: dL / d cos(theta).
-    """
-
-    name: str
-    label: str
-    length: float
-    theta_T: Vector
-    psi_T: Vector
-    target_T: Vector
-    slope_T: Vector
-    gradient_T: Vector
-
-
-@dataclass(frozen=True)
-class CurveGroup:
-    """Curves that share a panel."""
-
-    name: str
-    title: str
-    curves: list[Curve]
-
-
-@dataclass(frozen=True)
-class BoundaryRow:
-    """The binary decision boundary of a margin.
-
-    Attributes:
-        name: of the loss, as the config writes it.
-        label, setting: for print; may hold mathtext.
-        tex, text: the boundary of class 1, as mathtext without dollars and as plain text.
-        apart_degrees: between the two centres.
-        boundary_degrees: angle to the first centre up to which class 1 is decided; None where it is nowhere.
-        gap_degrees: between the boundaries of both classes.
-        region_degrees: pairs (theta_1, least theta_2 for which class 1 is decided).
-    """
-
-    name: str
-    label: str
-    tex: str
-    text: str
-    setting: str
-    apart_degrees: float
-    boundary_degrees: float | None
-    gap_degrees: float | None
-    region_degrees: tuple[tuple[float, float], ...]
+from trainer.figures.boundaries import BoundaryRow
+from trainer.figures.curves import CurveGroup, MarginCurve, Vector
 
 
 def psi_figure(groups: Sequence[CurveGroup]) -> Figure:
@@ -159,10 +99,11 @@ def boundary_plane_figure(rows: Sequence[BoundaryRow], columns: int = 4) -> Figu
 
 def _note_shared(axes: Axes, panels: Sequence[Sequence[BoundaryRow]]) -> None:
     lines: list[str] = []
+    labels = [row.label for same in panels for row in same]
     for same in panels:
         others = list(dict.fromkeys(row.label for row in same[1:]))
         if others:
-            setting = f", {same[0].setting.split(', ')[0]}" if same[0].name == "l_softmax" else ""
+            setting = f", {same[0].setting.split(', ')[0]}" if labels.count(same[0].label) > 1 else ""
             lines += textwrap.wrap(f"As {same[0].label}{setting}: {', '.join(others)}.", 34, subsequent_indent="   ")
     axes.text(0.0, 0.98, "\n".join(lines), transform=axes.transAxes, va="top", fontsize=7, linespacing=1.35)
 
@@ -205,44 +146,10 @@ def boundary_table_figure(rows: Sequence[BoundaryRow]) -> Figure:
     return figure
 
 
-def boundary_markdown(rows: Sequence[BoundaryRow]) -> str:
-    """The same table for a page."""
-    lines = [
-        f"| loss | decision boundary of class 1 | numbers for | boundary at θ₁ (centres {rows[0].apart_degrees:g}° "
-        "apart) | gap |",
-        "|---|---|---|---:|---:|",
-    ]
-    for row in rows:
-        known = row.boundary_degrees is not None and row.gap_degrees is not None
-        numbers = f"{row.boundary_degrees:.2f}° | {row.gap_degrees:.2f}°" if known else "none | none"
-        formula = row.text.replace("|", r"\|")
-        lines.append(f"| {row.name} | `{formula}` | {_plain(row.setting)} | {numbers} |")
-    return "\n".join(lines) + "\n"
-
-
-def boundary_records(rows: Sequence[BoundaryRow]) -> list[dict[str, object]]:
-    """The same table as plain values, for JSON."""
-    return [
-        {
-            "name": row.name,
-            "boundary": row.text,
-            "setting": _plain(row.setting).replace(r"\|", "|"),
-            "apart_degrees": row.apart_degrees,
-            "boundary_degrees": row.boundary_degrees,
-            "gap_degrees": row.gap_degrees,
-        }
-        for row in rows
-    ]
-
-
-def _plain(text: str) -> str:
-    return text.replace("$", "").replace(r"\Vert ", r"\|").replace(r"\Vert", r"\|").replace("=", " = ")
-
-
 def _two_rows(
     groups: Sequence[CurveGroup],
-    above: tuple[Callable[[Curve], Vector], str],
-    below: tuple[Callable[[Curve], Vector], str],
+    above: tuple[Callable[[MarginCurve], Vector], str],
+    below: tuple[Callable[[MarginCurve], Vector], str],
     logarithmic: bool,
 ) -> Figure:
     columns, most = len(groups), max(len(group.curves) for group in groups)
@@ -313,7 +220,7 @@ def _line(axes: Axes, x: Vector, y: Vector, place: int, among: int) -> None:
     )
 
 
-def _handles(curves: Sequence[Curve]) -> list[Line2D]:
+def _handles(curves: Sequence[MarginCurve]) -> list[Line2D]:
     return [
         Line2D(
             [],

@@ -3,8 +3,8 @@
 Legend: b samples of this rank, B of all ranks, C classes, R rows of this rank (its classes x K centres), D dimension.
 
 One step, on every rank:
-  1. all-gather of embeddings and labels (`distributed.gather_rows`); every rank then computes e_BD from them
-  2. this rank's part of the denominator, without the targets (`head_tiles.negatives`), and, for the samples whose
+  1. all-gather of embeddings and labels (`gather.Gatherer`); every rank then computes e_BD from them
+  2. this rank's part of the denominator, without the targets (`tiles.negatives`), and, for the samples whose
      class it owns, the target's logit t (`Margin.target`)
   3. ONE all-reduce of [B, 2]: the denominator's sum, and t (a rank that does not own a target puts 0)
   4. the loss from both, the same on every rank
@@ -20,20 +20,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from trainer.config import HeadConfig
-from trainer.distributed import (
-    Group,
-    RowRange,
-    gather_rows,
-    own_slice,
-    replicated,
-    stack_over_ranks,
-    sum_over_ranks,
-)
+from trainer.distributed import Group, RowRange, own_slice, replicated, stack_over_ranks, sum_over_ranks
 from trainer.errors import UserError
-from trainer.gather import Fault, check_shapes
+from trainer.gather import Gatherer
 from trainer.head.memory import Workspace, free_memory
 from trainer.head.rows import GradientSink, Rows, RowSink, sample_classes
+from trainer.head.settings import HeadConfig
 from trainer.head.tiles import Own, Reweight, TilePlan, fixed_shift, negatives, own_centres
 from trainer.losses.margins.base import Margin, Positives
 
@@ -53,7 +45,8 @@ class Head(nn.Module):
     - with sampling it is a sparse tensor over the sampled rows.
     - its memory is used again in the next step; copy what must last.
 
-    Call `head.set_progress(step, warm)` before each step: margin warm-up, class sampling and random margins follow it.
+    Call `head.set_progress(step, warmup)` before each step: the margin's warmup, class sampling and random margins
+    follow it.
 
     Attributes:
         rows: the classes of this rank.
@@ -69,6 +62,7 @@ class Head(nn.Module):
         classes: int,
         dimension: int,
         config: HeadConfig | None = None,
+        *,
         seed: int = 0,
         class_counts: Sequence[int] | Tensor | None = None,
         device: torch.device | str = "cpu",
@@ -90,10 +84,11 @@ class Head(nn.Module):
         self.classes, self.dimension, self.seed = classes, dimension, seed
         self.config = config or HeadConfig()
         self.group = group or Group.current()
+        self._gather = Gatherer(classes, dimension, self.group, "head")
         self.rows = RowRange.of(classes, self.group.rank, self.group.size)
         self.centres = self.margin.centres_per_class()
         self.normalise = self.margin.unit_rows and self.config.rows == "free"
-        dtype = torch.bfloat16 if self.config.weights == "bf16" else torch.float32
+        dtype = torch.bfloat16 if self.config.param_dtype == "bf16" else torch.float32
         self.weight = nn.Parameter(self._first_rows(dtype, torch.device(device)))
         zeros = torch.zeros(len(self.rows), device=device)
         self.bias = nn.Parameter(zeros) if self.margin.bias else None
@@ -105,17 +100,16 @@ class Head(nn.Module):
         self._class_values = self._per_class(class_counts, torch.device(device))
         self.sink: RowSink = GradientSink(self.weight)
         self._memory = Workspace()
-        self._step, self._warm = 0, 1.0
-        self._first = True
+        self._step, self._warmup = 0, 1.0
 
     @property
     def unit_rows(self) -> bool:
         """Whether the rows of `weight` are unit vectors, to be kept so by the optimizer."""
         return self.margin.unit_rows and not self.normalise
 
-    def set_progress(self, step: int, warm: float = 1.0) -> None:
-        """Where the run is: the number of the step, and how far the margin's warm-up has come, in [0, 1]."""
-        self._step, self._warm = step, warm
+    def set_progress(self, step: int, warmup: float = 1.0) -> None:
+        """Where the run is: the number of the step, and how far the margin's warmup has come, in [0, 1]."""
+        self._step, self._warmup = step, warmup
 
     def forward(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str] | None = None) -> Tensor:
         """The mean loss over the valid samples of the global batch; 0 where there is none.
@@ -129,15 +123,13 @@ class Head(nn.Module):
             UserError: on every rank, if a label is no class, an embedding is not finite, or the ranks' batches differ
                 in the first step.
         """
-        self._check_shape(x_bD, labels_b)
-        x_BD, labels_B = gather_rows(x_bD, labels_b.to(x_bD.device), self.group)
-        fault = Fault(x_BD, labels_B, self.classes, "head")
-        margin = self.margin.at(self._step, self._warm) if self.training else self.margin
+        found = self._gather(x_bD, labels_b, keys)
+        margin = self.margin.at(self._step, self._warmup) if self.training else self.margin
         values = {name: replicated(scalar, self.group) for name, scalar in self.scalars.items()}
         values |= dict(self.named_buffers(recurse=False))
-        step = Step(self, margin, x_BD, labels_B, values)
+        step = Step(self, margin, found.x_BD, found.labels_B, values)
         loss = step.loss()
-        fault.raise_if_any(self.group, x_bD.shape[0], keys)
+        found.raise_if_bad()
         for name, value in step.observed.items():  # only now: a bad sample must not leave its trace in them
             self.get_buffer(name).copy_(value)
         return loss
@@ -146,7 +138,7 @@ class Head(nn.Module):
         self, margin: Margin, slots: int, classes: int, wide: torch.dtype, reweight: Reweight | None = None
     ) -> TilePlan:
         """How this step's tiles are computed, for `slots` samples of all ranks and the classes that take part."""
-        dtype = torch.bfloat16 if self.config.dtype == "bf16" and wide == torch.float32 else wide
+        dtype = torch.bfloat16 if self.config.compute_dtype == "bf16" and wide == torch.float32 else wide
         bound = margin.bound()
         shift = None if bound is None else fixed_shift(*bound, self.classes, wide)
         store = self.config.algorithm == "store"
@@ -181,12 +173,6 @@ class Head(nn.Module):
         counts_C = torch.as_tensor(counts)
         values = self.margin.per_class(counts_C)
         return None if values is None else values.to(device)
-
-    def _check_shape(self, x_bD: Tensor, labels_b: Tensor) -> None:
-        check_shapes(x_bD, labels_b, self.dimension, "head")
-        if self._first:
-            self.group.check_equal(x_bD.shape[0], "batches of sizes")
-            self._first = False
 
 
 _INIT, _NOISE, _SAMPLING = 1, 2, 3  # what random numbers are for: no two uses share a seed

@@ -20,11 +20,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from trainer.config import OptimizerConfig
 from trainer.errors import UserError
 from trainer.head.head import Head, mixed_seed
-from trainer.head.rows import Rows
 from trainer.head.rounding import Noise, RowState, block_size, to_bf16
+from trainer.head.rows import Rows
 from trainer.losses.margins.base import MAX_SCALE
 
 EPS = 1e-8
@@ -36,18 +35,19 @@ _FIRST, _SECOND, _WEIGHT = 0, 1, 2  # uses of the rounding's random bits
 class HeadOptimizer:
     """SGD with momentum or AdamW for a `Head`: `prepare(lr)` before the backward, `step(lr)` after it, `zero_grad()`.
 
-    With `HeadConfig.fused` the rows are stepped during the backward, tile by tile, so that their gradient is never
-    stored; `prepare` then must be called before each backward, and `step` updates what is left. Otherwise `prepare`
-    does nothing.
+    The settings are `head.config.optimizer`. With `HeadConfig.fused` the rows are stepped during the backward, tile by
+    tile, so that their gradient is never stored; `prepare` then must be called before each backward, and `step` updates
+    what is left. Otherwise `prepare` does nothing.
     """
 
-    def __init__(self, head: Head, config: OptimizerConfig) -> None:
-        self.head, self.config = head, config
+    def __init__(self, head: Head) -> None:
+        self.head, self.config = head, head.config.optimizer
+        config = self.config
         weight = head.weight
         count, dimension = weight.shape
-        self.first = RowState(count, dimension, config.head_state, weight.device)
-        adam = config.head_name == "adamw"
-        self.second = RowState(count, dimension, config.head_state, weight.device) if adam else None
+        self.first = RowState(count, dimension, config.state_dtype, weight.device)
+        adam = config.name == "adamw"
+        self.second = RowState(count, dimension, config.state_dtype, weight.device) if adam else None
         self.steps_R1 = torch.zeros(count, 1, dtype=torch.int32, device=weight.device) if adam else None
         self.count = torch.zeros((), dtype=torch.int64)
         self.small = {name: p for name, p in head.named_parameters() if p is not weight}
@@ -55,7 +55,7 @@ class HeadOptimizer:
         self.small_second = {name: torch.zeros_like(p) for name, p in self.small.items()} if adam else {}
         self._first_row = head.rows.start * head.centres
         self._noise: Noise | None = None
-        self._rounds = config.head_state != "fp32" or weight.dtype == torch.bfloat16
+        self._rounds = config.state_dtype != "fp32" or weight.dtype == torch.bfloat16
         self.armed: float | None = None
         if head.config.fused:
             head.sink = _StepSink(self)
@@ -107,7 +107,7 @@ class HeadOptimizer:
                 found = "absent" if name not in state else f"{state[name].dtype} {tuple(state[name].shape)}"
                 raise UserError(
                     f"the stored optimizer state '{name}' is {found} where {tensor.dtype} {tuple(tensor.shape)} is "
-                    "needed; resume with the optimizer.head_* settings that the checkpoint was written with"
+                    "needed; resume with the head.optimizer settings that the checkpoint was written with"
                 )
         for name, tensor in own.items():
             tensor.copy_(state[name])
@@ -155,10 +155,10 @@ class HeadOptimizer:
         weight, config, unit = self.head.weight, self.config, self.head.unit_rows
         stored_nD = weight[rows]
         w_nD = stored_nD.float()
-        if config.head_name == "sgd":
-            if not unit and config.head_weight_decay:
-                gradient_nD = gradient_nD.float().add(w_nD, alpha=config.head_weight_decay)
-            u_nD = self.first.read(rows).mul_(config.head_momentum).add_(gradient_nD)
+        if config.name == "sgd":
+            if not unit and config.weight_decay:
+                gradient_nD = gradient_nD.float().add(w_nD, alpha=config.weight_decay)
+            u_nD = self.first.read(rows).mul_(config.momentum).add_(gradient_nD)
             if unit:
                 _project(u_nD, w_nD)
             self.first.write(rows, u_nD, self._bits(rows, _FIRST))
@@ -166,8 +166,8 @@ class HeadOptimizer:
             u_nD = self._adam(rows, _project(gradient_nD.float().clone(), w_nD) if unit else gradient_nD.float())
             if unit:
                 _project(u_nD, w_nD)
-            elif config.head_weight_decay:
-                u_nD.add_(w_nD, alpha=config.head_weight_decay)
+            elif config.weight_decay:
+                u_nD.add_(w_nD, alpha=config.weight_decay)
         w_nD.sub_(u_nD, alpha=lr)
         if unit:
             w_nD.div_(torch.linalg.vector_norm(w_nD, dim=1, keepdim=True))
@@ -183,7 +183,7 @@ class HeadOptimizer:
         the row's smallest step it counts as that step, so that rounding to 0 cannot blow a step up."""
         assert self.second is not None
         assert self.steps_R1 is not None
-        beta1, beta2 = self.config.head_momentum, self.config.head_beta2
+        beta1, beta2 = self.config.momentum, self.config.beta2
         steps_n1 = self.steps_R1[rows] + 1
         self.steps_R1[rows] = steps_n1
         m_nD = self.first.read(rows).lerp_(gradient_nD, 1 - beta1)
@@ -211,11 +211,11 @@ class HeadOptimizer:
             where = slice(None)
         value, first = parameter.data.view(-1), self.small_first[name].view(-1)
         gradient = gradient.view(-1)
-        if self.config.head_name == "sgd":
-            u = first[where] * self.config.head_momentum + gradient
+        if self.config.name == "sgd":
+            u = first[where] * self.config.momentum + gradient
             first[where] = u
         else:
-            beta1, beta2 = self.config.head_momentum, self.config.head_beta2
+            beta1, beta2 = self.config.momentum, self.config.beta2
             count = self._steps_of(name, where)
             second = self.small_second[name].view(-1)
             m, q = first[where].lerp(gradient, 1 - beta1), second[where].lerp(gradient.square(), 1 - beta2)

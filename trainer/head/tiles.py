@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from trainer.head.memory import Workspace
 from trainer.head.matmul import Products
+from trainer.head.memory import Workspace
 from trainer.head.rows import Rows, RowSink, rows_of
 
 EMPTY = -1e30  # log S of a rank that has no class but the target's; finite, so that no difference of two is nan

@@ -4,15 +4,16 @@ Legend: b samples of this rank, B samples of all ranks, S slots for identities (
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from trainer.losses.bounds import coco_scale
+from trainer.checked import Within
 from trainer.losses.base import Family
 from trainer.losses.batch import BatchLoss, GlobalBatch, Terms, count, members, unit_vectors
+from trainer.losses.bounds import coco_scale
 from trainer.losses.margins.base import positive_scale
 
 
@@ -36,21 +37,18 @@ class CoCo(BatchLoss):
         "Liu et al. 2017, Learning deep features via congenerous cosine loss; "
         "Liu et al. 2017, Rethinking feature discrimination and polymerization, section 3.2"
     )
+    title: ClassVar[str] = "CoCo"
     needs_positives: ClassVar[bool] = False
 
     name: Literal["coco"] = "coco"
-    alpha: Annotated[float, Field(gt=0, le=1000)] | Literal["auto"] = Field(
-        "auto", description="scale; auto: from epsilon and the number of identities"
-    )
-    epsilon: float = Field(1e-4, gt=0, le=1, description="for alpha: auto, what the loss shall be able to fall to")
+    alpha: Annotated[float, Within(gt=0, le=1000)] | Literal["auto"] = "auto"  # auto: from epsilon and C
+    epsilon: Annotated[float, Within(gt=0, le=1)] = 1e-4  # for alpha: auto, what the loss shall be able to fall to
 
     def resolve(self, classes: int, dimension: int) -> Self:
         if self.alpha != "auto":
             return self
         alpha = coco_scale(classes, self.epsilon)
-        return self.model_copy(
-            update={"alpha": positive_scale("coco: alpha", alpha, classes, f"epsilon {self.epsilon}")}
-        )
+        return replace(self, alpha=positive_scale("coco: alpha", alpha, classes, f"epsilon {self.epsilon}"))
 
     def terms(self, batch: GlobalBatch, values: Mapping[str, Tensor]) -> Terms:
         assert not isinstance(self.alpha, str), "resolve() replaces 'auto'"

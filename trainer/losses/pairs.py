@@ -5,12 +5,12 @@ batch; each is met twice, once from either end, which leaves every mean as it is
 """
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from trainer.checked import Within
 from trainer.losses.batch import BatchLoss, GlobalBatch, Terms, count, distances, squared_distances, unit_vectors
 
 
@@ -32,11 +32,17 @@ class Contrastive(BatchLoss):
         "Hadsell et al. 2006, Dimensionality reduction by learning an invariant mapping, eq. 4; "
         "Sun et al. 2014, Deep learning face representation by joint identification-verification, eq. 2"
     )
+    title: ClassVar[str] = "contrastive"
+    demo_in_plane: ClassVar[Mapping[str, Any]] = {"margin": 0.6}
 
     name: Literal["contrastive"] = "contrastive"
-    margin: float = Field(1.0, gt=0, allow_inf_nan=False, description="m; unit vectors are at most 2 apart")
-    unit: bool = Field(True, description="on unit vectors, as they are compared later; the paper: as they are")
-    balanced: bool = Field(True, description="half the weight for pairs of one identity, half for the others")
+    margin: Annotated[float, Within(gt=0)] = 1.0  # m; unit vectors are at most 2 apart
+    unit: bool = True  # on unit vectors, as they are compared later; the paper: as they are
+    balanced: bool = True  # half the weight for pairs of one identity, half for the others
+
+    @property
+    def on_directions(self) -> bool:
+        return self.unit
 
     def mix(self) -> tuple[float, ...]:
         return (0.5, 0.5) if self.balanced else (1.0,)
@@ -64,10 +70,12 @@ class Marginal(BatchLoss):
 
     formula: ClassVar[str] = "max(0, xi - y (theta - |a/|a| - b/|b||^2))"
     source: ClassVar[str] = "Deng et al. 2017, Marginal loss for deep face recognition, section 3"
+    title: ClassVar[str] = "marginal"
+    demo_in_plane: ClassVar[Mapping[str, Any]] = {"theta": 0.2, "xi": 0.1}
 
     name: Literal["marginal"] = "marginal"
-    theta: float = Field(1.2, gt=0, lt=4, description="boundary, in squared distance of unit vectors")
-    xi: float = Field(0.3, ge=0, lt=4, description="half the width of the gap around it")
+    theta: Annotated[float, Within(gt=0, lt=4)] = 1.2  # boundary, in squared distance of unit vectors
+    xi: Annotated[float, Within(ge=0, lt=4)] = 0.3  # half the width of the gap around it
 
     def terms(self, batch: GlobalBatch, values: Mapping[str, Tensor]) -> Terms:
         x_BD = unit_vectors(batch.x_BD)

@@ -4,21 +4,22 @@ Legend: b anchors of this rank, B samples of all ranks, D dimension of the embed
 
 S(a, b) = (T a-hat) . (T b-hat), with a-hat = a/|a|: not a cosine, its size belongs to the loss. T [n, D] is held by
 every rank, stepped by the objective with the optimizer of the head, and kept in the checkpoint. What is compared
-afterwards is T x: `Projected` puts T behind the backbone for evaluation and export.
+afterwards is T x: `objective.geometry.Projected` puts T behind the backbone for evaluation and export.
 
 Triplets are formed within the global batch: every anchor and positive, with the negative that is most similar to the
 anchor, or with every negative.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from trainer.checked import Within
 from trainer.errors import UserError
 from trainer.losses.batch import (
     BatchLoss,
@@ -53,12 +54,18 @@ class ProjectedTriplet(BatchLoss):
     A step without an anchor that has both a positive and a negative has loss 0 and counts as empty.
     """
 
-    dimension: int | None = Field(None, ge=1, description="n, rows of T; null: 128 as in the papers, or D if less")
+    demo: ClassVar[Mapping[str, Any]] = {"frozen": True}
+    beside_softmax: ClassVar[float | None] = 1.0
+    learns_projection: ClassVar[bool] = True
+
+    dimension: Annotated[int, Within(ge=1)] | None = None  # n, rows of T; null: 128 as in the papers, or D if less
     init: Literal["pca", "orthogonal"] = "pca"
     negatives: Literal["hardest", "all"] = "hardest"
-    frozen: bool = Field(
-        False, description="learn T alone, beside a loss that trains the network: no gradient to the embeddings"
-    )
+    frozen: bool = False  # learn T alone, beside a loss that trains the network: no gradient to the embeddings
+
+    @property
+    def trains_backbone(self) -> bool:
+        return not self.frozen
 
     def resolve(self, classes: int, dimension: int) -> Self:
         if self.dimension is not None and self.dimension > dimension:
@@ -66,7 +73,7 @@ class ProjectedTriplet(BatchLoss):
                 f"{self.name}: dimension {self.dimension} is more than the embedding's {dimension}; "
                 f"a projection has at most {dimension} rows"
             )
-        return self.model_copy(update={"dimension": self.dimension or min(PAPER_DIMENSION, dimension)})
+        return replace(self, dimension=self.dimension or min(PAPER_DIMENSION, dimension))
 
     def learnables(self, dimension: int, seed: int) -> dict[str, Tensor]:
         rows = self.resolve(2, dimension).dimension
@@ -112,8 +119,10 @@ class TSE(ProjectedTriplet):
     formula: ClassVar[str] = "max(0, alpha + S(a, n) - S(a, p)), S(a, b) = (T a).(T b)"
     source: ClassVar[str] = "Sankaranarayanan et al. 2016, Triplet similarity embedding for face verification"
 
+    title: ClassVar[str] = "softmax, then TSE"
+
     name: Literal["tse"] = "tse"
-    alpha: float = Field(0.1, ge=0, allow_inf_nan=False)
+    alpha: Annotated[float, Within(ge=0)] = 0.1
 
     def of(self, difference: Tensor) -> Tensor:
         return (self.alpha + difference).clamp_min(0)
@@ -136,6 +145,8 @@ class TPE(ProjectedTriplet):
         "Sankaranarayanan et al. 2016, Triplet probabilistic embedding for face verification and clustering"
     )
 
+    title: ClassVar[str] = "softmax, then TPE"
+
     name: Literal["tpe"] = "tpe"
 
     def of(self, difference: Tensor) -> Tensor:
@@ -151,18 +162,3 @@ class TPE(ProjectedTriplet):
     def _tile(self, s_tB: Tensor, same_tB: Tensor, other_tB: Tensor) -> Tensor:
         loss_tBB = self.of(s_tB[:, None, :] - s_tB[:, :, None])
         return torch.where(same_tB[:, :, None] & other_tB[:, None, :], loss_tBB, 0).sum(dtype=torch.float64)
-
-
-class Projected(nn.Module):
-    """A backbone followed by T: pixels to T x/|x|, [B, n]."""
-
-    def __init__(self, backbone: nn.Module, projection_nD: Tensor) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.register_buffer(PROJECTION, projection_nD.detach())
-
-    projection: Tensor
-
-    def forward(self, images: Tensor) -> Tensor:
-        x_BD: Tensor = self.backbone(images)
-        return functional.normalize(x_BD, dim=1) @ self.projection.to(x_BD.dtype).T

@@ -4,12 +4,12 @@ Legend: B samples of all ranks, S slots for identities (S = B), D dimension, k d
 """
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from trainer.checked import Within
 from trainer.losses.base import Family
 from trainer.losses.batch import BatchLoss, GlobalBatch, Terms, count, members, squared_distances, unit_vectors
 
@@ -38,13 +38,20 @@ class Range(BatchLoss):
     family: ClassVar[Family] = "centre"
     formula: ClassVar[str] = "a mean_i(k / sum_j 1/D_ij) + b max(0, m - min |c_i - c_j|^2)"
     source: ClassVar[str] = "Zhang et al. 2017, Range loss for deep face recognition with long-tailed data, section 3"
+    title: ClassVar[str] = "softmax + range"
+    demo_in_plane: ClassVar[Mapping[str, Any]] = {"margin": 0.3}
+    beside_softmax: ClassVar[float | None] = 0.1
 
     name: Literal["range"] = "range"
-    k: int = Field(2, ge=1, le=1024, description="largest distances of each identity")
-    margin: float = Field(1.0, gt=0, allow_inf_nan=False, description="m, in squared distance of two centres")
-    intra: float = Field(1.0, ge=0, allow_inf_nan=False, description="a")
-    inter: float = Field(1.0, ge=0, allow_inf_nan=False, description="b")
-    unit: bool = Field(True, description="on unit vectors; the paper: as they are")
+    k: Annotated[int, Within(ge=1, le=1024)] = 2  # largest distances of each identity
+    margin: Annotated[float, Within(gt=0)] = 1.0  # m, in squared distance of two centres
+    intra: Annotated[float, Within(ge=0)] = 1.0  # a
+    inter: Annotated[float, Within(ge=0)] = 1.0  # b
+    unit: bool = True  # on unit vectors; the paper: as they are
+
+    @property
+    def on_directions(self) -> bool:
+        return self.unit
 
     def mix(self) -> tuple[float, ...]:
         return self.intra, self.inter

@@ -14,15 +14,16 @@ small move of the embeddings, so this is also the exact gradient.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor
 
+from trainer.checked import Within
 from trainer.losses.batch import BatchLoss, GlobalBatch, Terms, count, squared_distances, unit_vectors
 
-Selection = Literal["all", "easy", "semi_hard", "hard", "batch_hard"]
+# The literature also writes the two with a hyphen.
+Mining = Literal["all", "easy", "semi_hard", "hard", "batch_hard", "semi-hard", "batch-hard"]
 
 
 class Triplet(BatchLoss):
@@ -31,7 +32,7 @@ class Triplet(BatchLoss):
     L = mean over the selected triplets of max(0, d_ap - d_an + alpha). Where it is not 0:
     dL/da = 2 (n - p), dL/dp = 2 (p - a), dL/dn = 2 (a - n), on unit vectors.
 
-    The selection, from all triplets of the global batch:
+    The mining, from all triplets of the global batch:
       all         every triplet
       easy        d_an >= d_ap + alpha: loss and gradient are 0 by definition; shows what is learned, trains nothing
       semi_hard   d_ap < d_an < d_ap + alpha
@@ -52,26 +53,26 @@ class Triplet(BatchLoss):
         "batch_hard: Hermans et al. 2017, In defense of the triplet loss, eq. 5"
     )
 
+    title: ClassVar[str] = "triplet"
+
     name: Literal["triplet"] = "triplet"
     # Below 1e-4 the margin would drown in the rounding of a fp32 distance.
-    alpha: float = Field(0.2, ge=1e-4, le=4, description="margin in squared distance of unit vectors")
-    selection: Selection = "semi_hard"
+    alpha: Annotated[float, Within(ge=1e-4, le=4)] = 0.2  # margin in squared distance of unit vectors
+    mining: Mining = "semi_hard"
     average: Literal["selected", "active"] = "selected"
 
-    @field_validator("selection", mode="before")
-    @classmethod
-    def _hyphens(cls, value: Any) -> Any:
-        """The literature writes semi-hard and batch-hard."""
-        return value.replace("-", "_") if isinstance(value, str) else value
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "mining", self.mining.replace("-", "_"))
 
     def terms(self, batch: GlobalBatch, values: Mapping[str, Tensor]) -> Terms:
         x_BD = unit_vectors(batch.x_BD)
         squared_bB = squared_distances(x_BD[batch.own], x_BD)
         same_bB, other_bB = batch.positives_bB(), batch.negatives_bB()
-        if self.selection == "batch_hard":
+        if self.mining == "batch_hard":
             total, selected, active = self._batch_hard(squared_bB, same_bB, other_bB)
         else:
-            total, selected, active = sum_over_kind(squared_bB, same_bB, other_bB, self.alpha, self.selection)
+            total, selected, active = sum_over_kind(squared_bB, same_bB, other_bB, self.alpha, self.mining)
         divisor = active if self.average == "active" else selected
         return Terms(total[None], divisor[None], selected[None])
 
@@ -85,7 +86,7 @@ class Triplet(BatchLoss):
 
 
 def sum_over_kind(
-    d_bB: Tensor, same_bB: Tensor, other_bB: Tensor, alpha: float, kind: Selection
+    d_bB: Tensor, same_bB: Tensor, other_bB: Tensor, alpha: float, kind: Mining
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Over the triplets of a kind (not batch_hard): the sum of max(0, d_ap - d_an + alpha), how many triplets there
     are, and how many of them have a loss; for any d, also negative ones."""
@@ -96,7 +97,7 @@ def sum_over_kind(
 
 
 def _counts(
-    d_bB: Tensor, same_bB: Tensor, other_bB: Tensor, alpha: float, kind: Selection
+    d_bB: Tensor, same_bB: Tensor, other_bB: Tensor, alpha: float, kind: Mining
 ) -> tuple[Tensor, Tensor, Tensor]:
     """k_ap (0 where p is no positive), m_an (0 where n is no negative), and how many triplets are selected."""
     reach_bB = d_bB + alpha

@@ -1,96 +1,83 @@
-"""The parts of an objective: a loss with what it learns, steps and stores of its own, outside the engine.
+"""The members of an objective: each kind of loss with what it learns, steps and stores itself, outside the engine.
 
 Legend: b samples of this rank, D dimension, C classes.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from trainer.checkpoint import Checkpoint
-from trainer.config import Config, OptimizerConfig
+from trainer.config import Config
 from trainer.distributed import Group, RowRange
 from trainer.errors import UserError
 from trainer.head import Head
 from trainer.head.optimizer import HeadOptimizer
-from trainer.losses import LossSpec, Margin
-from trainer.losses.batch import BatchLoss, BatchLossModule
-from trainer.losses.centres import Center, CentreModule
-from trainer.losses.pairs import Contrastive
-from trainer.losses.projections import PROJECTION, ProjectedTriplet
-from trainer.losses.ranges import Range
+from trainer.losses.base import LossSpec
+from trainer.losses.batch import BatchLoss
+from trainer.losses.centres import Center
+from trainer.losses.margins.base import Margin
+from trainer.losses.projections import PROJECTION
+from trainer.objective.batch import BatchLossModule
+from trainer.objective.centres import CentreModule
+from trainer.objective.geometry import ClassCentres, Geometry
 
 
-@dataclass(frozen=True)
-class ClassCentres:
-    """The centres of some classes as the loss uses them: a decision is the class with the greatest score.
+class Member:
+    """One loss of the weighted sum."""
 
-    Attributes:
-        rows_cKD: K centres a class, float32; unit vectors where the loss has unit centres.
-        bias_c: 0 where there is none.
-        scale: the length given to embeddings, or None where they enter as they are.
-    """
-
-    rows_cKD: Tensor
-    bias_c: Tensor
-    scale: float | None
-
-
-class Part(Protocol):
-    """One loss of the weighted sum.
-
-    Attributes:
-        unit: the loss compares embeddings as unit vectors.
-    """
-
-    unit: bool
-
-    def set_progress(self, step: int, warm: float) -> None: ...
+    def set_progress(self, step: int, warmup: float) -> None:
+        """Where the run is, for losses that change with the steps."""
 
     def __call__(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str]) -> Tensor:
         """The loss of the global batch, equal on every rank, with the exact gradient to this rank's samples."""
-        ...
+        raise NotImplementedError
+
+    def geometry(self) -> Geometry:
+        """What the loss compares."""
+        raise NotImplementedError
 
     def prepare(self, lr: float) -> None:
         """Before the backward: the learning rate of the coming `step`, for what is stepped inside the backward."""
-        ...
 
     def step(self, lr: float) -> None:
         """Update what the loss itself learns, after the backward, and forget its gradients."""
-        ...
+        raise NotImplementedError
 
     def metrics(self) -> dict[str, Tensor]:
         """Further numbers to report, still on the device."""
-        ...
+        return {}
 
     def files(self) -> dict[str, dict[str, Tensor]]:
         """This rank's share of a checkpoint: tensors by name, by file."""
-        ...
+        raise NotImplementedError
 
-    def load(self, checkpoint: Checkpoint) -> None: ...
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Continue from `files` of the same number of ranks."""
+        raise NotImplementedError
 
 
-def make_part(spec: LossSpec, config: Config, classes: int, class_counts: Sequence[int], device: torch.device) -> Part:
+def make_member(
+    spec: LossSpec, config: Config, classes: int, class_counts: Sequence[int], device: torch.device
+) -> Member:
     """The part that a loss of the config needs.
 
     Raises:
         UserError: a loss that this problem's size does not allow, or that finds no pairs in such batches.
     """
     if isinstance(spec, Margin):
-        return HeadPart(spec, config, classes, class_counts, device)
+        return HeadMember(spec, config, classes, class_counts, device)
     if isinstance(spec, Center):
-        return CentrePart(spec, config, classes, device)
+        return CentreMember(spec, config, classes, device)
     if isinstance(spec, BatchLoss):
-        return BatchPart(spec, config, classes, class_counts, device)
+        return BatchMember(spec, config, classes, class_counts, device)
     raise TypeError(f"{type(spec).__name__} is no loss of the config")
 
 
-class HeadPart:
+class HeadMember(Member):
     """A margin with its sharded head and the optimizer of its rows."""
 
     def __init__(
@@ -102,12 +89,15 @@ class HeadPart:
             raise UserError(
                 f"{classes} classes cannot be shared by {group.size} workers; set scaling.workers to {classes} or less"
             )
-        self._name, self.unit = spec.name, spec.unit_embedding
-        self._head = Head(spec, classes, dimension, config.head, config.run.seed, class_counts, device, group)
-        self._optimizer = HeadOptimizer(self._head, config.optimizer)
+        self._name = spec.name
+        seed, counts = config.run.seed, class_counts
+        self._head = Head(
+            spec, classes, dimension, config.head, seed=seed, class_counts=counts, device=device, group=group
+        )
+        self._optimizer = HeadOptimizer(self._head)
 
-    def set_progress(self, step: int, warm: float) -> None:
-        self._head.set_progress(step, warm)
+    def set_progress(self, step: int, warmup: float) -> None:
+        self._head.set_progress(step, warmup)
 
     def __call__(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str]) -> Tensor:
         loss: Tensor = self._head(x_bD, labels_b, keys)
@@ -120,12 +110,12 @@ class HeadPart:
         self._optimizer.step(lr)
         self._optimizer.zero_grad()
 
-    def metrics(self) -> dict[str, Tensor]:
-        return {}
+    def geometry(self) -> Geometry:
+        return Geometry(self._head.margin.on_directions, centres=self._centres)
 
     @torch.no_grad()
-    def centres(self, classes_c: Tensor) -> ClassCentres:
-        """The centres of these classes, on every rank. A collective: one all-reduce of [c, K D + 1]."""
+    def _centres(self, classes_c: Tensor) -> ClassCentres:
+        """On every rank. A collective: one all-reduce of [c, K D + 1]."""
         head, margin = self._head, self._head.margin
         classes_c = classes_c.to(head.weight.device)
         own_c = (classes_c >= head.rows.start) & (classes_c < head.rows.stop)
@@ -138,7 +128,8 @@ class HeadPart:
         if margin.unit_rows:
             rows_cKD = functional.normalize(rows_cKD, dim=2)
         scale = float(margin.scale_of(dict(head.scalars))) if margin.unit_embedding else None
-        return ClassCentres(rows_cKD, message_cX[:, -1], scale)
+        rows, bias = (values.double().cpu().numpy() for values in (rows_cKD, message_cX[:, -1]))
+        return ClassCentres(rows, bias, scale)
 
     def files(self) -> dict[str, dict[str, Tensor]]:
         """One file, named by the classes whose rows it holds; the few numbers that all ranks share lie in each."""
@@ -155,41 +146,31 @@ class HeadPart:
         self._optimizer.load_state_dict(parts["optimizer"])
 
 
-class CentrePart:
+class CentreMember(Member):
     """Centres that follow their samples by the paper's rule; the learning rate has no say in it."""
 
     def __init__(self, spec: Center, config: Config, classes: int, device: torch.device) -> None:
-        self._name, self.unit = spec.name, spec.unit
-        self._module = CentreModule(spec, classes, config.backbone.dimension, device, Group.current())
+        self._spec = spec
+        self._module = CentreModule(spec, classes, config.backbone.dimension, device=device)
 
-    def centres(self, classes_c: Tensor) -> Tensor:
-        """The centres of these classes, [c, D], on every rank. A collective."""
-        return self._module.of(classes_c)
-
-    def set_progress(self, step: int, warm: float) -> None:
-        """The same at every step."""
+    def geometry(self) -> Geometry:
+        return Geometry(self._spec.on_directions, followed=lambda c: self._module.of(c).double().cpu().numpy())
 
     def __call__(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str]) -> Tensor:
         loss: Tensor = self._module(x_bD, labels_b, keys)
         return loss
 
-    def prepare(self, lr: float) -> None:
-        """Nothing is stepped inside the backward."""
-
     def step(self, lr: float) -> None:
         self._module.update()
 
-    def metrics(self) -> dict[str, Tensor]:
-        return {}
-
     def files(self) -> dict[str, dict[str, Tensor]]:
-        return {rows_file(self._name, self._module.rows): dict(self._module.state_dict())}
+        return {rows_file(self._spec.name, self._module.rows): dict(self._module.state_dict())}
 
     def load(self, checkpoint: Checkpoint) -> None:
-        self._module.load_state_dict(checkpoint.read(rows_file(self._name, self._module.rows)))
+        self._module.load_state_dict(checkpoint.read(rows_file(self._spec.name, self._module.rows)))
 
 
-class BatchPart:
+class BatchMember(Member):
     """A loss on the pairs, triplets or identities of the global batch, and the optimizer of its few parameters.
 
     What it learns is the same on every rank, so one rank stores it.
@@ -200,25 +181,17 @@ class BatchPart:
     ) -> None:
         if spec.needs_positives:
             _check_positives(spec.name, config, class_counts)
-        self._group, self._name = Group.current(), spec.name
-        self.unit = spec.unit if isinstance(spec, Contrastive | Range) else True
-        self._module = BatchLossModule(spec, classes, config.backbone.dimension, config.run.seed, device, self._group)
-        self._optimizer = _optimizer(self._module, config.optimizer) if len(self._module.values) else None
+        self._group, self._spec, self._name = Group.current(), spec, spec.name
+        dimension, seed = config.backbone.dimension, config.run.seed
+        self._module = BatchLossModule(spec, classes, dimension, seed=seed, device=device, group=self._group)
+        self._optimizer = _optimizer(self._module, config) if len(self._module.values) else None
 
-    @property
-    def projection(self) -> Tensor | None:
-        """T, [n, D], of a loss that learns one."""
-        return dict(self._module.values).get(PROJECTION)
-
-    def set_progress(self, step: int, warm: float) -> None:
-        """The same at every step."""
+    def geometry(self) -> Geometry:
+        return Geometry(self._spec.on_directions, dict(self._module.values).get(PROJECTION))
 
     def __call__(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str]) -> Tensor:
         loss: Tensor = self._module(x_bD, labels_b, keys)
         return loss
-
-    def prepare(self, lr: float) -> None:
-        """Nothing is stepped inside the backward."""
 
     def step(self, lr: float) -> None:
         if self._optimizer is None:
@@ -270,7 +243,7 @@ def batch_file(name: str) -> str:
 def read_projection(specs: Sequence[LossSpec], checkpoint: Checkpoint) -> Tensor | None:
     """The projection T that a checkpoint's losses learned, [n, D]; None where none of them learns one."""
     for spec in specs:
-        if isinstance(spec, ProjectedTriplet):
+        if spec.learns_projection:
             return checkpoint.read(batch_file(spec.name))[f"loss.values.{PROJECTION}"]
     return None
 
@@ -300,10 +273,10 @@ def _check_positives(name: str, config: Config, class_counts: Sequence[int]) -> 
         )
 
 
-def _optimizer(module: BatchLossModule, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Of the parameters that every rank holds: what `optimizer.head_*` says, in fp32."""
-    parameters, decay = list(module.parameters()), config.head_weight_decay
-    if config.head_name == "adamw":
-        betas = (config.head_momentum, config.head_beta2)
-        return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=decay)
-    return torch.optim.SGD(parameters, lr=config.lr, momentum=config.head_momentum, weight_decay=decay)
+def _optimizer(module: BatchLossModule, config: Config) -> torch.optim.Optimizer:
+    """Of the parameters that every rank holds: what `head.optimizer` says, in fp32."""
+    parameters, settings = list(module.parameters()), config.head.optimizer
+    lr, decay = config.optimizer.lr, settings.weight_decay  # each step brings its own rate
+    if settings.name == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, betas=(settings.momentum, settings.beta2), weight_decay=decay)
+    return torch.optim.SGD(parameters, lr=lr, momentum=settings.momentum, weight_decay=decay)

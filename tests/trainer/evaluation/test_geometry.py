@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from tests.trainer.losses.simplex import simplex
 from trainer.errors import UserError
 from trainer.evaluation import geometry
 from trainer.evaluation.geometry import angles, neural_collapse
-from trainer.losses.bounds import simplex
 
 
 def collapsed(classes: int, dimension: int, samples: int, centre: float = 0.0) -> tuple[np.ndarray, np.ndarray]:

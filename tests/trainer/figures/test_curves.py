@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.losses import Margin, by_name
 from trainer.figures.boundaries import boundary_rows
-from trainer.figures.curves import RAW_LENGTH, curve_groups, negative_curves, variants
+from trainer.figures.curves import RAW_LENGTH, curve_groups, negative_curves, panels
+from trainer.losses import Margin, by_name
 
 HALF = 45.0  # of a right angle
 
@@ -22,7 +22,7 @@ def test_every_margin_is_drawn_and_has_a_row() -> None:
 def test_slopes_are_those_of_the_curves() -> None:
     """Central differences of psi and of the loss, away from the angles where a branch of psi begins."""
     step = 1e-6
-    for _, members in variants().values():
+    for _, _, members in panels():
         for variant in members:
             theta_T = torch.linspace(math.radians(3.1), math.radians(176.7), 97, dtype=torch.float64)
             cos_T = theta_T.cos().requires_grad_()
@@ -61,11 +61,11 @@ def test_l_softmax_falls_to_one_minus_two_m() -> None:
 
 
 def test_negatives_are_reweighted_as_in_the_papers() -> None:
-    group = negative_curves((0.0, 0.5))
+    group = negative_curves()
     cosine_T = np.cos(np.radians(group.curves[0].theta_T))
     np.testing.assert_allclose(group.curves[0].psi_T, cosine_T**2, atol=1e-12)
     np.testing.assert_allclose(group.curves[1].psi_T, cosine_T * (0.5 + cosine_T), atol=1e-12)
-    np.testing.assert_allclose(group.curves[2].psi_T, 1.12 * cosine_T + 0.12, atol=1e-12)
+    np.testing.assert_allclose(group.curves[3].psi_T, 1.12 * cosine_T + 0.12, atol=1e-12)
 
 
 def closed_form(name: str, setting: str) -> float | None:

@@ -13,9 +13,9 @@ from PIL import Image
 
 from tests.drawn import meeting
 from trainer.errors import UserError
+from trainer.evaluation.plots_style import save
 from trainer.figures.plot_angles import angle_figure
 from trainer.figures.plot_geometry import Panel, _columns, _name_directions, _view, geometry_figure
-from trainer.evaluation.plots_style import save
 
 Matrix = NDArray[np.float64]
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from tests.trainer.head.oracle import World, mean_loss
-from trainer.config import HeadConfig
 from trainer.distributed import Group
 from trainer.head.head import Head, step_noise
+from trainer.head.settings import HeadConfig
 from trainer.losses import (
     AdaFace,
     ArcFace,

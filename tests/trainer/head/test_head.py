@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.trainer.head.cases import DIMENSION, MARGINS, compare, make_head, problem
-from trainer.config import HeadConfig
 from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.head.head import Head, Step
 from trainer.head.memory import free_memory
+from trainer.head.settings import HeadConfig
 from trainer.head.tiles import fixed_shift
 from trainer.losses import AdaFace, ArcFace, CosFace, CurricularFace, DynamicMargin, NormFace
 from trainer.losses.margins.base import Margin, Positives, Scale, angle
@@ -116,7 +116,7 @@ def test_bf16_products_within_the_stated_error(name: str, algorithm: Algorithm) 
     labels_B = torch.randint(0, 300, (32,), generator=generator)
     found = []
     for dtype in ("fp32", "bf16"):
-        head = Head(MARGINS[name], 300, 64, HeadConfig(algorithm=algorithm, dtype=dtype, tile=64))
+        head = Head(MARGINS[name], 300, 64, HeadConfig(algorithm=algorithm, compute_dtype=dtype, tile=64))
         x = x_BD.clone().requires_grad_()
         loss = head(x, labels_B)
         loss.backward()
@@ -321,7 +321,7 @@ def test_the_first_rows_do_not_depend_on_where_they_lie() -> None:
 def test_auto_keeps_p_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     head = Head(ArcFace(), 1000, DIMENSION)
     for free, store in ((10**9, True), (10**5, False)):
-        monkeypatch.setattr("trainer.head.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("trainer.head.head.free_memory", lambda device, free=free: free)
         assert head.plan(head.margin, 256, 1000, torch.float32).store is store
 
 

@@ -1,17 +1,18 @@
 """The head on two and three ranks equals the oracle on one; each world size is started once, for all cases."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.ranks import run_on_ranks
 from tests.trainer.head.cases import CLASSES, DIMENSION, MARGINS, close, compare, make_head, problem
-from trainer.config import HeadConfig, OptimizerConfig
 from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.head import Head
 from trainer.head.optimizer import HeadOptimizer
+from trainer.head.settings import HeadConfig, HeadOptimizerConfig
 from trainer.losses import ArcFace, CosFace, CurricularFace, NormFace, Softmax
 
 
@@ -100,26 +101,26 @@ def faults_are_named_on_every_rank(group: Group) -> None:
 def training_is_the_same_on_one_rank(group: Group) -> None:
     """Sampling, rounding and random margins follow the seed, not the number of ranks: the same steps either way."""
     for optimizer in (
-        OptimizerConfig(),
-        OptimizerConfig(head_state="int8"),
-        OptimizerConfig(head_name="adamw", head_state="bf16"),
+        HeadOptimizerConfig(),
+        HeadOptimizerConfig(state_dtype="int8"),
+        HeadOptimizerConfig(name="adamw", state_dtype="bf16"),
     ):
         for config in (
             HeadConfig(sample_rate=0.2, tile=64),
-            HeadConfig(weights="bf16", fused=True, tile=64),
+            HeadConfig(param_dtype="bf16", fused=True, tile=64),
             HeadConfig(sample_rate=0.3, fused=True),
         ):
-            assert_same_training(group, config, optimizer)
+            assert_same_training(group, replace(config, optimizer=optimizer))
 
 
-def assert_same_training(group: Group, config: HeadConfig, optimizer_config: OptimizerConfig) -> None:
+def assert_same_training(group: Group, config: HeadConfig) -> None:
     classes, b = 2500, 4
     given = problem(b * group.size, classes)
     trained = []
     for ranks in (group, Group()):
         margin = CosFace(scale=16.0) if config.sample_rate > 0.2 else Softmax()
         head = Head(margin, classes, DIMENSION, config, seed=5, group=ranks)
-        optimizer = HeadOptimizer(head, optimizer_config)
+        optimizer = HeadOptimizer(head)
         mine = slice(group.rank * b, (group.rank + 1) * b) if ranks is group else slice(None)
         for step in range(3):
             head.set_progress(step)
@@ -132,11 +133,11 @@ def assert_same_training(group: Group, config: HeadConfig, optimizer_config: Opt
     start, stop = sharded.rows.start, sharded.rows.stop
     found, wanted = sharded.weight.detach().float(), whole.weight[start:stop].float()
     # Sums in another order differ in their last bit, which now and then makes a rounding fall the other way.
-    exact = optimizer_config.head_state == "fp32" and config.weights == "fp32"
+    exact = config.optimizer.state_dtype == "fp32" and config.param_dtype == "fp32"
     step = 1e-4 if exact else 2**-7
     furthest = float((found - wanted).detach().abs().max())
-    assert furthest < step, f"{furthest:.2g} apart after three steps, {config}, {optimizer_config}"
-    close(found, wanted, f"rows after three steps, {config}, {optimizer_config}", 2e-3)
+    assert furthest < step, f"{furthest:.2g} apart after three steps, {config}"
+    close(found, wanted, f"rows after three steps, {config}", 2e-3)
 
 
 CHECKS: tuple[Callable[[Group], None], ...] = (

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config import HeadConfig, OptimizerConfig
 from trainer.head import Head
 from trainer.head.optimizer import HeadOptimizer
 from trainer.head.rows import SAMPLING_BLOCK, sample_classes
+from trainer.head.settings import HeadConfig, HeadOptimizerConfig
 from trainer.losses import ArcFace, Margin, Softmax, SubCenterArcFace
 
 CPU = torch.device("cpu")
@@ -103,9 +103,9 @@ def test_the_sample_follows_the_step_and_evaluation_uses_all() -> None:
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 @pytest.mark.parametrize("state", ["fp32", "bf16", "int8"])
 def test_unsampled_rows_and_their_state_are_neither_read_nor_written(fused: bool, name: str, state: str) -> None:
-    config = OptimizerConfig.model_validate({"head_name": name, "head_state": state})
-    head = Head(Softmax(), 3000, 8, HeadConfig(sample_rate=0.05, fused=fused, tile=64))
-    optimizer = HeadOptimizer(head, config)
+    settings = HeadOptimizerConfig(name=name, state_dtype=state)  # type: ignore[arg-type]
+    head = Head(Softmax(), 3000, 8, HeadConfig(sample_rate=0.05, fused=fused, tile=64, optimizer=settings))
+    optimizer = HeadOptimizer(head)
     head.set_progress(3)
     x_BD, labels_B = torch.ones(2, 8), torch.tensor([7, 2999])
     probe = Head(Softmax(), 3000, 8, HeadConfig(sample_rate=0.05))
@@ -137,8 +137,9 @@ def test_unsampled_rows_and_their_state_are_neither_read_nor_written(fused: bool
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_bias_where_no_class_takes_part(fused: bool) -> None:
-    head = Head(Softmax(), 100, 8, HeadConfig(sample_rate=0.001, fused=fused))
-    optimizer = HeadOptimizer(head, OptimizerConfig(head_weight_decay=0))
+    settings = HeadOptimizerConfig(weight_decay=0)
+    head = Head(Softmax(), 100, 8, HeadConfig(sample_rate=0.001, fused=fused, optimizer=settings))
+    optimizer = HeadOptimizer(head)
     before = head.weight.detach().clone()
     skipped = 0
     for step in range(30):
@@ -173,8 +174,8 @@ def test_a_sampled_backward_adds_up_with_a_whole_one() -> None:
 
 def test_adamw_corrects_a_bias_by_its_own_steps() -> None:
     """The first step of a class sampled late is as long as the first step of any: the learning rate."""
-    head = Head(Softmax(), 3000, 8, HeadConfig(sample_rate=0.05))
-    optimizer = HeadOptimizer(head, OptimizerConfig(head_name="adamw"))
+    head = Head(Softmax(), 3000, 8, HeadConfig(sample_rate=0.05, optimizer=HeadOptimizerConfig(name="adamw")))
+    optimizer = HeadOptimizer(head)
     seen = torch.zeros(3000, dtype=torch.bool)
     assert head.bias is not None
     for step in range(4):

@@ -1,21 +1,13 @@
 """Each bound is reached by the arrangement that it is about, and by nothing better."""
 
-import itertools
 import math
 
 import numpy as np
 import pytest
 
+from tests.trainer.losses.simplex import simplex
 from trainer.errors import UserError
-from trainer.losses.bounds import (
-    a_softmax_margin,
-    coco_scale,
-    cosface_scale,
-    cosine_margin,
-    l2_softmax_scale,
-    normface_loss,
-    simplex,
-)
+from trainer.losses.bounds import coco_scale, cosface_scale, cosine_margin, l2_softmax_scale
 
 
 def softmax_of_first(logits: list[float]) -> float:
@@ -65,32 +57,6 @@ def test_published_scale() -> None:
     assert l2_softmax_scale(13_403, 0.9) == pytest.approx(11.7, abs=0.1)
 
 
-@pytest.mark.parametrize("classes", [2, 5, 273])
-@pytest.mark.parametrize("norm", [0.5, 1.0, 3.0])
-def test_a_simplex_reaches_the_normface_loss(classes: int, norm: float) -> None:
-    corners = norm * simplex(classes, classes)
-    logits = corners @ corners.T
-    losses = [-math.log(softmax_of_first([row[i], *np.delete(row, i)])) for i, row in enumerate(logits)]
-    assert normface_loss(classes, norm) == pytest.approx(np.mean(losses))
-
-
-def test_no_arrangement_beats_the_normface_loss() -> None:
-    generator = np.random.default_rng(1)
-    for _ in range(200):
-        centres = generator.normal(size=(6, 5))
-        centres /= np.linalg.norm(centres, axis=1, keepdims=True)
-        features = centres + 0.3 * generator.normal(size=centres.shape)
-        features /= np.linalg.norm(features, axis=1, keepdims=True)
-        logits = features @ centres.T
-        loss = np.mean([-math.log(softmax_of_first([row[i], *np.delete(row, i)])) for i, row in enumerate(logits)])
-        assert loss > normface_loss(6, 1.0)
-
-
-def test_the_loss_and_the_scale_are_two_sides_of_one_bound() -> None:
-    scale = cosface_scale(50, 0.95)
-    assert math.exp(-normface_loss(50, math.sqrt(scale))) == pytest.approx(0.95)
-
-
 @pytest.mark.parametrize("classes", [2, 3, 4, 9])
 def test_a_circle_reaches_the_cosine_margin(classes: int) -> None:
     angles = 2 * np.pi * np.arange(classes) / classes
@@ -133,40 +99,6 @@ def test_opposite_centres_reach_the_loss_at_the_coco_scale(classes: int, loss: f
     assert reached == pytest.approx(loss)
 
 
-def spread_of_classes(m: float, centres: list[float], width: float) -> tuple[float, float]:
-    """The widest class and the smallest gap between classes on a line of angles, by trying every angle.
-
-    An angle belongs to the class whose centre is nearest after its own distance is multiplied by m.
-    """
-    angles = np.linspace(min(centres) - width, max(centres) + width, 400_001)
-    distances = np.abs(angles[:, None] - np.array(centres))
-    members = []
-    for own in range(len(centres)):
-        others = np.delete(distances, own, axis=1).min(axis=1)
-        members.append(angles[m * distances[:, own] <= others])
-    widths = [part.max() - part.min() for part in members]
-    gaps = [later.min() - earlier.max() for earlier, later in itertools.pairwise(members)]
-    return max(widths), min(gaps)
-
-
-@pytest.mark.parametrize(("step", "separates"), [(-0.02, False), (0.02, True)])
-def test_two_classes_separate_from_the_minimal_margin_on(step: float, separates: bool) -> None:
-    widest, gap = spread_of_classes(a_softmax_margin(2) + step, [0.0, 0.5], width=0.5)
-    assert (widest < gap) == separates
-
-
-@pytest.mark.parametrize(("step", "separates"), [(-0.02, False), (0.02, True)])
-def test_evenly_spaced_classes_separate_from_the_minimal_margin_on(step: float, separates: bool) -> None:
-    # the inner three of five: on a full circle every class has a neighbour on both sides
-    angles = np.linspace(0.25, 1.75, 600_001)
-    distances = np.abs(angles[:, None] - np.array([0.0, 0.5, 1.0, 1.5, 2.0]))
-    m = a_softmax_margin(5) + step
-    inner = [angles[m * distances[:, k] <= np.delete(distances, k, axis=1).min(axis=1)] for k in (1, 2, 3)]
-    widest = max(part.max() - part.min() for part in inner)
-    gap = min(inner[1].min() - inner[0].max(), inner[2].min() - inner[1].max())
-    assert (widest < gap) == separates
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -174,11 +106,8 @@ def test_evenly_spaced_classes_separate_from_the_minimal_margin_on(step: float, 
         (lambda: cosface_scale(1, 0.9), "1 classes; it takes 2 or more"),
         (lambda: cosface_scale(10, 1.0), "probability 1 cannot be reached"),
         (lambda: cosface_scale(10, float("nan")), "probability nan"),
-        (lambda: normface_loss(10, 0.0), "length 0 of features"),
         (lambda: cosine_margin(10, 1), "dimension 1 has no angles"),
         (lambda: coco_scale(10, 0.0), "loss 0 cannot be reached"),
-        (lambda: a_softmax_margin(1), "it takes 2 or more"),
-        (lambda: simplex(5, 3), "does not fit 3 dimensions; it takes 4"),
     ],
 )
 def test_values_without_a_bound_are_errors(call: object, message: str) -> None:

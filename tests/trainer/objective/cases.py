@@ -9,9 +9,10 @@ from torch import Tensor
 from tests.trainer.objective import oracle
 from trainer.distributed import Group
 from trainer.losses import TPE, TSE, Center, CenterInvariant, CoCo, Contrastive, LossSpec, Marginal, Range, Triplet
-from trainer.losses.batch import BatchLoss, BatchLossModule
-from trainer.losses.centres import CentreModule
+from trainer.losses.batch import BatchLoss
 from trainer.losses.projections import PROJECTION
+from trainer.objective.batch import BatchLossModule
+from trainer.objective.centres import CentreModule
 
 CLASSES, DIMENSION, SLOTS = 9, 5, 24  # slots divide by 1, 2 and 3 ranks
 # Four samples, three, two and one of an identity; padding within and at the end; none of class 8.
@@ -25,7 +26,7 @@ Formula = Callable[[Tensor, list[int], Tensor], Tensor]
 
 
 def _triplet(rule: str, average: str, alpha: float = 0.2) -> tuple[LossSpec, Formula]:
-    spec = Triplet(selection=rule, average=average, alpha=alpha)
+    spec = Triplet(mining=rule, average=average, alpha=alpha)
     return spec, lambda x, labels, _: oracle.triplet(x, labels, alpha, rule, average)
 
 

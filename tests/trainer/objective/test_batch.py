@@ -21,13 +21,14 @@ from tests.trainer.objective.cases import (
     problem,
     run_case,
 )
-from trainer.config import from_tree
+from trainer.config import from_tree, load
 from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.losses import TPE, TSE, Center, CoCo, Contrastive, Range, Triplet
-from trainer.losses.batch import BatchLossModule, groups, members
-from trainer.losses.centres import CentreModule
+from trainer.losses.batch import groups, members
 from trainer.losses.projections import PROJECTION
+from trainer.objective.batch import BatchLossModule
+from trainer.objective.centres import CentreModule
 
 ALONE = Group()
 
@@ -102,9 +103,10 @@ def test_empty_steps_are_counted(name: str, labels: list[int], empty: int) -> No
     assert run_case(CASES[name][0], x, labels, t, ALONE).empty_steps == empty
 
 
-@pytest.mark.parametrize("selection", ["semi-hard", "semi_hard"])
-def test_selection_with_the_literatures_hyphen(selection: str) -> None:
-    assert Triplet.model_validate({"selection": selection}).selection == "semi_hard"
+@pytest.mark.parametrize("mining", ["semi-hard", "semi_hard"])
+def test_mining_with_the_literatures_hyphen(mining: str) -> None:
+    chosen = load(None, ["loss=triplet", f"loss.mining={mining}"]).loss
+    assert chosen == Triplet(mining="semi_hard")
 
 
 @pytest.mark.parametrize("rule", ["all", "easy", "semi_hard", "hard"])
@@ -112,7 +114,7 @@ def test_mining_counts_every_triplet_of_its_kind(rule: str) -> None:
     """The number that the mean divides by is the brute-force one, also where distances are equal."""
     x = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1], [-1, 0], [3, 0], [0, -1], [1, 1]], dtype=torch.float64)
     labels = [0, 0, 0, 1, 1, 1, 2, 2]
-    spec = Triplet(selection=rule, alpha=0.5)
+    spec = Triplet(mining=rule, alpha=0.5)
     module = BatchLossModule(spec, 3, 2, group=ALONE)
     seen: list[float] = []
     join = module._join
@@ -127,7 +129,7 @@ def test_all_triplets_of_a_large_batch_in_single_precision() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.nn.functional.normalize(torch.randn(160, 32, generator=generator))
     labels = torch.arange(160) // 4 % 20
-    found = BatchLossModule(Triplet(selection="all"), 20, 32, group=ALONE)(x, labels)
+    found = BatchLossModule(Triplet(mining="all"), 20, 32, group=ALONE)(x, labels)
     d = torch.cdist(x.double(), x.double()) ** 2
     same, other = labels[:, None] == labels, labels[:, None] != labels
     same = same & ~torch.eye(160, dtype=torch.bool)
@@ -142,7 +144,7 @@ def test_equal_embeddings_have_a_finite_gradient() -> None:
         Contrastive(),
         Contrastive(unit=False),
         Triplet(),
-        Triplet(selection="hard"),
+        Triplet(mining="hard"),
         Range(),
         CoCo(alpha=5.0),
     ):
@@ -154,7 +156,7 @@ def test_equal_embeddings_have_a_finite_gradient() -> None:
 
 
 def test_null_embedding_gets_no_gradient() -> None:
-    for spec in (Contrastive(), Triplet(selection="all"), CoCo(alpha=5.0), TPE(init="orthogonal")):
+    for spec in (Contrastive(), Triplet(mining="all"), CoCo(alpha=5.0), TPE(init="orthogonal")):
         x = problem()[0].clone()
         x[0] = 0
         x.requires_grad_()
@@ -167,7 +169,7 @@ def test_null_embedding_gets_no_gradient() -> None:
 
 def test_half_precision_embeddings_are_computed_in_single() -> None:
     x = problem()[0].to(torch.bfloat16).requires_grad_()
-    loss = BatchLossModule(Triplet(selection="all"), CLASSES, DIMENSION, group=ALONE)(x, torch.tensor(LABELS))
+    loss = BatchLossModule(Triplet(mining="all"), CLASSES, DIMENSION, group=ALONE)(x, torch.tensor(LABELS))
     loss.backward()
     assert loss.dtype == torch.float32
     assert x.grad is not None
@@ -212,7 +214,7 @@ def test_what_is_refused() -> None:
 @pytest.mark.parametrize(
     "choice",
     [
-        *[{"name": "coco", "alpha": 0.0}, {"name": "triplet", "alpha": 0.0}, {"name": "triplet", "selection": "best"}],
+        *[{"name": "coco", "alpha": 0.0}, {"name": "triplet", "alpha": 0.0}, {"name": "triplet", "mining": "best"}],
         *[{"name": "contrastive", "margin": math.inf}, {"name": "marginal", "theta": 4.5}, {"name": "range", "k": 0}],
         *[{"name": "center", "alpha": 1.5}, {"name": "tse", "alpha": -0.1}, {"name": "center", "weight": 0}],
     ],
@@ -247,7 +249,7 @@ def test_projection_starts_at_the_principal_directions() -> None:
 
 def test_projection_starts_orthogonal_by_the_seed() -> None:
     first, again, other = (
-        BatchLossModule(TSE(dimension=3, init="orthogonal"), CLASSES, DIMENSION, seed, group=ALONE)
+        BatchLossModule(TSE(dimension=3, init="orthogonal"), CLASSES, DIMENSION, seed=seed, group=ALONE)
         for seed in (1, 1, 2)
     )
     first(problem()[0], torch.tensor(LABELS))

@@ -12,8 +12,9 @@ from trainer.checkpoint import CheckpointManifest
 from trainer.config import Config, from_tree, load
 from trainer.distributed import Group
 from trainer.errors import UserError
-from trainer.losses.projections import Projected
+from trainer.losses import Triplet
 from trainer.objective import Objective, embedder_of
+from trainer.objective.geometry import Projected
 
 CLASSES, DIMENSION, SLOTS = 7, 6, 12
 COUNTS = [5] * CLASSES
@@ -57,7 +58,7 @@ def step(objective: Objective, number: int, group: Group | None = None) -> dict[
 
 def test_weighted_sum_and_its_parts() -> None:
     objective = Objective(
-        config("softmax", {"name": "center", "weight": 0.003}, {"name": "triplet", "weight": 2.0, "selection": "all"}),
+        config("softmax", {"name": "center", "weight": 0.003}, {"name": "triplet", "weight": 2.0, "mining": "all"}),
         CLASSES,
         COUNTS,
         torch.device("cpu"),
@@ -82,9 +83,9 @@ def test_center_follows_the_papers_rule_and_not_the_learning_rate() -> None:
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_projection_is_stepped_by_the_heads_optimizer(name: str) -> None:
-    changes = {"head_name": name, "head_momentum": 0.5, "head_weight_decay": 0.01}
+    changes = {"optimizer": {"name": name, "momentum": 0.5, "weight_decay": 0.01}}
     objective = Objective(
-        config({"name": "tse", "alpha": 5.0, "init": "orthogonal"}, optimizer=changes),
+        config({"name": "tse", "alpha": 5.0, "init": "orthogonal"}, head=changes),
         CLASSES,
         COUNTS,
         torch.device("cpu"),
@@ -97,11 +98,11 @@ def test_projection_is_stepped_by_the_heads_optimizer(name: str) -> None:
     options = {"momentum": 0.5} if name == "sgd" else {"betas": (0.5, 0.999)}
     optimizer = make([t], lr=0.1, weight_decay=0.01, **options)
     for number in range(3):
-        reference._parts["tse"]._module.values["projection"].data.copy_(t)  # type: ignore[attr-defined]
-        reference._parts["tse"]._module.values["projection"].grad = None  # type: ignore[attr-defined]
+        reference._members["tse"]._module.values["projection"].data.copy_(t)  # type: ignore[attr-defined]
+        reference._members["tse"]._module.values["projection"].grad = None  # type: ignore[attr-defined]
         x, labels, keys = batch(number)
         reference(x, labels, keys)[0].backward()
-        t.grad = reference._parts["tse"]._module.values["projection"].grad  # type: ignore[attr-defined]
+        t.grad = reference._members["tse"]._module.values["projection"].grad  # type: ignore[attr-defined]
         optimizer.step()
         step(objective, number)
     torch.testing.assert_close(objective.files()["tse.safetensors"]["loss.values.projection"], t.data)
@@ -124,7 +125,7 @@ def restore(rank: int, folder: Path) -> None:
     group = Group.current()
     for number, losses in enumerate(CHOICES):
         for optimizer in ("sgd", "adamw"):
-            chosen = config(*losses, optimizer={"head_name": optimizer}, scaling={"workers": 2})
+            chosen = config(*losses, head={"optimizer": {"name": optimizer}}, scaling={"workers": 2})
             first = Objective(chosen, CLASSES, COUNTS, torch.device("cpu"))
             for i in range(3):
                 step(first, i, group)
@@ -179,7 +180,7 @@ def test_the_embedder_ends_with_the_learned_projection(tmp_path: Path) -> None:
     chosen = config("arcface", {"name": "tpe", "dimension": 3, "frozen": True})
     objective = Objective(chosen, CLASSES, COUNTS, torch.device("cpu"))
     step(objective, 0)
-    embedder = objective.embedder(backbone)
+    embedder = objective.geometry().embedder(backbone)
     assert isinstance(embedder, Projected)
     images = torch.randn(5, 4)
     x, t = backbone(images), objective.files()["tpe.safetensors"]["loss.values.projection"]
@@ -190,7 +191,7 @@ def test_the_embedder_ends_with_the_learned_projection(tmp_path: Path) -> None:
     assert found is not None
     torch.testing.assert_close(embedder_of(chosen, found, backbone)(images), embedder(images))
     plain = config("arcface", "triplet")
-    assert Objective(plain, CLASSES, COUNTS, torch.device("cpu")).embedder(backbone) is backbone
+    assert Objective(plain, CLASSES, COUNTS, torch.device("cpu")).geometry().embedder(backbone) is backbone
     assert embedder_of(plain, found, backbone) is backbone
 
 
@@ -226,9 +227,9 @@ def test_a_frozen_projection_stands_beside_a_loss_that_trains_the_network(name: 
 
 
 def test_losses_are_chosen_by_config_alone() -> None:
-    chosen = load(None, ["loss=triplet", "loss.selection=batch-hard", "auxiliary=[{name: center, weight: 0.003}]"])
+    chosen = load(None, ["loss=triplet", "loss.mining=batch-hard", "auxiliary=[{name: center, weight: 0.003}]"])
     assert chosen.loss.name == "triplet"
-    assert chosen.loss.selection == "batch_hard"
+    assert chosen.loss == Triplet(mining="batch_hard")
     assert [(loss.name, loss.weight) for loss in chosen.auxiliary] == [("center", 0.003)]
     with pytest.raises(UserError, match=r"unknown key 'loss.triplet.margin'; .*alpha"):
         load(None, ["loss=triplet", "loss.margin=0.2"])

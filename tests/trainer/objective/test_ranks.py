@@ -24,9 +24,9 @@ from tests.trainer.objective.cases import (
 from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.losses import TPE, Center, CenterInvariant, LossSpec, Triplet
-from trainer.losses.batch import BatchLossModule
-from trainer.losses.centres import CentreModule
 from trainer.losses.projections import PROJECTION
+from trainer.objective.batch import BatchLossModule
+from trainer.objective.centres import CentreModule
 
 # Every rank lacks some identity in the first list, rank 2 of 3 has padding alone in the second.
 BATCHES = [LABELS, [*LABELS[:16], *[-1] * 8], ONE_IDENTITY]
@@ -106,7 +106,7 @@ def check_errors(group: Group, x: Tensor) -> None:
 
 def check_steps(group: Group, x: Tensor) -> None:
     """Three steps of a linear backbone, averaged over the ranks as an engine does it, end where one rank's end."""
-    specs: list[LossSpec] = [Triplet(selection="all"), TPE(init="orthogonal"), CenterInvariant(gamma=0.01)]
+    specs: list[LossSpec] = [Triplet(mining="all"), TPE(init="orthogonal"), CenterInvariant(gamma=0.01)]
     for spec in specs:
         torch.testing.assert_close(trained(spec, x, group), trained(spec, x, Group()), rtol=1e-9, atol=1e-11)
 

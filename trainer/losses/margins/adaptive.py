@@ -1,14 +1,30 @@
 """Margins that follow the sample or the training: AdaFace, MagFace, CurricularFace and MV-softmax."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from trainer.losses.margins.base import Margin, Positives, Scale, check_cosine_margin, monotone_cosine
-from trainer.losses.margins.cosine import AdditiveAngle, with_margin
+from trainer.checked import Within
+from trainer.errors import UserError
+from trainer.losses.margins.base import (
+    AdditiveAngle,
+    Case,
+    Margin,
+    Panel,
+    Positives,
+    Scale,
+    angle_boundary,
+    check_cosine_margin,
+    cosine_boundary,
+    monotone_cosine,
+)
+from trainer.losses.margins.cosine import KINDS_OWN, set_margin
+
+# Running statistics of AdaFace, and norms 3.1 deviations from their mean, where z = -1 and 1 (h = 0.333).
+_NORMS = {"norm_mean": 20.0, "norm_std": 4.0}
+_LOW, _HIGH = 20.0 - 3.1 * 4.0, 20.0 + 3.1 * 4.0
 
 
 class AdaFace(Margin):
@@ -21,12 +37,23 @@ class AdaFace(Margin):
 
     formula: ClassVar[str] = "s (cos(theta - m z) - m (1 + z)), z = clip(h (|x| - mu)/sigma, +-1)"
     source: ClassVar[str] = "Kim et al. 2022, AdaFace, eq. 14 to 18"
+    title: ClassVar[str] = "AdaFace"
+    demo: ClassVar[Mapping[str, Any]] = {"scale": 16.0, "margin": 0.4}
+    demo_in_plane: ClassVar[Mapping[str, Any]] = {"margin": 0.1}
+    panel: ClassVar[Panel] = "adaptive"
+    cases: ClassVar[tuple[Case, ...]] = (
+        Case(curve="AdaFace, $z = -1$", row="$m=0.4$, $z=-1$", norm=_LOW, values=_NORMS),
+        Case(curve="AdaFace, $z = 1$", row="$m=0.4$, $z=1$", norm=_HIGH, values=_NORMS),
+    )
+    boundary: ClassVar[tuple[str, str] | None] = cosine_boundary(
+        "s", r"\cos(\theta_1-mz)-m(1+z)", "cos(theta_1 - m z) - m (1 + z)"
+    )
 
     name: Literal["adaface"] = "adaface"
     scale: Scale = 64.0
     margin: AdditiveAngle = 0.4
-    concentration: float = Field(0.333, gt=0, allow_inf_nan=False, description="h")
-    momentum: float = Field(0.99, gt=0, le=1, description="a: share of the new batch in the running statistics")
+    concentration: Annotated[float, Within(gt=0)] = 0.333  # h
+    momentum: Annotated[float, Within(gt=0, le=1)] = 0.99  # a: share of the new batch in the running statistics
 
     def buffers(self) -> dict[str, float]:
         return {"norm_mean": 20.0, "norm_std": 100.0}
@@ -61,24 +88,39 @@ class MagFace(Margin):
 
     formula: ClassVar[str] = "s cos(theta + m(|x|)) and + lambda (1/|x| + |x|/u^2)"
     source: ClassVar[str] = "Meng et al. 2021, MagFace, eq. 2 to 4"
+    title: ClassVar[str] = "MagFace"
+    demo: ClassVar[Mapping[str, Any]] = {
+        "scale": 16.0,
+        "lower_norm": 1.0,
+        "upper_norm": 20.0,
+        "lower_margin": 0.3,
+        "upper_margin": 0.6,
+        "weight_g": 1.0,
+    }
+    demo_in_plane: ClassVar[Mapping[str, Any]] = {"lower_margin": 0.1, "upper_margin": 0.3}
+    panel: ClassVar[Panel] = "adaptive"
+    cases: ClassVar[tuple[Case, ...]] = (
+        Case(curve=r"MagFace, $\Vert x\Vert = 10$", row=r"$\Vert x\Vert=10$, $m=0.45$", norm=10.0),
+        Case(curve=r"MagFace, $\Vert x\Vert = 110$", row=r"$\Vert x\Vert=110$, $m=0.8$", norm=110.0),
+    )
+    boundary: ClassVar[tuple[str, str] | None] = angle_boundary(r"m(\Vert x\Vert)")
     eased: ClassVar[tuple[str, ...]] = ("lower_margin", "upper_margin")
 
     name: Literal["magface"] = "magface"
     scale: Scale = 64.0
-    lower_norm: float = Field(10.0, gt=0, allow_inf_nan=False)
-    upper_norm: float = Field(110.0, gt=0, allow_inf_nan=False)
+    lower_norm: Annotated[float, Within(gt=0)] = 10.0
+    upper_norm: Annotated[float, Within(gt=0)] = 110.0
     lower_margin: AdditiveAngle = 0.45
     upper_margin: AdditiveAngle = 0.8
-    weight_g: float = Field(35.0, ge=0, allow_inf_nan=False, description="lambda of g")
+    weight_g: Annotated[float, Within(ge=0)] = 35.0  # lambda of g
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.lower_norm >= self.upper_norm or self.lower_margin > self.upper_margin:
-            raise ValueError(
+            raise UserError(
                 f"norms {self.lower_norm} to {self.upper_norm} and margins {self.lower_margin} to {self.upper_margin}: "
                 "the lower ones must come first"
             )
-        return self
 
     def target(self, positives: Positives) -> Tensor:
         length_B = positives.norms_B.clamp(self.lower_norm, self.upper_norm)
@@ -102,12 +144,21 @@ class CurricularFace(Margin):
 
     formula: ClassVar[str] = "s cos(theta + m); hard negatives: s cos(theta_j) (t + cos(theta_j))"
     source: ClassVar[str] = "Huang et al. 2020, CurricularFace, eq. 7 to 11"
+    title: ClassVar[str] = "CurricularFace"
+    demo: ClassVar[Mapping[str, Any]] = {"scale": 16.0, "margin": 0.5}
+    demo_in_plane: ClassVar[Mapping[str, Any]] = {"margin": 0.2}
     reweights: ClassVar[bool] = True
+    panel: ClassVar[Panel] = "reweighting"
+    cases: ClassVar[tuple[Case, ...]] = (Case(curve="CurricularFace, $t = 0.5$", row="$m=0.5$", values={"t": 0.5}),)
+    negatives: ClassVar[tuple[Case, ...]] = tuple(
+        Case(curve=f"CurricularFace, $t = {t:g}$", values={"t": t}) for t in (0.0, 0.5, 1.0)
+    )
+    boundary: ClassVar[tuple[str, str] | None] = angle_boundary("m")
 
     name: Literal["curricularface"] = "curricularface"
     scale: Scale = 64.0
     margin: AdditiveAngle = 0.5
-    momentum: float = Field(0.99, ge=0, lt=1, description="of t")
+    momentum: Annotated[float, Within(ge=0, lt=1)] = 0.99  # of t
 
     def buffers(self) -> dict[str, float]:
         return {"t": 0.0}
@@ -142,20 +193,28 @@ class MVSoftmax(Margin):
 
     formula: ClassVar[str] = "s (cos(theta) - m); hard negatives: s (w cos(theta_j) + w - 1)"
     source: ClassVar[str] = "Wang et al. 2020, Mis-classified vector guided softmax loss, eq. 8 to 10"
+    title: ClassVar[str] = "MV-softmax"
+    demo: ClassVar[Mapping[str, Any]] = {"scale": 16.0, "margin": 0.35}
+    # In the plane, with a scale of 16, its hard negatives drive all classes into one another.
+    demo_in_plane: ClassVar[Mapping[str, Any]] = {"margin": 0.1, "scale": 6.0}
     reweights: ClassVar[bool] = True
+    panel: ClassVar[Panel] = "reweighting"
+    cases: ClassVar[tuple[Case, ...]] = (
+        Case(curve="MV-AM, $m = 0.35$", row="$m=0.35$"),
+        Case(curve="MV-Arc, $m = 0.5$", constants={"kind": "arc"}),
+    )
+    negatives: ClassVar[tuple[Case, ...]] = (Case(curve="MV-softmax, $w = 1.12$"),)
+    boundary: ClassVar[tuple[str, str] | None] = cosine_boundary("s", r"\cos\theta_1-m", "cos(theta_1) - m")
 
     name: Literal["mv_softmax"] = "mv_softmax"
     kind: Literal["am", "arc"] = "am"
     scale: Scale = 64.0
-    margin: AdditiveAngle = Field(
-        0.35, description="of the cosine; for kind arc of the angle in radians, where the default is 0.5"
-    )
-    emphasis: float = Field(1.12, ge=1, le=4, allow_inf_nan=False, description="w")
+    margin: AdditiveAngle = KINDS_OWN  # am: 0.35, of the cosine; arc: 0.5, of the angle in radians
+    emphasis: Annotated[float, Within(ge=1, le=4)] = 1.12  # w
 
-    @model_validator(mode="before")
-    @classmethod
-    def _default_by_kind(cls, values: Any) -> Any:
-        return with_margin(values, "arc", 0.5)
+    def __post_init__(self) -> None:
+        set_margin(self, 0.35 if self.kind == "am" else 0.5)
+        super().__post_init__()
 
     def resolve(self, classes: int, dimension: int) -> Self:
         if self.kind == "am":

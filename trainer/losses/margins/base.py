@@ -7,8 +7,11 @@ Every loss of this family is a function of two numbers a sample: N = log sum ove
 t, the target's logit. With N and t the cross entropy is softplus(N - t). The head computes N; a margin says what t is:
 
     class MyMargin(Margin):
+        title: ClassVar[str] = "MyMargin"
         formula: ClassVar[str] = "s (cos theta - m theta)"
         source: ClassVar[str] = "..."
+        demo: ClassVar[Mapping[str, Any]] = {"scale": 16.0}
+
         name: Literal["my_margin"] = "my_margin"
         scale: Scale = 64.0
         margin: float = 0.1
@@ -23,25 +26,26 @@ is evaluated on all B samples and the ones of other ranks' classes are masked af
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, Self
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
+from trainer.checked import Within
 from trainer.errors import UserError
-from trainer.losses.bounds import cosface_scale, cosine_margin
 from trainer.losses.base import Family, LossSpec
+from trainer.losses.bounds import cosface_scale, cosine_margin
 
 # Beyond it the rounding of a fp32 logit, s x 2^-24, is a thousandth of a nat, and gradients lose their meaning.
 MAX_SCALE = 16384.0
-Scale = Annotated[float, Field(gt=0, le=MAX_SCALE, allow_inf_nan=False)]
+Scale = Annotated[float, Within(gt=0, le=MAX_SCALE)]
 AutoScale = Scale | Literal["auto"]
-Probability = Annotated[float, Field(gt=0, lt=1)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+AdditiveAngle = Annotated[float, Within(ge=0, le=math.pi)]  # radians
+Probability = Annotated[float, Within(gt=0, lt=1)]
+Panel = Literal["softmax", "multiple", "additive", "adaptive", "reweighting"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,40 @@ class Positives:
     class_values_B: Tensor | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A margin under certain circumstances, to be drawn.
+
+    Attributes:
+        curve: the label of its curves, mathtext; None: it has none.
+        row: what its row of the table of boundaries is for, mathtext; None: it has none.
+        constants: those that differ from the defaults.
+        norm: |x|, for margins that depend on it.
+        noise: the drawn standard normal number, for margins with `noisy`.
+        share: what `per_class` gave the sample's class: the way to the greatest margin, or a class weight.
+        values: running statistics.
+    """
+
+    curve: str | None = None
+    row: str | None = None
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    norm: float = 1.0
+    noise: float = 0.0
+    share: float = 1.0
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+def cosine_boundary(factor: str, psi_tex: str, psi: str) -> tuple[str, str]:
+    """factor (psi - cos(theta_2)) = 0, as mathtext and as plain text."""
+    text = f"{factor} ({psi} - cos(theta_2)) = 0".replace(r"\Vert x\Vert", "|x|")
+    return rf"{factor}({psi_tex}-\cos\theta_2)=0", text
+
+
+def angle_boundary(margin: str) -> tuple[str, str]:
+    """s (cos(theta_1 + margin) - cos(theta_2)) = 0, as mathtext and as plain text."""
+    return cosine_boundary("s", rf"\cos(\theta_1+{margin})", f"cos(theta_1 + {margin})")
+
+
 class Margin(LossSpec):
     """A softmax over class centres with a changed target logit. Subclasses give `target` and override what differs.
 
@@ -78,7 +116,11 @@ class Margin(LossSpec):
         bias: a learnable number is added to each logit.
         noisy: `target` wants `Positives.noise_B`.
         reweights: hard negatives' logits are changed too (`reweight`); costs one message of [B].
-        eased: the fields that grow from 0 to their value during the margin's warm-up.
+        eased: the fields that grow from 0 to their value during the margin's warmup.
+        panel: with which other margins its curve is drawn.
+        cases: what is drawn of it; none: one curve and one row of the table of boundaries, with its defaults.
+        negatives: of a margin that re-weights, the curves of a hard negative's cosine.
+        boundary: where two classes are equally good, as mathtext and as plain text; none: made from the formula.
     """
 
     family: ClassVar[Family] = "margin"
@@ -88,6 +130,14 @@ class Margin(LossSpec):
     noisy: ClassVar[bool] = False
     reweights: ClassVar[bool] = False
     eased: ClassVar[tuple[str, ...]] = ("margin",)
+    panel: ClassVar[Panel] = "additive"
+    cases: ClassVar[tuple[Case, ...]] = ()
+    negatives: ClassVar[tuple[Case, ...]] = ()
+    boundary: ClassVar[tuple[str, str] | None] = None
+
+    @property
+    def on_directions(self) -> bool:
+        return self.unit_embedding
 
     def centres_per_class(self) -> int:
         """K; the logit of a class is its best centre's."""
@@ -101,11 +151,11 @@ class Margin(LossSpec):
         """
         return self
 
-    def at(self, step: int, warm: float) -> Self:
-        """The loss as it is at a step: `warm` in [0, 1] is how far the margin's warm-up has come."""
-        if warm >= 1 or not self.eased:
+    def at(self, step: int, warmup: float) -> Self:
+        """The loss as it is at a step: `warmup` in [0, 1] is how far the margin's warmup has come."""
+        if warmup >= 1 or not self.eased:
             return self
-        return self.model_copy(update={name: getattr(self, name) * warm for name in self.eased})
+        return replace(self, **{name: getattr(self, name) * warmup for name in self.eased})
 
     def learnables(self) -> dict[str, float]:
         """Learnable scalars and their first values. Each costs one message of 4 bytes a step on several ranks."""
@@ -159,29 +209,6 @@ class Margin(LossSpec):
     def regularizer(self, norms_B: Tensor) -> Tensor | None:
         """A further loss of each sample, of its embedding's norm."""
         return None
-
-
-def plain(
-    cos_B: Tensor,
-    *,
-    scale: float | Tensor = 1.0,
-    norms_B: Tensor | None = None,
-    values: Mapping[str, Tensor] | None = None,
-    noise_B: Tensor | None = None,
-    class_values_B: Tensor | None = None,
-) -> Positives:
-    """Positives from cosines alone, to look at a margin's curve without a head."""
-    lengths_B = torch.ones_like(cos_B) * scale
-    return Positives(
-        cos_B,
-        lengths_B * cos_B,
-        lengths_B,
-        torch.ones_like(cos_B) if norms_B is None else norms_B,
-        torch.zeros_like(cos_B, dtype=torch.int64),
-        values or {},
-        noise_B,
-        class_values_B,
-    )
 
 
 def auto_scale(name: str, classes: int, probability: float) -> float:

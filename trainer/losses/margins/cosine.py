@@ -7,32 +7,37 @@ dpsi/dc. None of them costs communication beyond the head's own.
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
+from trainer.checked import Within
 from trainer.errors import UserError
 from trainer.losses.margins.base import (
+    AdditiveAngle,
     AutoScale,
+    Case,
     Margin,
+    Panel,
     Positives,
     Probability,
     Scale,
+    angle_boundary,
     auto_scale,
     check_cosine_margin,
+    cosine_boundary,
     monotone_cosine,
 )
 
-AdditiveAngle = Annotated[float, Field(ge=0, le=math.pi, allow_inf_nan=False, description="radians")]
+KINDS_OWN = math.nan  # stands for the margin that the paper gives to the kind
 
 
-def with_margin(values: Any, kind: str, margin: float) -> Any:
-    """A spec's fields, with the margin that its paper gives to this kind where none is given."""
-    if isinstance(values, dict) and values.get("kind") == kind:
-        return {"margin": margin, **values}
-    return values
+def set_margin(spec: Margin, margin: float) -> None:
+    """Give a spec that is being made the margin of its kind, if it was given none."""
+    if math.isnan(getattr(spec, "margin", 0.0)):
+        object.__setattr__(spec, "margin", margin)
 
 
 class NormFace(Margin):
@@ -44,17 +49,22 @@ class NormFace(Margin):
 
     formula: ClassVar[str] = "s cos(theta)"
     source: ClassVar[str] = "Wang et al. 2017, NormFace: L2 hypersphere embedding for face verification, eq. 8"
+    title: ClassVar[str] = "NormFace"
+    demo: ClassVar[Mapping[str, Any]] = {"scale": 16.0}
+    panel: ClassVar[Panel] = "softmax"
+    cases: ClassVar[tuple[Case, ...]] = (Case(curve="NormFace, $s = 30$", row=""),)
+    boundary: ClassVar[tuple[str, str] | None] = cosine_boundary("s", r"\cos\theta_1", "cos(theta_1)")
     eased: ClassVar[tuple[str, ...]] = ()
 
     name: Literal["normface"] = "normface"
     scale: AutoScale = 30.0
-    learnable: bool = Field(False, description="learn the scale, from its value here")
-    probability: Probability = Field(0.9, description="for scale: auto")
+    learnable: bool = False  # learn the scale, from its value here
+    probability: Probability = 0.9  # for scale: auto
 
     def resolve(self, classes: int, dimension: int) -> Self:
         if self.scale != "auto":
             return self
-        return self.model_copy(update={"scale": auto_scale(self.name, classes, self.probability)})
+        return replace(self, scale=auto_scale(self.name, classes, self.probability))
 
     def learnables(self) -> dict[str, float]:
         return {"scale": float(super().scale_of({}))} if self.learnable else {}
@@ -77,17 +87,22 @@ class CosFace(Margin):
     source: ClassVar[str] = (
         "Wang et al. 2018, CosFace, eq. 4, 6 and 9; Wang et al. 2018, Additive margin softmax for face verification"
     )
+    title: ClassVar[str] = "CosFace"
+    demo: ClassVar[Mapping[str, Any]] = {"scale": 16.0, "margin": 0.35}
+    demo_in_plane: ClassVar[Mapping[str, Any]] = {"margin": 0.1}  # 1 - cos(36 degrees) = 0.19 is the most
+    cases: ClassVar[tuple[Case, ...]] = (Case(curve="CosFace, $m = 0.35$", row="$m=0.35$"),)
+    boundary: ClassVar[tuple[str, str] | None] = cosine_boundary("s", r"\cos\theta_1-m", "cos(theta_1) - m")
 
     name: Literal["cosface"] = "cosface"
     scale: AutoScale = 64.0
-    margin: float = Field(0.35, ge=0, allow_inf_nan=False)
-    probability: Probability = Field(0.9, description="for scale: auto")
+    margin: Annotated[float, Within(ge=0)] = 0.35
+    probability: Probability = 0.9  # for scale: auto
 
     def resolve(self, classes: int, dimension: int) -> Self:
         check_cosine_margin(self.name, self.margin, classes, dimension)
         if self.scale != "auto":
             return self
-        return self.model_copy(update={"scale": auto_scale(self.name, classes, self.probability)})
+        return replace(self, scale=auto_scale(self.name, classes, self.probability))
 
     def target(self, positives: Positives) -> Tensor:
         return self.scale_of({}) * (positives.cos_B - self.margin)
@@ -102,6 +117,11 @@ class ArcFace(Margin):
 
     formula: ClassVar[str] = "s cos(theta + m)"
     source: ClassVar[str] = "Deng et al. 2019, ArcFace, eq. 3"
+    title: ClassVar[str] = "ArcFace"
+    demo: ClassVar[Mapping[str, Any]] = {"scale": 16.0, "margin": 0.5}
+    demo_in_plane: ClassVar[Mapping[str, Any]] = {"margin": 0.2}
+    cases: ClassVar[tuple[Case, ...]] = (Case(curve="ArcFace, $m = 0.5$", row="$m=0.5$"),)
+    boundary: ClassVar[tuple[str, str] | None] = angle_boundary("m")
 
     name: Literal["arcface"] = "arcface"
     scale: Scale = 64.0
@@ -115,22 +135,32 @@ class Combined(Margin):
     """All three margins: s (cos(m1 theta + m2) - m3), for any m1 >= 1. dpsi/dc = m1 sin(m1 theta + m2) / sin(theta).
 
     Beyond m1 theta + m2 = pi it goes on falling (`monotone_cosine`). SphereFace is (m1, 0, 0) on unit embeddings,
-    ArcFace (1, m2, 0), CosFace (1, 0, m3). During the warm-up m1 grows from 1, m2 and m3 from 0.
+    ArcFace (1, m2, 0), CosFace (1, 0, m3). During the warmup m1 grows from 1, m2 and m3 from 0.
     """
 
     formula: ClassVar[str] = "s (cos(m1 theta + m2) - m3)"
     source: ClassVar[str] = "Deng et al. 2019, ArcFace, eq. 4"
+    title: ClassVar[str] = "combined"
+    demo: ClassVar[Mapping[str, Any]] = {"scale": 16.0, "m2": 0.3, "m3": 0.2}
+    demo_in_plane: ClassVar[Mapping[str, Any]] = {"m2": 0.1, "m3": 0.05}
+    cases: ClassVar[tuple[Case, ...]] = (
+        Case(curve="combined, $m_1 = 1.35$", constants={"m1": 1.35, "m2": 0.0, "m3": 0.0}),
+        Case(curve="combined, $m_2 = 0.3$, $m_3 = 0.2$", row="$m_1=1$, $m_2=0.3$, $m_3=0.2$"),
+    )
+    boundary: ClassVar[tuple[str, str] | None] = cosine_boundary(
+        "s", r"\cos(m_1\theta_1+m_2)-m_3", "cos(m1 theta_1 + m2) - m3"
+    )
 
     name: Literal["combined"] = "combined"
     scale: Scale = 64.0
-    m1: float = Field(1.0, ge=1, le=8, allow_inf_nan=False, description="times the angle")
-    m2: AdditiveAngle = Field(0.3, description="plus the angle, radians")
-    m3: float = Field(0.2, ge=0, le=2, allow_inf_nan=False, description="minus the cosine")
+    m1: Annotated[float, Within(ge=1, le=8)] = 1.0  # times the angle
+    m2: AdditiveAngle = 0.3  # plus the angle, radians
+    m3: Annotated[float, Within(ge=0, le=2)] = 0.2  # minus the cosine
 
-    def at(self, step: int, warm: float) -> Self:
-        if warm >= 1:
+    def at(self, step: int, warmup: float) -> Self:
+        if warmup >= 1:
             return self
-        return self.model_copy(update={"m1": 1 + (self.m1 - 1) * warm, "m2": self.m2 * warm, "m3": self.m3 * warm})
+        return replace(self, m1=1 + (self.m1 - 1) * warmup, m2=self.m2 * warmup, m3=self.m3 * warmup)
 
     def resolve(self, classes: int, dimension: int) -> Self:
         check_cosine_margin(f"{self.name}, m3", self.m3, classes, dimension)
@@ -148,9 +178,16 @@ class SubCenterArcFace(ArcFace):
 
     formula: ClassVar[str] = "s cos(theta + m), cos(theta_j) = max_k cos(theta_jk)"
     source: ClassVar[str] = "Deng et al. 2020, Sub-center ArcFace, eq. 3 and 4"
+    title: ClassVar[str] = "sub-centre ArcFace"
+    demo: ClassVar[Mapping[str, Any]] = {"scale": 16.0, "margin": 0.5, "centres": 2}
+    cases: ClassVar[tuple[Case, ...]] = (Case(curve="sub-centre ArcFace, $m = 0.5$", row="$m=0.5$"),)
+    boundary: ClassVar[tuple[str, str] | None] = (
+        r"s(\cos(\theta_1+m)-\cos\theta_2)=0,\ \theta_j=\mathrm{min}_k\,\theta_{jk}",
+        "s (cos(theta_1 + m) - cos(theta_2)) = 0, theta_j = min_k theta_jk",
+    )
 
     name: Literal["sub_center_arcface"] = "sub_center_arcface"  # type: ignore[assignment]
-    centres: int = Field(3, ge=1, le=64, description="K")
+    centres: Annotated[int, Within(ge=1, le=64)] = 3  # K
 
     def centres_per_class(self) -> int:
         return self.centres
@@ -166,19 +203,27 @@ class DynamicMargin(Margin):
     source: ClassVar[str] = (
         "Ha et al. 2020, Google landmark recognition with sub-center ArcFace and dynamic margins, eq. 3"
     )
+    title: ClassVar[str] = "dynamic margin"
+    demo: ClassVar[Mapping[str, Any]] = {"scale": 16.0}
+    demo_in_plane: ClassVar[Mapping[str, Any]] = {"greatest": 0.2}
     eased: ClassVar[tuple[str, ...]] = ("least", "greatest")
+    panel: ClassVar[Panel] = "adaptive"
+    cases: ClassVar[tuple[Case, ...]] = (
+        Case(curve="dynamic, $m_c = 0.05$", share=0.0),
+        Case(row="$m_c=0.5$", share=1.0),
+    )
+    boundary: ClassVar[tuple[str, str] | None] = angle_boundary("m_c")
 
     name: Literal["dynamic"] = "dynamic"
     scale: Scale = 64.0
     least: AdditiveAngle = 0.05
     greatest: AdditiveAngle = 0.5
-    power: float = Field(0.25, gt=0, le=4, allow_inf_nan=False)
+    power: Annotated[float, Within(gt=0, le=4)] = 0.25
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.least > self.greatest:
-            raise ValueError(f"least {self.least} is more than greatest {self.greatest}; exchange them")
-        return self
+            raise UserError(f"least {self.least} is more than greatest {self.greatest}; exchange them")
 
     def per_class(self, counts_C: Tensor) -> Tensor:
         """n_c^(-power), as the share in [0, 1] of the way from the least to the greatest margin.
@@ -207,19 +252,27 @@ class ElasticFace(Margin):
 
     formula: ClassVar[str] = "s cos(theta + m_i), m_i ~ N(m, sigma)"
     source: ClassVar[str] = "Boutros et al. 2022, ElasticFace, eq. 5 and 6"
+    title: ClassVar[str] = "ElasticFace"
+    demo: ClassVar[Mapping[str, Any]] = {"scale": 16.0, "margin": 0.5, "sigma": 0.05}
+    demo_in_plane: ClassVar[Mapping[str, Any]] = {"margin": 0.2, "sigma": 0.02}
     noisy: ClassVar[bool] = True
     eased: ClassVar[tuple[str, ...]] = ("margin", "sigma")
+    panel: ClassVar[Panel] = "adaptive"
+    cases: ClassVar[tuple[Case, ...]] = (
+        Case(curve="ElasticFace, $m_i = 0.4$", constants={"sigma": 0.05}, noise=-2.0),
+        Case(row="$m_i=0.5$"),
+    )
+    boundary: ClassVar[tuple[str, str] | None] = angle_boundary("m_i")
 
     name: Literal["elasticface"] = "elasticface"
     kind: Literal["arc", "cos"] = "arc"
     scale: Scale = 64.0
-    margin: AdditiveAngle = Field(0.5, description="mean; radians for kind arc; the default for kind cos is 0.35")
-    sigma: float = Field(0.0125, ge=0, le=1, allow_inf_nan=False, description="standard deviation")
+    margin: AdditiveAngle = KINDS_OWN  # mean; arc: 0.5, radians; cos: 0.35
+    sigma: Annotated[float, Within(ge=0, le=1)] = 0.0125  # standard deviation
 
-    @model_validator(mode="before")
-    @classmethod
-    def _default_by_kind(cls, values: Any) -> Any:
-        return with_margin(values, "cos", 0.35)
+    def __post_init__(self) -> None:
+        set_margin(self, 0.5 if self.kind == "arc" else 0.35)
+        super().__post_init__()
 
     def resolve(self, classes: int, dimension: int) -> Self:
         if self.kind == "cos":

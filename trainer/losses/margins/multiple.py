@@ -9,32 +9,37 @@ a large value: (lambda cos(theta) + psi(theta)) / (1 + lambda),
 lambda = max(lambda_min, lambda_start (1 + gamma step)^-power).
 """
 
-from typing import ClassVar, Literal, Self
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PrivateAttr
 from torch import Tensor
 
-from trainer.losses.margins.base import Margin, Positives, monotone_cosine
+from trainer.checked import Within
+from trainer.losses.margins.base import Case, Margin, Panel, Positives, cosine_boundary, monotone_cosine
 
 
 class MultipleAngle(Margin):
-    """What L-Softmax and A-Softmax share. Without `at` lambda is `lambda_min`, the value at the end."""
+    """What L-Softmax and A-Softmax share. lambda is `lambda_min`: that of the end, or after `at` that of the step."""
 
     unit_embedding: ClassVar[bool] = False
     eased: ClassVar[tuple[str, ...]] = ()
+    panel: ClassVar[Panel] = "multiple"
 
-    margin: int = Field(4, ge=1, le=4, description="m")
-    lambda_start: float = Field(1000.0, ge=0, allow_inf_nan=False)
-    lambda_gamma: float = Field(0.12, ge=0, allow_inf_nan=False, description="per step")
-    lambda_power: float = Field(1.0, ge=0, allow_inf_nan=False)
-    lambda_min: float = Field(5.0, ge=0, allow_inf_nan=False)
+    margin: Annotated[int, Within(ge=1, le=4)] = 4  # m
+    lambda_start: Annotated[float, Within(ge=0)] = 1000.0
+    lambda_gamma: Annotated[float, Within(ge=0)] = 0.12  # per step
+    lambda_power: Annotated[float, Within(ge=0)] = 1.0
+    lambda_min: Annotated[float, Within(ge=0)] = 5.0
 
-    _relaxation: float | None = PrivateAttr(None)
+    @classmethod
+    def demo_constants(cls, dimension: int, steps: int) -> dict[str, Any]:
+        """lambda = 100 (1 + 8 step / steps)^-4, which ends at 0.015."""
+        easing = {"lambda_start": 100.0, "lambda_gamma": 8 / steps, "lambda_power": 4.0}
+        return super().demo_constants(dimension, steps) | easing
 
-    def at(self, step: int, warm: float) -> Self:
-        eased = self.model_copy()
-        eased._relaxation = self.relaxation(step)
-        return eased
+    def at(self, step: int, warmup: float) -> Self:
+        return replace(self, lambda_min=self.relaxation(step))
 
     def relaxation(self, step: int) -> float:
         """lambda at a step."""
@@ -42,9 +47,8 @@ class MultipleAngle(Margin):
         return max(self.lambda_min, self.lambda_start * falling)
 
     def target(self, positives: Positives) -> Tensor:
-        relaxation = self.lambda_min if self._relaxation is None else self._relaxation
         psi_B = monotone_cosine(positives.cos_B, float(self.margin))
-        return positives.lengths_B * (relaxation * positives.cos_B + psi_B) / (1 + relaxation)
+        return positives.lengths_B * (self.lambda_min * positives.cos_B + psi_B) / (1 + self.lambda_min)
 
 
 class LSoftmax(MultipleAngle):
@@ -55,12 +59,29 @@ class LSoftmax(MultipleAngle):
 
     formula: ClassVar[str] = "|x| |w| psi(theta), psi = (-1)^k cos(m theta) - 2k"
     source: ClassVar[str] = "Liu et al. 2016, Large-margin softmax loss, eq. 4 to 7"
+    title: ClassVar[str] = "L-Softmax"
+    demo: ClassVar[Mapping[str, Any]] = {"margin": 4}
+    cases: ClassVar[tuple[Case, ...]] = (
+        Case(curve="L-Softmax, $m = 1$", constants={"margin": 1}),
+        *(
+            Case(
+                curve=f"L-Softmax, $m = {m}$",
+                row=rf"$m={m}$, $\Vert w_1\Vert=\Vert w_2\Vert$",
+                constants={"margin": m},
+            )
+            for m in (2, 3, 4)
+        ),
+    )
+    boundary: ClassVar[tuple[str, str] | None] = (
+        r"\Vert x\Vert(\Vert w_1\Vert\cos m\theta_1-\Vert w_2\Vert\cos\theta_2)=0",
+        "|x| (|w_1| cos(m theta_1) - |w_2| cos(theta_2)) = 0",
+    )
     unit_rows: ClassVar[bool] = False
 
     name: Literal["l_softmax"] = "l_softmax"
-    lambda_gamma: float = Field(0.000025, ge=0, allow_inf_nan=False, description="per step")
-    lambda_power: float = Field(35.0, ge=0, allow_inf_nan=False)
-    lambda_min: float = Field(0.0, ge=0, allow_inf_nan=False)
+    lambda_gamma: Annotated[float, Within(ge=0)] = 0.000025  # per step
+    lambda_power: Annotated[float, Within(ge=0)] = 35.0
+    lambda_min: Annotated[float, Within(ge=0)] = 0.0
 
 
 class ASoftmax(MultipleAngle):
@@ -68,5 +89,12 @@ class ASoftmax(MultipleAngle):
 
     formula: ClassVar[str] = "|x| psi(theta), psi = (-1)^k cos(m theta) - 2k"
     source: ClassVar[str] = "Liu et al. 2017, SphereFace, eq. 6 and 7"
+    title: ClassVar[str] = "A-Softmax"
+    demo: ClassVar[Mapping[str, Any]] = {"margin": 4, "lambda_min": 0.0}
+    cases: ClassVar[tuple[Case, ...]] = (
+        Case(curve="A-Softmax, $m = 4$", row="$m=4$", constants={"lambda_min": 0.0}),
+        Case(curve=r"A-Softmax, $m = 4$, $\lambda = 5$"),
+    )
+    boundary: ClassVar[tuple[str, str] | None] = cosine_boundary(r"\Vert x\Vert", r"\cos m\theta_1", "cos(m theta_1)")
 
     name: Literal["a_softmax"] = "a_softmax"

@@ -6,17 +6,29 @@ nothing bounds them.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from trainer.checked import Within
 from trainer.errors import UserError
-from trainer.losses.bounds import l2_softmax_scale
 from trainer.losses.base import Family
-from trainer.losses.margins.base import MAX_SCALE, Margin, Positives, Probability, positive_scale
+from trainer.losses.bounds import l2_softmax_scale
+from trainer.losses.margins.base import (
+    Case,
+    Margin,
+    Panel,
+    Positives,
+    Probability,
+    Scale,
+    cosine_boundary,
+    positive_scale,
+)
+
+_EQUAL = r"$\Vert w_1\Vert=\Vert w_2\Vert$, $b_1=b_2$"
 
 
 class Softmax(Margin):
@@ -25,10 +37,17 @@ class Softmax(Margin):
     family: ClassVar[Family] = "softmax"
     formula: ClassVar[str] = "x.w + b"
     source: ClassVar[str] = "Bridle 1990, Probabilistic interpretation of feedforward classification network outputs"
+    title: ClassVar[str] = "softmax"
     unit_rows: ClassVar[bool] = False
     unit_embedding: ClassVar[bool] = False
     bias: ClassVar[bool] = True
     eased: ClassVar[tuple[str, ...]] = ()
+    panel: ClassVar[Panel] = "softmax"
+    cases: ClassVar[tuple[Case, ...]] = (Case(curve="softmax", row=_EQUAL),)
+    boundary: ClassVar[tuple[str, str] | None] = (
+        r"(w_1-w_2)\cdot x+b_1-b_2=0",
+        "(w_1 - w_2).x + b_1 - b_2 = 0",
+    )
 
     name: Literal["softmax"] = "softmax"
 
@@ -45,9 +64,11 @@ class WeightedSoftmax(Softmax):
 
     formula: ClassVar[str] = "-w_y log p_y, w_c ~ n_c^(-power)"
     source: ClassVar[str] = "King and Zeng 2001, Logistic regression in rare events data, eq. 8"
+    title: ClassVar[str] = "weighted softmax"
+    cases: ClassVar[tuple[Case, ...]] = (Case(curve="weighted softmax, $w_c = 2$", row=_EQUAL, share=2.0),)
 
     name: Literal["weighted_softmax"] = "weighted_softmax"  # type: ignore[assignment]
-    power: float = Field(1.0, gt=0, le=1, description="1: every class counts the same; 0.5: half way")
+    power: Annotated[float, Within(gt=0, le=1)] = 1.0  # 1: every class counts the same; 0.5: half way
 
     def per_class(self, counts_C: Tensor) -> Tensor:
         n_C = counts_C.to(torch.float64)
@@ -71,9 +92,11 @@ class Focal(Softmax):
 
     formula: ClassVar[str] = "-(1 - p_y)^gamma log p_y"
     source: ClassVar[str] = "Lin et al. 2017, Focal loss for dense object detection, eq. 4"
+    title: ClassVar[str] = "focal"
+    cases: ClassVar[tuple[Case, ...]] = (Case(curve=r"focal, $\gamma = 2$", row=_EQUAL),)
 
     name: Literal["focal"] = "focal"  # type: ignore[assignment]
-    gamma: float = Field(2.0, ge=0, le=10, allow_inf_nan=False)
+    gamma: Annotated[float, Within(ge=0, le=10)] = 2.0
 
     def per_sample(self, negatives_B: Tensor, targets_B: Tensor, class_values_B: Tensor | None) -> Tensor:
         difference_B = negatives_B - targets_B
@@ -86,8 +109,11 @@ class ModifiedSoftmax(Margin):
     family: ClassVar[Family] = "softmax"
     formula: ClassVar[str] = "|x| cos(theta)"
     source: ClassVar[str] = "Liu et al. 2017, SphereFace, eq. 4"
+    title: ClassVar[str] = "modified softmax"
     unit_embedding: ClassVar[bool] = False
     eased: ClassVar[tuple[str, ...]] = ()
+    panel: ClassVar[Panel] = "softmax"
+    boundary: ClassVar[tuple[str, str] | None] = cosine_boundary(r"\Vert x\Vert", r"\cos\theta_1", "cos(theta_1)")
 
     name: Literal["modified_softmax"] = "modified_softmax"
 
@@ -105,21 +131,29 @@ class L2Softmax(Margin):
     family: ClassVar[Family] = "softmax"
     formula: ClassVar[str] = "alpha x/|x| . w + b"
     source: ClassVar[str] = "Ranjan et al. 2017, L2-constrained softmax loss, eq. 3 and 6"
+    title: ClassVar[str] = "$L_2$-softmax"
+    demo: ClassVar[Mapping[str, Any]] = {"alpha": 16.0}
     unit_rows: ClassVar[bool] = False
     bias: ClassVar[bool] = True
     eased: ClassVar[tuple[str, ...]] = ()
+    panel: ClassVar[Panel] = "softmax"
+    cases: ClassVar[tuple[Case, ...]] = (Case(curve=r"$L_2$-softmax, $\alpha = 40$", row=_EQUAL),)
+    boundary: ClassVar[tuple[str, str] | None] = (
+        r"\alpha(w_1-w_2)\cdot\hat{x}+b_1-b_2=0",
+        "alpha (w_1 - w_2).x/|x| + b_1 - b_2 = 0",
+    )
 
     name: Literal["l2_softmax"] = "l2_softmax"
-    alpha: Annotated[float, Field(gt=0, le=MAX_SCALE, allow_inf_nan=False)] | Literal["auto"] = 40.0
-    learnable: bool = Field(False, description="learn alpha, from its value here")
-    probability: Probability = Field(0.9, description="for alpha: auto")
+    alpha: Scale | Literal["auto"] = 40.0
+    learnable: bool = False  # learn alpha, from its value here
+    probability: Probability = 0.9  # for alpha: auto
 
     def resolve(self, classes: int, dimension: int) -> Self:
         if self.alpha != "auto":
             return self
         alpha = l2_softmax_scale(classes, self.probability)
         alpha = positive_scale(f"{self.name}: alpha", alpha, classes, f"probability {self.probability}")
-        return self.model_copy(update={"alpha": alpha})
+        return replace(self, alpha=alpha)
 
     def learnables(self) -> dict[str, float]:
         return {"alpha": self._number()} if self.learnable else {}

@@ -36,9 +36,12 @@ from serving.terminal import progress
 from trainer.config import Config, load
 from trainer.data.importers.run import ImportOptions, run_import
 from trainer.errors import UserError
+from trainer.losses import by_name
+from trainer.losses.base import LossSpec
 
 HELD_OUT_ALPHABETS = 6
 EPOCHS = 6
+STEPS = 600  # about as many as a run has
 MEASURES = {"val/rank1": "rank-1", "val/fnir_at_fpir_1pct": "FNIR at FPIR 1 %"}
 
 COMMON = (
@@ -88,7 +91,7 @@ def beside_softmax(name: str, floor: float, weight: float, *overrides: str) -> R
 
 S16 = (*UNIT_ROWS, "loss.scale=16")
 ARCFACE = (*S16, "loss.margin=0.2")
-LOSSES = [
+_RECIPES = [
     recipe("softmax", 0.65, *FREE_ROWS),
     recipe("weighted_softmax", 0.65, *FREE_ROWS),
     recipe("focal", 0.65, *FREE_ROWS),
@@ -120,6 +123,20 @@ LOSSES = [
     beside_softmax("center_invariant", 0.67, 0.003),
     beside_softmax("range", 0.55, 0.1, *PAIRS),
 ]
+
+
+def from_class(spec: type[LossSpec]) -> Recipe:
+    """A loss without a recipe above trains with the constants that its class gives for few classes."""
+    name, where = spec().name, "loss" if spec.beside_softmax is None else "auxiliary.0"
+    constants = tuple(f"{where}.{key}={value}" for key, value in spec.demo_constants(128, STEPS).items())
+    if spec.beside_softmax is not None:
+        return beside_softmax(name, 0.5, spec.beside_softmax, *PAIRS, *constants)
+    rows = {"pair": PAIRS}.get(spec.family, UNIT_ROWS if spec.unit_rows else FREE_ROWS)
+    return recipe(name, 0.5, *rows, *constants)
+
+
+_KNOWN = {one.name: one for one in _RECIPES}
+LOSSES = [_KNOWN.get(name) or from_class(spec) for name, spec in by_name().items()]
 ABLATION = (
     *("softmax", "normface", "a_softmax", "l_softmax", "cosface", "arcface", "combined", "curricularface", "adaface"),
     "sub_center_arcface",

@@ -47,14 +47,10 @@ def main() -> int:
     if arguments.command == "record":
         record(arguments.out.resolve(), arguments.overrides)
         return 0
-    before, after = (flat(json.loads((one / "reference.json").read_text())) for one in vars_of(arguments))
+    before, after = (read(folder) for folder in (arguments.before, arguments.after))
     differences = list(compare(before, after))
     print("\n".join(differences[:40]) or f"all {len(before)} values are alike, to the last digit")
     return 1 if differences else 0
-
-
-def vars_of(arguments: argparse.Namespace) -> tuple[Path, Path]:
-    return arguments.before, arguments.after
 
 
 def record(out: Path, overrides: list[str]) -> None:
@@ -181,11 +177,16 @@ def service(out: Path, embedder: Path) -> Iterator[str]:
         process.wait(30)
 
 
+def read(folder: Path) -> dict[str, Any]:
+    """What was recorded in a folder, by path."""
+    return flat(json.loads((folder / "reference.json").read_text()))
+
+
 def flat(tree: Any, at: str = "") -> dict[str, Any]:
     """Every leaf by its path, without what is new in every run."""
     if isinstance(tree, dict):
         parts = [(str(key), value) for key, value in tree.items() if key not in LEFT_OUT and not key.endswith("_ids")]
-    elif isinstance(tree, list):
+    elif isinstance(tree, list | tuple):
         parts = [(str(number), value) for number, value in enumerate(tree)]
     else:
         return {at: tree}

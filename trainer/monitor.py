@@ -60,32 +60,28 @@ class Monitor:
         return values
 
 
-class Embedding:
-    """The one loop that embeds images on all ranks.
+@torch.no_grad()
+def embed(
+    model: nn.Module, batches: Iterable[Batch], group: Group, device: torch.device, bf16: bool
+) -> tuple[Tensor, Tensor]:
+    """Embeddings [N, D] in fp32 and labels [N] of all ranks' batches, on the CPU, without padding.
 
     Args:
         bf16: under autocast, as in training.
     """
-
-    def __init__(self, group: Group, bf16: bool) -> None:
-        self.group, self.bf16 = group, bf16
-
-    @torch.no_grad()
-    def __call__(self, model: nn.Module, batches: Iterable[Batch], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Embeddings [N, D] in fp32 and labels [N] of all ranks' batches, on the CPU, without padding."""
-        vectors: list[Tensor] = []
-        labels: list[Tensor] = []
-        training = model.training
-        model.eval()
-        for batch in batches:
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                x_bD = model(to_float(batch.images_BCHW.to(device)))
-            vectors.append(self.group.all_gather(x_bD.float()).cpu())
-            labels.append(self.group.all_gather(batch.labels_B.to(device)).cpu())
-        model.train(training)
-        labels_N = torch.cat(labels)
-        real_N = labels_N != PADDING
-        return torch.cat(vectors)[real_N], labels_N[real_N]
+    vectors: list[Tensor] = []
+    labels: list[Tensor] = []
+    training = model.training
+    model.eval()
+    for batch in batches:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            x_bD = model(to_float(batch.images_BCHW.to(device)))
+        vectors.append(group.all_gather(x_bD.float()).cpu())
+        labels.append(group.all_gather(batch.labels_B.to(device)).cpu())
+    model.train(training)
+    labels_N = torch.cat(labels)
+    real_N = labels_N != PADDING
+    return torch.cat(vectors)[real_N], labels_N[real_N]
 
 
 class Validation:
@@ -93,7 +89,7 @@ class Validation:
 
     def __init__(self, config: Config, manifest: Manifest, group: Group) -> None:
         data = config.data
-        self._embed = Embedding(group, config.engine.bf16)
+        self._group, self._bf16 = group, config.engine.bf16
         self._batches = -(-MOST_SAMPLES // data.batch_size)
         self._stream = Stream(
             data.path, manifest, data.val_split, data, rank=group.rank, world_size=group.size, shuffle=False
@@ -101,7 +97,8 @@ class Validation:
 
     def __call__(self, embedder: nn.Module, device: torch.device) -> dict[str, float]:
         """Rank-1 and open-set errors on the first samples of the split."""
-        x_ND, labels_N = self._embed(embedder, islice(self._stream.batches(0), self._batches), device)
+        batches = islice(self._stream.batches(0), self._batches)
+        x_ND, labels_N = embed(embedder, batches, self._group, device, self._bf16)
         result = quick(nn.functional.normalize(x_ND).numpy(), labels_N.numpy())
         values = {"val/rank1": result.rank1}
         if result.fnir_at_fpir_1pct is not None:
@@ -128,7 +125,7 @@ class Collapse:
                 f"run.collapse compares images of one identity, but '{least}' has {counts.min()}; "
                 "import with --min-samples 2, or set run.collapse=false"
             )
-        self._group, self._embed = group, Embedding(group, config.engine.bf16)
+        self._group, self._bf16 = group, config.engine.bf16
         self._classes = min(MOST_CLASSES, len(counts))
         self._together = min(_CLASSES_A_STEP, -(-self._classes // group.size))
         self._steps = -(-self._classes // self._together)
@@ -141,7 +138,8 @@ class Collapse:
     def __call__(self, backbone: nn.Module, objective: Objective, device: torch.device) -> dict[str, float]:
         """The measures by name (`NeuralCollapse.scalars`), on embeddings as the losses compare them."""
         geometry = objective.geometry()
-        x_ND, labels_N = self._embed(geometry.compared(backbone), self._batches(), device)
+        model = geometry.compared(backbone)
+        x_ND, labels_N = embed(model, self._batches(), self._group, device, self._bf16)
         classes_c, index_N = np.unique(labels_N.numpy(), return_inverse=True)
         centres = None if geometry.centres is None else geometry.centres(torch.from_numpy(classes_c))
         features_ND = geometry.placed(x_ND.double().numpy(), centres)

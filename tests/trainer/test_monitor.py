@@ -18,7 +18,7 @@ from trainer.data.stream import Stream
 from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.evaluation.geometry import neural_collapse
-from trainer.monitor import Collapse
+from trainer.monitor import Collapse, embed
 from trainer.objective import Objective
 from trainer.train import Record, run
 
@@ -115,7 +115,7 @@ def test_a_bounded_number_of_identities_and_images_chosen_by_the_seed(
     for seed in (0, 0, 1, 2):
         settings = config(data, "scaling.workers=1", f"run.seed={seed}")
         collapse = Collapse(settings, Manifest.read(data), Group())
-        images_nD, labels_n = collapse._embed(nn.Flatten(), collapse._batches(), torch.device("cpu"))
+        images_nD, labels_n = embed(nn.Flatten(), collapse._batches(), Group(), torch.device("cpu"), bf16=False)
         assert np.unique(labels_n, return_counts=True)[1].tolist() == [3] * 5
         assert len(np.unique(images_nD, axis=0)) == 15
         chosen.append(sorted(set(labels_n.tolist())))

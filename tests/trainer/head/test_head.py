@@ -325,7 +325,7 @@ def test_auto_keeps_p_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
         assert head.plan(head.margin, 256, 1000, torch.float32).store is store
 
 
-def test_the_margin_grows_during_the_warm_up() -> None:
+def test_the_margin_grows_during_the_warmup() -> None:
     x_BD, labels_B = torch.randn(4, DIMENSION, generator=torch.Generator().manual_seed(0)), torch.arange(4)
     eased, plain = Head(ArcFace(), 50, DIMENSION), Head(NormFace(scale=64.0), 50, DIMENSION)
     eased.set_progress(0, 0.0)

@@ -3,8 +3,7 @@
 from typing import Any
 
 from trainer.losses.base import LossSpec
-from trainer.losses.centres import Center, CenterInvariant
-from trainer.losses.coco import CoCo
+from trainer.losses.centres import Center, CenterInvariant, Range
 from trainer.losses.elementary import ELEMENTARY
 from trainer.losses.margins.adaptive import AdaFace, CurricularFace, MagFace, MVSoftmax
 from trainer.losses.margins.base import Margin
@@ -19,10 +18,8 @@ from trainer.losses.margins.cosine import (
 )
 from trainer.losses.margins.multiple import ASoftmax, LSoftmax
 from trainer.losses.margins.softmax import Focal, L2Softmax, ModifiedSoftmax, Softmax, WeightedSoftmax
-from trainer.losses.pairs import Contrastive, Marginal
-from trainer.losses.projections import TPE, TSE
-from trainer.losses.ranges import Range
-from trainer.losses.triplets import Triplet
+from trainer.losses.pairs import CoCo, Contrastive, Marginal
+from trainer.losses.triplets import TPE, TSE, Triplet
 
 # In the order of the literature. A new loss is a file of its own and a line here.
 LOSSES: tuple[type[LossSpec], ...] = (

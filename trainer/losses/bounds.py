@@ -69,6 +69,43 @@ def coco_scale(classes: int, loss: float) -> float:
     return math.log((classes - 1) / math.expm1(loss)) / 2
 
 
+def auto_scale(name: str, classes: int, probability: float) -> float:
+    """The least scale at which a perfect embedding reaches the posterior (`cosface_scale`), if it is positive.
+
+    Raises:
+        UserError: so few classes reach the probability at any scale.
+    """
+    return positive_scale(f"{name}: scale", cosface_scale(classes, probability), classes, f"probability {probability}")
+
+
+def positive_scale(what: str, scale: float, classes: int, goal: str) -> float:
+    """A scale computed for `auto`; one that is not positive would turn the loss around.
+
+    Raises:
+        UserError: it is not positive.
+    """
+    if scale <= 0:
+        raise UserError(
+            f"{what} 'auto' is {scale:.3g} for {classes} classes and {goal}; it must be positive, so give a number "
+            "for it or change what it is computed from"
+        )
+    return scale
+
+
+def check_cosine_margin(name: str, margin: float, classes: int, dimension: int) -> None:
+    """Refuse a margin of the cosine that no arrangement of the centres can satisfy (`cosine_margin`).
+
+    Raises:
+        UserError: with the bound.
+    """
+    greatest = cosine_margin(classes, dimension)
+    if margin > greatest:
+        raise UserError(
+            f"{name}: margin {margin} of the cosine is more than {greatest:.4g}, the most that {classes} centres in "
+            f"{dimension} dimensions allow; choose a smaller margin"
+        )
+
+
 def _check_classes(classes: int, least: int, what: str) -> None:
     if classes < least:
         raise UserError(f"{what} is not defined for {classes} classes; it takes {least} or more")

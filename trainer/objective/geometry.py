@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.losses.projections import PROJECTION
+from trainer.losses.triplets import PROJECTION
 
 Matrix = NDArray[np.float64]
 

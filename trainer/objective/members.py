@@ -20,7 +20,7 @@ from trainer.losses.base import LossSpec
 from trainer.losses.batch import BatchLoss
 from trainer.losses.centres import Center
 from trainer.losses.margins.base import Margin
-from trainer.losses.projections import PROJECTION
+from trainer.losses.triplets import PROJECTION
 from trainer.objective.batch import BatchLossModule
 from trainer.objective.centres import CentreModule
 from trainer.objective.geometry import ClassCentres, Geometry

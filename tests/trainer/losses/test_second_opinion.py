@@ -28,7 +28,7 @@ from trainer.losses import (
     Triplet,
 )
 from trainer.losses.batch import BatchLoss
-from trainer.losses.projections import PROJECTION
+from trainer.losses.triplets import PROJECTION
 from trainer.objective.batch import BatchLossModule
 
 with warnings.catch_warnings():

@@ -10,7 +10,7 @@ from tests.trainer.objective import oracle
 from trainer.distributed import Group
 from trainer.losses import TPE, TSE, Center, CenterInvariant, CoCo, Contrastive, LossSpec, Marginal, Range, Triplet
 from trainer.losses.batch import BatchLoss
-from trainer.losses.projections import PROJECTION
+from trainer.losses.triplets import PROJECTION
 from trainer.objective.batch import BatchLossModule
 from trainer.objective.centres import CentreModule
 

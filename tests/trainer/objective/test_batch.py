@@ -26,7 +26,7 @@ from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.losses import TPE, TSE, Center, CoCo, Contrastive, Range, Triplet
 from trainer.losses.batch import groups, members
-from trainer.losses.projections import PROJECTION
+from trainer.losses.triplets import PROJECTION
 from trainer.objective.batch import BatchLossModule
 from trainer.objective.centres import CentreModule
 
@@ -263,7 +263,7 @@ def test_tiles_of_anchors_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     x, t = problem()
     spec = TPE(dimension=3, negatives="all")
     whole = run_case(spec, x, LABELS, t, ALONE)
-    monkeypatch.setattr("trainer.losses.projections.TILE", 5 * SLOTS**2)  # tiles of 5, 5, 5, 5 and 4 anchors
+    monkeypatch.setattr("trainer.losses.triplets.TILE", 5 * SLOTS**2)  # tiles of 5, 5, 5, 5 and 4 anchors
     tiled = run_case(spec, x, LABELS, t, ALONE)
     torch.testing.assert_close(tiled.loss, whole.loss)
     torch.testing.assert_close(tiled.dx_bD, whole.dx_bD)

@@ -24,7 +24,7 @@ from tests.trainer.objective.cases import (
 from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.losses import TPE, Center, CenterInvariant, LossSpec, Triplet
-from trainer.losses.projections import PROJECTION
+from trainer.losses.triplets import PROJECTION
 from trainer.objective.batch import BatchLossModule
 from trainer.objective.centres import CentreModule
 

@@ -1,22 +1,21 @@
 """Margins that follow the sample or the training: AdaFace, MagFace, CurricularFace and MV-softmax."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from trainer.checked import Within
 from trainer.errors import UserError
+from trainer.losses.bounds import check_cosine_margin
 from trainer.losses.margins.base import (
     AdditiveAngle,
     Case,
     Margin,
-    Panel,
     Positives,
     Scale,
     angle_boundary,
-    check_cosine_margin,
     cosine_boundary,
     monotone_cosine,
 )
@@ -35,19 +34,17 @@ class AdaFace(Margin):
     dt/dc = s sin(theta - m z) / sin(theta). Where theta < m z the angle counts as 0 and the target does not change.
     """
 
-    formula: ClassVar[str] = "s (cos(theta - m z) - m (1 + z)), z = clip(h (|x| - mu)/sigma, +-1)"
-    source: ClassVar[str] = "Kim et al. 2022, AdaFace, eq. 14 to 18"
-    title: ClassVar[str] = "AdaFace"
-    demo: ClassVar[Mapping[str, Any]] = {"scale": 16.0, "margin": 0.4}
-    demo_in_plane: ClassVar[Mapping[str, Any]] = {"margin": 0.1}
-    panel: ClassVar[Panel] = "adaptive"
-    cases: ClassVar[tuple[Case, ...]] = (
+    formula = "s (cos(theta - m z) - m (1 + z)), z = clip(h (|x| - mu)/sigma, +-1)"
+    source = "Kim et al. 2022, AdaFace, eq. 14 to 18"
+    title = "AdaFace"
+    demo: ClassVar = {"scale": 16.0, "margin": 0.4}
+    demo_in_plane: ClassVar = {"margin": 0.1}
+    panel = "adaptive"
+    cases = (
         Case(curve="AdaFace, $z = -1$", row="$m=0.4$, $z=-1$", norm=_LOW, values=_NORMS),
         Case(curve="AdaFace, $z = 1$", row="$m=0.4$, $z=1$", norm=_HIGH, values=_NORMS),
     )
-    boundary: ClassVar[tuple[str, str] | None] = cosine_boundary(
-        "s", r"\cos(\theta_1-mz)-m(1+z)", "cos(theta_1 - m z) - m (1 + z)"
-    )
+    boundary = cosine_boundary("s", r"\cos(\theta_1-mz)-m(1+z)", "cos(theta_1 - m z) - m (1 + z)")
 
     name: Literal["adaface"] = "adaface"
     scale: Scale = 64.0
@@ -86,10 +83,10 @@ class MagFace(Margin):
     dg/da = 1/upper_norm^2 - 1/a^2; both are 0 where |x| is outside the bounds.
     """
 
-    formula: ClassVar[str] = "s cos(theta + m(|x|)) and + lambda (1/|x| + |x|/u^2)"
-    source: ClassVar[str] = "Meng et al. 2021, MagFace, eq. 2 to 4"
-    title: ClassVar[str] = "MagFace"
-    demo: ClassVar[Mapping[str, Any]] = {
+    formula = "s cos(theta + m(|x|)) and + lambda (1/|x| + |x|/u^2)"
+    source = "Meng et al. 2021, MagFace, eq. 2 to 4"
+    title = "MagFace"
+    demo: ClassVar = {
         "scale": 16.0,
         "lower_norm": 1.0,
         "upper_norm": 20.0,
@@ -97,14 +94,14 @@ class MagFace(Margin):
         "upper_margin": 0.6,
         "weight_g": 1.0,
     }
-    demo_in_plane: ClassVar[Mapping[str, Any]] = {"lower_margin": 0.1, "upper_margin": 0.3}
-    panel: ClassVar[Panel] = "adaptive"
-    cases: ClassVar[tuple[Case, ...]] = (
+    demo_in_plane: ClassVar = {"lower_margin": 0.1, "upper_margin": 0.3}
+    panel = "adaptive"
+    cases = (
         Case(curve=r"MagFace, $\Vert x\Vert = 10$", row=r"$\Vert x\Vert=10$, $m=0.45$", norm=10.0),
         Case(curve=r"MagFace, $\Vert x\Vert = 110$", row=r"$\Vert x\Vert=110$, $m=0.8$", norm=110.0),
     )
-    boundary: ClassVar[tuple[str, str] | None] = angle_boundary(r"m(\Vert x\Vert)")
-    eased: ClassVar[tuple[str, ...]] = ("lower_margin", "upper_margin")
+    boundary = angle_boundary(r"m(\Vert x\Vert)")
+    eased = ("lower_margin", "upper_margin")
 
     name: Literal["magface"] = "magface"
     scale: Scale = 64.0
@@ -142,18 +139,16 @@ class CurricularFace(Margin):
     gradient. Costs one more message of [B]: every rank needs the target's cosine before its own negatives.
     """
 
-    formula: ClassVar[str] = "s cos(theta + m); hard negatives: s cos(theta_j) (t + cos(theta_j))"
-    source: ClassVar[str] = "Huang et al. 2020, CurricularFace, eq. 7 to 11"
-    title: ClassVar[str] = "CurricularFace"
-    demo: ClassVar[Mapping[str, Any]] = {"scale": 16.0, "margin": 0.5}
-    demo_in_plane: ClassVar[Mapping[str, Any]] = {"margin": 0.2}
-    reweights: ClassVar[bool] = True
-    panel: ClassVar[Panel] = "reweighting"
-    cases: ClassVar[tuple[Case, ...]] = (Case(curve="CurricularFace, $t = 0.5$", row="$m=0.5$", values={"t": 0.5}),)
-    negatives: ClassVar[tuple[Case, ...]] = tuple(
-        Case(curve=f"CurricularFace, $t = {t:g}$", values={"t": t}) for t in (0.0, 0.5, 1.0)
-    )
-    boundary: ClassVar[tuple[str, str] | None] = angle_boundary("m")
+    formula = "s cos(theta + m); hard negatives: s cos(theta_j) (t + cos(theta_j))"
+    source = "Huang et al. 2020, CurricularFace, eq. 7 to 11"
+    title = "CurricularFace"
+    demo: ClassVar = {"scale": 16.0, "margin": 0.5}
+    demo_in_plane: ClassVar = {"margin": 0.2}
+    reweights = True
+    panel = "reweighting"
+    cases = (Case(curve="CurricularFace, $t = 0.5$", row="$m=0.5$", values={"t": 0.5}),)
+    negatives = tuple(Case(curve=f"CurricularFace, $t = {t:g}$", values={"t": t}) for t in (0.0, 0.5, 1.0))
+    boundary = angle_boundary("m")
 
     name: Literal["curricularface"] = "curricularface"
     scale: Scale = 64.0
@@ -191,20 +186,20 @@ class MVSoftmax(Margin):
     more message of [B], as CurricularFace does.
     """
 
-    formula: ClassVar[str] = "s (cos(theta) - m); hard negatives: s (w cos(theta_j) + w - 1)"
-    source: ClassVar[str] = "Wang et al. 2020, Mis-classified vector guided softmax loss, eq. 8 to 10"
-    title: ClassVar[str] = "MV-softmax"
-    demo: ClassVar[Mapping[str, Any]] = {"scale": 16.0, "margin": 0.35}
+    formula = "s (cos(theta) - m); hard negatives: s (w cos(theta_j) + w - 1)"
+    source = "Wang et al. 2020, Mis-classified vector guided softmax loss, eq. 8 to 10"
+    title = "MV-softmax"
+    demo: ClassVar = {"scale": 16.0, "margin": 0.35}
     # In the plane, with a scale of 16, its hard negatives drive all classes into one another.
-    demo_in_plane: ClassVar[Mapping[str, Any]] = {"margin": 0.1, "scale": 6.0}
-    reweights: ClassVar[bool] = True
-    panel: ClassVar[Panel] = "reweighting"
-    cases: ClassVar[tuple[Case, ...]] = (
+    demo_in_plane: ClassVar = {"margin": 0.1, "scale": 6.0}
+    reweights = True
+    panel = "reweighting"
+    cases = (
         Case(curve="MV-AM, $m = 0.35$", row="$m=0.35$"),
         Case(curve="MV-Arc, $m = 0.5$", constants={"kind": "arc"}),
     )
-    negatives: ClassVar[tuple[Case, ...]] = (Case(curve="MV-softmax, $w = 1.12$"),)
-    boundary: ClassVar[tuple[str, str] | None] = cosine_boundary("s", r"\cos\theta_1-m", "cos(theta_1) - m")
+    negatives = (Case(curve="MV-softmax, $w = 1.12$"),)
+    boundary = cosine_boundary("s", r"\cos\theta_1-m", "cos(theta_1) - m")
 
     name: Literal["mv_softmax"] = "mv_softmax"
     kind: Literal["am", "arc"] = "am"

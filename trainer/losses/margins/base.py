@@ -37,7 +37,6 @@ from torch.nn import functional
 from trainer.checked import Within
 from trainer.errors import UserError
 from trainer.losses.base import Family, LossSpec
-from trainer.losses.bounds import cosface_scale, cosine_margin
 
 # Beyond it the rounding of a fp32 logit, s x 2^-24, is a thousandth of a nat, and gradients lose their meaning.
 MAX_SCALE = 16384.0
@@ -209,43 +208,6 @@ class Margin(LossSpec):
     def regularizer(self, norms_B: Tensor) -> Tensor | None:
         """A further loss of each sample, of its embedding's norm."""
         return None
-
-
-def auto_scale(name: str, classes: int, probability: float) -> float:
-    """The least scale at which a perfect embedding reaches the posterior (`theory.cosface_scale`), if it is positive.
-
-    Raises:
-        UserError: so few classes reach the probability at any scale.
-    """
-    return positive_scale(f"{name}: scale", cosface_scale(classes, probability), classes, f"probability {probability}")
-
-
-def positive_scale(what: str, scale: float, classes: int, goal: str) -> float:
-    """A scale computed for `auto`; one that is not positive would turn the loss around.
-
-    Raises:
-        UserError: it is not positive.
-    """
-    if scale <= 0:
-        raise UserError(
-            f"{what} 'auto' is {scale:.3g} for {classes} classes and {goal}; it must be positive, so give a number "
-            "for it or change what it is computed from"
-        )
-    return scale
-
-
-def check_cosine_margin(name: str, margin: float, classes: int, dimension: int) -> None:
-    """Refuse a margin of the cosine that no arrangement of the centres can satisfy (`theory.cosine_margin`).
-
-    Raises:
-        UserError: with the bound.
-    """
-    greatest = cosine_margin(classes, dimension)
-    if margin > greatest:
-        raise UserError(
-            f"{name}: margin {margin} of the cosine is more than {greatest:.4g}, the most that {classes} centres in "
-            f"{dimension} dimensions allow; choose a smaller margin"
-        )
 
 
 class _Angle(torch.autograd.Function):

@@ -8,25 +8,23 @@ dpsi/dc. None of them costs communication beyond the head's own.
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from trainer.checked import Within
 from trainer.errors import UserError
+from trainer.losses.bounds import auto_scale, check_cosine_margin
 from trainer.losses.margins.base import (
     AdditiveAngle,
     AutoScale,
     Case,
     Margin,
-    Panel,
     Positives,
     Probability,
     Scale,
     angle_boundary,
-    auto_scale,
-    check_cosine_margin,
     cosine_boundary,
     monotone_cosine,
 )
@@ -44,17 +42,17 @@ class NormFace(Margin):
     """Softmax on the cosine: s cos(theta). dpsi/dc = 1.
 
     With `learnable` the scale is a parameter that starts at `scale`; `auto` is the least scale at which a perfect
-    embedding reaches the posterior `probability` (`theory.cosface_scale`).
+    embedding reaches the posterior `probability` (`bounds.cosface_scale`).
     """
 
-    formula: ClassVar[str] = "s cos(theta)"
-    source: ClassVar[str] = "Wang et al. 2017, NormFace: L2 hypersphere embedding for face verification, eq. 8"
-    title: ClassVar[str] = "NormFace"
-    demo: ClassVar[Mapping[str, Any]] = {"scale": 16.0}
-    panel: ClassVar[Panel] = "softmax"
-    cases: ClassVar[tuple[Case, ...]] = (Case(curve="NormFace, $s = 30$", row=""),)
-    boundary: ClassVar[tuple[str, str] | None] = cosine_boundary("s", r"\cos\theta_1", "cos(theta_1)")
-    eased: ClassVar[tuple[str, ...]] = ()
+    formula = "s cos(theta)"
+    source = "Wang et al. 2017, NormFace: L2 hypersphere embedding for face verification, eq. 8"
+    title = "NormFace"
+    demo: ClassVar = {"scale": 16.0}
+    panel = "softmax"
+    cases = (Case(curve="NormFace, $s = 30$", row=""),)
+    boundary = cosine_boundary("s", r"\cos\theta_1", "cos(theta_1)")
+    eased = ()
 
     name: Literal["normface"] = "normface"
     scale: AutoScale = 30.0
@@ -80,18 +78,18 @@ class CosFace(Margin):
     """Additive cosine margin: s (cos(theta) - m). dpsi/dc = 1.
 
     `auto` is the least scale at which a perfect embedding reaches the posterior `probability`. A margin that no
-    arrangement of the centres allows is refused (`theory.cosine_margin`).
+    arrangement of the centres allows is refused (`bounds.cosine_margin`).
     """
 
-    formula: ClassVar[str] = "s (cos(theta) - m)"
-    source: ClassVar[str] = (
+    formula = "s (cos(theta) - m)"
+    source = (
         "Wang et al. 2018, CosFace, eq. 4, 6 and 9; Wang et al. 2018, Additive margin softmax for face verification"
     )
-    title: ClassVar[str] = "CosFace"
-    demo: ClassVar[Mapping[str, Any]] = {"scale": 16.0, "margin": 0.35}
-    demo_in_plane: ClassVar[Mapping[str, Any]] = {"margin": 0.1}  # 1 - cos(36 degrees) = 0.19 is the most
-    cases: ClassVar[tuple[Case, ...]] = (Case(curve="CosFace, $m = 0.35$", row="$m=0.35$"),)
-    boundary: ClassVar[tuple[str, str] | None] = cosine_boundary("s", r"\cos\theta_1-m", "cos(theta_1) - m")
+    title = "CosFace"
+    demo: ClassVar = {"scale": 16.0, "margin": 0.35}
+    demo_in_plane: ClassVar = {"margin": 0.1}  # 1 - cos(36 degrees) = 0.19 is the most
+    cases = (Case(curve="CosFace, $m = 0.35$", row="$m=0.35$"),)
+    boundary = cosine_boundary("s", r"\cos\theta_1-m", "cos(theta_1) - m")
 
     name: Literal["cosface"] = "cosface"
     scale: AutoScale = 64.0
@@ -115,13 +113,13 @@ class ArcFace(Margin):
     falling as s (-2 - cos(theta + m)), see `monotone_cosine`: the worse the sample, the greater its loss.
     """
 
-    formula: ClassVar[str] = "s cos(theta + m)"
-    source: ClassVar[str] = "Deng et al. 2019, ArcFace, eq. 3"
-    title: ClassVar[str] = "ArcFace"
-    demo: ClassVar[Mapping[str, Any]] = {"scale": 16.0, "margin": 0.5}
-    demo_in_plane: ClassVar[Mapping[str, Any]] = {"margin": 0.2}
-    cases: ClassVar[tuple[Case, ...]] = (Case(curve="ArcFace, $m = 0.5$", row="$m=0.5$"),)
-    boundary: ClassVar[tuple[str, str] | None] = angle_boundary("m")
+    formula = "s cos(theta + m)"
+    source = "Deng et al. 2019, ArcFace, eq. 3"
+    title = "ArcFace"
+    demo: ClassVar = {"scale": 16.0, "margin": 0.5}
+    demo_in_plane: ClassVar = {"margin": 0.2}
+    cases = (Case(curve="ArcFace, $m = 0.5$", row="$m=0.5$"),)
+    boundary = angle_boundary("m")
 
     name: Literal["arcface"] = "arcface"
     scale: Scale = 64.0
@@ -138,18 +136,16 @@ class Combined(Margin):
     ArcFace (1, m2, 0), CosFace (1, 0, m3). During the warmup m1 grows from 1, m2 and m3 from 0.
     """
 
-    formula: ClassVar[str] = "s (cos(m1 theta + m2) - m3)"
-    source: ClassVar[str] = "Deng et al. 2019, ArcFace, eq. 4"
-    title: ClassVar[str] = "combined"
-    demo: ClassVar[Mapping[str, Any]] = {"scale": 16.0, "m2": 0.3, "m3": 0.2}
-    demo_in_plane: ClassVar[Mapping[str, Any]] = {"m2": 0.1, "m3": 0.05}
-    cases: ClassVar[tuple[Case, ...]] = (
+    formula = "s (cos(m1 theta + m2) - m3)"
+    source = "Deng et al. 2019, ArcFace, eq. 4"
+    title = "combined"
+    demo: ClassVar = {"scale": 16.0, "m2": 0.3, "m3": 0.2}
+    demo_in_plane: ClassVar = {"m2": 0.1, "m3": 0.05}
+    cases = (
         Case(curve="combined, $m_1 = 1.35$", constants={"m1": 1.35, "m2": 0.0, "m3": 0.0}),
         Case(curve="combined, $m_2 = 0.3$, $m_3 = 0.2$", row="$m_1=1$, $m_2=0.3$, $m_3=0.2$"),
     )
-    boundary: ClassVar[tuple[str, str] | None] = cosine_boundary(
-        "s", r"\cos(m_1\theta_1+m_2)-m_3", "cos(m1 theta_1 + m2) - m3"
-    )
+    boundary = cosine_boundary("s", r"\cos(m_1\theta_1+m_2)-m_3", "cos(m1 theta_1 + m2) - m3")
 
     name: Literal["combined"] = "combined"
     scale: Scale = 64.0
@@ -176,12 +172,12 @@ class SubCenterArcFace(ArcFace):
     The gradient goes to the nearest centre alone. Outliers of a noisy class gather at centres of their own.
     """
 
-    formula: ClassVar[str] = "s cos(theta + m), cos(theta_j) = max_k cos(theta_jk)"
-    source: ClassVar[str] = "Deng et al. 2020, Sub-center ArcFace, eq. 3 and 4"
-    title: ClassVar[str] = "sub-centre ArcFace"
-    demo: ClassVar[Mapping[str, Any]] = {"scale": 16.0, "margin": 0.5, "centres": 2}
-    cases: ClassVar[tuple[Case, ...]] = (Case(curve="sub-centre ArcFace, $m = 0.5$", row="$m=0.5$"),)
-    boundary: ClassVar[tuple[str, str] | None] = (
+    formula = "s cos(theta + m), cos(theta_j) = max_k cos(theta_jk)"
+    source = "Deng et al. 2020, Sub-center ArcFace, eq. 3 and 4"
+    title = "sub-centre ArcFace"
+    demo: ClassVar = {"scale": 16.0, "margin": 0.5, "centres": 2}
+    cases = (Case(curve="sub-centre ArcFace, $m = 0.5$", row="$m=0.5$"),)
+    boundary = (
         r"s(\cos(\theta_1+m)-\cos\theta_2)=0,\ \theta_j=\mathrm{min}_k\,\theta_{jk}",
         "s (cos(theta_1 + m) - cos(theta_2)) = 0, theta_j = min_k theta_jk",
     )
@@ -199,20 +195,18 @@ class DynamicMargin(Margin):
     Rare classes get the greatest margin. dpsi/dc = sin(theta + m_c) / sin(theta).
     """
 
-    formula: ClassVar[str] = "s cos(theta + m_c), m_c = a n_c^(-1/4) + b in [0.05, 0.5]"
-    source: ClassVar[str] = (
-        "Ha et al. 2020, Google landmark recognition with sub-center ArcFace and dynamic margins, eq. 3"
-    )
-    title: ClassVar[str] = "dynamic margin"
-    demo: ClassVar[Mapping[str, Any]] = {"scale": 16.0}
-    demo_in_plane: ClassVar[Mapping[str, Any]] = {"greatest": 0.2}
-    eased: ClassVar[tuple[str, ...]] = ("least", "greatest")
-    panel: ClassVar[Panel] = "adaptive"
-    cases: ClassVar[tuple[Case, ...]] = (
+    formula = "s cos(theta + m_c), m_c = a n_c^(-1/4) + b in [0.05, 0.5]"
+    source = "Ha et al. 2020, Google landmark recognition with sub-center ArcFace and dynamic margins, eq. 3"
+    title = "dynamic margin"
+    demo: ClassVar = {"scale": 16.0}
+    demo_in_plane: ClassVar = {"greatest": 0.2}
+    eased = ("least", "greatest")
+    panel = "adaptive"
+    cases = (
         Case(curve="dynamic, $m_c = 0.05$", share=0.0),
         Case(row="$m_c=0.5$", share=1.0),
     )
-    boundary: ClassVar[tuple[str, str] | None] = angle_boundary("m_c")
+    boundary = angle_boundary("m_c")
 
     name: Literal["dynamic"] = "dynamic"
     scale: Scale = 64.0
@@ -250,19 +244,19 @@ class ElasticFace(Margin):
     of ranks. dpsi/dc as in ArcFace (CosFace), with m_i.
     """
 
-    formula: ClassVar[str] = "s cos(theta + m_i), m_i ~ N(m, sigma)"
-    source: ClassVar[str] = "Boutros et al. 2022, ElasticFace, eq. 5 and 6"
-    title: ClassVar[str] = "ElasticFace"
-    demo: ClassVar[Mapping[str, Any]] = {"scale": 16.0, "margin": 0.5, "sigma": 0.05}
-    demo_in_plane: ClassVar[Mapping[str, Any]] = {"margin": 0.2, "sigma": 0.02}
-    noisy: ClassVar[bool] = True
-    eased: ClassVar[tuple[str, ...]] = ("margin", "sigma")
-    panel: ClassVar[Panel] = "adaptive"
-    cases: ClassVar[tuple[Case, ...]] = (
+    formula = "s cos(theta + m_i), m_i ~ N(m, sigma)"
+    source = "Boutros et al. 2022, ElasticFace, eq. 5 and 6"
+    title = "ElasticFace"
+    demo: ClassVar = {"scale": 16.0, "margin": 0.5, "sigma": 0.05}
+    demo_in_plane: ClassVar = {"margin": 0.2, "sigma": 0.02}
+    noisy = True
+    eased = ("margin", "sigma")
+    panel = "adaptive"
+    cases = (
         Case(curve="ElasticFace, $m_i = 0.4$", constants={"sigma": 0.05}, noise=-2.0),
         Case(row="$m_i=0.5$"),
     )
-    boundary: ClassVar[tuple[str, str] | None] = angle_boundary("m_i")
+    boundary = angle_boundary("m_i")
 
     name: Literal["elasticface"] = "elasticface"
     kind: Literal["arc", "cos"] = "arc"

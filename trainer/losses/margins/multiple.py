@@ -9,22 +9,21 @@ a large value: (lambda cos(theta) + psi(theta)) / (1 + lambda),
 lambda = max(lambda_min, lambda_start (1 + gamma step)^-power).
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
 from trainer.checked import Within
-from trainer.losses.margins.base import Case, Margin, Panel, Positives, cosine_boundary, monotone_cosine
+from trainer.losses.margins.base import Case, Margin, Positives, cosine_boundary, monotone_cosine
 
 
 class MultipleAngle(Margin):
     """What L-Softmax and A-Softmax share. lambda is `lambda_min`: that of the end, or after `at` that of the step."""
 
-    unit_embedding: ClassVar[bool] = False
-    eased: ClassVar[tuple[str, ...]] = ()
-    panel: ClassVar[Panel] = "multiple"
+    unit_embedding = False
+    eased = ()
+    panel = "multiple"
 
     margin: Annotated[int, Within(ge=1, le=4)] = 4  # m
     lambda_start: Annotated[float, Within(ge=0)] = 1000.0
@@ -57,11 +56,11 @@ class LSoftmax(MultipleAngle):
     The lengths of the centres are parameters too: dt/d|w_y| = |x| psi(theta).
     """
 
-    formula: ClassVar[str] = "|x| |w| psi(theta), psi = (-1)^k cos(m theta) - 2k"
-    source: ClassVar[str] = "Liu et al. 2016, Large-margin softmax loss, eq. 4 to 7"
-    title: ClassVar[str] = "L-Softmax"
-    demo: ClassVar[Mapping[str, Any]] = {"margin": 4}
-    cases: ClassVar[tuple[Case, ...]] = (
+    formula = "|x| |w| psi(theta), psi = (-1)^k cos(m theta) - 2k"
+    source = "Liu et al. 2016, Large-margin softmax loss, eq. 4 to 7"
+    title = "L-Softmax"
+    demo: ClassVar = {"margin": 4}
+    cases = (
         Case(curve="L-Softmax, $m = 1$", constants={"margin": 1}),
         *(
             Case(
@@ -72,11 +71,11 @@ class LSoftmax(MultipleAngle):
             for m in (2, 3, 4)
         ),
     )
-    boundary: ClassVar[tuple[str, str] | None] = (
+    boundary = (
         r"\Vert x\Vert(\Vert w_1\Vert\cos m\theta_1-\Vert w_2\Vert\cos\theta_2)=0",
         "|x| (|w_1| cos(m theta_1) - |w_2| cos(theta_2)) = 0",
     )
-    unit_rows: ClassVar[bool] = False
+    unit_rows = False
 
     name: Literal["l_softmax"] = "l_softmax"
     lambda_gamma: Annotated[float, Within(ge=0)] = 0.000025  # per step
@@ -87,14 +86,14 @@ class LSoftmax(MultipleAngle):
 class ASoftmax(MultipleAngle):
     """SphereFace: unit centres, |x| psi(theta) for the target, |x| cos(theta_j) for the other classes."""
 
-    formula: ClassVar[str] = "|x| psi(theta), psi = (-1)^k cos(m theta) - 2k"
-    source: ClassVar[str] = "Liu et al. 2017, SphereFace, eq. 6 and 7"
-    title: ClassVar[str] = "A-Softmax"
-    demo: ClassVar[Mapping[str, Any]] = {"margin": 4, "lambda_min": 0.0}
-    cases: ClassVar[tuple[Case, ...]] = (
+    formula = "|x| psi(theta), psi = (-1)^k cos(m theta) - 2k"
+    source = "Liu et al. 2017, SphereFace, eq. 6 and 7"
+    title = "A-Softmax"
+    demo: ClassVar = {"margin": 4, "lambda_min": 0.0}
+    cases = (
         Case(curve="A-Softmax, $m = 4$", row="$m=4$", constants={"lambda_min": 0.0}),
         Case(curve=r"A-Softmax, $m = 4$, $\lambda = 5$"),
     )
-    boundary: ClassVar[tuple[str, str] | None] = cosine_boundary(r"\Vert x\Vert", r"\cos m\theta_1", "cos(m theta_1)")
+    boundary = cosine_boundary(r"\Vert x\Vert", r"\cos m\theta_1", "cos(m theta_1)")
 
     name: Literal["a_softmax"] = "a_softmax"

@@ -7,7 +7,7 @@ nothing bounds them.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -15,17 +15,14 @@ from torch.nn import functional
 
 from trainer.checked import Within
 from trainer.errors import UserError
-from trainer.losses.base import Family
-from trainer.losses.bounds import l2_softmax_scale
+from trainer.losses.bounds import l2_softmax_scale, positive_scale
 from trainer.losses.margins.base import (
     Case,
     Margin,
-    Panel,
     Positives,
     Probability,
     Scale,
     cosine_boundary,
-    positive_scale,
 )
 
 _EQUAL = r"$\Vert w_1\Vert=\Vert w_2\Vert$, $b_1=b_2$"
@@ -34,17 +31,17 @@ _EQUAL = r"$\Vert w_1\Vert=\Vert w_2\Vert$, $b_1=b_2$"
 class Softmax(Margin):
     """Cross entropy of z_j = x . w_j + b_j."""
 
-    family: ClassVar[Family] = "softmax"
-    formula: ClassVar[str] = "x.w + b"
-    source: ClassVar[str] = "Bridle 1990, Probabilistic interpretation of feedforward classification network outputs"
-    title: ClassVar[str] = "softmax"
-    unit_rows: ClassVar[bool] = False
-    unit_embedding: ClassVar[bool] = False
-    bias: ClassVar[bool] = True
-    eased: ClassVar[tuple[str, ...]] = ()
-    panel: ClassVar[Panel] = "softmax"
-    cases: ClassVar[tuple[Case, ...]] = (Case(curve="softmax", row=_EQUAL),)
-    boundary: ClassVar[tuple[str, str] | None] = (
+    family = "softmax"
+    formula = "x.w + b"
+    source = "Bridle 1990, Probabilistic interpretation of feedforward classification network outputs"
+    title = "softmax"
+    unit_rows = False
+    unit_embedding = False
+    bias = True
+    eased = ()
+    panel = "softmax"
+    cases = (Case(curve="softmax", row=_EQUAL),)
+    boundary = (
         r"(w_1-w_2)\cdot x+b_1-b_2=0",
         "(w_1 - w_2).x + b_1 - b_2 = 0",
     )
@@ -62,10 +59,10 @@ class WeightedSoftmax(Softmax):
     nothing from the batch. A class without samples weighs as if it had one. dL/dz_j = w_y (p_j - [j = y]).
     """
 
-    formula: ClassVar[str] = "-w_y log p_y, w_c ~ n_c^(-power)"
-    source: ClassVar[str] = "King and Zeng 2001, Logistic regression in rare events data, eq. 8"
-    title: ClassVar[str] = "weighted softmax"
-    cases: ClassVar[tuple[Case, ...]] = (Case(curve="weighted softmax, $w_c = 2$", row=_EQUAL, share=2.0),)
+    formula = "-w_y log p_y, w_c ~ n_c^(-power)"
+    source = "King and Zeng 2001, Logistic regression in rare events data, eq. 8"
+    title = "weighted softmax"
+    cases = (Case(curve="weighted softmax, $w_c = 2$", row=_EQUAL, share=2.0),)
 
     name: Literal["weighted_softmax"] = "weighted_softmax"  # type: ignore[assignment]
     power: Annotated[float, Within(gt=0, le=1)] = 1.0  # 1: every class counts the same; 0.5: half way
@@ -90,10 +87,10 @@ class Focal(Softmax):
     1 - p = sigmoid(d), so that the power is taken as exp(gamma logsigmoid(d)): no cancellation near p = 1.
     """
 
-    formula: ClassVar[str] = "-(1 - p_y)^gamma log p_y"
-    source: ClassVar[str] = "Lin et al. 2017, Focal loss for dense object detection, eq. 4"
-    title: ClassVar[str] = "focal"
-    cases: ClassVar[tuple[Case, ...]] = (Case(curve=r"focal, $\gamma = 2$", row=_EQUAL),)
+    formula = "-(1 - p_y)^gamma log p_y"
+    source = "Lin et al. 2017, Focal loss for dense object detection, eq. 4"
+    title = "focal"
+    cases = (Case(curve=r"focal, $\gamma = 2$", row=_EQUAL),)
 
     name: Literal["focal"] = "focal"  # type: ignore[assignment]
     gamma: Annotated[float, Within(ge=0, le=10)] = 2.0
@@ -106,14 +103,14 @@ class Focal(Softmax):
 class ModifiedSoftmax(Margin):
     """Softmax with unit centres and no bias: z_j = |x| cos(theta_j)."""
 
-    family: ClassVar[Family] = "softmax"
-    formula: ClassVar[str] = "|x| cos(theta)"
-    source: ClassVar[str] = "Liu et al. 2017, SphereFace, eq. 4"
-    title: ClassVar[str] = "modified softmax"
-    unit_embedding: ClassVar[bool] = False
-    eased: ClassVar[tuple[str, ...]] = ()
-    panel: ClassVar[Panel] = "softmax"
-    boundary: ClassVar[tuple[str, str] | None] = cosine_boundary(r"\Vert x\Vert", r"\cos\theta_1", "cos(theta_1)")
+    family = "softmax"
+    formula = "|x| cos(theta)"
+    source = "Liu et al. 2017, SphereFace, eq. 4"
+    title = "modified softmax"
+    unit_embedding = False
+    eased = ()
+    panel = "softmax"
+    boundary = cosine_boundary(r"\Vert x\Vert", r"\cos\theta_1", "cos(theta_1)")
 
     name: Literal["modified_softmax"] = "modified_softmax"
 
@@ -128,17 +125,17 @@ class L2Softmax(Margin):
     perfect embedding reaches the posterior `probability`. dL/d alpha = sum_j dL/dz_j (x/|x| . w_j).
     """
 
-    family: ClassVar[Family] = "softmax"
-    formula: ClassVar[str] = "alpha x/|x| . w + b"
-    source: ClassVar[str] = "Ranjan et al. 2017, L2-constrained softmax loss, eq. 3 and 6"
-    title: ClassVar[str] = "$L_2$-softmax"
-    demo: ClassVar[Mapping[str, Any]] = {"alpha": 16.0}
-    unit_rows: ClassVar[bool] = False
-    bias: ClassVar[bool] = True
-    eased: ClassVar[tuple[str, ...]] = ()
-    panel: ClassVar[Panel] = "softmax"
-    cases: ClassVar[tuple[Case, ...]] = (Case(curve=r"$L_2$-softmax, $\alpha = 40$", row=_EQUAL),)
-    boundary: ClassVar[tuple[str, str] | None] = (
+    family = "softmax"
+    formula = "alpha x/|x| . w + b"
+    source = "Ranjan et al. 2017, L2-constrained softmax loss, eq. 3 and 6"
+    title = "$L_2$-softmax"
+    demo: ClassVar = {"alpha": 16.0}
+    unit_rows = False
+    bias = True
+    eased = ()
+    panel = "softmax"
+    cases = (Case(curve=r"$L_2$-softmax, $\alpha = 40$", row=_EQUAL),)
+    boundary = (
         r"\alpha(w_1-w_2)\cdot\hat{x}+b_1-b_2=0",
         "alpha (w_1 - w_2).x/|x| + b_1 - b_2 = 0",
     )

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.distributed import Group
+from trainer.distributed import Group, RowRange
+from trainer.gather import Gatherer
 from trainer.head import Head
 from trainer.head.optimizer import HeadOptimizer
 from trainer.head.settings import HeadConfig, HeadOptimizerConfig
@@ -139,10 +140,9 @@ class Ours(Base):
 
     def _adopt(self, problem: Problem) -> None:
         """Use the rows that all contenders share instead of rows of its own."""
-        from trainer.distributed import RowRange
-
         head, group = self.head, problem.group
         head.classes, head.rows = problem.classes, RowRange.of(problem.classes, group.rank, group.size)
+        head._gather = Gatherer(problem.classes, head.dimension, group, "head")
         head.weight.data = problem.rows_RD
 
     def step(self) -> None:

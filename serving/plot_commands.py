@@ -49,7 +49,7 @@ def geometry(
     names = figures.check_losses(loss or [], family or [])
     torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
     with progress(out) as show:
-        written = figures.geometry(folder, names, dimension or [2, 3], steps, seed, show)
+        written = figures.geometry(folder, names, dimension or [2, 3], steps=steps, seed=seed, show=show)
     _finish(folder, written)
 
 

@@ -13,7 +13,7 @@ BOUNDARY_PLANES = (
 
 
 def of_family(
-    what: str, panels: Sequence[Panel], not_learned: Sequence[str], dimension: int, steps: int, seed: int
+    what: str, panels: Sequence[Panel], not_learned: Sequence[str], *, dimension: int, steps: int, seed: int
 ) -> str:
     """Below the embeddings of a family.
 

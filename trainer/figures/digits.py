@@ -6,7 +6,6 @@ its loop are made for this: 1797 images of 8 x 8 pixels need no shards and no en
 Legend: N samples, C = 10 classes, K centres a class, D dimension of the embedding.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,6 @@ MARGIN_WARMUP = 0.3  # share of the steps over which margins grow to their value
 
 Matrix = NDArray[np.float64]
 Labels = NDArray[np.int64]
-Show = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -142,13 +140,10 @@ def settings(name: str, dimension: int, steps: int, **changes: Any) -> Config:
     )
 
 
-def train(config: Config, steps: int, seed: int, split: Digits | None = None, show: Show | None = None) -> Trained:
+def train(config: Config, steps: int, seed: int, split: Digits | None = None) -> Trained:
     """Train the network under a config's losses for some steps of 128 samples, and embed both parts.
 
     The seed chooses the split (where none is given), the first weights and the order. Same seed, same result.
-
-    Args:
-        show: called with (step, steps) as it goes on.
 
     Raises:
         UserError: the loss has become NaN or infinite.
@@ -173,8 +168,6 @@ def train(config: Config, steps: int, seed: int, split: Digits | None = None, sh
         optimizer.step()
         objective.step(HEAD_LR * factor)
         losses.append(loss.detach())
-        if show is not None:
-            show(step + 1, steps)
     history = torch.stack(losses)
     if not bool(history.isfinite().all()):
         raise UserError(f"{config.loss.name}: the loss is not finite; lower the scale or the margin")

@@ -4,7 +4,7 @@ Beside the figures (PDF and PNG) lie `captions.md`, the tables as Markdown and J
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -66,7 +66,7 @@ class _Wanted:
 
 
 def geometry(
-    folder: Path, losses: Sequence[str], dimensions: Sequence[int], steps: int, seed: int, show: Show
+    folder: Path, losses: Sequence[str], dimensions: Sequence[int], *, steps: int, seed: int, show: Show
 ) -> Written:
     """Train every loss on the digits in every dimension, and draw a figure for each family; then the margins' curves
     and the table of binary decision boundaries.
@@ -87,16 +87,13 @@ def geometry(
     for dimension in dimensions:
         for wanted in _wanted(losses, dimension, steps):
             trained: list[Trained] = []
-            total = len(wanted.members) * steps
             for place, (_, config) in enumerate(wanted.members):
-                stage, before = f"{wanted.name}, {dimension}-D", place * steps
-
-                def tell(step: int, _: int, stage: str = stage, before: int = before, total: int = total) -> None:
-                    show(stage, before + step, total)
-
-                trained.append(digits.train(config, steps, seed, split, tell))
+                show(f"{wanted.name}, {dimension}-D", place, len(wanted.members))
+                trained.append(digits.train(config, steps, seed, split))
                 numbers.append(_numbers(wanted.name, dimension, config, trained[-1]))
-            drawn += _draw_family(folder, wanted, trained, dimension, steps, seed)
+            show(f"{wanted.name}, {dimension}-D", len(wanted.members), len(wanted.members))
+            about = {"dimension": dimension, "steps": steps, "seed": seed}
+            drawn += _draw_family(folder, wanted, trained, about)
     margins = _draw_margins(folder)
     drawn += margins.figures
     numbers_file = _write_json(folder / "geometry.json", {"steps": steps, "seed": seed, "embeddings": numbers})
@@ -149,13 +146,12 @@ def _wanted(losses: Sequence[str], dimension: int, steps: int) -> list[_Wanted]:
     return figures
 
 
-def _draw_family(
-    folder: Path, wanted: _Wanted, trained: Sequence[Trained], dimension: int, steps: int, seed: int
-) -> list[Drawn]:
+def _draw_family(folder: Path, wanted: _Wanted, trained: Sequence[Trained], about: Mapping[str, int]) -> list[Drawn]:
+    dimension = about["dimension"]
     panels = [_panel(title, one, dimension) for (title, _), one in zip(wanted.members, trained, strict=True)]
     suffix = f"{wanted.name}_{dimension}d"
     lost = [panel.title for panel, one in zip(panels, trained, strict=True) if one.accuracy_by_means() < LEARNED]
-    caption = captions.of_family(wanted.what, panels, lost, dimension, steps, seed)
+    caption = captions.of_family(wanted.what, panels, lost, **about)
     geometry_files = save(geometry_figure(panels), folder, f"geometry_{suffix}")
     angle_files = save(angle_figure(panels), folder, f"angles_{suffix}")
     return [

@@ -208,14 +208,16 @@ def _sphere(axes: Axes, panel: Panel) -> None:
         axes.plot(*at_M2.T, linestyle="", marker="+", color="black", markersize=6, markeredgewidth=0.9, zorder=6)
         if panel.learned_CD is not None:
             _crosses(axes, learned_MD[(learned_MD[:, 0] > 0) == near][:, 1:] + [middle, 0], 5)
-        _names_on_disc(axes, turned_ND, panel.labels_N, np.concatenate([centres_MD, learned_MD]), middle, near)
+        _names_on_disc(
+            axes, turned_ND, panel.labels_N, np.concatenate([centres_MD, learned_MD]), middle=middle, near=near
+        )
     axes.set_xlim(-2.12, 2.12)
     axes.set_ylim(-1.06, 1.06)
     axes.set_aspect("equal")
 
 
 def _names_on_disc(
-    axes: Axes, turned_ND: Matrix, labels_N: NDArray[np.int64], centres_MD: Matrix, middle: float, near: bool
+    axes: Axes, turned_ND: Matrix, labels_N: NDArray[np.int64], centres_MD: Matrix, *, middle: float, near: bool
 ) -> None:
     """Each class's name near its mean direction, where it covers neither samples nor centres nor other names."""
     half_N = (turned_ND[:, 0] > 0) == near

@@ -5,6 +5,7 @@ Legend: T angles on a grid; all angles in degrees.
 
 import textwrap
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -175,21 +176,25 @@ def _two_rows(
                     axes.set_ylabel(label)
             grid[0, column].set_title(group.title)
             grid[1, column].set_xlabel(r"$\theta$ in degrees")
-            grid[1, column].legend(
-                handles=_handles(group.curves),
-                loc="upper left",
-                bbox_to_anchor=(-0.06, -0.3),
-                borderaxespad=0,
-                fontsize=6.3,
-                labelspacing=0.25,
-                handlelength=2.4,
-                handletextpad=0.5,
-            )
+            _legend_below(grid[1, column], group)
         if logarithmic:
             grid[0, 0].set_ylim(0.08, 40)
             grid[1, 0].set_ylim(0.003, 40)
         figure.align_ylabels(grid[:, 0])
     return figure
+
+
+def _legend_below(axes: Axes, group: CurveGroup) -> None:
+    axes.legend(
+        handles=_handles(group.curves),
+        loc="upper left",
+        bbox_to_anchor=(-0.06, -0.3),
+        borderaxespad=0,
+        fontsize=6.3,
+        labelspacing=0.25,
+        handlelength=2.4,
+        handletextpad=0.5,
+    )
 
 
 def _angle_axis(axes: Axes, logarithmic: bool) -> None:
@@ -206,35 +211,23 @@ def _angle_axis(axes: Axes, logarithmic: bool) -> None:
 def _line(axes: Axes, x: Vector, y: Vector, place: int, among: int) -> None:
     """A curve with its line style, and markers set off from those of the curves beside it."""
     step = len(x) // 6
-    axes.plot(
-        x,
-        y,
-        color=COLOURS[place % len(COLOURS)],
-        linestyle=LINES[place % len(LINES)],
-        marker=MARKERS[place % len(MARKERS)],
-        markersize=3,
-        markerfacecolor="white",
-        markeredgewidth=0.7,
-        markevery=(step // 2 + place * step // among, step),
-        zorder=3 + place,
-    )
+    axes.plot(x, y, markevery=(step // 2 + place * step // among, step), zorder=3 + place, **_style(place))
 
 
 def _handles(curves: Sequence[MarginCurve]) -> list[Line2D]:
-    return [
-        Line2D(
-            [],
-            [],
-            color=COLOURS[place % len(COLOURS)],
-            linestyle=LINES[place % len(LINES)],
-            marker=MARKERS[place % len(MARKERS)],
-            markersize=3,
-            markerfacecolor="white",
-            markeredgewidth=0.7,
-            label=curve.label,
-        )
-        for place, curve in enumerate(curves)
-    ]
+    return [Line2D([], [], label=curve.label, **_style(place)) for place, curve in enumerate(curves)]
+
+
+def _style(place: int) -> dict[str, Any]:
+    """Of the curve at this place, told from the others' without colour."""
+    return {
+        "color": COLOURS[place % len(COLOURS)],
+        "linestyle": LINES[place % len(LINES)],
+        "marker": MARKERS[place % len(MARKERS)],
+        "markersize": 3,
+        "markerfacecolor": "white",
+        "markeredgewidth": 0.7,
+    }
 
 
 def _plane(axes: Axes, row: BoundaryRow) -> None:

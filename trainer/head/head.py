@@ -24,9 +24,9 @@ from trainer.distributed import Group, RowRange, own_slice, replicated, stack_ov
 from trainer.errors import UserError
 from trainer.gather import Gatherer
 from trainer.head.memory import Workspace, free_memory
-from trainer.head.rows import GradientSink, Rows, RowSink, sample_classes
+from trainer.head.rows import GradientSink, Own, Rows, RowSink, own_centres, sample_classes
 from trainer.head.settings import HeadConfig
-from trainer.head.tiles import Own, Reweight, TilePlan, fixed_shift, negatives, own_centres
+from trainer.head.tiles import Reweight, TilePlan, fixed_shift, negatives
 from trainer.losses.margins.base import Margin, Positives
 
 INIT_BLOCK = 1024  # classes whose first values come from one seed, so that W does not depend on the number of ranks
@@ -88,8 +88,15 @@ class Head(nn.Module):
         self.rows = RowRange.of(classes, self.group.rank, self.group.size)
         self.centres = self.margin.centres_per_class()
         self.normalise = self.margin.unit_rows and self.config.rows == "free"
+        self._make_parameters(torch.device(device))
+        self._class_values = self._per_class(class_counts, torch.device(device))
+        self.sink: RowSink = GradientSink(self.weight)
+        self._memory = Workspace()
+        self._step, self._warmup = 0, 1.0
+
+    def _make_parameters(self, device: torch.device) -> None:
         dtype = torch.bfloat16 if self.config.param_dtype == "bf16" else torch.float32
-        self.weight = nn.Parameter(self._first_rows(dtype, torch.device(device)))
+        self.weight = nn.Parameter(self._first_rows(dtype, device))
         zeros = torch.zeros(len(self.rows), device=device)
         self.bias = nn.Parameter(zeros) if self.margin.bias else None
         self.scalars = nn.ParameterDict(
@@ -97,10 +104,6 @@ class Head(nn.Module):
         )
         for name, value in self.margin.buffers().items():
             self.register_buffer(name, torch.tensor(value, device=device))
-        self._class_values = self._per_class(class_counts, torch.device(device))
-        self.sink: RowSink = GradientSink(self.weight)
-        self._memory = Workspace()
-        self._step, self._warmup = 0, 1.0
 
     @property
     def unit_rows(self) -> bool:
@@ -237,7 +240,7 @@ class Step:
         head, margin, rows = self.head, self.margin, self.rows
         reweight = self._observe()
         plan = head.plan(margin, self.labels_B.shape[0], len(rows), self.e_BD.dtype, reweight)
-        sums_B, centres_BKD, bias_B = negatives(self.e_BD, rows, self.own, plan, head.sink, head._memory)
+        sums_B, centres_BKD, bias_B = negatives(self.e_BD, rows, self.own, plan, sink=head.sink, memory=head._memory)
         targets_B = margin.target(self._positives(centres_BKD, bias_B))
         return sums_B, torch.where(self.own.mask_B, targets_B, 0).to(sums_B), plan.shift
 

@@ -1,6 +1,6 @@
-"""The rows of this rank that take part in a step, and where their gradient goes.
+"""The rows of this rank that take part in a step, those of each sample's own class, and where their gradient goes.
 
-Legend: R rows of this rank (its classes x K centres), D dimension.
+Legend: B samples of all ranks, R rows of this rank (its classes x K centres), D dimension.
 """
 
 from dataclasses import dataclass
@@ -53,6 +53,31 @@ def rows_of(classes: Tensor, centres: int) -> Tensor:
     if centres == 1:
         return classes
     return (classes[:, None] * centres + torch.arange(centres, device=classes.device)).flatten()
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """Which samples have their class on this rank.
+
+    Attributes:
+        mask_B: bool.
+        place_B: position of the sample's class among the classes that take part; a valid one also where not own.
+    """
+
+    mask_B: Tensor
+    place_B: Tensor
+
+
+def own_centres(rows: Rows, own: Own, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The centres of each sample's class, [B, K, D], and its bias, [B]; zeros where this rank has no class at all."""
+    B, D = own.place_B.shape[0], rows.weight_RD.shape[1]
+    if len(rows) == 0:
+        zeros = rows.weight_RD.new_zeros(B, rows.centres, D, dtype=dtype)
+        return zeros, zeros[:, 0, 0].clone()
+    place_B = own.place_B if rows.chosen is None else rows.chosen[own.place_B]
+    centres_BKD = rows.weight_RD.index_select(0, rows_of(place_B, rows.centres)).to(dtype).view(B, rows.centres, D)
+    bias_C = rows.bias_C
+    return centres_BKD, centres_BKD.new_zeros(B) if bias_C is None else bias_C[place_B].to(dtype)
 
 
 class RowSink(Protocol):

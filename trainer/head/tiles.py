@@ -28,7 +28,7 @@ from torch.autograd.function import FunctionCtx
 
 from trainer.head.matmul import Products
 from trainer.head.memory import Workspace
-from trainer.head.rows import Rows, RowSink, rows_of
+from trainer.head.rows import Own, Rows, RowSink, own_centres, rows_of
 
 EMPTY = -1e30  # log S of a rank that has no class but the target's; finite, so that no difference of two is nan
 
@@ -84,6 +84,21 @@ def fixed_shift(least: float, greatest: float, classes: int, dtype: torch.dtype)
     return min(max(0.0, from_above), from_below)
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What the forward leaves to the backward.
+
+    Attributes:
+        q_RB: P times dz/d(e.w) of all tiles, where the plan stores it.
+        shifts: each tile's row maxima, where there is no fixed shift.
+        result_B: S, or log S.
+    """
+
+    q_RB: Tensor | None
+    shifts: list[Tensor]
+    result_B: Tensor
+
+
 class _Negatives(torch.autograd.Function):
     """See `negatives`. The weight and the bias are inputs so that the graph knows of them; their gradients go to the
     sink, tile by tile, since a copy of [C, D] by autograd would cost more than some of the products."""
@@ -94,7 +109,7 @@ class _Negatives(torch.autograd.Function):
         e_BD: Tensor,
         weight_RD: Tensor,
         bias_C: Tensor | None,
-        own: "Own",
+        own: Own,
         rows: Rows,
         plan: TilePlan,
         sink: RowSink,
@@ -115,7 +130,7 @@ class _Negatives(torch.autograd.Function):
         result_B = maker.join(sums, shifts)
         centres_BKD, own_bias_B = own_centres(rows, own, maker.wide)
         # A clone, since an output kept here would be a cycle that keeps P alive.
-        ctx.state = (maker, kept, shifts, result_B.clone(), sink, memory)  # type: ignore[attr-defined]
+        ctx.state = (maker, Saved(kept, shifts, result_B.clone()), sink, memory)  # type: ignore[attr-defined]
         ctx.save_for_backward(weight_RD)  # notices a weight changed before the backward
         return result_B, centres_BKD, own_bias_B
 
@@ -125,40 +140,15 @@ class _Negatives(torch.autograd.Function):
         state = ctx.state  # type: ignore[attr-defined]
         if state is None:
             raise RuntimeError("a second backward through a loss of the head: its P is gone, compute the loss again")
-        maker, kept, shifts, result_B, sink, memory = state
+        maker, saved, sink, memory = state
         dsum_B, dcentres_BKD, dbias_B = gradients
-        de_BD, dbias_C = maker.backward(kept, shifts, result_B, dsum_B, dcentres_BKD, sink)
-        if kept is not None:
+        de_BD, dbias_C = maker.backward(saved, dsum_B, dcentres_BKD, sink)
+        if saved.q_RB is not None:
             ctx.state = None  # type: ignore[attr-defined]
-            memory.give_back(kept)
+            memory.give_back(saved.q_RB)
         if dbias_C is not None:
             dbias_C = maker.add_own_bias(dbias_C, dbias_B)
         return de_BD, None, dbias_C, None, None, None, None, None
-
-
-@dataclass(frozen=True, slots=True)
-class Own:
-    """Which samples have their class on this rank.
-
-    Attributes:
-        mask_B: bool.
-        place_B: position of the sample's class among the classes that take part; a valid one also where not own.
-    """
-
-    mask_B: Tensor
-    place_B: Tensor
-
-
-def own_centres(rows: Rows, own: Own, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The centres of each sample's class, [B, K, D], and its bias, [B]; zeros where this rank has no class at all."""
-    B, D = own.place_B.shape[0], rows.weight_RD.shape[1]
-    if len(rows) == 0:
-        zeros = rows.weight_RD.new_zeros(B, rows.centres, D, dtype=dtype)
-        return zeros, zeros[:, 0, 0].clone()
-    place_B = own.place_B if rows.chosen is None else rows.chosen[own.place_B]
-    centres_BKD = rows.weight_RD.index_select(0, rows_of(place_B, rows.centres)).to(dtype).view(B, rows.centres, D)
-    bias_C = rows.bias_C
-    return centres_BKD, centres_BKD.new_zeros(B) if bias_C is None else bias_C[place_B].to(dtype)
 
 
 class TileMaker:
@@ -242,40 +232,26 @@ class TileMaker:
         return torch.logsumexp(stacked.log() + torch.stack(shifts).double(), dim=0).clamp_min(EMPTY).to(self.wide)
 
     def backward(
-        self,
-        kept: Tensor | None,
-        shifts: list[Tensor],
-        result_B: Tensor,
-        dresult_B: Tensor,
-        dcentres_BKD: Tensor,
-        sink: RowSink,
+        self, saved: Saved, dresult_B: Tensor, dcentres_BKD: Tensor, sink: RowSink
     ) -> tuple[Tensor, Tensor | None]:
         """Products 2 and 3 of every tile; returns dE and the negatives' part of the bias' gradient."""
         plan, K = self.plan, self.plan.centres
         add = sink.begin(self.rows)
         de_BD = torch.zeros_like(self.e_BD)
         dbias: list[Tensor] = []
-        empty_B = result_B <= EMPTY
-        finite_B, dresult_B = torch.where(empty_B, 0, result_B), torch.where(empty_B, 0, dresult_B)
+        empty_B = saved.result_B <= EMPTY
+        finite_B, dresult_B = torch.where(empty_B, 0, saved.result_B), torch.where(empty_B, 0, dresult_B)
         r_B = dresult_B
         re_BD = (self.e_BD * r_B[:, None]).to(plan.dtype)
         for number, (start, stop) in enumerate(plan.tiles()):
-            if kept is not None:
-                q_RB, w_RD = kept[start * K : stop * K], self.rows.tile(start, stop)
-                inverse_R1 = self._inverse_lengths(w_RD)
-                if plan.shift is None:
-                    r_B = dresult_B * (shifts[number] - finite_B).exp()
-                    re_BD = (self.e_BD * r_B[:, None]).to(plan.dtype)
-            else:
-                shift_B = finite_B if plan.shift is None else None
-                _, q_RB, _, w_RD, inverse_R1 = self.probabilities(start, stop, shift_B, None)
-                if inverse_R1 is not None:
-                    q_RB = q_RB.mul_(inverse_R1)
-                q_RB = self.products.operand(q_RB, "q")
+            if saved.q_RB is not None and plan.shift is None:
+                r_B = dresult_B * (saved.shifts[number] - finite_B).exp()
+                re_BD = (self.e_BD * r_B[:, None]).to(plan.dtype)
+            q_RB, w_RD, inverse_R1 = self._factors(saved, start, stop, finite_B)
             narrow_RD = self.products.operand(w_RD, "w")
             self.products.add_embeddings(de_BD, q_RB, narrow_RD, r_B if plan.shift is None else None)
             gradient = sink.tile(start * K, stop * K)
-            self._row_gradient(gradient, q_RB, re_BD, add, w_RD, inverse_R1)
+            self._row_gradient(gradient, q_RB, re_BD, add, w_RD=w_RD, inverse_R1=inverse_R1)
             if not sink.keeps:
                 self._add_own(gradient, dcentres_BKD, start, stop)
             if self.rows.bias_C is not None:
@@ -290,6 +266,18 @@ class TileMaker:
             return de_BD, None
         return de_BD, torch.cat(dbias) if dbias else self.e_BD.new_zeros(0)
 
+    def _factors(self, saved: Saved, start: int, stop: int, finite_B: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Q of the tile, saved or made again, with W and the inverse lengths of its rows."""
+        if saved.q_RB is not None:
+            w_RD = self.rows.tile(start, stop)
+            K = self.plan.centres
+            return saved.q_RB[start * K : stop * K], w_RD, self._inverse_lengths(w_RD)
+        shift_B = finite_B if self.plan.shift is None else None
+        _, q_RB, _, w_RD, inverse_R1 = self.probabilities(start, stop, shift_B, None)
+        if inverse_R1 is not None:
+            q_RB = q_RB.mul_(inverse_R1)
+        return self.products.operand(q_RB, "q"), w_RD, inverse_R1
+
     def _inverse_lengths(self, w_RD: Tensor) -> Tensor | None:
         if not self.plan.normalise:
             return None
@@ -297,7 +285,7 @@ class TileMaker:
         return lengths_R1.clamp_min(1e-12).reciprocal()
 
     def _row_gradient(
-        self, out: Tensor, q_RB: Tensor, re_BD: Tensor, add: bool, w_RD: Tensor, inverse_R1: Tensor | None
+        self, out: Tensor, q_RB: Tensor, re_BD: Tensor, add: bool, *, w_RD: Tensor, inverse_R1: Tensor | None
     ) -> None:
         """Product 3 into `out`; for rows that are divided by their length, times the Jacobian (I - u u^T) / |w|."""
         if inverse_R1 is None:
@@ -335,6 +323,7 @@ def negatives(
     rows: Rows,
     own: Own,
     plan: TilePlan,
+    *,
     sink: RowSink,
     memory: Workspace,
 ) -> tuple[Tensor, Tensor, Tensor]:

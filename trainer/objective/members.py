@@ -7,15 +7,14 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config
 from trainer.distributed import Group, RowRange
 from trainer.errors import UserError
-from trainer.head import Head
-from trainer.head.optimizer import HeadOptimizer
+from trainer.head import Head, HeadOptimizer
 from trainer.losses.base import LossSpec
 from trainer.losses.batch import BatchLoss
 from trainer.losses.centres import Center
@@ -27,14 +26,25 @@ from trainer.objective.geometry import ClassCentres, Geometry
 
 
 class Member:
-    """One loss of the weighted sum."""
+    """One loss of the weighted sum.
+
+    Args:
+        spec: the loss as the config writes it.
+        module: what computes it on this rank.
+    """
+
+    module: nn.Module
+
+    def __init__(self, spec: LossSpec, module: nn.Module) -> None:
+        self.spec, self.module = spec, module
 
     def set_progress(self, step: int, warmup: float) -> None:
         """Where the run is, for losses that change with the steps."""
 
     def __call__(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str]) -> Tensor:
         """The loss of the global batch, equal on every rank, with the exact gradient to this rank's samples."""
-        raise NotImplementedError
+        loss: Tensor = self.module(x_bD, labels_b, keys)
+        return loss
 
     def geometry(self) -> Geometry:
         """What the loss compares."""
@@ -63,7 +73,7 @@ class Member:
 def make_member(
     spec: LossSpec, config: Config, classes: int, class_counts: Sequence[int], device: torch.device
 ) -> Member:
-    """The part that a loss of the config needs.
+    """The member that a loss of the config needs.
 
     Raises:
         UserError: a loss that this problem's size does not allow, or that finds no pairs in such batches.
@@ -80,6 +90,8 @@ def make_member(
 class HeadMember(Member):
     """A margin with its sharded head and the optimizer of its rows."""
 
+    module: Head
+
     def __init__(
         self, spec: Margin, config: Config, classes: int, class_counts: Sequence[int], device: torch.device
     ) -> None:
@@ -89,19 +101,15 @@ class HeadMember(Member):
             raise UserError(
                 f"{classes} classes cannot be shared by {group.size} workers; set scaling.workers to {classes} or less"
             )
-        self._name = spec.name
-        seed, counts = config.run.seed, class_counts
-        self._head = Head(
-            spec, classes, dimension, config.head, seed=seed, class_counts=counts, device=device, group=group
+        settings, seed = config.head, config.run.seed
+        head = Head(
+            spec, classes, dimension, settings, seed=seed, class_counts=class_counts, device=device, group=group
         )
-        self._optimizer = HeadOptimizer(self._head)
+        super().__init__(spec, head)
+        self._optimizer = HeadOptimizer(head)
 
     def set_progress(self, step: int, warmup: float) -> None:
-        self._head.set_progress(step, warmup)
-
-    def __call__(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str]) -> Tensor:
-        loss: Tensor = self._head(x_bD, labels_b, keys)
-        return loss
+        self.module.set_progress(step, warmup)
 
     def prepare(self, lr: float) -> None:
         self._optimizer.prepare(lr)
@@ -111,12 +119,12 @@ class HeadMember(Member):
         self._optimizer.zero_grad()
 
     def geometry(self) -> Geometry:
-        return Geometry(self._head.margin.on_directions, centres=self._centres)
+        return Geometry(self.module.margin.on_directions, centres=self._centres)
 
     @torch.no_grad()
     def _centres(self, classes_c: Tensor) -> ClassCentres:
         """On every rank. A collective: one all-reduce of [c, K D + 1]."""
-        head, margin = self._head, self._head.margin
+        head, margin = self.module, self.module.margin
         classes_c = classes_c.to(head.weight.device)
         own_c = (classes_c >= head.rows.start) & (classes_c < head.rows.stop)
         place_c = (classes_c - head.rows.start).clamp(0, len(head.rows) - 1)
@@ -133,41 +141,38 @@ class HeadMember(Member):
 
     def files(self) -> dict[str, dict[str, Tensor]]:
         """One file, named by the classes whose rows it holds; the few numbers that all ranks share lie in each."""
-        state = {f"head.{name}": tensor for name, tensor in self._head.state_dict().items()}
+        state = {f"head.{name}": tensor for name, tensor in self.module.state_dict().items()}
         state |= {f"optimizer.{name}": tensor for name, tensor in self._optimizer.state_dict().items()}
-        return {rows_file(self._name, self._head.rows): state}
+        return {rows_file(self.spec.name, self.module.rows): state}
 
     def load(self, checkpoint: Checkpoint) -> None:
         parts: dict[str, dict[str, Tensor]] = {"head": {}, "optimizer": {}}
-        for name, tensor in checkpoint.read(rows_file(self._name, self._head.rows)).items():
+        for name, tensor in checkpoint.read(rows_file(self.spec.name, self.module.rows)).items():
             owner, _, key = name.partition(".")
             parts[owner][key] = tensor
-        self._head.load_state_dict(parts["head"])
+        self.module.load_state_dict(parts["head"])
         self._optimizer.load_state_dict(parts["optimizer"])
 
 
 class CentreMember(Member):
     """Centres that follow their samples by the paper's rule; the learning rate has no say in it."""
 
+    module: CentreModule
+
     def __init__(self, spec: Center, config: Config, classes: int, device: torch.device) -> None:
-        self._spec = spec
-        self._module = CentreModule(spec, classes, config.backbone.dimension, device=device)
+        super().__init__(spec, CentreModule(spec, classes, config.backbone.dimension, device=device))
 
     def geometry(self) -> Geometry:
-        return Geometry(self._spec.on_directions, followed=lambda c: self._module.of(c).double().cpu().numpy())
-
-    def __call__(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str]) -> Tensor:
-        loss: Tensor = self._module(x_bD, labels_b, keys)
-        return loss
+        return Geometry(self.spec.on_directions, followed=lambda c: self.module.of(c).double().cpu().numpy())
 
     def step(self, lr: float) -> None:
-        self._module.update()
+        self.module.update()
 
     def files(self) -> dict[str, dict[str, Tensor]]:
-        return {rows_file(self._spec.name, self._module.rows): dict(self._module.state_dict())}
+        return {rows_file(self.spec.name, self.module.rows): dict(self.module.state_dict())}
 
     def load(self, checkpoint: Checkpoint) -> None:
-        self._module.load_state_dict(checkpoint.read(rows_file(self._spec.name, self._module.rows)))
+        self.module.load_state_dict(checkpoint.read(rows_file(self.spec.name, self.module.rows)))
 
 
 class BatchMember(Member):
@@ -176,22 +181,19 @@ class BatchMember(Member):
     What it learns is the same on every rank, so one rank stores it.
     """
 
+    module: BatchLossModule
+
     def __init__(
         self, spec: BatchLoss, config: Config, classes: int, class_counts: Sequence[int], device: torch.device
     ) -> None:
         if spec.needs_positives:
             _check_positives(spec.name, config, class_counts)
-        self._group, self._spec, self._name = Group.current(), spec, spec.name
-        dimension, seed = config.backbone.dimension, config.run.seed
-        self._module = BatchLossModule(spec, classes, dimension, seed=seed, device=device, group=self._group)
-        self._optimizer = _optimizer(self._module, config) if len(self._module.values) else None
+        module = BatchLossModule(spec, classes, config.backbone.dimension, seed=config.run.seed, device=device)
+        super().__init__(spec, module)
+        self._optimizer = _optimizer(module, config) if len(module.values) else None
 
     def geometry(self) -> Geometry:
-        return Geometry(self._spec.on_directions, dict(self._module.values).get(PROJECTION))
-
-    def __call__(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str]) -> Tensor:
-        loss: Tensor = self._module(x_bD, labels_b, keys)
-        return loss
+        return Geometry(self.spec.on_directions, dict(self.module.values).get(PROJECTION))
 
     def step(self, lr: float) -> None:
         if self._optimizer is None:
@@ -203,24 +205,24 @@ class BatchMember(Member):
 
     def metrics(self) -> dict[str, Tensor]:
         """How many steps of the run found nothing to learn from."""
-        return {f"empty_steps/{self._name}": self._module.empty_steps.clone()}
+        return {f"empty_steps/{self.spec.name}": self.module.empty_steps.clone()}
 
     def files(self) -> dict[str, dict[str, Tensor]]:
-        if self._group.rank:
+        if self.module.group.rank:
             return {}
-        state = {f"loss.{name}": tensor for name, tensor in self._module.state_dict().items()}
-        for name, parameter in self._module.named_parameters():
+        state = {f"loss.{name}": tensor for name, tensor in self.module.state_dict().items()}
+        for name, parameter in self.module.named_parameters():
             assert self._optimizer is not None
             for key, value in self._optimizer.state[parameter].items():
                 state[f"optimizer.{name}.{key}"] = value
-        return {batch_file(self._name): state}
+        return {batch_file(self.spec.name): state}
 
     def load(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.read(batch_file(self._name))
-        self._module.load_state_dict(
+        state = checkpoint.read(batch_file(self.spec.name))
+        self.module.load_state_dict(
             {name.removeprefix("loss."): value for name, value in state.items() if name.startswith("loss.")}
         )
-        for name, parameter in self._module.named_parameters():
+        for name, parameter in self.module.named_parameters():
             prefix = f"optimizer.{name}."
             assert self._optimizer is not None
             self._optimizer.state[parameter] = {

@@ -98,11 +98,11 @@ def test_projection_is_stepped_by_the_heads_optimizer(name: str) -> None:
     options = {"momentum": 0.5} if name == "sgd" else {"betas": (0.5, 0.999)}
     optimizer = make([t], lr=0.1, weight_decay=0.01, **options)
     for number in range(3):
-        reference._members["tse"]._module.values["projection"].data.copy_(t)  # type: ignore[attr-defined]
-        reference._members["tse"]._module.values["projection"].grad = None  # type: ignore[attr-defined]
+        reference._members["tse"].module.values["projection"].data.copy_(t)  # type: ignore[attr-defined]
+        reference._members["tse"].module.values["projection"].grad = None  # type: ignore[attr-defined]
         x, labels, keys = batch(number)
         reference(x, labels, keys)[0].backward()
-        t.grad = reference._members["tse"]._module.values["projection"].grad  # type: ignore[attr-defined]
+        t.grad = reference._members["tse"].module.values["projection"].grad  # type: ignore[attr-defined]
         optimizer.step()
         step(objective, number)
     torch.testing.assert_close(objective.files()["tse.safetensors"]["loss.values.projection"], t.data)

@@ -33,8 +33,8 @@ KINDS_OWN = math.nan  # stands for the margin that the paper gives to the kind
 
 
 def set_margin(spec: Margin, margin: float) -> None:
-    """Give a spec that is being made the margin of its kind, if it was given none."""
-    if math.isnan(getattr(spec, "margin", 0.0)):
+    """Give a spec that is being made the margin of its kind, where it was given none."""
+    if getattr(spec, "margin", None) is KINDS_OWN:
         object.__setattr__(spec, "margin", margin)
 
 

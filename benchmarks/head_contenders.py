@@ -142,7 +142,7 @@ class Ours(Base):
         """Use the rows that all contenders share instead of rows of its own."""
         head, group = self.head, problem.group
         head.classes, head.rows = problem.classes, RowRange.of(problem.classes, group.rank, group.size)
-        head._gather = Gatherer(problem.classes, head.dimension, group, "head")
+        head._gather = Gatherer(problem.classes, head.dimension, head.group, "head")
         head.weight.data = problem.rows_RD
 
     def step(self) -> None:

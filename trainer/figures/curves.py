@@ -17,19 +17,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.losses import margins
-from trainer.losses.margins.base import Case, Margin, Panel, Positives
+from trainer.losses.margins.base import Case, Margin, PanelName, Positives
 
 RAW_LENGTH = 30.0  # |x| |w| for losses on embeddings as they are
 CLASSES = 10_000  # C, for the gradient: the other C - 1 centres are at right angles to the sample
 ANGLES = 2873  # points on the grid of theta
-PANELS: dict[Panel, str] = {
+PANELS: dict[PanelName, str] = {
     "softmax": "no margin",
     "multiple": "times the angle",
     "additive": "added",
     "adaptive": "by sample or class",
     "reweighting": "hard negatives too",
 }
-assert tuple(PANELS) == get_args(Panel)
+assert tuple(PANELS) == get_args(PanelName)
 
 Vector = NDArray[np.float64]
 
@@ -122,7 +122,7 @@ def variants(kind: type[Margin]) -> list[Variant]:
     return [Variant(replace(kind(), **case.constants), case) for case in cases]
 
 
-def panels() -> Iterator[tuple[Panel, str, list[Variant]]]:
+def panels() -> Iterator[tuple[PanelName, str, list[Variant]]]:
     """All margins of the project by the panel that shows their curves: its name, its title, what it shows."""
     for panel, title in PANELS.items():
         kinds = [kind for kind in margins() if kind.panel == panel]

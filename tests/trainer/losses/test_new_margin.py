@@ -13,8 +13,7 @@ ROOT = Path(__file__).resolve().parents[3]
 FILE = '''
 """A margin that grows with the angle."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -22,11 +21,11 @@ from trainer.losses.margins.base import Margin, Positives, Scale, angle
 
 
 class Slanted(Margin):
-    formula: ClassVar[str] = "s (cos(theta) - m theta)"
-    source: ClassVar[str] = "Nobody 2026, A margin for a test"
-    title: ClassVar[str] = "Slanted"
-    demo: ClassVar[Mapping[str, Any]] = {"scale": 16.0}
-    demo_in_plane: ClassVar[Mapping[str, Any]] = {"margin": 0.05}
+    formula = "s (cos(theta) - m theta)"
+    source = "Nobody 2026, A margin for a test"
+    title = "Slanted"
+    demo: ClassVar = {"scale": 16.0}
+    demo_in_plane: ClassVar = {"margin": 0.05}
 
     name: Literal["slanted"] = "slanted"
     scale: Scale = 64.0
@@ -49,7 +48,7 @@ from trainer.losses import table
 torch.set_num_threads(1)
 config = load(None, ["loss=slanted", "loss.margin=0.2"])
 trained = digits.train(digits.settings("slanted", 2, 60), 60, 0)
-written = draw.geometry(Path("figures"), ["slanted"], [2], 3, 0, lambda *_: None)
+written = draw.geometry(Path("figures"), ["slanted"], [2], steps=3, seed=0, show=lambda *_: None)
 recipe = next(one for one in RECIPES if one.name == "slanted").config(Path("data"), Path("out"), 1, 0)
 groups = curve_groups(angles=9)
 print(json.dumps({

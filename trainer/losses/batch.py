@@ -9,7 +9,7 @@ samples; on one process b = B. `objective.batch` joins the ranks' parts.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -77,14 +77,6 @@ class BatchLoss(LossSpec):
 
     family: ClassVar[Family] = "pair"
     needs_positives: ClassVar[bool] = True
-
-    def resolve(self, classes: int, dimension: int) -> Self:
-        """The same loss with every `auto` replaced, and its constants checked against the problem's size.
-
-        Raises:
-            UserError: a constant is outside what is legal for so many classes in so many dimensions.
-        """
-        return self
 
     def learnables(self, dimension: int, seed: int) -> dict[str, Tensor]:
         """Parameters that every rank holds, and their first values."""

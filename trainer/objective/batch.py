@@ -72,12 +72,7 @@ class BatchLossModule(nn.Module):
         self._gather = Gatherer(classes, dimension, self.group)
 
     def forward(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str] | None = None) -> Tensor:
-        """The loss of the global batch.
-
-        Args:
-            x_bD: embeddings of this rank's samples, as the backbone gives them.
-            labels_b: int64 classes, -1 for a slot that only fills the batch; equally many on every rank.
-            keys: the samples' names, for messages.
+        """The loss of the global batch; 0 where there is nothing to learn from. Arguments as for `gather.Gatherer`.
 
         Raises:
             UserError: on every rank, if a label is no class, an embedding is not finite, or the ranks' batches differ.

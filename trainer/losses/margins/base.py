@@ -143,14 +143,6 @@ class Margin(LossSpec):
         """K; the logit of a class is its best centre's."""
         return 1
 
-    def resolve(self, classes: int, dimension: int) -> Self:
-        """The same loss with every `auto` replaced, and its constants checked against the problem's size.
-
-        Raises:
-            UserError: a constant is outside what is legal for so many classes in so many dimensions.
-        """
-        return self
-
     def at(self, step: int, warmup: float) -> Self:
         """The loss as it is at a step: `warmup` in [0, 1] is how far the margin's warmup has come."""
         if warmup >= 1 or not self.eased:

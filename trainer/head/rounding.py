@@ -91,8 +91,3 @@ class RowState:
         """For a checkpoint."""
         scale = {} if self.scale_R1 is None else {f"{name}_scale": self.scale_R1}
         return {name: self.values_RD} | scale
-
-    def load(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Copy from `tensors()` of the same kind and rows."""
-        for key, tensor in self.tensors(name).items():
-            tensor.copy_(tensors[key])

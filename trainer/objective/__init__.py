@@ -15,7 +15,7 @@ from trainer.checkpoint import Checkpoint
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.losses.base import LossSpec
-from trainer.objective.geometry import Geometry
+from trainer.objective.geometry import LossGeometry
 from trainer.objective.members import make_member, read_projection
 
 
@@ -71,7 +71,7 @@ class Objective:
                 )
         return notes
 
-    def geometry(self) -> Geometry:
+    def geometry(self) -> LossGeometry:
         """What all the losses together compare."""
         return reduce(operator.or_, (member.geometry() for member in self._members.values()))
 
@@ -96,14 +96,14 @@ class Objective:
 
 
 def embedder_of(config: Config, checkpoint: Checkpoint, backbone: nn.Module) -> nn.Module:
-    """As `Geometry.embedder`, from a checkpoint alone: what is to be exported.
+    """As `LossGeometry.embedder`, from a checkpoint alone: what is to be exported.
 
     Args:
         config: the one that the checkpoint was trained with.
         backbone: with the checkpoint's weights.
     """
     projection_nD = read_projection((config.loss, *config.auxiliary), checkpoint)
-    return Geometry(projection_nD=projection_nD).embedder(backbone)
+    return LossGeometry(projection_nD=projection_nD).embedder(backbone)
 
 
 def _check_together(specs: Sequence[LossSpec]) -> None:

@@ -58,7 +58,7 @@ class ClassCentres:
 
 
 @dataclass(frozen=True)
-class Geometry:
+class LossGeometry:
     """What an objective's losses compare: a question to this object in place of one to each kind of loss.
 
     Attributes:
@@ -74,9 +74,9 @@ class Geometry:
     centres: Callable[[Tensor], ClassCentres] | None = None
     followed: Callable[[Tensor], Matrix] | None = None
 
-    def __or__(self, other: "Geometry") -> "Geometry":
+    def __or__(self, other: "LossGeometry") -> "LossGeometry":
         """Of both losses together; what both have is the first one's."""
-        return Geometry(
+        return LossGeometry(
             self.on_directions,
             other.projection_nD if self.projection_nD is None else self.projection_nD,
             self.centres or other.centres,

@@ -22,7 +22,7 @@ from trainer.losses.margins.base import Margin
 from trainer.losses.triplets import PROJECTION
 from trainer.objective.batch import BatchLossModule
 from trainer.objective.centres import CentreModule
-from trainer.objective.geometry import ClassCentres, Geometry
+from trainer.objective.geometry import ClassCentres, LossGeometry
 
 
 class Member:
@@ -46,7 +46,7 @@ class Member:
         loss: Tensor = self.module(x_bD, labels_b, keys)
         return loss
 
-    def geometry(self) -> Geometry:
+    def geometry(self) -> LossGeometry:
         """What the loss compares."""
         raise NotImplementedError
 
@@ -118,8 +118,8 @@ class HeadMember(Member):
         self._optimizer.step(lr)
         self._optimizer.zero_grad()
 
-    def geometry(self) -> Geometry:
-        return Geometry(self.module.margin.on_directions, centres=self._centres)
+    def geometry(self) -> LossGeometry:
+        return LossGeometry(self.module.margin.on_directions, centres=self._centres)
 
     @torch.no_grad()
     def _centres(self, classes_c: Tensor) -> ClassCentres:
@@ -162,8 +162,8 @@ class CentreMember(Member):
     def __init__(self, spec: Center, config: Config, classes: int, device: torch.device) -> None:
         super().__init__(spec, CentreModule(spec, classes, config.backbone.dimension, device=device))
 
-    def geometry(self) -> Geometry:
-        return Geometry(self.spec.on_directions, followed=lambda c: self.module.of(c).double().cpu().numpy())
+    def geometry(self) -> LossGeometry:
+        return LossGeometry(self.spec.on_directions, followed=lambda c: self.module.of(c).double().cpu().numpy())
 
     def step(self, lr: float) -> None:
         self.module.update()
@@ -192,8 +192,8 @@ class BatchMember(Member):
         super().__init__(spec, module)
         self._optimizer = _optimizer(module, config) if len(module.values) else None
 
-    def geometry(self) -> Geometry:
-        return Geometry(self.spec.on_directions, dict(self.module.values).get(PROJECTION))
+    def geometry(self) -> LossGeometry:
+        return LossGeometry(self.spec.on_directions, dict(self.module.values).get(PROJECTION))
 
     def step(self, lr: float) -> None:
         if self._optimizer is None:

@@ -73,3 +73,9 @@ run_them(0, Path({str(tmp_path)!r}), 1)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "1-0.json").is_file()
+
+
+def test_the_readme_shows_these_lines_and_no_others() -> None:
+    shown = [block for block in (ROOT / "README.md").read_text().split("```python\n")[1:] if "trainer.head" in block]
+    for block in shown:
+        assert block.partition("```")[0].strip() == lines_of_the_documentation().strip()

@@ -44,9 +44,7 @@ class Problem:
         if self.group.size == 1:
             return self.rows_RD
         rows = self.rows_RD.new_empty(self.classes, self.rows_RD.shape[1])
-        dist.all_gather_into_tensor(rows, self.rows_RD) if not hasattr(dist, "all_gather_single") else (
-            dist.all_gather_single(rows, self.rows_RD)
-        )
+        dist.all_gather_single(rows, self.rows_RD)
         return rows
 
 

@@ -8,7 +8,7 @@ Legend: T angles on a grid, in degrees where they are kept.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
@@ -119,7 +119,7 @@ class Variant:
 def variants(kind: type[Margin]) -> list[Variant]:
     """The cases in which a margin is drawn; one that names none has its defaults as the one case."""
     cases = kind.cases or (Case(curve=kind.title, row=""),)
-    return [Variant(replace(kind(), **case.constants), case) for case in cases]
+    return [Variant(kind(**case.constants), case) for case in cases]
 
 
 def panels() -> Iterator[tuple[PanelName, str, list[Variant]]]:

@@ -117,3 +117,9 @@ def test_regions_are_bounded_where_the_logits_are_equal() -> None:
         if row.name == "cosface":
             np.testing.assert_allclose(np.cos(np.radians(least_2)), np.cos(np.radians(theta_1)) - 0.35, atol=1e-9)
         assert bool((np.diff(least_2) >= -1e-9).all())
+
+
+def test_a_case_has_the_margin_of_its_own_kind() -> None:
+    """MV-softmax of the kind arc is ArcFace but for the negatives, which no target shows."""
+    curves = {curve.label: curve for group in curve_groups(angles=99) for curve in group.curves}
+    np.testing.assert_array_equal(curves["MV-Arc, $m = 0.5$"].psi_T, curves["ArcFace, $m = 0.5$"].psi_T)

@@ -30,6 +30,7 @@ def test_a_row_says_everything_and_is_what_the_config_makes(row: dict[str, objec
     assert list(row) == ["name", "family", "formula", "defaults", "source"]
     assert json.loads(json.dumps(row)) == row
     assert all(row[key] for key in ("name", "family", "formula", "source"))
+    assert by_name()[str(row["name"])].title
     spec = load(None, [f"loss={row['name']}"]).loss
     assert isinstance(spec, LossSpec)
     assert asdict(spec) == {"name": row["name"], "weight": 1.0, **row["defaults"]}  # type: ignore[dict-item]

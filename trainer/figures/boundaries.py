@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from trainer.figures.curves import Variant, variants
-from trainer.losses import margins
+from trainer.losses import all_margins
 from trainer.losses.margins.base import Margin
 
 RIGHT_ANGLE = math.pi / 2
@@ -52,7 +52,7 @@ def boundary_rows(apart: float = RIGHT_ANGLE) -> list[BoundaryRow]:
     """
     return [
         _row(variant, variant.case.row, apart)
-        for kind in margins()
+        for kind in all_margins()
         for variant in variants(kind)
         if variant.case.row is not None
     ]

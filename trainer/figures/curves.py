@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.losses import margins
+from trainer.losses import all_margins
 from trainer.losses.margins.base import Case, Margin, PanelName, Positives
 
 RAW_LENGTH = 30.0  # |x| |w| for losses on embeddings as they are
@@ -125,7 +125,7 @@ def variants(kind: type[Margin]) -> list[Variant]:
 def panels() -> Iterator[tuple[PanelName, str, list[Variant]]]:
     """All margins of the project by the panel that shows their curves: its name, its title, what it shows."""
     for panel, title in PANELS.items():
-        kinds = [kind for kind in margins() if kind.panel == panel]
+        kinds = [kind for kind in all_margins() if kind.panel == panel]
         yield panel, title, [one for kind in kinds for one in variants(kind) if one.case.curve is not None]
 
 
@@ -167,7 +167,7 @@ def negative_curves() -> CurveGroup:
     """
     theta_T = torch.linspace(0, math.pi, ANGLES, dtype=torch.float64)
     curves = []
-    for kind in margins():
+    for kind in all_margins():
         for case in kind.negatives or (Case(curve=kind.title),) if kind.reweights else ():
             variant = Variant(kind(), case)
             changed_T, slope_T = variant.reweighted(theta_T.cos(), torch.ones(ANGLES, dtype=torch.bool))

@@ -58,7 +58,7 @@ def by_name() -> dict[str, type[LossSpec]]:
     return {spec().name: spec for spec in LOSSES}
 
 
-def margins() -> list[type[Margin]]:
+def all_margins() -> list[type[Margin]]:
     """The losses that are a head's margin."""
     return [spec for spec in LOSSES if issubclass(spec, Margin)]
 

@@ -35,16 +35,13 @@ def build(config: BackboneConfig, channels: int, height: int, width: int) -> nn.
         return _from_timm(config.name.removeprefix(TIMM), config, channels, height, width)
     match config.name:
         case "convnet":
-            return ConvNet(
-                channels, height, width, dimension=config.dimension, first=config.width, dropout=config.dropout
-            )
+            return ConvNet(channels, height, width, config.dimension, config.width, config.dropout)
         case "mobilefacenet":
             return MobileFaceNet(channels, height, width, config.dimension, config.dropout)
         case "vit":
             return VisionTransformer(channels, height, width, config.dimension, config.dropout)
         case name if name in UNITS:
-            units, D = UNITS[name], config.dimension
-            return IResNet(units, channels, height, width, dimension=D, dropout=config.dropout)
+            return IResNet(UNITS[name], channels, height, width, config.dimension, config.dropout)
         case name:
             close = difflib.get_close_matches(name, NAMES, 1)
             hint = f"did you mean '{close[0]}'? " if close else ""

@@ -20,7 +20,7 @@ class ConvNet(nn.Module):
         dropout: share of the last features set to 0 in training.
     """
 
-    def __init__(self, channels: int, height: int, width: int, *, dimension: int, first: int, dropout: float) -> None:
+    def __init__(self, channels: int, height: int, width: int, dimension: int, first: int, dropout: float) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         inputs = channels

@@ -50,7 +50,7 @@ class IResNet(nn.Module):
     """
 
     def __init__(
-        self, units: tuple[int, ...], channels: int, height: int, width: int, *, dimension: int, dropout: float
+        self, units: tuple[int, ...], channels: int, height: int, width: int, dimension: int, dropout: float
     ) -> None:
         super().__init__()
         inputs = WIDTHS[0]

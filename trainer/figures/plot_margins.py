@@ -13,17 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from trainer.evaluation.plots_style import (
-    COLOURS,
-    DOUBLE,
-    GREY,
-    LINES,
-    MARKERS,
-    PALE,
-    SINGLE,
-    new_figure,
-    paper_style,
-)
+from trainer.evaluation.plots_style import COLOURS, DOUBLE, GREY, LINES, MARKERS, PALE, SINGLE, new_figure, paper_style
 from trainer.figures.boundaries import BoundaryRow
 from trainer.figures.curves import CurveGroup, MarginCurve, Vector
 

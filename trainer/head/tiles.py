@@ -319,13 +319,7 @@ class TileMaker:
 
 
 def negatives(
-    e_BD: Tensor,
-    rows: Rows,
-    own: Own,
-    plan: TilePlan,
-    *,
-    sink: RowSink,
-    memory: Workspace,
+    e_BD: Tensor, rows: Rows, own: Own, plan: TilePlan, *, sink: RowSink, memory: Workspace
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's part of the denominator, and the centres of each sample's own class.
 

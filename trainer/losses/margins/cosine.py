@@ -202,10 +202,7 @@ class DynamicMargin(Margin):
     demo_in_plane: ClassVar = {"greatest": 0.2}
     eased = ("least", "greatest")
     panel = "adaptive"
-    cases = (
-        Case(curve="dynamic, $m_c = 0.05$", share=0.0),
-        Case(row="$m_c=0.5$", share=1.0),
-    )
+    cases = (Case(curve="dynamic, $m_c = 0.05$", share=0.0), Case(row="$m_c=0.5$", share=1.0))
     boundary = angle_boundary("m_c")
 
     name: Literal["dynamic"] = "dynamic"
@@ -252,10 +249,7 @@ class ElasticFace(Margin):
     noisy = True
     eased = ("margin", "sigma")
     panel = "adaptive"
-    cases = (
-        Case(curve="ElasticFace, $m_i = 0.4$", constants={"sigma": 0.05}, noise=-2.0),
-        Case(row="$m_i=0.5$"),
-    )
+    cases = (Case(curve="ElasticFace, $m_i = 0.4$", constants={"sigma": 0.05}, noise=-2.0), Case(row="$m_i=0.5$"))
     boundary = angle_boundary("m_i")
 
     name: Literal["elasticface"] = "elasticface"

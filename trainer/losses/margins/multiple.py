@@ -64,9 +64,7 @@ class LSoftmax(MultipleAngle):
         Case(curve="L-Softmax, $m = 1$", constants={"margin": 1}),
         *(
             Case(
-                curve=f"L-Softmax, $m = {m}$",
-                row=rf"$m={m}$, $\Vert w_1\Vert=\Vert w_2\Vert$",
-                constants={"margin": m},
+                curve=f"L-Softmax, $m = {m}$", row=rf"$m={m}$, $\Vert w_1\Vert=\Vert w_2\Vert$", constants={"margin": m}
             )
             for m in (2, 3, 4)
         ),

@@ -16,14 +16,7 @@ from torch.nn import functional
 from trainer.checked import Within
 from trainer.errors import UserError
 from trainer.losses.bounds import l2_softmax_scale, positive_scale
-from trainer.losses.margins.base import (
-    Case,
-    Margin,
-    Positives,
-    Probability,
-    Scale,
-    cosine_boundary,
-)
+from trainer.losses.margins.base import Case, Margin, Positives, Probability, Scale, cosine_boundary
 
 _EQUAL = r"$\Vert w_1\Vert=\Vert w_2\Vert$, $b_1=b_2$"
 
@@ -41,10 +34,7 @@ class Softmax(Margin):
     eased = ()
     panel = "softmax"
     cases = (Case(curve="softmax", row=_EQUAL),)
-    boundary = (
-        r"(w_1-w_2)\cdot x+b_1-b_2=0",
-        "(w_1 - w_2).x + b_1 - b_2 = 0",
-    )
+    boundary = (r"(w_1-w_2)\cdot x+b_1-b_2=0", "(w_1 - w_2).x + b_1 - b_2 = 0")
 
     name: Literal["softmax"] = "softmax"
 
@@ -135,10 +125,7 @@ class L2Softmax(Margin):
     eased = ()
     panel = "softmax"
     cases = (Case(curve=r"$L_2$-softmax, $\alpha = 40$", row=_EQUAL),)
-    boundary = (
-        r"\alpha(w_1-w_2)\cdot\hat{x}+b_1-b_2=0",
-        "alpha (w_1 - w_2).x/|x| + b_1 - b_2 = 0",
-    )
+    boundary = (r"\alpha(w_1-w_2)\cdot\hat{x}+b_1-b_2=0", "alpha (w_1 - w_2).x/|x| + b_1 - b_2 = 0")
 
     name: Literal["l2_softmax"] = "l2_softmax"
     alpha: Scale | Literal["auto"] = 40.0

@@ -77,6 +77,12 @@ def table() -> list[dict[str, Any]]:
         for name, spec in by_name().items()
     ]
     return rows + [
-        {"name": one.name, "family": "elementary", "formula": one.formula, "defaults": {}, "source": one.source}
+        {
+            "name": one.name,
+            "family": "elementary",
+            "formula": f"{one.formula}; derivative: {one.gradient}",
+            "defaults": {},
+            "source": one.source,
+        }
         for one in ELEMENTARY
     ]

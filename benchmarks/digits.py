@@ -14,7 +14,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from rich.console import Console
 
 from benchmarks.intervals import interval
 from serving.cli.terminal import progress
-from trainer import digits
 from trainer.config import Config
+from trainer.figures import digits
 from trainer.losses import by_name
 
 MULTIPLES = (1, 2, 3, 4)
@@ -57,8 +57,8 @@ class Row:
             "table": self.table,
             "label": self.label,
             "dimension": self.dimension,
-            "loss": self.config.loss.model_dump(mode="json"),
-            "auxiliary": [spec.model_dump(mode="json") for spec in self.config.auxiliary],
+            "loss": asdict(self.config.loss),
+            "auxiliary": [asdict(spec) for spec in self.config.auxiliary],
             **summary,
             "seeds": self.values,
         }
@@ -74,7 +74,7 @@ def plan(losses: Sequence[str], dimension: int, steps: int) -> list[tuple[str, s
     return rows + [("losses", name, dimension, digits.settings(name, dimension, steps)) for name in losses]
 
 
-def measure(table: str, label: str, dimension: int, config: Config, steps: int, splits: Sequence[digits.Split]) -> Row:
+def measure(table: str, label: str, dimension: int, config: Config, steps: int, splits: Sequence[digits.Digits]) -> Row:
     values: dict[str, list[float] | None] = {name: [] for name in MEASURES}
     for seed, split in enumerate(splits):
         trained = digits.train(config, steps, seed, split)
@@ -129,7 +129,7 @@ def markdown(rows: Sequence[Row], found: Sequence[dict[str, Any]], options: argp
         "decides; *means*: the nearest class mean of the training embeddings, by the cosine, which is how "
         "embeddings are compared in service. *Intra*: mean angle of a sample to its class mean; *inter*: the "
         "smallest angle between two class means. The constants of each loss are in the JSON and in "
-        f"`trainer/digits.py`; they were chosen once for ten classes, not tuned loss by loss. {seconds:.0f} s of "
+        f"their classes; they were chosen once for ten classes, not tuned loss by loss. {seconds:.0f} s of "
         "one core."
     )
     command = "    python benchmarks/digits.py --json digits.json --markdown benchmarks/digits.md"

@@ -26,13 +26,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing
 
-from benchmarks.without_pydantic import provide
-
-provide()
-
-from benchmarks.head_contenders import MARGIN, SCALE, Contender, Floor, Ours, Problem, contenders  # noqa: E402
-from trainer.distributed import Group  # noqa: E402
-from trainer.head_memory import free_memory  # noqa: E402
+from benchmarks.head_contenders import MARGIN, SCALE, Contender, Floor, Ours, Problem, contenders
+from trainer.distributed import Group
+from trainer.head.memory import free_memory
 
 NAMES = ["floor", "store", "recompute", "dense", "pml", "insightface_ops"]
 CHUNK = 16384  # classes of the float64 reference at once
@@ -47,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int, default=2, help="of all ranks together, on the CPU")
-    parser.add_argument("--repeats", type=int, default=7, help="timed steps, after one for warm-up")
+    parser.add_argument("--repeats", type=int, default=7, help="timed steps, after one for warmup")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

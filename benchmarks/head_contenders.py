@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.config import HeadConfig, OptimizerConfig
-from trainer.distributed import Group
+from trainer.distributed import Group, RowRange
+from trainer.gather import Gatherer
 from trainer.head import Head
-from trainer.head_optimizer import HeadOptimizer
+from trainer.head.optimizer import HeadOptimizer
+from trainer.head.settings import HeadConfig, HeadOptimizerConfig
 from trainer.losses import ArcFace
 
 SCALE, MARGIN, MOMENTUM, LEARNING_RATE = 64.0, 0.5, 0.9, 1e-4
@@ -43,9 +44,7 @@ class Problem:
         if self.group.size == 1:
             return self.rows_RD
         rows = self.rows_RD.new_empty(self.classes, self.rows_RD.shape[1])
-        dist.all_gather_into_tensor(rows, self.rows_RD) if not hasattr(dist, "all_gather_single") else (
-            dist.all_gather_single(rows, self.rows_RD)
-        )
+        dist.all_gather_single(rows, self.rows_RD)
         return rows
 
 
@@ -129,7 +128,8 @@ class Ours(Base):
         super().__init__(problem)
         self.name = algorithm
         kind = "bf16" if problem.dtype == torch.bfloat16 else "fp32"
-        config = HeadConfig(algorithm=algorithm, dtype=kind, fused=fused)  # type: ignore[arg-type]
+        settings = HeadOptimizerConfig(momentum=MOMENTUM)
+        config = HeadConfig(algorithm=algorithm, compute_dtype=kind, fused=fused, optimizer=settings)  # type: ignore[arg-type]
         D, device = problem.x_bD.shape[1], problem.x_bD.device
         self.head = Head(ArcFace(scale=SCALE, margin=MARGIN), problem.group.size * 2, D, config, device=device)
         self._adopt(problem)
@@ -138,10 +138,9 @@ class Ours(Base):
 
     def _adopt(self, problem: Problem) -> None:
         """Use the rows that all contenders share instead of rows of its own."""
-        from trainer.distributed import RowRange
-
         head, group = self.head, problem.group
         head.classes, head.rows = problem.classes, RowRange.of(problem.classes, group.rank, group.size)
+        head._gather = Gatherer(problem.classes, head.dimension, head.group, "head")
         head.weight.data = problem.rows_RD
 
     def step(self) -> None:
@@ -158,7 +157,7 @@ class Ours(Base):
 
     def _made(self) -> HeadOptimizer:
         if self.optimizer is None:
-            self.optimizer = HeadOptimizer(self.head, OptimizerConfig(head_momentum=MOMENTUM))
+            self.optimizer = HeadOptimizer(self.head)
         return self.optimizer
 
     def rows_gradient(self) -> Tensor | None:

@@ -17,9 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from trainer.config import HeadConfig, OptimizerConfig
-from trainer.head import Head
-from trainer.head_optimizer import HeadOptimizer
+from trainer.head import Head, HeadOptimizer
+from trainer.head.settings import HeadConfig, HeadOptimizerConfig
 from trainer.losses import ArcFace
 
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
@@ -50,13 +49,14 @@ def main() -> None:
     config = HeadConfig(
         algorithm="recompute",
         fused=True,
-        weights=options.weights,
-        dtype=options.dtype,
+        param_dtype=options.weights,
+        compute_dtype=options.dtype,
         sample_rate=options.sample_rate,
+        optimizer=HeadOptimizerConfig(state_dtype=options.state),
     )
     start = time.perf_counter()
     head = Head(ArcFace(), options.classes, options.dim, config)
-    optimizer = HeadOptimizer(head, OptimizerConfig(head_state=options.state))
+    optimizer = HeadOptimizer(head)
     print(f"made in {time.perf_counter() - start:.1f} s")
     generator = torch.Generator().manual_seed(0)
     x_BD = torch.randn(options.batch, options.dim, generator=generator, requires_grad=True)

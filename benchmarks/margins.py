@@ -36,24 +36,27 @@ from serving.cli.terminal import progress
 from trainer.config import Config, load
 from trainer.data.importers.run import ImportOptions, run_import
 from trainer.errors import UserError
+from trainer.losses import by_name
+from trainer.losses.base import LossSpec
 
 HELD_OUT_ALPHABETS = 6
 EPOCHS = 6
+STEPS = 600  # about as many as a run has
 MEASURES = {"val/rank1": "rank-1", "val/fnir_at_fpir_1pct": "FNIR at FPIR 1 %"}
 
 COMMON = (
     *("data.height=28", "data.width=28", "data.batch_size=256"),
     *("augment.rotate_degrees=10", "augment.scale=0.1", "augment.shear_degrees=8", "augment.translate=0.06"),
     *("backbone.name=convnet", "backbone.dimension=128", "backbone.width=32"),
-    *("optimizer.lr=0.15", "optimizer.weight_decay=5e-4", "optimizer.head_weight_decay=5e-4"),
+    *("optimizer.lr=0.15", "optimizer.weight_decay=5e-4", "head.optimizer.weight_decay=5e-4"),
     *("schedule.warmup_steps=60", "schedule.margin_warmup_steps=150", "engine.bf16=true", "scaling.workers=1"),
     *("run.eval_every=1000", "run.checkpoint_every=0", "run.log_every=100", "tracking.enabled=false"),
 )
-UNIT_ROWS = ("optimizer.head_lr=2.0",)  # each centre is the target of few samples: it wants a far larger step
-FREE_ROWS = ("optimizer.head_lr=0.3",)  # centres with a length
+UNIT_ROWS = ("head.optimizer.lr=2.0",)  # each centre is the target of few samples: it wants a far larger step
+FREE_ROWS = ("head.optimizer.lr=0.3",)  # centres with a length
 PAIRS = ("data.identities_per_batch=32",)  # 32 identities x 8 samples
 EASED = ("loss.lambda_start=100", "loss.lambda_gamma=0.0133", "loss.lambda_power=4")  # L-Softmax and A-Softmax
-ADAMW = ("optimizer.head_name=adamw", "optimizer.head_lr=0.01")
+ADAMW = ("head.optimizer.name=adamw", "head.optimizer.lr=0.01")
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def beside_softmax(name: str, floor: float, weight: float, *overrides: str) -> R
 
 S16 = (*UNIT_ROWS, "loss.scale=16")
 ARCFACE = (*S16, "loss.margin=0.2")
-LOSSES = [
+_RECIPES = [
     recipe("softmax", 0.65, *FREE_ROWS),
     recipe("weighted_softmax", 0.65, *FREE_ROWS),
     recipe("focal", 0.65, *FREE_ROWS),
@@ -120,22 +123,43 @@ LOSSES = [
     beside_softmax("center_invariant", 0.67, 0.003),
     beside_softmax("range", 0.55, 0.1, *PAIRS),
 ]
+
+
+def from_class(spec: type[LossSpec]) -> Recipe:
+    """A loss without a recipe above trains with the constants that its class gives for few classes."""
+    name, where = spec().name, "loss" if spec.beside_softmax is None else "auxiliary.0"
+    constants = tuple(f"{where}.{key}={value}" for key, value in spec.demo_constants(128, STEPS).items())
+    if spec.beside_softmax is not None:
+        return beside_softmax(name, 0.5, spec.beside_softmax, *PAIRS, *constants)
+    rows = {"pair": PAIRS}.get(spec.family, UNIT_ROWS if spec.unit_rows else FREE_ROWS)
+    return recipe(name, 0.5, *rows, *constants)
+
+
+_KNOWN = {one.name: one for one in _RECIPES}
+LOSSES = [_KNOWN.get(name) or from_class(spec) for name, spec in by_name().items()]
 ABLATION = (
     *("softmax", "normface", "a_softmax", "l_softmax", "cosface", "arcface", "combined", "curricularface", "adaface"),
     "sub_center_arcface",
 )
 _FLOOR = 0.68
 STATE = [
-    recipe("arcface", _FLOOR, *ARCFACE, "optimizer.head_state=fp32", name="SGD, fp32 state"),
-    recipe("arcface", _FLOOR, *ARCFACE, "optimizer.head_state=bf16", name="SGD, bf16 state"),
-    recipe("arcface", _FLOOR, *ARCFACE, "optimizer.head_state=int8", name="SGD, int8 state"),
+    recipe("arcface", _FLOOR, *ARCFACE, "head.optimizer.state_dtype=fp32", name="SGD, fp32 state"),
+    recipe("arcface", _FLOOR, *ARCFACE, "head.optimizer.state_dtype=bf16", name="SGD, bf16 state"),
+    recipe("arcface", _FLOOR, *ARCFACE, "head.optimizer.state_dtype=int8", name="SGD, int8 state"),
     recipe(
-        *("arcface", _FLOOR, *ARCFACE, "optimizer.head_state=int8", "head.weights=bf16", "head.dtype=bf16"),
+        *(
+            "arcface",
+            _FLOOR,
+            *ARCFACE,
+            "head.optimizer.state_dtype=int8",
+            "head.param_dtype=bf16",
+            "head.compute_dtype=bf16",
+        ),
         name="SGD, int8 state, bf16 centres and products",
     ),
-    recipe("arcface", _FLOOR, *ARCFACE, *ADAMW, "optimizer.head_state=fp32", name="AdamW, fp32 state"),
-    recipe("arcface", _FLOOR, *ARCFACE, *ADAMW, "optimizer.head_state=bf16", name="AdamW, bf16 state"),
-    recipe("arcface", _FLOOR, *ARCFACE, *ADAMW, "optimizer.head_state=int8", name="AdamW, int8 state"),
+    recipe("arcface", _FLOOR, *ARCFACE, *ADAMW, "head.optimizer.state_dtype=fp32", name="AdamW, fp32 state"),
+    recipe("arcface", _FLOOR, *ARCFACE, *ADAMW, "head.optimizer.state_dtype=bf16", name="AdamW, bf16 state"),
+    recipe("arcface", _FLOOR, *ARCFACE, *ADAMW, "head.optimizer.state_dtype=int8", name="AdamW, int8 state"),
 ]
 TABLES = {
     "ablation": [one for name in ABLATION for one in LOSSES if one.name == name],

@@ -30,7 +30,7 @@ ALPHABETS = ("Futurama", "Early_Aramaic", "Braille", "Hebrew", "Greek", "Korean"
 SETTINGS = [
     "backbone.name=convnet", "backbone.dimension=64", "backbone.width=16", "data.height=28", "data.width=28",
     "data.batch_size=128", "run.epochs=6", "run.max_steps=60", "run.log_every=5", "run.eval_every=3",
-    "run.checkpoint_every=25", "run.collapse=true", "optimizer.lr=0.1", "optimizer.head_lr=1", "loss.scale=24",
+    "run.checkpoint_every=25", "run.collapse=true", "optimizer.lr=0.1", "head.optimizer.lr=1", "loss.scale=24",
     "loss.margin=0.2",
 ]  # fmt: skip
 

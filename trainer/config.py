@@ -4,9 +4,12 @@ Unknown keys are errors. The resolved tree is stored with every run (`Config.to_
 """
 
 import difflib
+import operator
 from collections.abc import Sequence
+from dataclasses import fields
+from functools import reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -14,9 +17,30 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from trainer.data.augment import AugmentConfig
 from trainer.data.stream import DataConfig
 from trainer.errors import UserError
-from trainer.losses import ArcFace, Loss, Margin
+from trainer.head.settings import HeadConfig
+from trainer.losses import LOSSES, by_name
+from trainer.losses.base import LossSpec
+from trainer.losses.margins.cosine import ArcFace
 from trainer.strict import Strict
 from trainer.tracking import TrackingConfig
+
+if TYPE_CHECKING:
+    Loss = LossSpec
+else:  # the one whose name is given
+    Loss = Annotated[reduce(operator.or_, LOSSES), Field(discriminator="name")]
+
+# Keys that have another name now.
+RENAMED = {
+    "head.dtype": "head.compute_dtype",
+    "head.weights": "head.param_dtype",
+    "optimizer.head_name": "head.optimizer.name",
+    "optimizer.head_lr": "head.optimizer.lr",
+    "optimizer.head_momentum": "head.optimizer.momentum",
+    "optimizer.head_beta2": "head.optimizer.beta2",
+    "optimizer.head_weight_decay": "head.optimizer.weight_decay",
+    "optimizer.head_state": "head.optimizer.state_dtype",
+    "loss.selection": "loss.mining",
+}
 
 
 class BackboneConfig(Strict):
@@ -28,37 +52,13 @@ class BackboneConfig(Strict):
     dropout: float = Field(0.0, ge=0, lt=1)
 
 
-class HeadConfig(Strict):
-    """How the class centres are kept and computed; which margin is `loss`."""
-
-    algorithm: Literal["auto", "store", "recompute"] = Field("auto", description="auto: store when P fits the memory")
-    dtype: Literal["fp32", "bf16"] = Field("fp32", description="of the matrix products and of the stored P")
-    weights: Literal["fp32", "bf16"] = Field("fp32", description="of the class centres themselves")
-    rows: Literal["unit", "free"] = Field(
-        "unit", description="centres of margins on the cosine: unit = kept at length 1; free = divided by their length"
-    )
-    fused: bool = Field(
-        False, description="step the centres inside the backward, so that their gradient is never stored"
-    )
-    tile: int = Field(8192, ge=1, description="classes a tile")
-    sample_rate: float = Field(1.0, gt=0, le=1, description="share of the negative classes used in a step (PartialFC)")
-
-
 class OptimizerConfig(Strict):
-    """Steps of the backbone (inside DeepSpeed) and of the head (outside it)."""
+    """Steps of the backbone, inside DeepSpeed; those of the head are `head.optimizer`."""
 
     name: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(0.1, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0)
-    head_name: Literal["sgd", "adamw"] = "sgd"
-    head_lr: float | None = Field(
-        None, gt=0, description="null: 1 for SGD on unit centres, of which each is the target of few samples; else lr"
-    )
-    head_momentum: float = Field(0.9, ge=0, lt=1, description="of SGD; beta1 of AdamW")
-    head_beta2: float = Field(0.999, ge=0, lt=1, description="of AdamW")
-    head_weight_decay: float = Field(5e-4, ge=0, description="of centres with a length; unit centres have no decay")
-    head_state: Literal["fp32", "bf16", "int8"] = Field("fp32", description="type of the head optimizer's state")
 
 
 class ScheduleConfig(Strict):
@@ -142,16 +142,16 @@ class Config(Strict):
         return self
 
     def head_lr(self) -> float:
-        """`optimizer.head_lr`, or what null stands for.
+        """`head.optimizer.lr`, or what null stands for.
 
         A unit row turns by an angle, whatever the backbone's weights are: its rate is not a multiple of theirs. Rows
         of 512 numbers that start with deviation 0.01 and are divided by their length turn alike at the rate 0.05.
         """
-        optimizer = self.optimizer
-        if optimizer.head_lr is not None:
-            return optimizer.head_lr
-        unit = isinstance(self.loss, Margin) and self.loss.unit_rows and self.head.rows == "unit"
-        return 1.0 if unit and optimizer.head_name == "sgd" else optimizer.lr
+        optimizer = self.head.optimizer
+        if optimizer.lr is not None:
+            return optimizer.lr
+        unit = self.loss.unit_rows and self.head.rows == "unit"
+        return 1.0 if unit and optimizer.name == "sgd" else self.optimizer.lr
 
     def to_yaml(self) -> str:
         """The resolved tree, as YAML that `load` reads back to an equal tree."""
@@ -185,10 +185,24 @@ def from_tree(tree: dict[str, Any]) -> Config:
     Raises:
         UserError: one line per fault, each with the key, the value and what is allowed.
     """
+    _refuse_old_names(tree)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError("\n".join(_explain(fault) for fault in _leading(error.errors()))) from error
+
+
+def _refuse_old_names(tree: dict[str, Any]) -> None:
+    lines = []
+    for old, new in RENAMED.items():
+        section, key = old.split(".")
+        if isinstance(tree.get(section), dict) and key in tree[section]:
+            lines.append(f"config: '{old}' is called '{new}' now; rename it")
+    for place, spec in enumerate(tree.get("auxiliary") or []):
+        if isinstance(spec, dict) and "selection" in spec:
+            lines.append(f"config: 'auxiliary.{place}.selection' is called 'auxiliary.{place}.mining' now; rename it")
+    if lines:
+        raise UserError("\n".join(lines))
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -234,7 +248,7 @@ def _explain(fault: Any) -> str:
     """One fault of pydantic's as one sentence: where, the value, what is allowed."""
     location = [str(part) for part in fault["loc"] if part != "constrained-float"]
     key = ".".join(location)
-    if fault["type"] == "extra_forbidden":
+    if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
         allowed = _keys_at(location[:-1])
         close = difflib.get_close_matches(location[-1], allowed, 1)
         hint = f"did you mean '{close[0]}'?" if close else f"allowed: {', '.join(allowed)}"
@@ -249,14 +263,15 @@ def _explain(fault: Any) -> str:
 
 def _keys_at(location: list[str]) -> list[str]:
     """The keys allowed in a section; through a tagged union the location names the tag after the field."""
-    model: type[BaseModel] = Config
+    section: type = Config
     for part in location:
-        field = model.model_fields.get(part)
-        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            model = field.annotation
-            continue
-        from trainer.losses import by_name
+        found = _types(section).get(part)
+        section = found if isinstance(found, type) else by_name().get(part, section)
+    return list(_types(section))
 
-        if (loss := by_name().get(part)) is not None:
-            model = loss
-    return list(model.model_fields)
+
+def _types(section: Any) -> dict[str, Any]:
+    """What the keys of a section hold."""
+    if issubclass(section, BaseModel):
+        return {name: field.annotation for name, field in section.model_fields.items()}
+    return {field.name: field.type for field in fields(section)}

@@ -12,6 +12,7 @@ that reaches 1 is therefore this rank's *part* of the gradient, and the reduce-s
 On one process nothing is sent and the same code runs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from trainer.errors import UserError
+
+Map = Callable[[Tensor], Tensor]
 
 
 @dataclass(slots=True)
@@ -160,14 +163,26 @@ def gather_rows(x_bD: Tensor, labels_b: Tensor, group: Group) -> tuple[Tensor, T
     return x_BD, labels_B
 
 
-class _SumOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, values: Tensor, group: Group) -> Tensor:
-        return group.all_reduce(values).view_as(values)
+class _Linear(torch.autograd.Function):
+    """A linear map, and what its backward makes of the gradient."""
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+    def forward(ctx: FunctionCtx, values: Tensor, there: Map, back: Map) -> Tensor:
+        ctx.back = back  # type: ignore[attr-defined]
+        return there(values)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(gradients[0]), None, None  # type: ignore[attr-defined]
+
+
+def _linear(values: Tensor, there: Map, back: Map) -> Tensor:
+    result: Tensor = _Linear.apply(values, there, back)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _same(values: Tensor) -> Tensor:
+    return values.view_as(values)
 
 
 def sum_over_ranks(values: Tensor, group: Group) -> Tensor:
@@ -176,44 +191,23 @@ def sum_over_ranks(values: Tensor, group: Group) -> Tensor:
     What follows is the same on every rank: with y = sum_r v_r and one loss L(y), dL/dv_r = dL/dy, which each rank
     already holds. (A loss *per rank*, added up over the ranks, would need an all-reduce here.)
     """
-    result: Tensor = _SumOverRanks.apply(values, group)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _StackOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, values: Tensor, group: Group) -> Tensor:
-        ctx.rank = group.rank  # type: ignore[attr-defined]
-        return group.all_gather(values.unsqueeze(0)).view(group.size, *values.shape)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0][ctx.rank], None  # type: ignore[attr-defined]
+    return _linear(values, lambda v: _same(group.all_reduce(v)), lambda gradient: gradient)
 
 
 def stack_over_ranks(values: Tensor, group: Group) -> Tensor:
     """One all-gather: `stack(values of every rank)`, [W, ...]. Its backward takes the own slice and sends nothing,
     since what follows is the same on every rank."""
-    result: Tensor = _StackOverRanks.apply(values, group)  # type: ignore[no-untyped-call]
-    return result
 
+    def stacked(values: Tensor) -> Tensor:
+        return group.all_gather(values.unsqueeze(0)).view(group.size, *values.shape)
 
-class _Replicated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, value: Tensor, group: Group) -> Tensor:
-        ctx.group = group  # type: ignore[attr-defined]
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.group.all_reduce(gradients[0]), None  # type: ignore[attr-defined]
+    return _linear(values, stacked, lambda gradient: gradient[group.rank])
 
 
 def replicated(value: Tensor, group: Group) -> Tensor:
     """A parameter that every rank holds, used in work that is divided among the ranks: the identity, whose backward is
     one all-reduce of its size, since each rank sees only its part of the gradient."""
-    result: Tensor = _Replicated.apply(value, group)  # type: ignore[no-untyped-call]
-    return result
+    return _linear(value, _same, group.all_reduce)
 
 
 def own_slice(values_B: Tensor, group: Group) -> Tensor:
@@ -229,17 +223,6 @@ def own_slice(values_B: Tensor, group: Group) -> Tensor:
     return torch.where(own_B, values_B, values_B.detach())
 
 
-class _SumNotMean(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, size: int) -> Tensor:
-        ctx.size = size  # type: ignore[attr-defined]
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.size, None  # type: ignore[attr-defined]
-
-
 def sum_not_mean(x: Tensor, group: Group) -> Tensor:
     """The identity, whose backward multiplies by W: for the border of an engine that *averages* gradients over ranks.
 
@@ -247,8 +230,7 @@ def sum_not_mean(x: Tensor, group: Group) -> Tensor:
     backbone, dL/dy = sum_r (dx_r/dy)^T dL/dx_r. A data-parallel engine computes (1/W) sum_r (dx_r/dy)^T g_r instead,
     from what it receives as g_r. The two agree for g_r = W dL/dx_r.
     """
-    result: Tensor = _SumNotMean.apply(x, group.size)  # type: ignore[no-untyped-call]
-    return result
+    return _linear(x, _same, lambda gradient: gradient * group.size)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from trainer.config import ScheduleConfig
 def learning_rate_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:
     """Share of the base learning rate at `step` (counted from 0) of `total_steps`.
 
-    Rises linearly over the warm-up and reaches 1 at its end, then falls from 1 to `config.final`: along half a cosine
+    Rises linearly over the warmup and reaches 1 at its end, then falls from 1 to `config.final`: along half a cosine
     (Loshchilov and Hutter 2017, eq. 5, one cycle), or as (1 - progress)^power, or not at all.
     """
     warmup = min(config.warmup_steps, total_steps)
@@ -22,5 +22,5 @@ def learning_rate_factor(step: int, total_steps: int, config: ScheduleConfig) ->
 
 
 def margin_factor(step: int, config: ScheduleConfig) -> float:
-    """Share of the margin at `step`: linear from 0 to 1 over the margin's warm-up."""
+    """Share of the margin at `step`: linear from 0 to 1 over the margin's warmup."""
     return min(1.0, step / config.margin_warmup_steps) if config.margin_warmup_steps else 1.0

@@ -19,7 +19,6 @@ import torch
 from trainer import checkpoint
 from trainer.backbones import build
 from trainer.checkpoint import Checkpoint, CheckpointManifest
-from trainer.collapse import Collapse
 from trainer.config import Config
 from trainer.data.augment import Augment
 from trainer.data.manifest import Manifest
@@ -27,9 +26,9 @@ from trainer.data.stream import Batch, Stream, preprocessing
 from trainer.distributed import Group, average_buffers, sum_not_mean
 from trainer.engine import Engine
 from trainer.errors import UserError
+from trainer.monitor import Monitor
 from trainer.objective import Objective
 from trainer.schedule import learning_rate_factor, margin_factor
-from trainer.validation import Validation
 
 _DROPOUT_PRIME = 1_000_003  # spreads (seed, step, rank) over the generator's seeds
 
@@ -83,8 +82,7 @@ class _Run:
         self.stream = Stream(
             data.path, self.manifest, data.train_split, data, rank=group.rank, world_size=group.size, seed=seed
         )
-        self.validation = self._validation()
-        self.collapse = Collapse(config, self.manifest, group) if config.run.collapse else None
+        self.monitor = Monitor(config, self.manifest, group)
         together = data.batch_size // data.identities_per_batch if data.identities_per_batch else 1
         self.augment = Augment(config.augment, config.run.seed, len(split.classes), together)
         turns = 4 if config.augment.quarter_turns else 1
@@ -163,22 +161,11 @@ class _Run:
         every, last = self.config.run.eval_every, self.step == self.total_steps
         if not every or (not last and (epoch + 1) % every):
             return
-        if self.validation is None and self.collapse is None:
+        if not self.monitor:
             return
         average_buffers(self.engine.module, self.group)
-        values: dict[str, float] = {}
-        if self.validation is not None:
-            values |= self.validation(self.objective.embedder(self.engine.module), self.device)
-        if self.collapse is not None:
-            values |= self.collapse(self.engine.module, self.objective, self.device)
+        values = self.monitor(self.engine.module, self.objective, self.device)
         self.report(Record("metrics", self.step, self.total_steps, values))
-
-    def _validation(self) -> Validation | None:
-        """None where nothing is held out, or nothing is to be evaluated."""
-        split = self.manifest.splits.get(self.config.data.val_split)
-        if not self.config.run.eval_every or split is None or not split.samples:
-            return None
-        return Validation(self.config, self.manifest, self.group)
 
     def save(self) -> None:
         """Write a checkpoint of this step. A collective."""

@@ -13,7 +13,7 @@ from rich.table import Table
 from serving.cli.terminal import out, plain, progress, warn
 
 if TYPE_CHECKING:
-    from trainer.figures import Written
+    from trainer.figures.draw import Written
 
 plot = typer.Typer(no_args_is_help=True, help="Draw the losses: what they do to embeddings, and their gradients.")
 
@@ -62,12 +62,12 @@ def geometry(
     """
     import torch
 
-    from trainer import figures
+    from trainer.figures import draw as figures
 
     names = figures.check_losses(loss or [], family or [])
     torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
     with progress() as show:
-        written = figures.geometry(folder, names, dimension or [2, 3], steps, seed, show)
+        written = figures.geometry(folder, names, dimension or [2, 3], steps=steps, seed=seed, show=show)
     _finish(folder, written)
 
 
@@ -77,7 +77,7 @@ def gradients(folder: OutOption = Path("figures")) -> None:
 
     Example: `hypersphere plot gradients --out figures`
     """
-    from trainer import figures
+    from trainer.figures import draw as figures
 
     _finish(folder, figures.gradients(folder))
 

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import digits as benchmark
 from benchmarks.intervals import interval
-from trainer import digits
+from trainer.figures import digits
 
 
 def test_intervals_are_students() -> None:

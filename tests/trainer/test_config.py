@@ -6,7 +6,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from trainer.config import Config, load
+from trainer.config import RENAMED, Config, load
 from trainer.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -20,19 +20,19 @@ def test_resolved_tree_reads_back_equal(tmp_path: Path) -> None:
 
 def test_overrides_are_yaml_and_come_after_the_file(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("run: {epochs: 7}\nloss: {name: cosface, scale: 30}\n")
-    config = load(tmp_path / "c.yaml", ["loss.margin=0.1", "optimizer.head_lr=null", "augment.flip=true"])
+    config = load(tmp_path / "c.yaml", ["loss.margin=0.1", "head.optimizer.lr=null", "augment.flip=true"])
     assert (config.run.epochs, config.loss.name, config.loss.margin, config.loss.scale) == (7, "cosface", 0.1, 30)
     assert config.augment.flip is True
-    assert config.optimizer.head_lr is None
+    assert config.head.optimizer.lr is None
 
 
 @pytest.mark.parametrize(
     ("overrides", "rate"),
     [
         (["loss=cosface"], 1.0),
-        (["loss=cosface", "optimizer.head_lr=0.5"], 0.5),
+        (["loss=cosface", "head.optimizer.lr=0.5"], 0.5),
         (["loss=cosface", "head.rows=free"], 0.03),
-        (["loss=cosface", "optimizer.head_name=adamw"], 0.03),
+        (["loss=cosface", "head.optimizer.name=adamw"], 0.03),
         (["loss=softmax"], 0.03),
         (["loss=triplet"], 0.03),
     ],
@@ -61,7 +61,7 @@ def test_the_tree_is_frozen() -> None:
         ("loss.name=foo", ["foo", "arcface"]),
         ("data.batch_size=7", ["7", "multiple", "workers"]),
         ("nothing", ["nothing", "section.key=value"]),
-        ("head.dtype=fp16", ["head.dtype", "fp16", "bf16"]),
+        ("head.compute_dtype=fp16", ["head.compute_dtype", "fp16", "bf16"]),
         ("engine.zero_stage=3", ["engine.zero_stage", "3"]),
         ("auxiliary.0.weight=3", ["auxiliary"]),
         ("loss.margin=[", ["loss.margin=[", "YAML"]),
@@ -72,6 +72,23 @@ def test_what_is_not_allowed_is_named(override: str, words: list[str]) -> None:
         load(None, [override])
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_key_is_answered_with_the_new_one(old: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(None, [f"{old}=1"])
+    assert str(caught.value) == f"config: '{old}' is called '{RENAMED[old]}' now; rename it"
+
+
+def test_new_names_are_keys_and_old_ones_are_named_in_auxiliary_losses_too() -> None:
+    tree = yaml.safe_load(load(None, ["loss=triplet"]).to_yaml())
+    for new in RENAMED.values():
+        node = tree
+        for part in new.split("."):
+            node = node[part]
+    with pytest.raises(UserError, match=r"'auxiliary\.0\.selection' is called 'auxiliary\.0\.mining' now"):
+        load(None, ["auxiliary=[{name: triplet, selection: all}]"])
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -167,10 +167,6 @@ class Angles:
     def inter_smallest(self) -> float:
         return float(self.nearest_C.min())
 
-    def intra_histogram(self) -> NDArray[np.int64]:
-        """Samples in each of 180 bins of one degree."""
-        return np.asarray(np.histogram(self.intra_N, bins=180, range=(0, 180))[0], dtype=np.int64)
-
 
 def angles(features_ND: NDArray[np.floating], labels_N: NDArray[np.integer]) -> Angles:
     """Intra- and inter-class angles (Deng et al., ArcFace, CVPR 2019, table 3: Intra1 and Inter2).

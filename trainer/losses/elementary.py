@@ -4,7 +4,7 @@ Legend: N samples, C classes, D dimensions; t in {-1, +1} or {0, 1} the target, 
 probability. All are means over the samples unless `reduction` says otherwise, and differentiable by torch's autograd.
 
 Binary targets differ by loss, as in the literature: cross entropy and focal take {0, 1}, the margin losses {-1, +1}.
-These are functions for reports, figures and new losses; a config names the losses of `trainer.losses.table`.
+`hypersphere losses` lists them after the losses that a config can name.
 """
 
 from collections.abc import Callable
@@ -13,40 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.functional import (
-    binary_cross_entropy,
-    binary_cross_entropy_with_logits,
-    cross_entropy,
-    huber_loss,
-    l1_loss,
-    mse_loss,
-    multi_margin_loss,
-    soft_margin_loss,
-)
-
-__all__ = [
-    "ELEMENTARY",
-    "Elementary",
-    "binary_cross_entropy",
-    "binary_cross_entropy_with_logits",
-    "cross_entropy",
-    "exponential_loss",
-    "focal_loss",
-    "hinge_loss",
-    "huber_loss",
-    "l1_loss",
-    "l2_regularized_softmax",
-    "mse_loss",
-    "multi_margin_loss",
-    "soft_margin_loss",
-]
+from torch.nn.functional import binary_cross_entropy, cross_entropy, huber_loss, l1_loss, mse_loss, soft_margin_loss
 
 
 def hinge_loss(z_N: Tensor, t_N: Tensor) -> Tensor:
     """mean of max(0, 1 - t z), t in {-1, +1}; dL/dz = -t / N where t z < 1, else 0.
 
-    It is what torch's `hinge_embedding_loss` makes of negative pairs at the distance t z; `multi_margin_loss` is the
-    one for several classes. Source: Cortes and Vapnik 1995, Support-vector networks.
+    It is what torch's `hinge_embedding_loss` makes of negative pairs at the distance t z. Source: Cortes and Vapnik
+    1995, Support-vector networks.
     """
     return functional.hinge_embedding_loss(t_N * z_N, -torch.ones_like(z_N))
 
@@ -86,13 +60,13 @@ class Elementary:
     """A row of the table of elementary losses.
 
     Attributes:
-        per_sample: the formula for one sample; the loss is its mean.
+        formula: of one sample; the loss is its mean.
         gradient: its derivative by z (by p for binary cross entropy, by the logits W x + b for softmax).
         function: what computes it.
     """
 
     name: str
-    per_sample: str
+    formula: str
     gradient: str
     source: str
     function: Callable[..., Tensor]
@@ -144,7 +118,7 @@ ELEMENTARY = (
         l2_regularized_softmax,
     ),
     Elementary(
-        "focal",
+        "binary_focal",
         "-a_t (1 - p_t)^gamma log p_t, t in {0, 1}",
         "(2 t - 1) a_t (1 - p_t)^gamma (gamma p_t log p_t + p_t - 1)",
         "Lin et al. 2017, Focal loss for dense object detection, eq. 5",

@@ -1,17 +1,29 @@
-"""Losses on pairs: contrastive and marginal loss.
+"""Losses on pairs, contrastive and marginal loss; and CoCo, softmax over the identities of the batch.
 
-Legend: b samples of this rank, B samples of all ranks. Pairs are all pairs of two different valid samples of the global
-batch; each is met twice, once from either end, which leaves every mean as it is.
+Legend: b samples of this rank, B samples of all ranks, S slots for identities (S = B), D dimension. Pairs are all pairs
+of two different valid samples of the global batch; each is met twice, once from either end, which leaves every mean as
+it is.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from trainer.losses.batchwise import BatchLoss, GlobalBatch, Terms, count, distances, squared_distances, unit_vectors
+from trainer.checked import Within
+from trainer.losses.batch import (
+    BatchLoss,
+    GlobalBatch,
+    Terms,
+    count,
+    distances,
+    members,
+    squared_distances,
+    unit_vectors,
+)
+from trainer.losses.bounds import coco_scale, positive_scale
 
 
 class Contrastive(BatchLoss):
@@ -27,16 +39,22 @@ class Contrastive(BatchLoss):
     A batch with one identity, or without two samples of one, has only the other half; it counts as an empty step.
     """
 
-    formula: ClassVar[str] = "y/2 d^2 + (1-y)/2 max(0, m - d)^2"
-    source: ClassVar[str] = (
+    formula = "y/2 d^2 + (1-y)/2 max(0, m - d)^2"
+    source = (
         "Hadsell et al. 2006, Dimensionality reduction by learning an invariant mapping, eq. 4; "
         "Sun et al. 2014, Deep learning face representation by joint identification-verification, eq. 2"
     )
+    title = "contrastive"
+    demo_in_plane: ClassVar = {"margin": 0.6}
 
     name: Literal["contrastive"] = "contrastive"
-    margin: float = Field(1.0, gt=0, allow_inf_nan=False, description="m; unit vectors are at most 2 apart")
-    unit: bool = Field(True, description="on unit vectors, as they are compared later; the paper: as they are")
-    balanced: bool = Field(True, description="half the weight for pairs of one identity, half for the others")
+    margin: Annotated[float, Within(gt=0)] = 1.0  # m; unit vectors are at most 2 apart
+    unit: bool = True  # on unit vectors, as they are compared later; the paper: as they are
+    balanced: bool = True  # half the weight for pairs of one identity, half for the others
+
+    @property
+    def on_directions(self) -> bool:
+        return self.unit
 
     def mix(self) -> tuple[float, ...]:
         return (0.5, 0.5) if self.balanced else (1.0,)
@@ -62,12 +80,14 @@ class Marginal(BatchLoss):
     A batch with one identity, or without two samples of one, has only the other kind; it counts as an empty step.
     """
 
-    formula: ClassVar[str] = "max(0, xi - y (theta - |a/|a| - b/|b||^2))"
-    source: ClassVar[str] = "Deng et al. 2017, Marginal loss for deep face recognition, section 3"
+    formula = "max(0, xi - y (theta - |a/|a| - b/|b||^2))"
+    source = "Deng et al. 2017, Marginal loss for deep face recognition, section 3"
+    title = "marginal"
+    demo_in_plane: ClassVar = {"theta": 0.2, "xi": 0.1}
 
     name: Literal["marginal"] = "marginal"
-    theta: float = Field(1.2, gt=0, lt=4, description="boundary, in squared distance of unit vectors")
-    xi: float = Field(0.3, ge=0, lt=4, description="half the width of the gap around it")
+    theta: Annotated[float, Within(gt=0, lt=4)] = 1.2  # boundary, in squared distance of unit vectors
+    xi: Annotated[float, Within(ge=0, lt=4)] = 0.3  # half the width of the gap around it
 
     def terms(self, batch: GlobalBatch, values: Mapping[str, Tensor]) -> Terms:
         x_BD = unit_vectors(batch.x_BD)
@@ -77,3 +97,52 @@ class Marginal(BatchLoss):
         excess_bB = (self.xi + torch.where(same_bB, excess_bB, -excess_bB)).clamp_min(0)
         counts = torch.stack([count(same_bB), count(other_bB)])
         return Terms(torch.where(same_bB | other_bB, excess_bB, 0).sum()[None], counts.sum()[None], counts)
+
+
+class CoCo(BatchLoss):
+    """Each embedding against the normalised centroids of the identities in the global batch.
+
+    L = mean over samples of -log softmax_k(alpha cos(x_i, c_k)) at k = y_i, c_k the mean of identity k's embeddings in
+    the batch, its own among them. With p the softmax: dL/dcos(x_i, c_k) = alpha (p_ik - [k = y_i]) / B. The gradient
+    also runs through the centroids, to all samples of the batch.
+
+    alpha `auto` is the least scale at which the loss can fall to `epsilon`, 1/2 log((C - 1) / (e^epsilon - 1)), for all
+    C identities of the data set; fewer in the batch need less. With a smaller alpha the loss stays above epsilon
+    however good the embeddings are.
+
+    A batch with one identity has loss 0 and counts as an empty step.
+    """
+
+    family = "softmax"
+    formula = "-log softmax(alpha cos(x, c_k)), c_k = mean of identity k in the batch"
+    source = (
+        "Liu et al. 2017, Learning deep features via congenerous cosine loss; "
+        "Liu et al. 2017, Rethinking feature discrimination and polymerization, section 3.2"
+    )
+    title = "CoCo"
+    needs_positives = False
+
+    name: Literal["coco"] = "coco"
+    alpha: Annotated[float, Within(gt=0, le=1000)] | Literal["auto"] = "auto"  # auto: from epsilon and C
+    epsilon: Annotated[float, Within(gt=0, le=1)] = 1e-4  # for alpha: auto, what the loss shall be able to fall to
+
+    def resolve(self, classes: int, dimension: int) -> Self:
+        if self.alpha != "auto":
+            return self
+        alpha = coco_scale(classes, self.epsilon)
+        return replace(self, alpha=positive_scale("coco: alpha", alpha, classes, f"epsilon {self.epsilon}"))
+
+    def terms(self, batch: GlobalBatch, values: Mapping[str, Tensor]) -> Terms:
+        assert not isinstance(self.alpha, str), "resolve() replaces 'auto'"
+        slot_B, member_SB = members(batch.labels_B)
+        present_S = member_SB.any(dim=1)
+        # A product rather than a scatter: its sum has the same order in every run. Its length cancels in c / |c|.
+        centroids_SD = unit_vectors(member_SB.to(batch.x_BD.dtype) @ batch.x_BD)
+        logits_bS = self.alpha * unit_vectors(batch.x_BD[batch.own]) @ centroids_SD.T
+        # An empty slot's exp is 0; a finite number keeps a batch of padding alone from giving NaN.
+        logits_bS = logits_bS.masked_fill(~present_S, -2 * self.alpha - 1000)
+        logs_bS = torch.log_softmax(logits_bS, dim=1)
+        loss_b = -logs_bS.gather(1, slot_B[batch.own, None]).squeeze(1)
+        valid_b = batch.valid_B[batch.own]
+        several = (present_S.sum() > 1).double()
+        return Terms(torch.where(valid_b, loss_b, 0).sum()[None], count(valid_b)[None], several[None])

@@ -12,11 +12,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from serving.cli import app
-from trainer import figures, objective_parts
-from trainer.distributed import Group
 from trainer.errors import UserError
-from trainer.evaluation.plots_geometry import Panel, geometry_figure
-from trainer.losses.centres import Center, CentreModule
+from trainer.figures import draw as figures
+from trainer.figures.plot_geometry import Panel, geometry_figure
+from trainer.losses.centres import Center
+from trainer.objective import members
+from trainer.objective.centres import CentreModule
 
 RUNNER = CliRunner()
 
@@ -53,13 +54,13 @@ def test_the_figures_of_three_families_and_the_centres_of_the_centre_loss(
         panels.extend(of_family)
         return geometry_figure(of_family)
 
-    def make(spec: Center, classes: int, dimension: int, device: torch.device, group: Group) -> CentreModule:
-        modules.append(CentreModule(spec, classes, dimension, device, group))
+    def make(spec: Center, classes: int, dimension: int, device: torch.device) -> CentreModule:
+        modules.append(CentreModule(spec, classes, dimension, device=device))
         return modules[-1]
 
     monkeypatch.setattr(figures, "geometry_figure", draw)
     monkeypatch.setattr(figures, "_draw_margins", lambda folder: figures.Written((), ()))
-    monkeypatch.setattr(objective_parts, "CentreModule", make)
+    monkeypatch.setattr(members, "CentreModule", make)
     wanted = [word for name in ("softmax", "triplet", "center") for word in ("--loss", name)]
     done = RUNNER.invoke(app, ["plot", "geometry", *wanted, "--steps", "4", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output

@@ -35,16 +35,16 @@ PER_SAMPLE: dict[str, tuple[list[float], list[float], Callable[[float, float], f
     "logistic": (Z, SIGNS, lambda z, t: math.log(1 + math.exp(-t * z))),
     "hinge": (Z, SIGNS, lambda z, t: max(0.0, 1 - t * z)),
     "exponential": (Z, SIGNS, lambda z, t: math.exp(-t * z)),
-    "focal": (Z, BITS, focal),
+    "binary_focal": (Z, BITS, focal),
 }
 TABLE = {row.name: row for row in ELEMENTARY}
 
 
 def test_the_set_is_whole() -> None:
     assert list(TABLE) == [
-        *["l1", "l2", "huber", "binary_cross_entropy", "logistic", "hinge", "exponential", "softmax_l2", "focal"]
+        *["l1", "l2", "huber", "binary_cross_entropy", "logistic", "hinge", "exponential", "softmax_l2", "binary_focal"]
     ]
-    assert all(row.per_sample and row.gradient and row.source for row in ELEMENTARY)
+    assert all(row.formula and row.gradient and row.source for row in ELEMENTARY)
 
 
 @pytest.mark.parametrize("name", PER_SAMPLE)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.trainer.losses.embedding_cases import CLASSES, DIMENSION, LABELS, problem
-from trainer.config import HeadConfig
+from tests.trainer.objective.cases import CLASSES, DIMENSION, LABELS, problem
 from trainer.distributed import Group
 from trainer.head import Head
+from trainer.head.settings import HeadConfig
 from trainer.losses import (
     TPE,
     TSE,
@@ -27,8 +27,9 @@ from trainer.losses import (
     SubCenterArcFace,
     Triplet,
 )
-from trainer.losses.batchwise import BatchLoss, BatchLossModule
-from trainer.losses.projections import PROJECTION
+from trainer.losses.batch import BatchLoss
+from trainer.losses.triplets import PROJECTION
+from trainer.objective.batch import BatchLossModule
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what it and its own dependencies warn of when imported is theirs
@@ -68,7 +69,7 @@ def test_triplet(rule: str, average: str) -> None:
         kind = rule.replace("_", "")
         mined = miners.TripletMarginMiner(margin=0.2, type_of_triplets=kind, distance=SQUARED)(x, labels)
     expected = theirs(x, labels, mined)
-    torch.testing.assert_close(ours(Triplet(selection=rule, average=average), x, labels), expected)
+    torch.testing.assert_close(ours(Triplet(mining=rule, average=average), x, labels), expected)
 
 
 def test_contrastive_pull() -> None:

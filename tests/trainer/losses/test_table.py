@@ -1,6 +1,7 @@
 """The table of all losses is what the config accepts, in the order of the literature."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from trainer.config import load
 from trainer.errors import UserError
 from trainer.losses import LossSpec, by_name, table
+from trainer.losses.elementary import ELEMENTARY
 from trainer.objective import Objective
 
 NAMES = [
@@ -19,18 +21,26 @@ NAMES = [
 
 
 def test_names_and_order() -> None:
-    assert [row["name"] for row in table()] == NAMES
+    assert [row["name"] for row in table()] == [*NAMES, *(one.name for one in ELEMENTARY)]
     assert list(by_name()) == NAMES
 
 
-@pytest.mark.parametrize("row", table(), ids=NAMES)
+@pytest.mark.parametrize("row", table()[: len(NAMES)], ids=NAMES)
 def test_a_row_says_everything_and_is_what_the_config_makes(row: dict[str, object]) -> None:
     assert list(row) == ["name", "family", "formula", "defaults", "source"]
     assert json.loads(json.dumps(row)) == row
     assert all(row[key] for key in ("name", "family", "formula", "source"))
+    assert by_name()[str(row["name"])].title
     spec = load(None, [f"loss={row['name']}"]).loss
     assert isinstance(spec, LossSpec)
-    assert spec.model_dump() == {"name": row["name"], "weight": 1.0, **row["defaults"]}  # type: ignore[dict-item]
+    assert asdict(spec) == {"name": row["name"], "weight": 1.0, **row["defaults"]}  # type: ignore[dict-item]
+
+
+def test_the_elementary_losses_end_the_table_and_are_no_names_of_the_config() -> None:
+    rows = table()[len(NAMES) :]
+    assert {row["family"] for row in rows} == {"elementary"}
+    assert all(one.gradient in row["formula"] and row["source"] for one, row in zip(ELEMENTARY, rows, strict=True))
+    assert not {row["name"] for row in rows} & set(by_name())
 
 
 def test_the_config_accepts_no_other_name() -> None:
@@ -43,7 +53,7 @@ def test_the_config_accepts_no_other_name() -> None:
 def test_each_name_alone_makes_an_objective_that_learns(name: str) -> None:
     """A step against the gradient lowers the loss of the same batch."""
     # The mean over semi-hard triplets may rise: the step also changes which ones they are.
-    choice = ["loss.selection=all"] if name == "triplet" else []
+    choice = ["loss.mining=all"] if name == "triplet" else []
     sizes = ["backbone.dimension=8", "data.batch_size=16", "data.identities_per_batch=4", "scaling.workers=1"]
     config = load(None, [f"loss={name}", *choice, *sizes])
     objective = Objective(config, 6, [4] * 6, torch.device("cpu"))

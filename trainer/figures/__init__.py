@@ -1,0 +1,1 @@
+"""Pictures of what losses do: curves, boundaries, digits, captions."""

@@ -1,0 +1,321 @@
+"""The sharded head: class centres, of which each rank holds some rows, plus a margin. (x, labels) -> loss.
+
+Legend: b samples of this rank, B of all ranks, C classes, R rows of this rank (its classes x K centres), D dimension.
+
+One step, on every rank:
+  1. all-gather of embeddings and labels (`gather.Gatherer`); every rank then computes e_BD from them
+  2. this rank's part of the denominator, without the targets (`tiles.negatives`), and, for the samples whose
+     class it owns, the target's logit t (`Margin.target`)
+  3. ONE all-reduce of [B, 2]: the denominator's sum, and t (a rank that does not own a target puts 0)
+  4. the loss from both, the same on every rank
+and in the backward one reduce-scatter of the embeddings' gradient: three messages. More are sent by margins that
+re-weight hard negatives (all targets' cosines, [B], between 1 and 2) and by learnable scalars (4 bytes, backward).
+Where logits have no bound, message 3 is an all-gather of [B, 2] with log sums.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from trainer.distributed import Group, RowRange, own_slice, replicated, stack_over_ranks, sum_over_ranks
+from trainer.errors import UserError
+from trainer.gather import Gatherer
+from trainer.head.memory import Workspace, free_memory
+from trainer.head.rows import GradientSink, Own, Rows, RowSink, own_centres, sample_classes
+from trainer.head.settings import HeadConfig
+from trainer.head.tiles import Reweight, TilePlan, fixed_shift, negatives
+from trainer.losses.margins.base import Margin, Positives
+
+INIT_BLOCK = 1024  # classes whose first values come from one seed, so that W does not depend on the number of ranks
+STORE_SHARE = 0.25  # of the free memory that P may take for `algorithm: auto` to keep it
+
+
+class Head(nn.Module):
+    """Class centres, sharded by rows, plus a margin.
+
+    `head(x_bD, labels_b, keys)` is the mean loss over the valid samples of the *global* batch, equal on all ranks. Its
+    backward gives x the exact gradient of that mean by this rank's samples (see `distributed.sum_not_mean` for engines
+    that average over ranks), and writes this rank's rows of `weight.grad`:
+
+    - where the margin has unit rows and `config.rows` is "unit", the rows of `weight` are kept at length 1 by
+      `HeadOptimizer`, and the gradient's part along the row has no meaning; the optimizer removes it.
+    - with sampling it is a sparse tensor over the sampled rows.
+    - its memory is used again in the next step; copy what must last.
+
+    Call `head.set_progress(step, warmup)` before each step: the margin's warmup, class sampling and random margins
+    follow it.
+
+    Attributes:
+        rows: the classes of this rank.
+        weight: [R, D], row k of class c at (c - rows.start) * K + k.
+        bias: [classes of this rank], or None.
+        scalars: the margin's learnable numbers, held by every rank.
+        group: the ranks, with `group.traffic` counting what is sent.
+    """
+
+    def __init__(
+        self,
+        margin: Margin,
+        classes: int,
+        dimension: int,
+        config: HeadConfig | None = None,
+        *,
+        seed: int = 0,
+        class_counts: Sequence[int] | Tensor | None = None,
+        device: torch.device | str = "cpu",
+        group: Group | None = None,
+    ) -> None:
+        """
+        Args:
+            classes: C, of all ranks together.
+            class_counts: samples of each class, [C]; for class weights and margins by frequency.
+            group: the ranks; default: `Group.current()`.
+
+        Raises:
+            UserError: fewer than two classes, or a margin outside what so many classes allow.
+        """
+        super().__init__()
+        if classes < 2:
+            raise UserError(f"{classes} class(es) cannot be told apart; a head needs at least 2")
+        self.margin = margin.resolve(classes, dimension)
+        self.classes, self.dimension, self.seed = classes, dimension, seed
+        self.config = config or HeadConfig()
+        self.group = group or Group.current()
+        self._gather = Gatherer(classes, dimension, self.group, "head")
+        self.rows = RowRange.of(classes, self.group.rank, self.group.size)
+        self.centres = self.margin.centres_per_class()
+        self.normalise = self.margin.unit_rows and self.config.rows == "free"
+        self._make_parameters(torch.device(device))
+        self._class_values = self._per_class(class_counts, torch.device(device))
+        self.sink: RowSink = GradientSink(self.weight)
+        self._memory = Workspace()
+        self._step, self._warmup = 0, 1.0
+
+    def _make_parameters(self, device: torch.device) -> None:
+        dtype = torch.bfloat16 if self.config.param_dtype == "bf16" else torch.float32
+        self.weight = nn.Parameter(self._first_rows(dtype, device))
+        zeros = torch.zeros(len(self.rows), device=device)
+        self.bias = nn.Parameter(zeros) if self.margin.bias else None
+        self.scalars = nn.ParameterDict(
+            {name: nn.Parameter(torch.tensor(value, device=device)) for name, value in self.margin.learnables().items()}
+        )
+        for name, value in self.margin.buffers().items():
+            self.register_buffer(name, torch.tensor(value, device=device))
+
+    @property
+    def unit_rows(self) -> bool:
+        """Whether the rows of `weight` are unit vectors, to be kept so by the optimizer."""
+        return self.margin.unit_rows and not self.normalise
+
+    def set_progress(self, step: int, warmup: float = 1.0) -> None:
+        """Where the run is: the number of the step, and how far the margin's warmup has come, in [0, 1]."""
+        self._step, self._warmup = step, warmup
+
+    def forward(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str] | None = None) -> Tensor:
+        """The mean loss over the valid samples of the global batch; 0 where there is none.
+
+        Args:
+            x_bD: embeddings of this rank's samples, not normalised.
+            labels_b: int64 classes, -1 for a slot that only fills the batch; equally many on every rank.
+            keys: the samples' names, for messages.
+
+        Raises:
+            UserError: on every rank, if a label is no class, an embedding is not finite, or the ranks' batches differ
+                in the first step.
+        """
+        found = self._gather(x_bD, labels_b, keys)
+        margin = self.margin.at(self._step, self._warmup) if self.training else self.margin
+        values = {name: replicated(scalar, self.group) for name, scalar in self.scalars.items()}
+        values |= dict(self.named_buffers(recurse=False))
+        step = Step(self, margin, found.x_BD, found.labels_B, values)
+        loss = step.loss()
+        found.raise_if_bad()
+        for name, value in step.observed.items():  # only now: a bad sample must not leave its trace in them
+            self.get_buffer(name).copy_(value)
+        return loss
+
+    def plan(
+        self, margin: Margin, slots: int, classes: int, wide: torch.dtype, reweight: Reweight | None = None
+    ) -> TilePlan:
+        """How this step's tiles are computed, for `slots` samples of all ranks and the classes that take part."""
+        dtype = torch.bfloat16 if self.config.compute_dtype == "bf16" and wide == torch.float32 else wide
+        bound = margin.bound()
+        shift = None if bound is None else fixed_shift(*bound, self.classes, wide)
+        store = self.config.algorithm == "store"
+        if self.config.algorithm == "auto":
+            size = slots * classes * self.centres * dtype.itemsize
+            spare = 0 if self._memory.spare is None else self._memory.spare.numel() * self._memory.spare.element_size()
+            store = size <= STORE_SHARE * (free_memory(self.weight.device) + spare)
+        return TilePlan(classes, self.centres, self.config.tile, store, dtype, shift, self.normalise, reweight)
+
+    def _first_rows(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Random directions; each block of `INIT_BLOCK` classes from its own seed, whichever rank holds it."""
+        K, D = self.centres, self.dimension
+        weight = torch.empty(len(self.rows) * K, D, dtype=dtype, device=device)
+        generator = torch.Generator()
+        for block in range(self.rows.start // INIT_BLOCK, math.ceil(self.rows.stop / INIT_BLOCK)):
+            generator.manual_seed(mixed_seed(self.seed, block, _INIT))
+            first, last = block * INIT_BLOCK, min((block + 1) * INIT_BLOCK, self.rows.stop)
+            values = nn.functional.normalize(torch.randn(INIT_BLOCK * K, D, generator=generator))
+            begin = max(first, self.rows.start)
+            part = values[(begin - first) * K : (last - first) * K]
+            weight[(begin - self.rows.start) * K : (last - self.rows.start) * K] = part.to(device, dtype)
+        return weight
+
+    def _per_class(self, counts: Sequence[int] | Tensor | None, device: torch.device) -> Tensor | None:
+        """The margin's number for each of all C classes: 4 bytes a class, on every rank."""
+        if counts is not None and len(counts) != self.classes:
+            raise UserError(f"class_counts has {len(counts)} numbers for {self.classes} classes; give one a class")
+        if type(self.margin).per_class is Margin.per_class:
+            return None
+        if counts is None:
+            raise UserError(f"{self.margin.name} depends on how many samples each class has; give class_counts")
+        counts_C = torch.as_tensor(counts)
+        values = self.margin.per_class(counts_C)
+        return None if values is None else values.to(device)
+
+
+_INIT, _NOISE, _SAMPLING = 1, 2, 3  # what random numbers are for: no two uses share a seed
+
+
+def mixed_seed(seed: int, position: int, use: int) -> int:
+    """A seed for the generator of one use at one position (a step or a block of rows)."""
+    return (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + use * 0x2545F4914F6CDD1D) % 2**63
+
+
+def step_noise(seed: int, step: int, batch: int) -> Tensor:
+    """The standard normal numbers of a step's samples, [B], by place in the global batch: on any number of ranks."""
+    return torch.randn(batch, generator=torch.Generator().manual_seed(mixed_seed(seed, step, _NOISE)))
+
+
+class Step:
+    """The computation of one loss; its parts share the gathered batch."""
+
+    def __init__(self, head: Head, margin: Margin, x_BD: Tensor, labels_B: Tensor, values: dict[str, Tensor]) -> None:
+        self.head, self.margin, self.labels_B, self.values = head, margin, labels_B, values
+        self.valid_B = labels_B >= 0
+        self.observed: dict[str, Tensor] = {}
+        # Targets are B numbers: they are computed in fp64, since 1 - cos^2 of a fp32 cosine near 1 has few digits left.
+        self.exact_BD = x_BD.double()
+        self.norms_B, inverse_B = _length(self.exact_BD)
+        self.unit_BD = self.exact_BD * inverse_B[:, None]
+        self.e_BD, self.lengths_B = x_BD, self.norms_B
+        if margin.unit_embedding:
+            scale = margin.scale_of(values)
+            self.e_BD = x_BD * (inverse_B * scale).to(x_BD)[:, None]
+            self.exact_BD = self.unit_BD * scale
+            self.lengths_B = torch.ones_like(self.norms_B) * scale
+        self.rows, self.own = self._rows()
+
+    def _rows(self) -> tuple[Rows, Own]:
+        """The classes that take part, and where among them each sample's own class is."""
+        head, (start, stop) = self.head, (self.head.rows.start, self.head.rows.stop)
+        mask_B = (self.labels_B >= start) & (self.labels_B < stop)
+        place_B = (self.labels_B - start).clamp(0, max(stop - start - 1, 0))
+        chosen = None
+        if head.training and head.config.sample_rate < 1:
+            seed = mixed_seed(head.seed, head._step, _SAMPLING)
+            sampled = sample_classes(start, stop, head.config.sample_rate, seed, mask_B.device) - start
+            chosen = torch.cat([sampled, place_B[mask_B]]).unique()  # type: ignore[no-untyped-call]
+            place_B = torch.searchsorted(chosen, place_B).clamp(0, max(chosen.shape[0] - 1, 0))
+        return Rows(head.weight, head.bias, chosen, head.centres), Own(mask_B, place_B)
+
+    def loss(self) -> Tensor:
+        """The mean over the valid samples of all ranks."""
+        head, margin = self.head, self.margin
+        sums_B, targets_B, shift = self.parts()
+        negatives_B, targets_B = self._exchange(sums_B, targets_B, shift)
+        losses_B = margin.per_sample(negatives_B, targets_B, self._class_values())
+        extra_B = margin.regularizer(own_slice(self.norms_B, head.group))
+        if extra_B is not None:
+            losses_B = losses_B + extra_B.to(losses_B)
+        return torch.where(self.valid_B, losses_B, 0).sum() / self.valid_B.sum().clamp_min(1)
+
+    def parts(self) -> tuple[Tensor, Tensor, float | None]:
+        """What this rank knows: its part of the denominator (its logarithm where the shift, which comes third, is
+        None), and the targets' logits, 0 where another rank owns the class."""
+        head, margin, rows = self.head, self.margin, self.rows
+        reweight = self._observe()
+        plan = head.plan(margin, self.labels_B.shape[0], len(rows), self.e_BD.dtype, reweight)
+        sums_B, centres_BKD, bias_B = negatives(self.e_BD, rows, self.own, plan, sink=head.sink, memory=head._memory)
+        targets_B = margin.target(self._positives(centres_BKD, bias_B))
+        return sums_B, torch.where(self.own.mask_B, targets_B, 0).to(sums_B), plan.shift
+
+    @torch.no_grad()
+    def _observe(self) -> Reweight | None:
+        """Bring the margin's running statistics up to date; for margins that re-weight, fetch all targets' cosines."""
+        head, margin = self.head, self.margin
+        positives = None
+        if margin.reweights:
+            positives = self._positives(*own_centres(self.rows, self.own, self.e_BD.dtype))
+            own_cos_B = torch.where(self.own.mask_B, positives.cos_B, 0)
+            positives = replace(positives, cos_B=head.group.all_reduce(own_cos_B))
+        if head.training:
+            cos_B = None if positives is None else positives.cos_B
+            self.observed = margin.observe(self.norms_B, cos_B, self.valid_B, self.values)
+            self.values |= self.observed
+        if positives is None:
+            return None
+        scale, values = float(margin.scale_of(self.values)), self.values
+        least_B = (margin.target(positives) / scale).to(self.e_BD)
+
+        def reweight(z_TB: Tensor) -> tuple[Tensor, Tensor]:
+            cos_TB = z_TB / scale
+            changed_TB, slope_TB = margin.reweight(cos_TB, cos_TB > least_B, values)
+            return changed_TB.mul_(scale), slope_TB
+
+        return reweight
+
+    def _exchange(self, sums_B: Tensor, targets_B: Tensor, shift: float | None) -> tuple[Tensor, Tensor]:
+        """N and t of every sample, from each rank's part: one message of [B, 2]."""
+        mine_B2 = torch.stack([sums_B, targets_B], dim=1)
+        if shift is not None:
+            total_B2 = sum_over_ranks(mine_B2, self.head.group)
+            # The bound keeps S normal; only a sample without any negative (sampling, few classes) has 0: N = a minimum.
+            least = torch.finfo(total_B2.dtype).tiny
+            return total_B2[:, 0].clamp_min(least).log() + shift, total_B2[:, 1]
+        all_WB2 = stack_over_ranks(mine_B2, self.head.group)
+        return torch.logsumexp(all_WB2[:, :, 0], dim=0), all_WB2[:, :, 1].sum(dim=0)
+
+    def _positives(self, centres_BKD: Tensor, bias_B: Tensor) -> Positives:
+        """What the margin is told of each sample's own class; of several centres the nearest."""
+        centres_BKD = centres_BKD.double()
+        norms_BK, inverse_BK = _length(centres_BKD)
+        cos_BK = (centres_BKD * self.unit_BD[:, None]).sum(dim=2) * inverse_BK
+        cos_B = cos_BK.max(dim=1).values.clamp(-1, 1)
+        lengths_B = self.lengths_B
+        if self.margin.unit_rows:
+            dots_B = lengths_B * cos_B
+        else:
+            lengths_B = lengths_B * norms_BK[:, 0]
+            dots_B = (centres_BKD[:, 0] * self.exact_BD).sum(dim=1)
+        return Positives(
+            cos_B,
+            dots_B + bias_B,
+            lengths_B,
+            self.norms_B,
+            self.labels_B,
+            self.values,
+            self._noise(),
+            self._class_values(),
+        )
+
+    def _noise(self) -> Tensor | None:
+        if not self.margin.noisy:
+            return None
+        return step_noise(self.head.seed, self.head._step, self.labels_B.shape[0]).to(self.e_BD.device)
+
+    def _class_values(self) -> Tensor | None:
+        table_C = self.head._class_values
+        return None if table_C is None else table_C[self.labels_B.clamp(0, self.head.classes - 1)]
+
+
+def _length(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """|v| over the last axis and 1/|v|; both 0, without gradient, where v is 0: such a vector has no direction."""
+    square = vectors.square().sum(dim=-1)
+    some = square > 0
+    safe = torch.where(some, square, 1)
+    return torch.where(some, safe.sqrt(), 0), torch.where(some, safe.rsqrt(), 0)

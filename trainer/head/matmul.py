@@ -1,0 +1,89 @@
+"""The head's matrix products: operands in one precision, results in another, in memory that is used again.
+
+Legend: R rows of a tile, B samples, D dimension. *Wide* is fp32 (fp64 in tests), *narrow* the type of the operands.
+
+Product 1 makes logits, so its result must be wide: a logit of 60 in bf16 is off by 0.1. A GPU multiplies bf16 operands
+into fp32 results. A CPU has no such product by its types, but oneDNN rounds fp32 operands to bf16 on the way where it
+is asked to and the processor can (else product 1 stays fp32). Products 2 and 3 make gradients; on a CPU their tiles'
+results are rounded to bf16 before they are added up in fp32.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from trainer.head.memory import Workspace
+
+
+class Products:
+    """Products of one step.
+
+    Args:
+        wide: type of results and sums.
+        narrow: type of the operands; may be equal to `wide`.
+    """
+
+    def __init__(self, e_BD: Tensor, narrow: torch.dtype, memory: Workspace) -> None:
+        self.wide, self.narrow, self.memory = e_BD.dtype, narrow, memory
+        self.mixed = e_BD.is_cuda and narrow != self.wide
+        self.e_DB = (e_BD.to(narrow) if self.mixed else e_BD).t()
+
+    def operand(self, values: Tensor, name: str) -> Tensor:
+        """The values in the narrow type; the copy, if one is needed, lives until the next with this name."""
+        if values.dtype == self.narrow:
+            return values
+        copy = self.memory.scratch(name, values.shape[0], values.shape[1], self.narrow, values.device)
+        return copy.copy_(values)
+
+    def logits(self, w_RD: Tensor, out: Tensor | None) -> Tensor:
+        """Product 1: W E^T, wide; in `out` if given, else in memory that lives until the next call."""
+        if self.mixed:
+            return torch.mm(self.operand(w_RD, "w"), self.e_DB, out_dtype=self.wide)
+        if out is None:
+            out = self.memory.scratch("z", w_RD.shape[0], self.e_DB.shape[1], self.wide, w_RD.device)
+        if w_RD.dtype != self.wide:
+            shape = w_RD.shape[0], w_RD.shape[1]
+            w_RD = self.memory.scratch("wide", *shape, self.wide, w_RD.device).copy_(w_RD)
+        if self.wide == self.narrow:
+            return torch.mm(w_RD, self.e_DB, out=out)
+        with _operands_rounded_to_bf16():
+            return torch.mm(w_RD, self.e_DB, out=out)
+
+    def add_embeddings(self, total_BD: Tensor, q_RB: Tensor, w_RD: Tensor, r_B: Tensor | None) -> None:
+        """Product 2: total += Q^T W, each row times r if given; narrow operands, a wide total."""
+        if q_RB.dtype == self.wide and r_B is None:
+            total_BD.addmm_(q_RB.t(), w_RD)
+            return
+        product_BD = torch.mm(q_RB.t(), w_RD, out_dtype=self.wide) if self.mixed else torch.mm(q_RB.t(), w_RD)
+        if r_B is None:
+            total_BD.add_(product_BD)
+        else:
+            total_BD.addcmul_(product_BD.to(self.wide), r_B[:, None])
+
+    def rows(self, q_RB: Tensor, re_BD: Tensor, out: Tensor, add: bool) -> None:
+        """Product 3: out = Q (r E), or out += of it; narrow operands."""
+        if q_RB.dtype == out.dtype:
+            out.addmm_(q_RB, re_BD, beta=1 if add else 0)
+        elif self.mixed and not add and out.dtype == self.wide:
+            torch.mm(q_RB, re_BD, out_dtype=self.wide, out=out)
+        else:
+            product_RD = self.memory.scratch("product", out.shape[0], out.shape[1], self.narrow, out.device)
+            torch.mm(q_RB, re_BD, out=product_RD)
+            if add:
+                out.add_(product_RD)
+            else:
+                out.copy_(product_RD)
+
+
+@contextmanager
+def _operands_rounded_to_bf16() -> Iterator[None]:
+    """For fp32 products on a CPU: bf16 operands, fp32 result."""
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before

@@ -1,0 +1,187 @@
+"""The rows of this rank that take part in a step, those of each sample's own class, and where their gradient goes.
+
+Legend: B samples of all ranks, R rows of this rank (its classes x K centres), D dimension.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+SAMPLING_BLOCK = 1024  # classes; a power of two
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The class centres of this rank.
+
+    Attributes:
+        weight_RD: all rows, class by class, K rows each.
+        bias_C: of the classes of this rank, or None.
+        chosen: the classes that take part in this step, sorted, counted from this rank's first; None: all.
+        centres: K.
+    """
+
+    weight_RD: Tensor
+    bias_C: Tensor | None
+    chosen: Tensor | None
+    centres: int
+
+    def __len__(self) -> int:
+        """Classes that take part."""
+        return self.weight_RD.shape[0] // self.centres if self.chosen is None else self.chosen.shape[0]
+
+    def tile(self, start: int, stop: int) -> Tensor:
+        """The rows of the participating classes [start, stop); a view where all take part."""
+        if self.chosen is None:
+            return self.weight_RD[start * self.centres : stop * self.centres]
+        return self.weight_RD.index_select(0, rows_of(self.chosen[start:stop], self.centres))
+
+    def bias(self, start: int, stop: int) -> Tensor | None:
+        if self.bias_C is None:
+            return None
+        return self.bias_C[start:stop] if self.chosen is None else self.bias_C[self.chosen[start:stop]]
+
+    def taking_part(self) -> Tensor | None:
+        """Positions in `weight_RD`, or None for all."""
+        return None if self.chosen is None else rows_of(self.chosen, self.centres)
+
+
+def rows_of(classes: Tensor, centres: int) -> Tensor:
+    """The K rows of each class, class by class."""
+    if centres == 1:
+        return classes
+    return (classes[:, None] * centres + torch.arange(centres, device=classes.device)).flatten()
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """Which samples have their class on this rank.
+
+    Attributes:
+        mask_B: bool.
+        place_B: position of the sample's class among the classes that take part; a valid one also where not own.
+    """
+
+    mask_B: Tensor
+    place_B: Tensor
+
+
+def own_centres(rows: Rows, own: Own, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The centres of each sample's class, [B, K, D], and its bias, [B]; zeros where this rank has no class at all."""
+    B, D = own.place_B.shape[0], rows.weight_RD.shape[1]
+    if len(rows) == 0:
+        zeros = rows.weight_RD.new_zeros(B, rows.centres, D, dtype=dtype)
+        return zeros, zeros[:, 0, 0].clone()
+    place_B = own.place_B if rows.chosen is None else rows.chosen[own.place_B]
+    centres_BKD = rows.weight_RD.index_select(0, rows_of(place_B, rows.centres)).to(dtype).view(B, rows.centres, D)
+    bias_C = rows.bias_C
+    return centres_BKD, centres_BKD.new_zeros(B) if bias_C is None else bias_C[place_B].to(dtype)
+
+
+class RowSink(Protocol):
+    """Where the gradient of the rows goes, tile by tile: a buffer, or an optimizer that uses it up at once.
+
+    Attributes:
+        keeps: the tiles are parts of one buffer, which `tile(0, all)` returns also after the last tile.
+    """
+
+    @property
+    def keeps(self) -> bool: ...
+
+    def begin(self, rows: Rows) -> bool:
+        """Called before the first tile; True: add to what `tile` returns, False: write over it."""
+
+    def tile(self, start: int, stop: int) -> Tensor:
+        """Memory for the gradient of rows [start, stop), counted among the rows that take part."""
+
+    def finished(self, start: int, stop: int, gradient: Tensor) -> None:
+        """The gradient of these rows is complete; the rows are not read again in this backward."""
+
+    def end(self) -> None:
+        """Called after the last tile."""
+
+
+class GradientSink:
+    """Writes to `weight.grad`: dense where all rows take part, else a sparse tensor of the rows that do.
+
+    The memory is kept for the next step.
+    """
+
+    keeps = True
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        self.weight = weight
+        self.spare: Tensor | None = None
+        self.gradient_RD: Tensor = weight.new_empty(0)
+        self.rows: Rows | None = None
+
+    def begin(self, rows: Rows) -> bool:
+        self.rows = rows
+        if rows.chosen is None and self.weight.grad is not None:
+            if self.weight.grad.is_sparse:  # of an earlier backward with sampling
+                self.weight.grad = self.weight.grad.to_dense()
+            self.gradient_RD = self.weight.grad
+            return True
+        if self.weight.grad is not None:
+            self.spare = None  # a sparse gradient of an earlier backward, which still uses it
+        self.gradient_RD = self._buffer(len(rows) * rows.centres)
+        return False
+
+    def _buffer(self, count: int) -> Tensor:
+        """[count, D], from the memory of the step before where it suffices."""
+        spare = self.spare
+        if spare is None or spare.shape[0] < count or spare.dtype != self.weight.dtype:
+            slack = 0 if count == self.weight.shape[0] else count // 16  # a sample's size varies a little
+            spare = self.spare = self.weight.new_empty(count + slack, self.weight.shape[1])
+        return spare[:count]
+
+    def tile(self, start: int, stop: int) -> Tensor:
+        return self.gradient_RD[start:stop]
+
+    def finished(self, start: int, stop: int, gradient: Tensor) -> None:
+        """Nothing is left to do: the tile is a part of the gradient."""
+
+    def end(self) -> None:
+        assert self.rows is not None
+        chosen = self.rows.taking_part()
+        if chosen is None:
+            self.weight.grad = self.gradient_RD
+            return
+        gradient = torch.sparse_coo_tensor(
+            chosen[None], self.gradient_RD, self.weight.shape, is_coalesced=True, check_invariants=False
+        )
+        self.weight.grad = gradient if self.weight.grad is None else self.weight.grad + gradient
+
+
+def sample_classes(start: int, stop: int, rate: float, seed: int, device: torch.device) -> Tensor:
+    """A random share of the classes [start, stop), sorted: of each block of 1024 round(1024 rate), at least one.
+
+    Which classes are chosen depends on the seed alone, not on the range asked for, so that any number of ranks draws
+    the same sample. Every class has the same probability. Work and memory are of the sample's size: in each block the
+    numbers 0, 1, ... are sent through a permutation of the block's own (rounds of x -> a x + c mod 1024, x ^= x >> 5).
+
+    Returns:
+        int64 class numbers.
+    """
+    first, last = start // SAMPLING_BLOCK, -(-stop // SAMPLING_BLOCK)
+    count = max(1, round(rate * SAMPLING_BLOCK))
+    blocks = torch.arange(first, max(last, first), dtype=torch.int64, device=device)[:, None]
+    state = _mixed(blocks * 0x9E3779B1 + seed % 2**31)
+    x = torch.arange(count, dtype=torch.int64, device=device)[None, :].expand(blocks.shape[0], -1)
+    for _ in range(4):
+        state = _mixed(state + 0x85EBCA6B)
+        multiplier, offset = (state & 1023) | 1, (state >> 10) & 1023
+        x = (x * multiplier + offset) & (SAMPLING_BLOCK - 1)
+        x = x ^ (x >> 5)
+    classes = (blocks * SAMPLING_BLOCK + x).flatten()
+    return classes[(classes >= start) & (classes < stop)].sort().values
+
+
+def _mixed(state: Tensor) -> Tensor:
+    """32 well-mixed bits of an int64 (the finaliser of MurmurHash3)."""
+    state = state & 0xFFFFFFFF
+    state = ((state ^ (state >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    state = ((state ^ (state >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return state ^ (state >> 16)

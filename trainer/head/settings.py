@@ -1,0 +1,31 @@
+"""The settings of the head and of its optimizer."""
+
+from typing import Annotated, Literal
+
+from trainer.checked import Checked, Within
+
+
+class HeadOptimizerConfig(Checked):
+    """How the class centres, and the few numbers beside them, are stepped."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    # null: 1 for SGD on unit centres, of which each is the target of few samples; else the backbone's rate.
+    lr: Annotated[float, Within(gt=0)] | None = None
+    momentum: Annotated[float, Within(ge=0, lt=1)] = 0.9  # of SGD; beta1 of AdamW
+    beta2: Annotated[float, Within(ge=0, lt=1)] = 0.999  # of AdamW
+    weight_decay: Annotated[float, Within(ge=0)] = 5e-4  # of centres with a length; unit centres have no decay
+    state_dtype: Literal["fp32", "bf16", "int8"] = "fp32"
+
+
+class HeadConfig(Checked):
+    """How the class centres are kept and computed."""
+
+    algorithm: Literal["auto", "store", "recompute"] = "auto"  # auto: store when P fits the memory
+    compute_dtype: Literal["fp32", "bf16"] = "fp32"  # of the matrix products and of the stored P
+    param_dtype: Literal["fp32", "bf16"] = "fp32"  # of the class centres
+    # Centres of margins on the cosine: unit = kept at length 1; free = divided by their length.
+    rows: Literal["unit", "free"] = "unit"
+    fused: bool = False  # step the centres inside the backward, so that their gradient is never stored
+    tile: Annotated[int, Within(ge=1)] = 8192  # classes a tile
+    sample_rate: Annotated[float, Within(gt=0, le=1)] = 1.0  # share of the negative classes used in a step (PartialFC)
+    optimizer: HeadOptimizerConfig = HeadOptimizerConfig()

@@ -1,0 +1,163 @@
+"""Losses on the embeddings of the global batch: what they are, and the small functions that they share.
+
+Legend: b samples of this rank, B = world_size x b samples of all ranks, D dimension, K kinds of terms.
+
+Every loss of this kind is a mean over terms - pairs, triplets, identities - or a sum of a few such means:
+L = sum_k mix_k (total_k / count_k). A rank computes the terms whose *anchor* is one of its own samples, against all B
+samples; on one process b = B. `objective.batch` joins the ranks' parts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from trainer.losses.base import Family, LossSpec
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalBatch:
+    """All ranks' samples, of which `start` to `stop` are this rank's anchors.
+
+    Attributes:
+        x_BD: embeddings as the backbone gave them.
+        labels_B: classes, or -1 for a slot that only fills the batch up.
+    """
+
+    x_BD: Tensor
+    labels_B: Tensor
+    start: int
+    stop: int
+
+    @property
+    def own(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def valid_B(self) -> Tensor:
+        return self.labels_B >= 0
+
+    def positives_bB(self) -> Tensor:
+        """Where another sample is of the anchor's identity; never the anchor itself."""
+        own_b = torch.arange(self.start, self.stop, device=self.labels_B.device)
+        same_bB = (self.labels_B[self.own, None] == self.labels_B) & self.valid_B[self.own, None]
+        same_bB[torch.arange(len(own_b), device=own_b.device), own_b] = False
+        return same_bB
+
+    def negatives_bB(self) -> Tensor:
+        """Where another sample is of another identity than the anchor."""
+        other_bB = self.labels_B[self.own, None] != self.labels_B
+        return other_bB & self.valid_B[self.own, None] & self.valid_B
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """One rank's part of a loss.
+
+    Attributes:
+        totals_K: sums of terms, differentiable.
+        counts_K: how many terms a mean divides by.
+        found_J: how many there are of what the loss lives on (triplets, say). A step in which, over all ranks, one of
+            them is 0 is counted as empty.
+    """
+
+    totals_K: Tensor
+    counts_K: Tensor
+    found_J: Tensor
+
+
+class BatchLoss(LossSpec):
+    """A loss on the embeddings of a batch. Subclasses give `terms`.
+
+    Class attributes:
+        needs_positives: nothing is learned from a batch in which no identity has two samples.
+    """
+
+    family: ClassVar[Family] = "pair"
+    needs_positives: ClassVar[bool] = True
+
+    def learnables(self, dimension: int, seed: int) -> dict[str, Tensor]:
+        """Parameters that every rank holds, and their first values."""
+        return {}
+
+    def first_values(self, batch: GlobalBatch, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Better first values for the parameters, from the first batch of a run; the same batch on every rank."""
+        return {}
+
+    def mix(self) -> tuple[float, ...]:
+        """What each of the K means is multiplied by."""
+        return (1.0,)
+
+    def terms(self, batch: GlobalBatch, values: Mapping[str, Tensor]) -> Terms:
+        """This rank's terms. Padding takes no part; without terms the totals are 0 and so are their gradients."""
+        raise NotImplementedError
+
+
+def unit_vectors(x_ND: Tensor) -> Tensor:
+    """x/|x|. An embedding of length 0 has no direction: it stays the null vector and gets no gradient."""
+    square_N = x_ND.square().sum(dim=1)
+    some_N = square_N > 0
+    return x_ND * torch.where(some_N, torch.where(some_N, square_N, 1).rsqrt(), 0)[:, None]
+
+
+def squared_distances(x_ND: Tensor, y_MD: Tensor) -> Tensor:
+    """|x_n - y_m|^2, [N, M], from products: |x|^2 + |y|^2 - 2 x.y, never negative.
+
+    Its rounding error is that of |x|^2 + |y|^2: 1e-7 for unit vectors in fp32, so that distances below 1e-3 are noise.
+    """
+    square_N, square_M = x_ND.square().sum(dim=1), y_MD.square().sum(dim=1)
+    return (square_N[:, None] + square_M - 2 * x_ND @ y_MD.T).clamp_min(0)
+
+
+def distances(squared: Tensor) -> Tensor:
+    """The root, with derivative 0 at 0, where the direction in which two equal points should part is not defined."""
+    some = squared > 0
+    return torch.where(some, torch.where(some, squared, 1).sqrt(), 0)
+
+
+def groups(labels_B: Tensor) -> Tensor:
+    """Each sample's identity as a number from 0 among those of the batch, in ascending order of the labels."""
+    ordered_B, order_B = torch.sort(labels_B, stable=True)
+    number_B = torch.zeros_like(labels_B)
+    number_B[1:] = (ordered_B[1:] != ordered_B[:-1]).cumsum(0)
+    return torch.zeros_like(labels_B).scatter(0, order_B, number_B)
+
+
+def members(labels_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Who belongs to whom, in B slots, of which the first are the identities of the batch and the others are empty.
+
+    Returns:
+        slot_B: the slot of each sample; the slot of padding is empty.
+        member_SB: True where a valid sample belongs to the slot's identity.
+    """
+    slot_B = groups(labels_B)
+    slots_S = torch.arange(labels_B.shape[0], device=labels_B.device)
+    return slot_B, (slots_S[:, None] == slot_B) & (labels_B >= 0)
+
+
+def orthogonal_rows(rows: int, dimension: int, seed: int) -> Tensor:
+    """[rows, D] orthonormal rows, rows <= D, drawn evenly from all such matrices; fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    square, upper = torch.linalg.qr(torch.randn(dimension, rows, generator=generator, dtype=torch.float64))
+    rows_nD: Tensor = (square * upper.diagonal().sign()).T.float()
+    return rows_nD.contiguous()
+
+
+def principal_rows(x_BD: Tensor, valid_B: Tensor, rows: int) -> Tensor:
+    """[rows, D] the directions of greatest variance of the valid samples, orthonormal, by falling variance.
+
+    Where the samples span fewer dimensions, the rest is some orthonormal completion.
+    """
+    x_BD = x_BD.double() * valid_B[:, None]
+    count = valid_B.sum().clamp_min(1)
+    centred_BD = (x_BD - x_BD.sum(dim=0) / count) * valid_B[:, None]
+    _, vectors_DD = torch.linalg.eigh(centred_BD.T @ centred_BD)  # by rising variance
+    rows_nD: Tensor = vectors_DD.flip(1)[:, :rows].T.float()
+    return rows_nD.contiguous()
+
+
+def count(mask: Tensor) -> Tensor:
+    """How many are True, as fp64, which holds the number of triplets of any batch exactly."""
+    return mask.sum(dtype=torch.float64)

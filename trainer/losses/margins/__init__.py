@@ -1,0 +1,1 @@
+"""What a margin is, and the families of margins."""

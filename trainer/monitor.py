@@ -1,0 +1,156 @@
+"""What is measured while training runs: rank-1 and open-set errors on held-out identities, and neural collapse.
+
+Legend: c classes that are measured, N samples of all ranks, D dimension.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trainer.config import Config
+from trainer.data.augment import to_float
+from trainer.data.manifest import Manifest
+from trainer.data.stream import PADDING, Batch, Stream
+from trainer.distributed import Group
+from trainer.errors import UserError
+from trainer.evaluation.geometry import class_means, neural_collapse
+from trainer.evaluation.protocols import quick
+from trainer.objective import Objective
+
+# The figures of a training in progress need no more, and their cost grows with the square.
+MOST_SAMPLES = 20_000
+MOST_CLASSES = 512
+SAMPLES_A_CLASS = 8
+_CLASSES_A_STEP = 32
+
+
+class Monitor:
+    """The measurements of a run that its config asks for.
+
+    Args:
+        config: names the splits.
+        group: the ranks, each of which embeds its part.
+
+    Raises:
+        UserError: neural collapse is asked for, and an identity has a single image.
+    """
+
+    def __init__(self, config: Config, manifest: Manifest, group: Group) -> None:
+        split = manifest.splits.get(config.data.val_split)
+        held_out = config.run.eval_every and split is not None and split.samples
+        self.validation = Validation(config, manifest, group) if held_out else None
+        self.collapse = Collapse(config, manifest, group) if config.run.collapse else None
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to measure."""
+        return self.validation is not None or self.collapse is not None
+
+    def __call__(self, backbone: nn.Module, objective: Objective, device: torch.device) -> dict[str, float]:
+        """All measures by name. A collective; the same numbers on every rank."""
+        values: dict[str, float] = {}
+        if self.validation is not None:
+            values |= self.validation(objective.geometry().embedder(backbone), device)
+        if self.collapse is not None:
+            values |= self.collapse(backbone, objective, device)
+        return values
+
+
+@torch.no_grad()
+def embed(
+    model: nn.Module, batches: Iterable[Batch], group: Group, device: torch.device, bf16: bool
+) -> tuple[Tensor, Tensor]:
+    """Embeddings [N, D] in fp32 and labels [N] of all ranks' batches, on the CPU, without padding.
+
+    Args:
+        bf16: under autocast, as in training.
+    """
+    vectors: list[Tensor] = []
+    labels: list[Tensor] = []
+    training = model.training
+    model.eval()
+    for batch in batches:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            x_bD = model(to_float(batch.images_BCHW.to(device)))
+        vectors.append(group.all_gather(x_bD.float()).cpu())
+        labels.append(group.all_gather(batch.labels_B.to(device)).cpu())
+    model.train(training)
+    labels_N = torch.cat(labels)
+    real_N = labels_N != PADDING
+    return torch.cat(vectors)[real_N], labels_N[real_N]
+
+
+class Validation:
+    """The identities held out, their images decoded once."""
+
+    def __init__(self, config: Config, manifest: Manifest, group: Group) -> None:
+        data = config.data
+        self._group, self._bf16 = group, config.engine.bf16
+        self._batches = -(-MOST_SAMPLES // data.batch_size)
+        self._stream = Stream(
+            data.path, manifest, data.val_split, data, rank=group.rank, world_size=group.size, shuffle=False
+        )
+
+    def __call__(self, embedder: nn.Module, device: torch.device) -> dict[str, float]:
+        """Rank-1 and open-set errors on the first samples of the split."""
+        batches = islice(self._stream.batches(0), self._batches)
+        x_ND, labels_N = embed(embedder, batches, self._group, device, self._bf16)
+        result = quick(nn.functional.normalize(x_ND).numpy(), labels_N.numpy())
+        values = {"val/rank1": result.rank1}
+        if result.fnir_at_fpir_1pct is not None:
+            values["val/fnir_at_fpir_1pct"] = result.fnir_at_fpir_1pct
+        return values
+
+
+class Collapse:
+    """A bounded sample of the training images, the same at every evaluation, and how near it is to a simplex frame.
+
+    Up to 512 identities, chosen by the run's seed, with up to 8 images each, without augmentation: at most 4096 images
+    go through the backbone, shared by the ranks, one all-reduce fetches the classes' centres, and D x D eigenvectors
+    are taken once. Every identity is measured on equally many different images, as many as the smallest one of the
+    split has, and each image counts once, on any number of ranks.
+    """
+
+    def __init__(self, config: Config, manifest: Manifest, group: Group) -> None:
+        split = manifest.split(config.data.train_split)
+        counts = np.asarray(split.class_counts)
+        self._each = min(SAMPLES_A_CLASS, int(counts.min()))
+        if self._each < 2:
+            least = split.classes[int(counts.argmin())]
+            raise UserError(
+                f"run.collapse compares images of one identity, but '{least}' has {counts.min()}; "
+                "import with --min-samples 2, or set run.collapse=false"
+            )
+        self._group, self._bf16 = group, config.engine.bf16
+        self._classes = min(MOST_CLASSES, len(counts))
+        self._together = min(_CLASSES_A_STEP, -(-self._classes // group.size))
+        self._steps = -(-self._classes // self._together)
+        size = {"batch_size": self._together * self._each, "identities_per_batch": self._together}
+        data = config.data.model_copy(update=size | {"cache": "none"})
+        # Whole batches are dealt out to the ranks, not parts of them: identities and images are then the same on any
+        # number of ranks. The first groups of an epoch of P x K batches are all identities, in random order.
+        self._stream = Stream(data.path, manifest, data.train_split, data, seed=config.run.seed)
+
+    def __call__(self, backbone: nn.Module, objective: Objective, device: torch.device) -> dict[str, float]:
+        """The measures by name (`NeuralCollapse.scalars`), on embeddings as the losses compare them."""
+        geometry = objective.geometry()
+        model = geometry.compared(backbone)
+        x_ND, labels_N = embed(model, self._batches(), self._group, device, self._bf16)
+        classes_c, index_N = np.unique(labels_N.numpy(), return_inverse=True)
+        centres = None if geometry.centres is None else geometry.centres(torch.from_numpy(classes_c))
+        features_ND = geometry.placed(x_ND.double().numpy(), centres)
+        if centres is None:
+            return neural_collapse(features_ND, index_N).scalars()
+        rows_cD = centres.nearest(class_means(features_ND, index_N, len(classes_c)))
+        return neural_collapse(features_ND, index_N, rows_cD, centres.bias_c).scalars()
+
+    def _batches(self) -> Iterator[Batch]:
+        """This rank's batches; beyond the last identity, some images whose label is `PADDING`."""
+        for first in range(0, self._steps, self._group.size):
+            step = first + self._group.rank
+            batch = self._stream.batch(0, step % self._steps)
+            identity_B = step * self._together + batch.rows_B // self._each
+            yield replace(batch, labels_B=torch.where(identity_B < self._classes, batch.labels_B, PADDING))

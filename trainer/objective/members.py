@@ -1,0 +1,284 @@
+"""The members of an objective: each kind of loss with what it learns, steps and stores itself, outside the engine.
+
+Legend: b samples of this rank, D dimension, C classes.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainer.checkpoint import Checkpoint
+from trainer.config import Config
+from trainer.distributed import Group, RowRange
+from trainer.errors import UserError
+from trainer.head import Head, HeadOptimizer
+from trainer.losses.base import LossSpec
+from trainer.losses.batch import BatchLoss
+from trainer.losses.centres import Center
+from trainer.losses.margins.base import Margin
+from trainer.losses.triplets import PROJECTION
+from trainer.objective.batch import BatchLossModule
+from trainer.objective.centres import CentreModule
+from trainer.objective.geometry import ClassCentres, LossGeometry
+
+
+class Member:
+    """One loss of the weighted sum.
+
+    Args:
+        spec: the loss as the config writes it.
+        module: what computes it on this rank.
+    """
+
+    module: nn.Module
+
+    def __init__(self, spec: LossSpec, module: nn.Module) -> None:
+        self.spec, self.module = spec, module
+
+    def set_progress(self, step: int, warmup: float) -> None:
+        """Where the run is, for losses that change with the steps."""
+
+    def __call__(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str]) -> Tensor:
+        """The loss of the global batch, equal on every rank, with the exact gradient to this rank's samples."""
+        loss: Tensor = self.module(x_bD, labels_b, keys)
+        return loss
+
+    def geometry(self) -> LossGeometry:
+        """What the loss compares."""
+        raise NotImplementedError
+
+    def prepare(self, lr: float) -> None:
+        """Before the backward: the learning rate of the coming `step`, for what is stepped inside the backward."""
+
+    def step(self, lr: float) -> None:
+        """Update what the loss itself learns, after the backward, and forget its gradients."""
+        raise NotImplementedError
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Further numbers to report, still on the device."""
+        return {}
+
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        """This rank's share of a checkpoint: tensors by name, by file."""
+        raise NotImplementedError
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Continue from `files` of the same number of ranks."""
+        raise NotImplementedError
+
+
+def make_member(
+    spec: LossSpec, config: Config, classes: int, class_counts: Sequence[int], device: torch.device
+) -> Member:
+    """The member that a loss of the config needs.
+
+    Raises:
+        UserError: a loss that this problem's size does not allow, or that finds no pairs in such batches.
+    """
+    if isinstance(spec, Margin):
+        return HeadMember(spec, config, classes, class_counts, device)
+    if isinstance(spec, Center):
+        return CentreMember(spec, config, classes, device)
+    if isinstance(spec, BatchLoss):
+        return BatchMember(spec, config, classes, class_counts, device)
+    raise TypeError(f"{type(spec).__name__} is no loss of the config")
+
+
+class HeadMember(Member):
+    """A margin with its sharded head and the optimizer of its rows."""
+
+    module: Head
+
+    def __init__(
+        self, spec: Margin, config: Config, classes: int, class_counts: Sequence[int], device: torch.device
+    ) -> None:
+        group = Group.current()
+        dimension = config.backbone.dimension
+        if classes < group.size:
+            raise UserError(
+                f"{classes} classes cannot be shared by {group.size} workers; set scaling.workers to {classes} or less"
+            )
+        settings, seed = config.head, config.run.seed
+        head = Head(
+            spec, classes, dimension, settings, seed=seed, class_counts=class_counts, device=device, group=group
+        )
+        super().__init__(spec, head)
+        self._optimizer = HeadOptimizer(head)
+
+    def set_progress(self, step: int, warmup: float) -> None:
+        self.module.set_progress(step, warmup)
+
+    def prepare(self, lr: float) -> None:
+        self._optimizer.prepare(lr)
+
+    def step(self, lr: float) -> None:
+        self._optimizer.step(lr)
+        self._optimizer.zero_grad()
+
+    def geometry(self) -> LossGeometry:
+        return LossGeometry(self.module.margin.on_directions, centres=self._centres)
+
+    @torch.no_grad()
+    def _centres(self, classes_c: Tensor) -> ClassCentres:
+        """On every rank. A collective: one all-reduce of [c, K D + 1]."""
+        head, margin = self.module, self.module.margin
+        classes_c = classes_c.to(head.weight.device)
+        own_c = (classes_c >= head.rows.start) & (classes_c < head.rows.stop)
+        place_c = (classes_c - head.rows.start).clamp(0, len(head.rows) - 1)
+        bias_c = torch.zeros_like(place_c, dtype=torch.float32) if head.bias is None else head.bias[place_c].float()
+        rows_cX = head.weight.view(len(head.rows), -1)[place_c].float()
+        message_cX = torch.where(own_c[:, None], torch.cat([rows_cX, bias_c[:, None]], dim=1), 0)
+        message_cX = head.group.all_reduce(message_cX)
+        rows_cKD = message_cX[:, :-1].reshape(len(classes_c), head.centres, head.dimension)
+        if margin.unit_rows:
+            rows_cKD = functional.normalize(rows_cKD, dim=2)
+        scale = float(margin.scale_of(dict(head.scalars))) if margin.unit_embedding else None
+        rows, bias = (values.double().cpu().numpy() for values in (rows_cKD, message_cX[:, -1]))
+        return ClassCentres(rows, bias, scale)
+
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        """One file, named by the classes whose rows it holds; the few numbers that all ranks share lie in each."""
+        state = {f"head.{name}": tensor for name, tensor in self.module.state_dict().items()}
+        state |= {f"optimizer.{name}": tensor for name, tensor in self._optimizer.state_dict().items()}
+        return {rows_file(self.spec.name, self.module.rows): state}
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        parts: dict[str, dict[str, Tensor]] = {"head": {}, "optimizer": {}}
+        for name, tensor in checkpoint.read(rows_file(self.spec.name, self.module.rows)).items():
+            owner, _, key = name.partition(".")
+            parts[owner][key] = tensor
+        self.module.load_state_dict(parts["head"])
+        self._optimizer.load_state_dict(parts["optimizer"])
+
+
+class CentreMember(Member):
+    """Centres that follow their samples by the paper's rule; the learning rate has no say in it."""
+
+    module: CentreModule
+
+    def __init__(self, spec: Center, config: Config, classes: int, device: torch.device) -> None:
+        super().__init__(spec, CentreModule(spec, classes, config.backbone.dimension, device=device))
+
+    def geometry(self) -> LossGeometry:
+        return LossGeometry(self.spec.on_directions, followed=lambda c: self.module.of(c).double().cpu().numpy())
+
+    def step(self, lr: float) -> None:
+        self.module.update()
+
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        return {rows_file(self.spec.name, self.module.rows): dict(self.module.state_dict())}
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        self.module.load_state_dict(checkpoint.read(rows_file(self.spec.name, self.module.rows)))
+
+
+class BatchMember(Member):
+    """A loss on the pairs, triplets or identities of the global batch, and the optimizer of its few parameters.
+
+    What it learns is the same on every rank, so one rank stores it.
+    """
+
+    module: BatchLossModule
+
+    def __init__(
+        self, spec: BatchLoss, config: Config, classes: int, class_counts: Sequence[int], device: torch.device
+    ) -> None:
+        if spec.needs_positives:
+            _check_positives(spec.name, config, class_counts)
+        module = BatchLossModule(spec, classes, config.backbone.dimension, seed=config.run.seed, device=device)
+        super().__init__(spec, module)
+        self._optimizer = _optimizer(module, config) if len(module.values) else None
+
+    def geometry(self) -> LossGeometry:
+        return LossGeometry(self.spec.on_directions, dict(self.module.values).get(PROJECTION))
+
+    def step(self, lr: float) -> None:
+        if self._optimizer is None:
+            return
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def metrics(self) -> dict[str, Tensor]:
+        """How many steps of the run found nothing to learn from."""
+        return {f"empty_steps/{self.spec.name}": self.module.empty_steps.clone()}
+
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        if self.module.group.rank:
+            return {}
+        state = {f"loss.{name}": tensor for name, tensor in self.module.state_dict().items()}
+        for name, parameter in self.module.named_parameters():
+            assert self._optimizer is not None
+            for key, value in self._optimizer.state[parameter].items():
+                state[f"optimizer.{name}.{key}"] = value
+        return {batch_file(self.spec.name): state}
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.read(batch_file(self.spec.name))
+        self.module.load_state_dict(
+            {name.removeprefix("loss."): value for name, value in state.items() if name.startswith("loss.")}
+        )
+        for name, parameter in self.module.named_parameters():
+            prefix = f"optimizer.{name}."
+            assert self._optimizer is not None
+            self._optimizer.state[parameter] = {
+                key.removeprefix(prefix): value if key.endswith(".step") else value.to(parameter.device)
+                for key, value in state.items()
+                if key.startswith(prefix)
+            }
+
+
+def rows_file(name: str, rows: RowRange) -> str:
+    """A file named by the classes whose rows it holds, whoever wrote it."""
+    return f"{name}-rows-{rows.start:010d}-{rows.stop:010d}.safetensors"
+
+
+def batch_file(name: str) -> str:
+    """A file of what every rank holds alike."""
+    return f"{name}.safetensors"
+
+
+def read_projection(specs: Sequence[LossSpec], checkpoint: Checkpoint) -> Tensor | None:
+    """The projection T that a checkpoint's losses learned, [n, D]; None where none of them learns one."""
+    for spec in specs:
+        if spec.learns_projection:
+            return checkpoint.read(batch_file(spec.name))[f"loss.values.{PROJECTION}"]
+    return None
+
+
+def _check_positives(name: str, config: Config, class_counts: Sequence[int]) -> None:
+    """Refuse a run whose batches hold no two samples of one identity.
+
+    Raises:
+        UserError: fewer than two samples an identity, in the data set or in a batch, or too rarely by chance.
+    """
+    data, total = config.data, sum(class_counts)
+    if max(class_counts, default=0) < 2:
+        raise UserError(f"{name} needs two samples of an identity, but every identity of the data set has only one")
+    if data.identities_per_batch is not None:
+        if data.batch_size // data.identities_per_batch < 2:
+            raise UserError(
+                f"{name} needs two samples of an identity in a batch, but data.identities_per_batch="
+                f"{data.identities_per_batch} with data.batch_size={data.batch_size} gives one; lower the first"
+            )
+        return
+    alike = sum(count * (count - 1) for count in class_counts) / max(1, total * (total - 1))
+    pairs = alike * math.comb(min(data.batch_size, total), 2)
+    if pairs < 1:
+        raise UserError(
+            f"{name} needs two samples of an identity in a batch, but a shuffled batch of {data.batch_size} has "
+            f"{pairs:.2g} such pairs on average; set data.identities_per_batch"
+        )
+
+
+def _optimizer(module: BatchLossModule, config: Config) -> torch.optim.Optimizer:
+    """Of the parameters that every rank holds: what `head.optimizer` says, in fp32."""
+    parameters, settings = list(module.parameters()), config.head.optimizer
+    lr, decay = config.optimizer.lr, settings.weight_decay  # each step brings its own rate
+    if settings.name == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, betas=(settings.momentum, settings.beta2), weight_decay=decay)
+    return torch.optim.SGD(parameters, lr=lr, momentum=settings.momentum, weight_decay=decay)

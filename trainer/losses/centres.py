@@ -1,5 +1,7 @@
-"""Centre loss and centre-invariant loss, with a centre for every class that follows its samples; and range loss, with
-the widest distances within each identity of the batch and the two identities nearest to each other.
+"""Losses on distances to centres and between identities: centre, centre-invariant and range loss.
+
+The first two keep a centre for every class that follows its samples; range loss takes the widest distances within each
+identity of the batch, and the two identities nearest to each other.
 
 Legend: B samples of all ranks, S slots for identities (S = B), D dimension, k distances of an identity.
 

@@ -23,12 +23,13 @@ _ranks: list["_Ranks"] = []  # those of the last call, at most one set
 def run_on_ranks(size: int, work: Callable[..., None], *arguments: Any) -> None:
     """`work(rank, *arguments)` on each rank, in a process group; an error on any rank is raised here.
 
-    The ranks of one size are used again by the next call of that size, unless one of them failed.
+    The ranks are used again by the next call of the same size from the same file, unless one of them failed. Another
+    file gets new ones: what its tests do to a process stays among them.
     """
-    if _ranks and _ranks[0].size != size:
+    if _ranks and _ranks[0].used_by != (size, work.__module__):
         _ranks.pop().stop()
     if not _ranks:
-        _ranks.append(_Ranks(size))
+        _ranks.append(_Ranks(size, work.__module__))
     try:
         _ranks[0].run(work, arguments)
     except BaseException:
@@ -39,11 +40,11 @@ def run_on_ranks(size: int, work: Callable[..., None], *arguments: Any) -> None:
 class _Ranks:
     """The processes of one group, each at the other end of a pipe."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, module: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.size = size
+        self.used_by = (size, module)
         self._context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []

@@ -13,9 +13,10 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from serving.mark import Mark, MarkDamaged, Reached, flush_folder, make_mark, mark_path, read_mark
+from serving.mark import Mark, MarkDamaged, Reached, make_mark, mark_path, read_mark
 from serving.migrations import APPLICATION_ID, MIGRATIONS, Target, migrate
 from serving.rows import Damage, GalleryRow, layout, read_gallery
+from trainer.atomic import sync
 from trainer.errors import UserError
 
 # A vector of 512 dimensions and its row take 2.1 KB, of which seven fit a page of 16 KiB (see docs/storage.md).
@@ -97,7 +98,7 @@ def _owned(path: Path, real: Path) -> Iterator[None]:
         held = os.fstat(file)
         if _inode(real) != (held.st_dev, held.st_ino):
             raise UserError(f"the store '{path}' was replaced while it was opened; start again")
-        flush_folder(real.parent)  # SQLite does not flush the entry of a new file
+        sync(real.parent)  # SQLite does not flush the entry of a new file
         yield
     finally:
         os.close(file)

@@ -15,6 +15,8 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.atomic import write_file
+
 SLOT = struct.Struct("<8s16sQI")
 MAGIC = b"HYPSMARK"
 SECTOR = 4096
@@ -62,24 +64,8 @@ def make_mark(path: Path, reached: Reached) -> None:
     Raises:
         OSError: the disk refused.
     """
-    aside = path.with_name(path.name + ".new")
-    file = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(file, 2 * _pack(reached).ljust(SECTOR, b"\0"))
-        os.fsync(file)
-    finally:
-        os.close(file)
-    os.replace(aside, path)
-    flush_folder(path.parent)
-
-
-def flush_folder(folder: Path) -> None:
-    """Make the names of new files in it durable."""
-    file = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+    write_file(path, 2 * _pack(reached).ljust(SECTOR, b"\0"))
+    path.chmod(0o600)
 
 
 class Mark:

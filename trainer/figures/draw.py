@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from trainer.atomic import write_file
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.evaluation.plots_style import save
@@ -199,7 +200,7 @@ def _draw_margins(folder: Path) -> Written:
     groups, negatives, rows = curve_groups(), negative_curves(), boundary_rows()
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / "boundaries.md"
-    table.write_text(boundary_markdown(rows))
+    write_file(table, boundary_markdown(rows))
     records = _write_json(folder / "boundaries.json", boundary_records(rows))
     parts = [
         ("psi", psi_figure(groups), captions.of_psi(groups)),
@@ -230,7 +231,7 @@ def _curve_records(groups: Sequence[CurveGroup]) -> list[dict[str, Any]]:
 
 def _write_json(path: Path, content: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return path
 
 
@@ -244,5 +245,5 @@ def _write_captions(folder: Path, drawn: Sequence[Drawn]) -> Path:
             if separator:
                 known[name.strip("*")] = caption
     known |= {one.name: one.caption for one in drawn}
-    path.write_text("\n\n".join(f"**{name}**: {caption}" for name, caption in known.items()) + "\n")
+    write_file(path, "\n\n".join(f"**{name}**: {caption}" for name, caption in known.items()) + "\n")
     return path

@@ -312,7 +312,7 @@ def test_a_full_disk_is_an_error_and_loses_nothing(opened, vectors):
     assert "after" in _all(opened)
 
 
-@pytest.mark.parametrize("call", ["os.open", "os.write", "os.replace", "os.pwrite", "fcntl.flock"])
+@pytest.mark.parametrize("call", ["os.open", "os.fsync", "os.replace", "os.pwrite", "fcntl.flock"])
 def test_a_disk_that_fails_at_the_start_is_one_sentence(tmp_path, monkeypatch, call):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -132,7 +132,9 @@ class Guard:
             await send(message)
 
         body = _Body(receive, self._settings.body_timeout_s)
-        self._under_way += 1
+        # Whoever has no key must not be able to fill the room of those who have.
+        counts = not _is_open(scope["path"])
+        self._under_way += counts
         try:
             scope["state"]["trusted"] = self._admit(scope, headers)
             await self._app(scope, lambda: self._receive(body), answer)
@@ -142,7 +144,7 @@ class Guard:
             if status == UNANSWERED:
                 await _send(answer, stopping(), request_id)
         finally:
-            self._under_way -= 1
+            self._under_way -= counts
             self._buffered -= body.received
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.answered(route, scope["method"], status or 500, time.perf_counter() - start)
@@ -150,7 +152,7 @@ class Guard:
     def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> bool:
         """Whether whoever asks may know about the gallery. Raises ApiError where a request is refused unread."""
         client = scope["client"][0] if scope.get("client") else ""
-        if scope["path"] in OPEN_PATHS or scope["path"].startswith(f"{ASSETS}/"):
+        if _is_open(scope["path"]):
             if self._key is not None and sent_key(headers):
                 self._key.check(headers, client)
                 return True
@@ -159,6 +161,8 @@ class Guard:
             self._rate.check(client)
         if self._key is not None:
             self._key.check(headers, client)
+        else:
+            _refuse_other_sites(headers)
         if self._under_way > self._settings.max_requests:
             raise ApiError(
                 503,
@@ -226,9 +230,38 @@ class _Body:
         return message
 
 
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(f"{ASSETS}/")
+
+
+def _refuse_other_sites(headers: dict[bytes, bytes]) -> None:
+    """Without a key, refuse what a web page of another site sends.
+
+    A browser lets any page post a form to this machine, under this machine's own Host, though the page cannot read the
+    answer; it says in Origin where the page is from (Fetch standard, "HTTP extensions"). Other clients send no Origin.
+    """
+    origin = headers.get(b"origin")
+    if origin is not None and _host_name(origin) != _host_name(headers.get(b"host", b"")):
+        raise ApiError(
+            403,
+            "other_site",
+            "a web page of another site sent this, and without a key only pages of this service may; "
+            "open /docs here, or have the operator set a key",
+        )
+
+
+def _host_name(origin: bytes) -> bytes:
+    return re.sub(rb":\d+$", b"", origin.rpartition(b"//")[2]).lower()
+
+
 def _network(client: str) -> str:
     """What one client has to itself: an IPv4 address, or 64 bits of IPv6."""
-    return str(ipaddress.IPv6Interface(f"{client}/64").network) if ":" in client and "%" not in client else client
+    if ":" not in client or "%" in client:
+        return client
+    try:
+        return str(ipaddress.IPv6Interface(f"{client}/64").network)
+    except ValueError:  # what a trusted proxy calls an address need not be one
+        return client
 
 
 async def _send(send: Send, error: ApiError, request_id: str) -> None:

@@ -62,3 +62,11 @@ def test_the_memory_of_clients_is_bounded():
     for number in range(CLIENTS_REMEMBERED + 10):
         limit.check(str(number))
     assert len(limit._buckets) == CLIENTS_REMEMBERED
+
+
+@pytest.mark.parametrize("client", ["a:b:c", "::1", "1:2:3:4:5:6:7:8%eth0", "\xff:", "10.0.0.1", ""])
+def test_whatever_a_proxy_calls_an_address_is_counted(client):
+    limit = RateLimit(rate=1, burst=1, clock=lambda: 0.0)
+    limit.check(client)
+    with pytest.raises(ApiError):
+        limit.check(client)

@@ -29,7 +29,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 log = logging.getLogger("hypersphere.serving")
 ASSETS = "/docs-assets"  # the script and the style sheet of /docs
-# Neither key nor limits: they cost nothing and say nothing about anybody. With a key, /readyz says more.
+# Neither key nor limits: they cost nothing and say nothing about anybody. With a key, /readyz says more; the others do
+# not look at it, so that an orchestrator with a wrong key does not take a living service for a dead one.
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
 REQUEST_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 UNANSWERED: int = 0  # in place of a status
@@ -48,7 +49,7 @@ class KeyCheck:
     def __init__(self, key: str, wrong_a_minute: int) -> None:
         self._secret = secrets.token_bytes(32)
         self._digest = self._hash(key.encode())
-        self._wrong = RateLimit(wrong_a_minute / 60, wrong_a_minute)
+        self._wrong = RateLimit(wrong_a_minute / 60, wrong_a_minute, of="wrong keys")
 
     def _hash(self, key: bytes) -> bytes:
         return hmac.digest(self._secret, key, hashlib.sha256)
@@ -76,10 +77,12 @@ def sent_key(headers: dict[bytes, bytes]) -> bytes:
 
 
 class RateLimit:
-    """A token bucket per client address: `burst` requests at once, then `rate` a second."""
+    """A token bucket per client address: `burst` requests at once, then `rate` a second. `of`: what they are called."""
 
-    def __init__(self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._rate, self._burst, self._clock = rate, burst, clock
+    def __init__(
+        self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic, of: str = "requests"
+    ) -> None:
+        self._rate, self._burst, self._clock, self._of = rate, burst, clock, of
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tokens, and when they were counted
 
     def check(self, client: str) -> None:
@@ -97,7 +100,8 @@ class RateLimit:
             raise ApiError(
                 429,
                 "too_many_requests",
-                f"more than {self._rate:g} requests a second came from this address; wait {wait} s",
+                f"more than {self._burst} {self._of} at once, or {self._rate:.3g} a second, came from this address; "
+                f"wait {wait} s",
                 {"limit_per_second": self._rate},
                 {"retry-after": str(wait)},
             )
@@ -153,7 +157,7 @@ class Guard:
         """Whether whoever asks may know about the gallery. Raises ApiError where a request is refused unread."""
         client = scope["client"][0] if scope.get("client") else ""
         if _is_open(scope["path"]):
-            if self._key is not None and sent_key(headers):
+            if self._key is not None and scope["path"] == "/readyz" and sent_key(headers):
                 self._key.check(headers, client)
                 return True
             return self._key is None

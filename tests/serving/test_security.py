@@ -57,6 +57,13 @@ def test_a_bucket_empties_and_fills():
         limit.check("a")
 
 
+def test_too_many_wrong_keys_are_called_so():
+    check = KeyCheck(KEY, 1)
+    for told in ("is not one of", "more than 1 wrong keys"):
+        with pytest.raises(ApiError, match=told):
+            check.check({b"x-api-key": b"wrong"}, "10.0.0.1")
+
+
 def test_the_memory_of_clients_is_bounded():
     limit = RateLimit(rate=1, burst=1, clock=lambda: 0.0)
     for number in range(CLIENTS_REMEMBERED + 10):

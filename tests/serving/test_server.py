@@ -2,12 +2,15 @@
 
 import inspect
 import logging
+import os
 import signal
 import socket
 
 import pytest
 import uvicorn
+from typer.testing import CliRunner
 
+from serving.cli import app
 from serving.serve_command import serve
 from serving.server import LINES_A_MINUTE, Sparing, _listen, _signals_taken, host_names, run
 from serving.settings import Settings, from_values
@@ -94,6 +97,23 @@ def test_the_listener_says_that_it_is_tcp():
     """asyncio turns Nagle's algorithm off only then, and answers on kept-alive connections wait 40 ms otherwise."""
     with _listen("127.0.0.1", 0) as listener:
         assert listener.proto == socket.IPPROTO_TCP
+
+
+def test_the_key_is_taken_out_of_the_environment(monkeypatch):
+    """Other processes inherit it."""
+    seen = []
+    monkeypatch.setattr("serving.server.run", lambda *taken: seen.append((taken[0], dict(os.environ))))
+    monkeypatch.setenv("HYPERSPHERE_API_KEY", KEY)
+    CliRunner().invoke(app, ["serve", "--embedder", "e"], catch_exceptions=False)
+    ((taken, environment),) = seen
+    assert taken.api_key.get_secret_value() == KEY
+    assert KEY not in str(environment)
+
+
+def test_an_empty_key_is_an_oversight(monkeypatch):
+    monkeypatch.setenv("HYPERSPHERE_API_KEY", "")
+    with pytest.raises(UserError, match="empty"):
+        CliRunner().invoke(app, ["serve", "--embedder", "e"], catch_exceptions=False)
 
 
 def test_every_setting_is_an_option_with_the_same_default():

@@ -169,7 +169,8 @@ class Connection(HttpToolsProtocol):
             raise httptools.HttpParserError("a request needs one Host header")
         target = httptools.parse_url(self.url)
         if target.host is not None:
-            host = target.host + (b":%d" % target.port if target.port else b"")
+            host = b"[%s]" % target.host if b":" in target.host else target.host
+            host += b":%d" % target.port if target.port else b""
             self.headers[:] = [(name, host if name == b"host" else value) for name, value in self.headers]
 
     def _refuse(self, status: int, code: str, message: str) -> None:

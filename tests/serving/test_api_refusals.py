@@ -330,3 +330,12 @@ def test_pages_of_other_sites_change_nothing_without_a_key(server, photos):
     assert "forged" not in server.http.get("/v1/subjects?limit=1000").text
     assert enrol(server, "own-page", photos(1), headers={"origin": server.url}).status_code == 201
     server.http.delete("/v1/subjects/own-page")
+
+
+def test_the_methods_of_a_route_are_named_once(server):
+    assert server.http.head("/healthz").headers.get_list("allow") == ["GET"]
+
+
+def test_what_does_not_go_together_is_told_plainly(server):
+    error = refused(server.http.post("/v1/verify", json={"probe": UNIT}), 422, "invalid")
+    assert error["message"].startswith("the request: give either reference or subject_id")

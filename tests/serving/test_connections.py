@@ -229,3 +229,10 @@ def test_trailers_are_no_headers(strict):
     with _connect(strict) as wire:
         wire.sendall(UNREAD + key + b"0\r\nX-Request-ID: sent-as-a-trailer\r\n\r\n")
         assert b"sent-as-a-header" in wire.recv(65536)
+
+
+def test_a_target_names_its_host_as_a_header_does(server):
+    for host, status in ((b"[::1]:8000", b"200"), (b"localhost:8000", b"200"), (b"[::2]", b"400")):
+        with _connect(server) as wire:
+            wire.sendall(b"GET http://%s/healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n" % host)
+            assert _until_closed(wire).startswith(b"HTTP/1.1 " + status), host

@@ -19,7 +19,8 @@ from serving.settings import Settings
 from trainer.errors import UserError
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-SPARE_FILES = 64  # descriptors for all but connections: store, pipes to the decoders, logs
+SPARE_FILES = 64  # descriptors for all but connections and decoders: store, logs, libraries
+FILES_A_WORKER = 4  # its decoder's pipes: three, and one while it is started
 LINES_A_MINUTE = 20  # of one kind
 SECONDS_TO_CLOSE = 2  # of `shutdown_s`, kept for closing the store after the last answer
 
@@ -102,7 +103,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _config(app: Any, settings: Settings) -> uvicorn.Config:
-    room = Room(_connections(settings.max_connections), settings.head_timeout_s, settings.body_timeout_s)
+    room = Room(_connections(settings), settings.head_timeout_s, settings.body_timeout_s)
     connection: Any = functools.partial(Connection, room=room)  # uvicorn calls it as it would the class
     return uvicorn.Config(
         app,
@@ -119,14 +120,15 @@ def _config(app: Any, settings: Settings) -> uvicorn.Config:
     )
 
 
-def _connections(most: int) -> int:
+def _connections(settings: Settings) -> int:
     """As many connections as asked for, or as the process may have descriptors for; the soft limit is raised."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = most + SPARE_FILES
+    most, spare = settings.max_connections, SPARE_FILES + FILES_A_WORKER * settings.workers
+    wanted = most + spare
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        return max(8, min(most, soft - SPARE_FILES))
+        return max(8, min(most, soft - spare))
     return most
 
 

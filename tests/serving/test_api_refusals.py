@@ -249,7 +249,8 @@ def test_the_key_and_the_rate(serve, photos):
     answer = server.http.get("/v1/subjects", headers=key)
     refused(answer, 429, "too_many_requests")
     assert int(answer.headers["retry-after"]) > 0
-    assert server.http.get("/healthz").status_code == 200
+    assert server.http.get("/healthz", headers={"X-API-Key": "wrong"}).status_code == 200  # as for an orchestrator
+    refused(server.http.get("/readyz", headers={"X-API-Key": "wrong"}), 401, "key_wrong")
     assert "correct-horse" not in "".join(server.output)
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from serving.cli import app
 from serving.serve_command import serve
-from serving.server import LINES_A_MINUTE, Sparing, _listen, _signals_taken, host_names, run
+from serving.server import LINES_A_MINUTE, Sparing, _connections, _listen, _signals_taken, host_names, run
 from serving.settings import Settings, from_values
 from trainer.errors import UserError
 
@@ -124,6 +124,15 @@ def test_every_setting_is_an_option_with_the_same_default():
     for name, field in fields.items():
         if not field.is_required() and name != "store":
             assert options[name] == field.default, name
+
+
+@pytest.mark.parametrize(("workers", "connections"), [(2, 512), (100, 512), (200, 1024 - 64 - 4 * 200), (256, 8)])
+def test_decoders_leave_descriptors_to_the_connections(workers, connections, monkeypatch):
+    """Without one left, no connection is accepted and no idle one makes room."""
+    limits = [(1024, 1024)]
+    monkeypatch.setattr("resource.getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr("resource.setrlimit", lambda _, both: limits.append(both))
+    assert _connections(settings(workers=workers, max_connections=512)) == connections
 
 
 def test_logs_are_spared_of_repetitions(caplog):

@@ -257,7 +257,7 @@ async def _on_http_error(request: Request, error: Any) -> JSONResponse:
         error.status_code, (f"http_{error.status_code}", "see /docs")
     )
     message = f"{request.method} {request.url.path[:200]}: {error.detail}; {advice}"
-    headers = dict(error.headers or {})
+    headers = {name.lower(): value for name, value in (error.headers or {}).items()}
     if error.status_code == 405:  # the router knows only the first route of a path
         every = [route for route in (*router.routes, *open_router.routes) if isinstance(route, Route)]
         these = [route.methods or () for route in every if route.matches(request.scope)[0] is not Match.NONE]

@@ -49,7 +49,8 @@ def read_json(model: type[Body], document: bytes) -> Body:
         return model.model_validate(tree)
     except ValidationError as error:
         faults = error.errors(include_input=False, include_url=False, include_context=False)
-        raise invalid_fields([(".".join(map(str, fault["loc"])), fault["msg"]) for fault in faults]) from error
+        told = [(".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")) for fault in faults]
+        raise invalid_fields(told) from error
 
 
 def invalid(problem: str, where: str) -> ApiError:

@@ -1,5 +1,6 @@
 """`hypersphere serve`: every setting of the service as an option and as a variable HYPERSPHERE_SETTING."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -7,9 +8,9 @@ import typer
 
 
 def _option(setting: str, help_: str, *names: str, panel: str | None = None, **more: Any) -> Any:
-    """An option for one of `Settings`' fields; its name follows the field's."""
+    """An option for one of `Settings`' fields; its name, and that of its variable, follow the field's."""
     flags = names or (f"--{setting.replace('_', '-')}",)
-    variable = f"HYPERSPHERE_{setting.upper()}"
+    variable = None if setting == "restored" else f"HYPERSPHERE_{setting.upper()}"
     return typer.Option(*flags, envvar=variable, show_envvar=False, help=help_, rich_help_panel=panel, **more)
 
 
@@ -74,13 +75,18 @@ def serve(
 ) -> None:
     """Answer over HTTP: verify (1:1) and identify (1:N) against a gallery; documentation at /docs.
 
-    Each option can be set by a variable, too: --max-body-bytes by HYPERSPHERE_MAX_BODY_BYTES.
+    Each option can be set by a variable, too: --max-body-bytes by HYPERSPHERE_MAX_BODY_BYTES. Only --restored cannot,
+    since it is for one start.
 
     Example: `hypersphere serve --embedder runs/faces/embedder --store faces.sqlite`
     """
     values = dict(locals())
     from serving.server import run
     from serving.settings import from_values
+    from trainer.errors import UserError
 
+    # The processes that decode strangers' images inherit the environment, and need no key.
+    if os.environ.pop("HYPERSPHERE_API_KEY", None) == "":
+        raise UserError("HYPERSPHERE_API_KEY is set but empty; put a key in, or unset it to serve only this machine")
     del values["host"], values["port"]
     run(from_values(values), host, port)

@@ -11,7 +11,19 @@ from serving.subject_id import PATTERN, enrollable, known
 
 @pytest.mark.parametrize(
     "name",
-    ["a", "Ålesund 7", "a.b@c:d", "名前", "x" * 128, "...", "a+b&c=d?e#f", "Ω", "0", "Иванов A. 2B", "α-particle"],
+    [
+        "a",
+        "Ålesund 7",
+        "a.b@c:d",
+        "名前",
+        "x" * 128,
+        "...",
+        "a+b&c=d?e#f",
+        "Ω",
+        "0",
+        "\u0418\u0432\u0430\u043d\u043e\u0432 A. 2B",
+        "\u03b1-particle",
+    ],
 )
 def test_names_that_people_use(name):
     assert enrollable(name) == name

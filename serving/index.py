@@ -39,12 +39,12 @@ class ReadersWriter:
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
-        self._readers, self._waiting, self._writing = 0, 0, False
+        self._readers, self._waiting = 0, 0
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         with self._condition:
-            self._condition.wait_for(lambda: not self._writing and not self._waiting)
+            self._condition.wait_for(lambda: not self._waiting)
             self._readers += 1
         try:
             yield
@@ -55,18 +55,13 @@ class ReadersWriter:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        with self._condition:
+        with self._condition:  # held while writing, so that nobody else comes in
             self._waiting += 1
             try:
-                self._condition.wait_for(lambda: not self._writing and not self._readers)
+                self._condition.wait_for(lambda: not self._readers)
+                yield
             finally:
                 self._waiting -= 1
-            self._writing = True
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._writing = False
                 self._condition.notify_all()
 
 
@@ -78,10 +73,9 @@ class Index:
 
     def __init__(self, dimension: int, threads: int = 1) -> None:
         faiss.cvar.distance_compute_blas_threshold = BLAS_THRESHOLD
-        self.dimension = dimension
-        self._threads = threads
+        self.dimension, self._threads = dimension, threads
         self._lock = ReadersWriter()
-        self._faiss = faiss.IndexFlatIP(self.dimension)
+        self._faiss = faiss.IndexFlatIP(dimension)
         self._subject_N = np.empty(0, np.int64)  # longer than the index: room to grow
         self._sample_N = np.empty((0, 16), np.uint8)
         self._names: dict[int, str] = {}
@@ -174,8 +168,7 @@ class Index:
         with self._lock.reading():
             if not self._rows:
                 return [[] for _ in queries_QD]
-            scores_QK, rows_QK = self._scan(queries_QD, min(self._rows, top_k + 32))
-            found = zip(queries_QD, scores_QK, rows_QK, strict=True)
+            found = zip(queries_QD, *self._scan(queries_QD, top_k + 32), strict=True)
             return [self._collapse(query_D, scores_K, rows_K, top_k) for query_D, scores_K, rows_K in found]
 
     def compare(self, query_D: NDArray[np.float32], subject_id: str) -> Candidate | None:
@@ -208,12 +201,11 @@ class Index:
             found = [int(k) for k in np.sort(first) if int(numbers_K[k]) in self._names]  # the hidden have no name
             if len(found) >= top_k or len(rows_K) == self._rows:
                 return [self._candidate(int(rows_K[k]), float(scores_K[k])) for k in found[:top_k]]
-            scores_1K, rows_1K = self._scan(query_D[None], min(self._rows, 4 * len(rows_K)))
-            scores_K, rows_K = scores_1K[0], rows_1K[0]
+            (scores_K,), (rows_K,) = self._scan(query_D[None], 4 * len(rows_K))
 
     def _scan(self, queries_QD: NDArray[np.float32], depth: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         faiss.omp_set_num_threads(self._threads)  # OpenMP keeps this number per calling thread
-        scores_QK, rows_QK = self._faiss.search(queries_QD, depth)
+        scores_QK, rows_QK = self._faiss.search(queries_QD, min(self._rows, depth))
         return scores_QK, rows_QK
 
     def _candidate(self, row: int, score: float) -> Candidate:
@@ -221,11 +213,10 @@ class Index:
         return Candidate(self._names[int(self._subject_N[row])], max(-1.0, min(1.0, score)), sample_id)
 
     def _number(self, subject_id: str) -> int:
-        number = self._numbers.get(subject_id)
-        if number is None:
-            number, self._next = self._next, self._next + 1
-            self._numbers[subject_id], self._names[number] = number, subject_id
-        return number
+        if subject_id not in self._numbers:
+            self._numbers[subject_id], self._names[self._next] = self._next, subject_id
+            self._next += 1
+        return self._numbers[subject_id]
 
     def _hide(self, subject_id: str) -> None:
         number = self._numbers.get(subject_id)
@@ -236,5 +227,5 @@ class Index:
     def _reserve(self, rows: int) -> None:
         if rows > len(self._subject_N):
             more = max(rows, 2 * len(self._subject_N), 1024) - len(self._subject_N)
-            self._subject_N = np.concatenate([self._subject_N, np.zeros(more, np.int64)])
-            self._sample_N = np.concatenate([self._sample_N, np.zeros((more, 16), np.uint8)])
+            longer = np.pad(self._subject_N, (0, more)), np.pad(self._sample_N, ((0, more), (0, 0)))
+            self._subject_N, self._sample_N = longer  # both or, where memory is short, none

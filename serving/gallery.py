@@ -8,11 +8,95 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.index import Candidate
-from serving.projection import GalleryLoading, Progress, Projection, Status, Stopped
+from serving.projection import GalleryLoading, Projection, Status, Stopped
 from serving.store import Deletion, Enrolment, IdempotencyKey, State, Store, SubjectRow, SubjectUnknown, never
-from serving.threshold import Rule
+from trainer.embedder import EmbedderManifest
+from trainer.errors import UserError
+from trainer.evaluation.report import Threshold
 
-__all__ = ["Gallery", "GalleryLoading", "Identification", "Status", "Stopped", "Verification"]
+__all__ = ["Gallery", "GalleryLoading", "Identification", "Rule", "Status", "Stopped", "Verification", "rules"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Scores at or above `value` are a match.
+
+    Attributes:
+        source: where the value came from, in words.
+        rate: the FMR (verify) or FPIR (identify) it was calibrated for; None: set by hand, not known.
+        interval: bounds of the rate that the calibration reached.
+        gallery_size: subjects in the gallery it was calibrated for (identify).
+    """
+
+    value: float
+    source: str
+    rate: float | None = None
+    interval: tuple[float, float] | None = None
+    gallery_size: int | None = None
+
+    def matches(self, score: float) -> bool:
+        return score >= self.value
+
+    def rate_at(self, gallery_size: int) -> float | None:
+        """FPIR to expect in a gallery of another size: 1 - (1 - FPIR)^(N / N0).
+
+        This is FPIR = 1 - (1 - FMR)^N, which holds for independent comparisons, solved for FMR at the calibrated N0.
+        Real comparisons of one probe depend on each other, so it is an upper bound for N > N0.
+        """
+        if self.rate is None or self.gallery_size is None:
+            return None
+        return float(1.0 - (1.0 - self.rate) ** (gallery_size / self.gallery_size))
+
+    def explain(self, gallery_size: int) -> str:
+        """`source`, and what it means that the gallery holds `gallery_size` subjects now."""
+        expected = self.rate_at(gallery_size)
+        if expected is None or gallery_size == self.gallery_size:
+            return self.source
+        advice = " or less: calibrate for this size" if gallery_size > (self.gallery_size or 0) else ""
+        return (
+            f"{self.source}; it was calibrated for {self.gallery_size} subjects and the gallery holds {gallery_size}, "
+            f"where FPIR is about {expected:.2g}{advice}"
+        )
+
+
+def rules(manifest: EmbedderManifest, verify: float | None, identify: float | None) -> tuple[Rule, Rule]:
+    """The rules for verify (1:1) and identify (1:N): the operator's values where given, else the calibration's.
+
+    A threshold is never guessed.
+
+    Raises:
+        UserError: a value is missing, cannot be a similarity, or was calibrated for another model.
+    """
+    calibration = manifest.calibration
+    return (
+        _rule(manifest, "verify", verify, calibration.verify if calibration else None),
+        _rule(manifest, "identify", identify, calibration.identify if calibration else None),
+    )
+
+
+def _rule(manifest: EmbedderManifest, use: str, by_hand: float | None, calibrated: Threshold | None) -> Rule:
+    if by_hand is not None:
+        if not -1.0 <= by_hand <= 1.0001:
+            raise UserError(f"the {use} threshold {by_hand} is not a cosine similarity; allowed is -1 to 1.0001")
+        return Rule(by_hand, "set by the operator, not calibrated: its error rates are not known")
+    if calibrated is None:
+        raise UserError(
+            f"the embedder {manifest.model_id} has no calibration, so there is no threshold to {use} by; "
+            f"run 'hypersphere calibrate' on it, or give one with --{use}-threshold"
+        )
+    if calibrated.model_id != manifest.model_id:
+        raise UserError(
+            f"the {use} threshold was calibrated for model {calibrated.model_id}, but the embedder is model "
+            f"{manifest.model_id}; run 'hypersphere calibrate' on this embedder"
+        )
+    wanted, size = ("FMR", None) if use == "verify" else ("FPIR", calibrated.gallery_size)
+    if calibrated.target != wanted:
+        raise UserError(
+            f"the {use} threshold was calibrated for {calibrated.target}; {use} needs one for {wanted}: "
+            "run 'hypersphere calibrate' again"
+        )
+    source = f"calibrated for {wanted} {calibrated.rate:g}: {calibrated.source}"
+    return Rule(calibrated.value, source, calibrated.rate, (calibrated.low, calibrated.high), size)
 
 
 @dataclass(frozen=True)
@@ -50,17 +134,9 @@ class Gallery:
             max_samples: per subject.
         """
         self.verify_rule, self.identify_rule = verify_rule, identify_rule
-        self._store = store
-        self._projection = Projection(store, threads)
+        self.model_id, self.dimension = store.model_id, store.dimension
+        self._store, self._projection = store, Projection(store, threads)
         self._max_samples = max_samples
-
-    @property
-    def model_id(self) -> str:
-        return self._store.model_id
-
-    @property
-    def dimension(self) -> int:
-        return self._store.dimension
 
     @property
     def size(self) -> int:
@@ -84,18 +160,17 @@ class Gallery:
         """What stands in memory; nothing is waited for."""
         return self._projection.status
 
-    def load(self, progress: Progress | None = None, stopping: Callable[[], bool] = never) -> None:
-        """Verify the store and build the index from it.
+    def load(self, stopping: Callable[[], bool] = never) -> None:
+        """Verify the store and build the index from it; `status` tells how far it is.
 
         Args:
-            progress: told of samples done and in all.
             stopping: asked several times a second; true ends the loading.
 
         Raises:
             UserError: the store is damaged.
             Stopped: `stopping` returned true, or the gallery was closed.
         """
-        self._projection.load(progress, stopping)
+        self._projection.load(stopping)
 
     def close(self) -> None:
         """End what is under way in the background, and close the store. Idempotent."""
@@ -108,13 +183,13 @@ class Gallery:
             ValueError: a vector is not finite, not of length 1, or not of the gallery's dimension.
             KeyReused, SubjectFull: see `Store.enrol`.
         """
-        with self._projection.changing(subject_id) as change:
-            change.index.check(vectors_BD)  # before the store has them
+        with self._projection.changing(subject_id):
+            self._projection.index.check(vectors_BD)  # before the store has them
             done = self._store.enrol(subject_id, vectors_BD, self._max_samples, key)
             if done.replayed:
-                change.confirm()
+                self._projection.confirm()
             else:
-                change.add(subject_id, done.sample_ids, vectors_BD)
+                self._projection.add(subject_id, done.sample_ids, vectors_BD)
             return done
 
     def replay(self, key: IdempotencyKey, subject_id: str) -> Enrolment | None:
@@ -123,11 +198,10 @@ class Gallery:
         Raises:
             KeyReused: the key stands for another request.
         """
-        # An enrolment that is committed but not yet in the index is waited for.
-        with self._projection.changing(subject_id) as change:
+        with self._projection.changing(subject_id):  # waits for one that is committed but not yet in the index
             done = self._store.recall(key, subject_id)
             if done is not None:
-                change.confirm()
+                self._projection.confirm()
             return done
 
     def delete(self, subject_id: str, key: IdempotencyKey | None = None) -> Deletion:
@@ -136,10 +210,10 @@ class Gallery:
         Raises:
             SubjectUnknown, KeyReused: see `Store.delete`.
         """
-        with self._projection.changing(subject_id) as change:
+        with self._projection.changing(subject_id):
             done = self._store.delete(subject_id, key)
             if not done.replayed:
-                change.remove(subject_id)
+                self._projection.remove(subject_id)
             return done
 
     def subjects(self, after: int, limit: int) -> list[SubjectRow]:
@@ -153,7 +227,8 @@ class Gallery:
         Raises:
             ValueError: the probe is not a unit vector of the gallery's dimension.
         """
-        index = self._projection.searchable()
+        self._projection.refuse_loading()
+        index = self._projection.index
         size = index.subjects
         (candidates,) = index.search(probe_D[None], top_k)
         known = bool(candidates) and self.identify_rule.matches(candidates[0].score)
@@ -175,7 +250,8 @@ class Gallery:
             ValueError: as `identify`.
             SubjectUnknown: nobody of that id is enrolled.
         """
-        candidate = self._projection.searchable().compare(probe_D, subject_id)
+        self._projection.refuse_loading()
+        candidate = self._projection.index.compare(probe_D, subject_id)
         if candidate is None:
             raise SubjectUnknown(f"no subject '{subject_id}' is enrolled; GET /v1/subjects lists them")
         return self._verified(candidate.score, candidate.sample_id)

@@ -12,17 +12,16 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serving.index import Index
-from serving.store import State, Store, StoreError, never
+from serving.store import Piece, State, Store, StoreError, never
 from trainer.errors import UserError
 
-Progress = Callable[[int, int], None]
 FAILURES = (StoreError, UserError, MemoryError, RuntimeError)  # the last is FAISS's
 RETRY_S = 60.0  # between two tries to build an index from a store that does not let itself be read
 
@@ -65,38 +64,27 @@ class Projection:
         self._changed: set[str] = set()  # subjects that were changed while an index was being built
         self._failed_at = 0.0
 
-    def searchable(self) -> Index:
-        """The index to search in.
-
-        Raises:
-            GalleryLoading: there is none yet.
-        """
-        self.refuse_loading()
-        return self.index
-
     def refuse_loading(self) -> None:
-        if self._loaded:
-            return
+        """Raises GalleryLoading as long as there is no index to search in, StoreError where there will be none."""
+        if not self._loaded:
+            self._refuse_failed()
+            raise GalleryLoading(self.status.done, self.status.total)
+
+    def _refuse_failed(self) -> None:
         if self.status.state == "failed":
             raise StoreError(self.status.reason)
-        raise GalleryLoading(self.status.done, self.status.total)
 
-    def load(self, progress: Progress | None = None, stopping: Callable[[], bool] = never) -> None:
+    def load(self, stopping: Callable[[], bool] = never) -> None:
         """See `Gallery.load`."""
 
         def ending() -> bool:
             return stopping() or self._closing.is_set()
 
-        def tell(done: int, total: int) -> None:
-            self.status = Status("loading", done, total)
-            if progress is not None:
-                progress(done, total)
-
         with self._lock:
             try:
-                tell(0, self._store.state().samples)
+                self.status = Status("loading", 0, self._store.state().samples)
                 self._store.verify(ending)
-                self._install(self._build(tell, ending, settled=True))
+                self._install(self._build(ending, settled=True))
                 self._loaded = True
             except FAILURES as error:
                 if ending():
@@ -107,8 +95,7 @@ class Projection:
     def close(self) -> None:
         """End the building of an index, if there is one, and close the store."""
         self._closing.set()
-        rebuilding = self._rebuilding
-        if rebuilding is not None:
+        if rebuilding := self._rebuilding:
             rebuilding.join()
         with self._lock:
             self._store.close()
@@ -122,13 +109,14 @@ class Projection:
                 self._mend()
             finally:
                 self._lock.release()
-        if self.status.state == "failed":
-            raise StoreError(self.status.reason)
+        self._refuse_failed()
         return state
 
     @contextlib.contextmanager
-    def changing(self, subject_id: str) -> Iterator["Change"]:
+    def changing(self, subject_id: str) -> Iterator[None]:
         """Alone with the store and the index, to change both. Whatever fails between the two is found out and mended.
+
+        Within it: `add` or `remove` what the store has committed just now, or `confirm` what it had before.
 
         Raises:
             GalleryLoading, StoreError: nothing can be changed now.
@@ -136,18 +124,28 @@ class Projection:
         self.refuse_loading()
         with self._lock:
             self._mend()
-            if self.status.state == "failed":
-                raise StoreError(self.status.reason)
+            self._refuse_failed()
             self._changed.add(subject_id)
-            change = Change(self.index, None if not self._apart else self.status)
             sound = False
             try:
-                yield change
+                yield
                 sound = True
             finally:
-                self.revision += change.applied
                 if not sound:
                     self._distrust(subject_id)
+
+    def add(self, subject_id: str, sample_ids: Sequence[str], vectors_BD: NDArray[np.float32]) -> None:
+        self.index.add([subject_id] * len(sample_ids), [uuid.UUID(item).bytes for item in sample_ids], vectors_BD)
+        self.revision += 1
+
+    def remove(self, subject_id: str) -> None:
+        self.index.remove(subject_id)
+        self.revision += 1
+
+    def confirm(self) -> None:
+        """Raises GalleryLoading as long as the index may lack what a repeated answer tells of."""
+        if self._apart:
+            raise GalleryLoading(self.status.done, self.status.total)
 
     def _distrust(self, subject_id: str) -> None:
         """A change ended in an error, perhaps after it was committed. If it was a deletion, it must hold."""
@@ -177,42 +175,33 @@ class Projection:
 
     def _rebuild(self) -> None:
         """Build an index aside. What was changed meanwhile is read again in the end, with further changes kept out."""
-
-        def tell(done: int, total: int) -> None:
-            self.status = Status("rebuilding", done, total)
-
         try:
-            index = self._build(tell, self._closing.is_set)
+            index = self._build(self._closing.is_set)
             with self._lock:
                 index.remove(*self._changed)
                 for subject_id in self._changed:
-                    piece = self._store.samples_of(subject_id)
-                    if piece is not None:
-                        self._put(index, *piece)
+                    if piece := self._store.samples_of(subject_id):
+                        self._put(index, piece)
                 self._install(index)
-        except FAILURES as error:
+        except (*FAILURES, Stopped) as error:
             self._failed_at = time.monotonic()
             self.status = Status("failed", reason=f"the index cannot be built: {_reason(error)}")
-        except Stopped:
-            self.status = Status("failed", reason="the service is being stopped")
         finally:
             self._rebuilding = None
 
-    def _build(self, tell: Progress, ending: Callable[[], bool], settled: bool = False) -> Index:
-        """A new index from the store. `settled`: nobody changes the store meanwhile."""
-        index, total = Index(self._store.dimension, self._threads), self._store.state().samples
+    def _build(self, ending: Callable[[], bool], settled: bool = False) -> Index:
+        """A new index from the store; `status` counts. `settled`: nobody changes the store meanwhile."""
+        index = Index(self._store.dimension, self._threads)
         for piece in self._store.samples(settled):
             if ending():
-                raise Stopped("loading was stopped")
-            self._put(index, *piece)
-            tell(index.samples, total)
+                raise Stopped("the service is being stopped")
+            self._put(index, piece)
+            self.status = replace(self.status, done=index.samples)
         return index
 
-    def _put(
-        self, index: Index, subject_ids: list[str], sample_ids: list[bytes], vectors_BD: NDArray[np.float32]
-    ) -> None:
+    def _put(self, index: Index, piece: Piece) -> None:
         try:
-            index.add(subject_ids, sample_ids, vectors_BD)
+            index.add(*piece)
         except ValueError as error:
             raise UserError(
                 f"the store '{self._store.path}' holds a vector that cannot be one of an embedder's ({error}); "
@@ -233,27 +222,3 @@ class Projection:
 
 def _reason(error: Exception) -> str:
     return "there is not enough memory for the index" if isinstance(error, MemoryError) else str(error)
-
-
-class Change:
-    """The second half of a change: what was committed, applied to the index."""
-
-    def __init__(self, index: Index, apart: Status | None) -> None:
-        self.index, self.applied, self._apart = index, 0, apart
-
-    def add(self, subject_id: str, sample_ids: Sequence[str], vectors_BD: NDArray[np.float32]) -> None:
-        self.index.add([subject_id] * len(sample_ids), [uuid.UUID(item).bytes for item in sample_ids], vectors_BD)
-        self.applied += 1
-
-    def remove(self, subject_id: str) -> None:
-        self.index.remove(subject_id)
-        self.applied += 1
-
-    def confirm(self) -> None:
-        """Refuse to repeat an answer as long as the index may lack what it tells of.
-
-        Raises:
-            GalleryLoading: until a new index is there.
-        """
-        if self._apart is not None:
-            raise GalleryLoading(self._apart.done, self._apart.total)

@@ -198,7 +198,7 @@ def test_an_erased_subject_is_gone_even_where_its_log_cannot_be_folded(gallery, 
     x, store = vectors(2), gallery._store
     gallery.enrol("alice", x[:1])
     gallery.enrol("bob", x[1:])
-    store._writer = failing = _FailingFold(store._writer, error)
+    store._database.writer = failing = _FailingFold(store._database.writer, error)
     try:
         gallery.delete("alice")
     except MemoryError:
@@ -310,7 +310,7 @@ def test_a_store_that_cannot_be_read_any_more_is_told_and_searches_go_on(gallery
     x = vectors(3)
     gallery.enrol("alice", x[:1])
     gallery.enrol("bob", x[1:2])
-    writer = gallery._store._writer
+    writer = gallery._store._database.writer
     writer.execute("UPDATE samples SET vector = zeroblob(128) WHERE id = 1")
     _break(gallery)
     with pytest.raises(MemoryError):
@@ -359,7 +359,7 @@ def test_a_change_by_another_program_is_seen(gallery, vectors):
 
 def test_a_failing_disk_leaves_both_as_they_were(gallery, vectors):
     x = vectors(400 * 8).reshape(400, 8, 32)
-    writer = gallery._store._writer
+    writer = gallery._store._database.writer
     writer.execute("PRAGMA max_page_count = 20")
     acknowledged = 0
 

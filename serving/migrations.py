@@ -186,14 +186,8 @@ def _old_samples(connection: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:
 
 
 def _old_outcomes(connection: sqlite3.Connection, secret: bytes) -> Iterator[tuple[Any, ...]]:
-    for key, request, outcome, text in connection.execute("SELECT key, request, outcome, created FROM old_idempotency"):
-        values = (
-            rows.digest(secret, b"key", key.encode()),
-            rows.digest(secret, b"request", request),
-            rows.outcome_text(json.loads(outcome)),
-            _milliseconds(text),
-        )
-        yield (*values, rows.checksum(*values))
+    for key, request, answer, text in connection.execute("SELECT key, request, outcome, created FROM old_idempotency"):
+        yield rows.outcome(secret, key, request, json.loads(answer), _milliseconds(text))
 
 
 def _milliseconds(text: str) -> int:

@@ -90,9 +90,14 @@ def name_digest(secret: bytes, subject_id: str) -> bytes:
     return digest(secret, b"name", subject_id.encode())
 
 
-def outcome_text(outcome: dict[str, Any]) -> bytes:
-    """What a change answered, without the subject's name: whoever asks again sends it again."""
-    return json.dumps({name: value for name, value in outcome.items() if name != "subject_id"}).encode()
+def outcome(secret: bytes, key: str, request: bytes, answer: dict[str, Any], now: int) -> tuple[Any, ...]:
+    """The row of what a change answered. Its key and request are kept as digests, and the subject's name is not.
+
+    Whoever asks again sends all three again.
+    """
+    text = json.dumps({name: value for name, value in answer.items() if name != "subject_id"}).encode()
+    values = (digest(secret, b"key", key.encode()), digest(secret, b"request", request), text, now)
+    return (*values, checksum(*values))
 
 
 def layout(connection: sqlite3.Connection) -> bytes:
@@ -203,20 +208,13 @@ def count_change(connection: sqlite3.Connection, subjects: int, samples: int, se
     return total
 
 
-def recall(connection: sqlite3.Connection, key: bytes, since: int) -> tuple[bytes, dict[str, Any]] | None:
-    """What was remembered under a key since a moment: the request, and what was answered. Key and request as digests.
-
-    Neither of them is kept itself, nor the subject's name, which comes again when the request is repeated.
-    """
+def recall(connection: sqlite3.Connection, secret: bytes, key: str, since: int) -> tuple[bytes, dict[str, Any]] | None:
+    """What was remembered under a key since a moment: the digest of the request, and what was answered but the name."""
     row = connection.execute(
-        "SELECT key, request, outcome, created, checksum FROM idempotency WHERE key = ? AND created > ?", (key, since)
+        "SELECT key, request, outcome, created, checksum FROM idempotency WHERE key = ? AND created > ?",
+        (digest(secret, b"key", key.encode()), since),
     ).fetchone()
     if row is None:
         return None
     check("the answer under an idempotency key", *row)
     return row[1], json.loads(row[2])
-
-
-def remember(connection: sqlite3.Connection, key: bytes, request: bytes, outcome: dict[str, Any], now: int) -> None:
-    values = (key, request, outcome_text(outcome), now)
-    connection.execute("INSERT INTO idempotency VALUES (?, ?, ?, ?, ?)", (*values, checksum(*values)))

@@ -32,7 +32,8 @@ SAMPLES = (
     # CROSS JOIN: in this order. SQLite would rather walk the subjects and sort, for every piece anew.
     "FROM samples CROSS JOIN subjects ON subjects.id = subject_id "
 )
-Piece = tuple[list[str], list[bytes], NDArray[np.float32]]
+Vectors = NDArray[np.float32]
+Piece = tuple[list[str], list[bytes], Vectors]
 
 
 class StoreError(Exception):
@@ -129,8 +130,7 @@ class Store:
         self.path, self.model_id, self.dimension = path, model_id, dimension
         self._keep_ms = round(key_hours * 3_600_000)
         try:
-            target = Target(path, Path(os.path.realpath(path)), model_id, dimension, _now())
-            self._database = Database(target, restored)
+            self._database = Database(Target(path, Path(os.path.realpath(path)), model_id, dimension, _now()), restored)
         except sqlite3.Error as error:
             raise UserError(
                 f"the store '{path}' cannot be opened: {error}; it must be a Hypersphere store on a disk that can be "
@@ -170,11 +170,7 @@ class Store:
             rows.verify(self._database.reader, stopping)
 
     def enrol(
-        self,
-        subject_id: str,
-        vectors_BD: NDArray[np.float32],
-        max_samples: int = 100,
-        key: IdempotencyKey | None = None,
+        self, subject_id: str, vectors_BD: Vectors, max_samples: int = 100, key: IdempotencyKey | None = None
     ) -> Enrolment:
         """Add samples to a subject, which is created where it is new.
 
@@ -297,18 +293,16 @@ class Store:
         self, kind: type[Outcome], connection: sqlite3.Connection, key: IdempotencyKey | None, subject_id: str
     ) -> Outcome | None:
         """What a change of this subject under this key did, if it was done; raises KeyReused as the callers do."""
-        if key is None:
+        found = rows.recall(connection, self._secret, key.key, _now() - self._keep_ms) if key else None
+        if key is None or found is None:
             return None
-        known_by, request = self._digests(key)
-        done = rows.recall(connection, known_by, _now() - self._keep_ms)
-        if done is None:
-            return None
-        if done[0] != request:
+        request, done = found
+        if request != rows.digest(self._secret, b"request", key.request):
             raise KeyReused(
                 f"the idempotency key '{key.key}' was used for another request; a key stands for one request: "
                 "choose a new one"
             )
-        return kind(**done[1] | {"subject_id": subject_id, "replayed": True})
+        return kind(**done | {"subject_id": subject_id, "replayed": True})
 
     def _remember(
         self, connection: sqlite3.Connection, key: IdempotencyKey | None, done: Enrolment | Deletion, now: int
@@ -316,11 +310,8 @@ class Store:
         """Keep what a change answered, in its transaction, and forget what is too old. Does nothing without a key."""
         if key is not None:
             connection.execute("DELETE FROM idempotency WHERE created <= ?", (now - self._keep_ms,))
-            rows.remember(connection, *self._digests(key), asdict(done), now)
-
-    def _digests(self, key: IdempotencyKey) -> tuple[bytes, bytes]:
-        digest = rows.digest
-        return digest(self._secret, b"key", key.key.encode()), digest(self._secret, b"request", key.request)
+            row = rows.outcome(self._secret, key.key, key.request, asdict(done), now)
+            connection.execute("INSERT INTO idempotency VALUES (?, ?, ?, ?, ?)", row)
 
     @contextlib.contextmanager
     def _failures(self, damage: type[Exception] = StoreError) -> Iterator[None]:
@@ -328,7 +319,8 @@ class Store:
         try:
             yield
         except sqlite3.Error as error:
-            if _is_damage(error):
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte is the class of an error
+            if isinstance(error, rows.Damage) or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
                 raise damage(
                     f"the store '{self.path}' is damaged: {error}; restore the file from a backup (see docs/storage.md)"
                 ) from error
@@ -342,14 +334,9 @@ class Store:
             ) from error
 
 
-def _is_damage(error: sqlite3.Error) -> bool:
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte is the class of an error
-    return isinstance(error, rows.Damage) or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+def _text(milliseconds: int) -> str:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds")
 
 
 def _now() -> int:
     return time.time_ns() // 1_000_000
-
-
-def _text(milliseconds: int) -> str:
-    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds")

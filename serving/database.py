@@ -81,11 +81,7 @@ class Database:
             self._opened.close()
 
     def check_in_place(self) -> None:
-        """SQLite would go on writing into files that nobody can open any more.
-
-        Raises:
-            Moved: one of them was removed or replaced.
-        """
+        """Raises Moved where a file is not: SQLite would go on writing into one that nobody can open any more."""
         for file, inode in self._inodes.items():
             if _inode(file) != inode:
                 raise Moved(
@@ -184,12 +180,7 @@ def _connect(real: Path, mode: str) -> sqlite3.Connection:
 
 
 def _refuse_unsafe(connection: sqlite3.Connection, target: Target, restored: bool) -> None:
-    """Look at what there is, and write nothing.
-
-    Raises:
-        UserError: another program's database, a newer schema, another model, or acknowledged changes are missing.
-        sqlite3.Error: it is damaged.
-    """
+    """Refuse another program's database, a newer schema, another model, and one that lacks acknowledged changes."""
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()

@@ -120,8 +120,9 @@ class Verification:
 class Gallery:
     """All methods may be called from several threads.
 
-    Each raises StoreError when the disk fails (what was acknowledged before is not lost by it), and each that needs the
-    index raises GalleryLoading before `load` has ended.
+    Each raises StoreError when the disk fails (what was acknowledged before is not lost by it), each that needs the
+    index raises GalleryLoading before `load` has ended, and each that takes vectors raises ValueError where one is not
+    finite, not of length 1, or not of the gallery's dimension.
     """
 
     def __init__(
@@ -180,7 +181,6 @@ class Gallery:
         """Add samples to a subject, new or known. When this returns, they are on disk and found by the next search.
 
         Raises:
-            ValueError: a vector is not finite, not of length 1, or not of the gallery's dimension.
             KeyReused, SubjectFull: see `Store.enrol`.
         """
         with self._projection.changing(subject_id):
@@ -222,11 +222,7 @@ class Gallery:
         return self._store.subjects(after, limit)
 
     def identify(self, probe_D: NDArray[np.float32], top_k: int) -> Identification:
-        """The `top_k` nearest subjects; a match if the nearest reaches the threshold.
-
-        Raises:
-            ValueError: the probe is not a unit vector of the gallery's dimension.
-        """
+        """The `top_k` nearest subjects; a match if the nearest reaches the threshold."""
         self._projection.refuse_loading()
         index = self._projection.index
         size = index.subjects
@@ -235,11 +231,7 @@ class Gallery:
         return Identification(candidates, "match" if known else "unknown", size)
 
     def verify(self, probe_D: NDArray[np.float32], reference_D: NDArray[np.float32]) -> Verification:
-        """Compare two vectors; needs no index.
-
-        Raises:
-            ValueError: as `identify`.
-        """
+        """Compare two vectors; needs no index."""
         self._projection.index.check(np.stack([probe_D, reference_D]))
         return self._verified(max(-1.0, min(1.0, float(probe_D @ reference_D))), None)
 
@@ -247,7 +239,6 @@ class Gallery:
         """Compare a vector with the best of a subject's samples.
 
         Raises:
-            ValueError: as `identify`.
             SubjectUnknown: nobody of that id is enrolled.
         """
         self._projection.refuse_loading()
@@ -261,9 +252,6 @@ class Gallery:
 
         Where the index is not in step with it, building a new one is begun in the background. A change under way is not
         waited for. Called about once a second.
-
-        Raises:
-            StoreError: the store does not answer, is damaged, or its files were moved.
         """
         return self._projection.check()
 

@@ -68,10 +68,12 @@ class ReadersWriter:
 class Index:
     """Unit vectors of subjects' samples in memory. Searches run side by side; a change excludes them while it lasts.
 
-    `threads` bounds the cores that one call of FAISS uses.
+    All methods that take vectors raise ValueError where one is not of the index's dimension, not finite, or not of
+    length 1.
     """
 
     def __init__(self, dimension: int, threads: int = 1) -> None:
+        """`threads`: the most cores that one call of FAISS uses."""
         faiss.cvar.distance_compute_blas_threshold = BLAS_THRESHOLD
         self.dimension, self._threads = dimension, threads
         self._lock = ReadersWriter()
@@ -98,11 +100,7 @@ class Index:
         return int(self._faiss.ntotal)
 
     def check(self, vectors_BD: NDArray[np.float32]) -> None:
-        """FAISS accepts NaN and any length in silence; this does not.
-
-        Raises:
-            ValueError: a vector is not of the index's dimension, not finite, or not of length 1.
-        """
+        """FAISS accepts NaN and any length in silence; this does not."""
         if vectors_BD.ndim != 2 or vectors_BD.shape[1] != self.dimension:
             raise ValueError(f"vectors of shape {vectors_BD.shape}; the index takes [B, {self.dimension}]")
         lengths_B = np.linalg.norm(vectors_BD.astype(np.float64), axis=1)
@@ -112,11 +110,7 @@ class Index:
             raise ValueError(f"vector {first} has length {lengths_B[first]:.4g}; the index takes vectors of length 1")
 
     def add(self, subject_ids: Sequence[str], sample_ids: Sequence[bytes], vectors_BD: NDArray[np.float32]) -> None:
-        """Add one sample per vector, with the 16 bytes of its UUID. Nothing is added when one of them is refused.
-
-        Raises:
-            ValueError: numbers or shapes differ, or a vector is not finite or not of length 1.
-        """
+        """Add one sample per vector, with the 16 bytes of its UUID. Nothing is added when one of them is refused."""
         self.check(vectors_BD)
         if not len(subject_ids) == len(sample_ids) == len(vectors_BD):
             raise ValueError(f"{len(subject_ids)} subjects, {len(sample_ids)} samples and {len(vectors_BD)} vectors")
@@ -159,9 +153,6 @@ class Index:
         """The `top_k` subjects with the highest best scores for each query, best first; fewer if there are fewer.
 
         Same as scoring every sample, taking the maximum over each subject's samples, and sorting the subjects.
-
-        Raises:
-            ValueError: a query is not of the index's dimension, not finite, or not of length 1.
         """
         self.check(queries_QD)
         queries_QD = np.ascontiguousarray(queries_QD, np.float32)
@@ -172,11 +163,7 @@ class Index:
             return [self._collapse(query_D, scores_K, rows_K, top_k) for query_D, scores_K, rows_K in found]
 
     def compare(self, query_D: NDArray[np.float32], subject_id: str) -> Candidate | None:
-        """The best score among one subject's samples; None if it is not there.
-
-        Raises:
-            ValueError: as `search`.
-        """
+        """The best score among one subject's samples; None if it is not there."""
         self.check(query_D[None])
         with self._lock.reading():
             number = self._numbers.get(subject_id)

@@ -116,10 +116,8 @@ class Projection:
     def changing(self, subject_id: str) -> Iterator[None]:
         """Alone with the store and the index, to change both. Whatever fails between the two is found out and mended.
 
-        Within it: `add` or `remove` what the store has committed just now, or `confirm` what it had before.
-
-        Raises:
-            GalleryLoading, StoreError: nothing can be changed now.
+        Within it: `add` or `remove` what the store has committed just now, or `confirm` what it had before. Raises
+        GalleryLoading or StoreError where nothing can be changed now.
         """
         self.refuse_loading()
         with self._lock:

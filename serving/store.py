@@ -110,7 +110,8 @@ def never() -> bool:
 class Store:
     """A gallery's subjects and samples in SQLite. All methods may be called from several threads.
 
-    Every method raises StoreError when the disk or the database fails.
+    Every method raises StoreError when the disk or the database fails, and every one that takes a key KeyReused where
+    the key stands for another request.
     """
 
     def __init__(
@@ -172,10 +173,9 @@ class Store:
     def enrol(
         self, subject_id: str, vectors_BD: Vectors, max_samples: int = 100, key: IdempotencyKey | None = None
     ) -> Enrolment:
-        """Add samples to a subject, which is created where it is new.
+        """Add samples to a subject, which is created where it is new. The vectors' lengths are not looked at.
 
         Raises:
-            KeyReused: `key` stands for another request.
             SubjectFull: the subject would hold more than `max_samples`.
         """
         if vectors_BD.ndim != 2 or vectors_BD.shape[1] != self.dimension or not len(vectors_BD):
@@ -201,7 +201,6 @@ class Store:
         """Erase a subject and its samples: their rows are overwritten, in the file and in its log.
 
         Raises:
-            KeyReused: `key` stands for another request.
             SubjectUnknown: nobody of that id is enrolled.
         """
         now = _now()
@@ -221,11 +220,7 @@ class Store:
         return done
 
     def recall(self, key: IdempotencyKey, subject_id: str) -> Enrolment | None:
-        """What an enrolment of `subject_id` under this key did, if it was done; spares embedding the images again.
-
-        Raises:
-            KeyReused: `key` stands for another request.
-        """
+        """What an enrolment of `subject_id` under this key did, if it was done; spares embedding the images again."""
         with self._database.read_lock, self._failures():
             return self._done_before(Enrolment, self._database.reader, key, subject_id)
 
@@ -292,7 +287,7 @@ class Store:
     def _done_before(
         self, kind: type[Outcome], connection: sqlite3.Connection, key: IdempotencyKey | None, subject_id: str
     ) -> Outcome | None:
-        """What a change of this subject under this key did, if it was done; raises KeyReused as the callers do."""
+        """What a change of this subject under this key did, if it was done."""
         found = rows.recall(connection, self._secret, key.key, _now() - self._keep_ms) if key else None
         if key is None or found is None:
             return None

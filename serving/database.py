@@ -31,7 +31,7 @@ class Moved(OSError):
 
 
 class Database:
-    """The connections, the lock and the mark of an open store."""
+    """The file of an open store, its mark, and two connections, of which each is used by who has its lock."""
 
     def __init__(self, target: Target, restored: bool) -> None:
         """Open or make the store at `target.path`.

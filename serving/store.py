@@ -292,7 +292,8 @@ class Store:
         if key is None or found is None:
             return None
         request, done = found
-        if request != rows.digest(self._secret, b"request", key.request):
+        same = request == rows.digest(self._secret, b"request", key.request)
+        if not same or ("sample_ids" in done) != (kind is Enrolment):
             raise KeyReused(
                 f"the idempotency key '{key.key}' was used for another request; a key stands for one request: "
                 "choose a new one"

@@ -92,6 +92,9 @@ def test_a_key_applies_once(opened, vectors):
     gone = IdempotencyKey("k2", b"deletion")
     assert not opened.delete("alice", gone).replayed
     assert opened.delete("alice", gone).replayed
+    for other in (lambda: opened.delete("alice", key), lambda: opened.enrol("alice", vectors(1), key=gone)):
+        with pytest.raises(KeyReused):
+            other()
     # A late repetition of the enrolment does not bring the subject back.
     assert opened.enrol("alice", vectors(2), key=key).replayed
     assert opened.state().subjects == 0

@@ -1,102 +1,52 @@
-"""The Gallery: enrolled subjects, kept by the store, searched by its projection, decided on by a threshold."""
+"""The Gallery: enrolled subjects, kept by the store, searched by its projection, decided on by a threshold.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+Order of a change, under one lock: commit in the store (on disk), then apply to the index, then answer. A search between
+the two steps does not see the change, which nobody has been told of yet.
+
+If the second step fails, or another program changed the store, the two have come apart. Then the index is built anew
+aside, while searches and changes go on with the old one. An erased subject is hidden in that one whatever happened.
+"""
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.index import Candidate
-from serving.projection import GalleryLoading, Projection, Status, Stopped
-from serving.store import Deletion, Enrolment, IdempotencyKey, State, Store, SubjectRow, SubjectUnknown, never
-from trainer.embedder import EmbedderManifest
+from serving.index import Candidate, Index
+from serving.store import Deletion, Enrolment, IdempotencyKey, State, Store, StoreError, SubjectRow, SubjectUnknown
+from serving.threshold import Rule
 from trainer.errors import UserError
-from trainer.evaluation.report import Threshold
 
-__all__ = ["Gallery", "GalleryLoading", "Identification", "Rule", "Status", "Stopped", "Verification", "rules"]
+FAILURES = (StoreError, UserError, MemoryError, RuntimeError)  # the last is FAISS's
+RETRY_S = 60.0  # between two tries to build an index from a store that does not let itself be read
+
+
+class GalleryLoading(Exception):
+    """The index is being built; `done` of `total` samples are in it. Ask again later."""
+
+    def __init__(self, done: int, total: int) -> None:
+        super().__init__(f"the gallery is being loaded: {done} of {total} samples are; try again in a moment")
+        self.done, self.total = done, total
+
+
+class Stopped(Exception):
+    """Loading was ended early because the caller wanted it."""
 
 
 @dataclass(frozen=True)
-class Rule:
-    """Scores at or above `value` are a match.
+class Status:
+    """How far the index is: samples in it, and in all. `reason`: why it could not be built."""
 
-    Attributes:
-        source: where the value came from, in words.
-        rate: the FMR (verify) or FPIR (identify) it was calibrated for; None: set by hand, not known.
-        interval: bounds of the rate that the calibration reached.
-        gallery_size: subjects in the gallery it was calibrated for (identify).
-    """
-
-    value: float
-    source: str
-    rate: float | None = None
-    interval: tuple[float, float] | None = None
-    gallery_size: int | None = None
-
-    def matches(self, score: float) -> bool:
-        return score >= self.value
-
-    def rate_at(self, gallery_size: int) -> float | None:
-        """FPIR to expect in a gallery of another size: 1 - (1 - FPIR)^(N / N0).
-
-        This is FPIR = 1 - (1 - FMR)^N, which holds for independent comparisons, solved for FMR at the calibrated N0.
-        Real comparisons of one probe depend on each other, so it is an upper bound for N > N0.
-        """
-        if self.rate is None or self.gallery_size is None:
-            return None
-        return float(1.0 - (1.0 - self.rate) ** (gallery_size / self.gallery_size))
-
-    def explain(self, gallery_size: int) -> str:
-        """`source`, and what it means that the gallery holds `gallery_size` subjects now."""
-        expected = self.rate_at(gallery_size)
-        if expected is None or gallery_size == self.gallery_size:
-            return self.source
-        advice = " or less: calibrate for this size" if gallery_size > (self.gallery_size or 0) else ""
-        return (
-            f"{self.source}; it was calibrated for {self.gallery_size} subjects and the gallery holds {gallery_size}, "
-            f"where FPIR is about {expected:.2g}{advice}"
-        )
-
-
-def rules(manifest: EmbedderManifest, verify: float | None, identify: float | None) -> tuple[Rule, Rule]:
-    """The rules for verify (1:1) and identify (1:N): the operator's values where given, else the calibration's.
-
-    A threshold is never guessed.
-
-    Raises:
-        UserError: a value is missing, cannot be a similarity, or was calibrated for another model.
-    """
-    calibration = manifest.calibration
-    return (
-        _rule(manifest, "verify", verify, calibration.verify if calibration else None),
-        _rule(manifest, "identify", identify, calibration.identify if calibration else None),
-    )
-
-
-def _rule(manifest: EmbedderManifest, use: str, by_hand: float | None, calibrated: Threshold | None) -> Rule:
-    if by_hand is not None:
-        if not -1.0 <= by_hand <= 1.0001:
-            raise UserError(f"the {use} threshold {by_hand} is not a cosine similarity; allowed is -1 to 1.0001")
-        return Rule(by_hand, "set by the operator, not calibrated: its error rates are not known")
-    if calibrated is None:
-        raise UserError(
-            f"the embedder {manifest.model_id} has no calibration, so there is no threshold to {use} by; "
-            f"run 'hypersphere calibrate' on it, or give one with --{use}-threshold"
-        )
-    if calibrated.model_id != manifest.model_id:
-        raise UserError(
-            f"the {use} threshold was calibrated for model {calibrated.model_id}, but the embedder is model "
-            f"{manifest.model_id}; run 'hypersphere calibrate' on this embedder"
-        )
-    wanted, size = ("FMR", None) if use == "verify" else ("FPIR", calibrated.gallery_size)
-    if calibrated.target != wanted:
-        raise UserError(
-            f"the {use} threshold was calibrated for {calibrated.target}; {use} needs one for {wanted}: "
-            "run 'hypersphere calibrate' again"
-        )
-    source = f"calibrated for {wanted} {calibrated.rate:g}: {calibrated.source}"
-    return Rule(calibrated.value, source, calibrated.rate, (calibrated.low, calibrated.high), size)
+    state: Literal["loading", "ready", "rebuilding", "failed"]
+    done: int = 0
+    total: int = 0
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,8 +71,8 @@ class Gallery:
     """All methods may be called from several threads.
 
     Each raises StoreError when the disk fails (what was acknowledged before is not lost by it), each that needs the
-    index raises GalleryLoading before `load` has ended, and each that takes vectors raises ValueError where one is not
-    finite, not of length 1, or not of the gallery's dimension.
+    index GalleryLoading before `load` has ended, each that takes a key KeyReused where it stands for another request,
+    and each that takes vectors ValueError where one is not finite, of length 1, and of the gallery's dimension.
     """
 
     def __init__(
@@ -136,22 +86,26 @@ class Gallery:
         """
         self.verify_rule, self.identify_rule = verify_rule, identify_rule
         self.model_id, self.dimension = store.model_id, store.dimension
-        self._store, self._projection = store, Projection(store, threads)
-        self._max_samples = max_samples
+        self.revision = 0  # of the store, that the index has reached
+        self._store, self._threads, self._max_samples = store, threads, max_samples
+        self._index = Index(store.dimension, threads)
+        self._status = Status("loading")
+        self._lock = threading.Lock()  # held by a change from the store's commit to the index
+        self._closing = threading.Event()
+        self._apart = True  # the index may lack what the store has
+        self._loaded = False
+        self._rebuilding: threading.Thread | None = None
+        self._changed: set[str] = set()  # subjects that were changed while an index was being built
+        self._failed_at = 0.0
 
     @property
     def size(self) -> int:
         """Enrolled subjects; 0 before they are loaded."""
-        return self._projection.index.subjects
+        return self._index.subjects
 
     @property
     def samples(self) -> int:
-        return self._projection.index.samples
-
-    @property
-    def revision(self) -> int:
-        """Changes that the index has been through."""
-        return self._projection.revision
+        return self._index.samples
 
     def enrolled(self) -> State:
         """The store's counts, which it knows before the gallery is loaded."""
@@ -159,9 +113,9 @@ class Gallery:
 
     def status(self) -> Status:
         """What stands in memory; nothing is waited for."""
-        return self._projection.status
+        return self._status
 
-    def load(self, stopping: Callable[[], bool] = never) -> None:
+    def load(self, stopping: Callable[[], bool] = lambda: False) -> None:
         """Verify the store and build the index from it; `status` tells how far it is.
 
         Args:
@@ -171,60 +125,77 @@ class Gallery:
             UserError: the store is damaged.
             Stopped: `stopping` returned true, or the gallery was closed.
         """
-        self._projection.load(stopping)
+
+        def ending() -> bool:
+            return stopping() or self._closing.is_set()
+
+        with self._lock:
+            try:
+                self._status = Status("loading", 0, self._store.state().samples)
+                self._store.verify(ending)
+                self._install(self._build(ending, settled=True))
+                self._loaded = True
+            except FAILURES as error:
+                if ending():
+                    raise Stopped("loading was stopped") from error
+                self._status = Status("failed", reason=_reason(error))
+                raise UserError(self._status.reason) from error
 
     def close(self) -> None:
         """End what is under way in the background, and close the store. Idempotent."""
-        self._projection.close()
+        self._closing.set()
+        if rebuilding := self._rebuilding:
+            rebuilding.join()
+        with self._lock:
+            self._store.close()
 
     def enrol(self, subject_id: str, vectors_BD: NDArray[np.float32], key: IdempotencyKey | None = None) -> Enrolment:
         """Add samples to a subject, new or known. When this returns, they are on disk and found by the next search.
 
         Raises:
-            KeyReused, SubjectFull: see `Store.enrol`.
+            SubjectFull: the subject would hold more than `max_samples`.
         """
-        with self._projection.changing(subject_id):
-            self._projection.index.check(vectors_BD)  # before the store has them
+        with self._changing(subject_id):
+            self._index.check(vectors_BD)  # before the store has them
             done = self._store.enrol(subject_id, vectors_BD, self._max_samples, key)
             if done.replayed:
-                self._projection.confirm()
+                self._confirm()
             else:
-                self._projection.add(subject_id, done.sample_ids, vectors_BD)
+                sample_ids = [uuid.UUID(item).bytes for item in done.sample_ids]
+                self._index.add([subject_id] * len(sample_ids), sample_ids, vectors_BD)
+                self.revision += 1
             return done
 
     def replay(self, key: IdempotencyKey, subject_id: str) -> Enrolment | None:
-        """What an enrolment of `subject_id` under this key did, if it was done; the next search finds it.
-
-        Raises:
-            KeyReused: the key stands for another request.
-        """
-        with self._projection.changing(subject_id):  # waits for one that is committed but not yet in the index
+        """What an enrolment of `subject_id` under this key did, if it was done; the next search finds it."""
+        with self._changing(subject_id):  # waits for one that is committed but not yet in the index
             done = self._store.recall(key, subject_id)
             if done is not None:
-                self._projection.confirm()
+                self._confirm()
             return done
 
     def delete(self, subject_id: str, key: IdempotencyKey | None = None) -> Deletion:
         """Erase a subject. When this returns, it is off the disk and no later search finds it.
 
         Raises:
-            SubjectUnknown, KeyReused: see `Store.delete`.
+            SubjectUnknown: nobody of that id is enrolled.
         """
-        with self._projection.changing(subject_id):
+        with self._changing(subject_id):
             done = self._store.delete(subject_id, key)
             if not done.replayed:
-                self._projection.remove(subject_id)
+                self._index.remove(subject_id)
+                self.revision += 1
             return done
 
     def subjects(self, after: int, limit: int) -> list[SubjectRow]:
         """A page of the subjects, in order of enrolment, behind position `after` (0: from the start)."""
-        self._projection.refuse_loading()
+        self._refuse_loading()
         return self._store.subjects(after, limit)
 
     def identify(self, probe_D: NDArray[np.float32], top_k: int) -> Identification:
         """The `top_k` nearest subjects; a match if the nearest reaches the threshold."""
-        self._projection.refuse_loading()
-        index = self._projection.index
+        self._refuse_loading()
+        index = self._index  # a new one may take its place meanwhile
         size = index.subjects
         (candidates,) = index.search(probe_D[None], top_k)
         known = bool(candidates) and self.identify_rule.matches(candidates[0].score)
@@ -232,7 +203,7 @@ class Gallery:
 
     def verify(self, probe_D: NDArray[np.float32], reference_D: NDArray[np.float32]) -> Verification:
         """Compare two vectors; needs no index."""
-        self._projection.index.check(np.stack([probe_D, reference_D]))
+        self._index.check(np.stack([probe_D, reference_D]))
         return self._verified(max(-1.0, min(1.0, float(probe_D @ reference_D))), None)
 
     def verify_subject(self, probe_D: NDArray[np.float32], subject_id: str) -> Verification:
@@ -241,8 +212,8 @@ class Gallery:
         Raises:
             SubjectUnknown: nobody of that id is enrolled.
         """
-        self._projection.refuse_loading()
-        candidate = self._projection.index.compare(probe_D, subject_id)
+        self._refuse_loading()
+        candidate = self._index.compare(probe_D, subject_id)
         if candidate is None:
             raise SubjectUnknown(f"no subject '{subject_id}' is enrolled; GET /v1/subjects lists them")
         return self._verified(candidate.score, candidate.sample_id)
@@ -253,7 +224,122 @@ class Gallery:
         Where the index is not in step with it, building a new one is begun in the background. A change under way is not
         waited for. Called about once a second.
         """
-        return self._projection.check()
+        self._refuse_loading()
+        state = self._store.check()
+        if self._lock.acquire(blocking=False):
+            try:
+                self._mend()
+            finally:
+                self._lock.release()
+        self._refuse_failed()
+        return state
 
     def _verified(self, score: float, sample_id: str | None) -> Verification:
         return Verification(score, "match" if self.verify_rule.matches(score) else "no_match", sample_id)
+
+    def _refuse_loading(self) -> None:
+        """Raises GalleryLoading as long as there is no index to search in, StoreError where there will be none."""
+        if not self._loaded:
+            self._refuse_failed()
+            raise GalleryLoading(self._status.done, self._status.total)
+
+    def _refuse_failed(self) -> None:
+        if self._status.state == "failed":
+            raise StoreError(self._status.reason)
+
+    @contextmanager
+    def _changing(self, subject_id: str) -> Iterator[None]:
+        """Alone with the store and the index, to change both. What fails between the two is found out and mended."""
+        self._refuse_loading()
+        with self._lock:
+            self._mend()
+            self._refuse_failed()
+            self._changed.add(subject_id)
+            sound = False
+            try:
+                yield
+                sound = True
+            finally:
+                if not sound:
+                    self._distrust(subject_id)
+
+    def _confirm(self) -> None:
+        """Raises GalleryLoading as long as the index may lack what a repeated answer tells of."""
+        if self._apart:
+            raise GalleryLoading(self._status.done, self._status.total)
+
+    def _distrust(self, subject_id: str) -> None:
+        """A change ended in an error, perhaps after it was committed. If it was a deletion, it must hold."""
+        try:
+            if self._store.state().revision == self.revision:
+                return
+            erased = self._store.samples_of(subject_id) is None
+        except (StoreError, UserError):
+            erased = True  # nobody knows
+        self._apart = True
+        if erased:
+            self._index.hide(subject_id)
+
+    def _mend(self) -> None:
+        """Begin to build a new index where the old one is not in step. Called with the lock held."""
+        if self._rebuilding is not None or self._closing.is_set():
+            return
+        state = self._store.state()
+        self._apart = self._apart or state != State(self._index.subjects, self._index.samples, self.revision)
+        if not self._apart:
+            self._changed.clear()
+        elif self._status.state != "failed" or time.monotonic() >= self._failed_at + RETRY_S:
+            self._changed.clear()
+            self._status = Status("rebuilding", 0, state.samples)
+            self._rebuilding = threading.Thread(target=self._rebuild, name="rebuild", daemon=True)
+            self._rebuilding.start()
+
+    def _rebuild(self) -> None:
+        """Build an index aside. What was changed meanwhile is read again in the end, with further changes kept out."""
+        try:
+            index = self._build(self._closing.is_set)
+            with self._lock:
+                index.remove(*self._changed)
+                for subject_id in self._changed:
+                    if piece := self._store.samples_of(subject_id):
+                        self._put(index, piece)
+                self._install(index)
+        except (*FAILURES, Stopped) as error:
+            self._failed_at = time.monotonic()
+            self._status = Status("failed", reason=f"the index cannot be built: {_reason(error)}")
+        finally:
+            self._rebuilding = None
+
+    def _build(self, ending: Callable[[], bool], settled: bool = False) -> Index:
+        """A new index from the store; `status` counts. `settled`: nobody changes the store meanwhile."""
+        index = Index(self._store.dimension, self._threads)
+        for piece in self._store.samples(settled):
+            if ending():
+                raise Stopped("the service is being stopped")
+            self._put(index, piece)
+            self._status = replace(self._status, done=index.samples)
+        return index
+
+    def _put(self, index: Index, piece: tuple[list[str], list[bytes], NDArray[np.float32]]) -> None:
+        try:
+            index.add(*piece)
+        except ValueError as error:
+            raise UserError(
+                f"the store '{self._store.path}' holds a vector that cannot be one of an embedder's ({error}); "
+                "restore the store from a backup"
+            ) from error
+
+    def _install(self, index: Index) -> None:
+        """Search in this one from now on. Called with the lock held."""
+        state = self._store.state()
+        if (index.subjects, index.samples) != (state.subjects, state.samples):
+            raise UserError(
+                f"the store '{self._store.path}' counts {state.subjects} subjects with {state.samples} samples but "
+                f"gave {index.subjects} with {index.samples}; it was damaged: restore it from a backup"
+            )
+        self._index, self.revision, self._apart = index, state.revision, False
+        self._status = Status("ready", index.samples, index.samples)
+
+
+def _reason(error: Exception) -> str:
+    return "there is not enough memory for the index" if isinstance(error, MemoryError) else str(error)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from serving.decoding import Decoders, DecodersClosed, ImageRefused, Limits
 from serving.errors import ApiError, stopping
-from serving.gallery import Gallery, Stopped, rules
+from serving.gallery import Gallery, Stopped
 from serving.index import NORM_TOLERANCE
 from serving.metrics import Metrics
 from serving.parsing import (
@@ -43,6 +43,7 @@ from serving.schemas import (
 from serving.settings import Settings
 from serving.store import Enrolment, Store, StoreError
 from serving.subject_id import enrollable, known
+from serving.threshold import rules
 from trainer.embedder import Embedder
 from trainer.errors import UserError
 

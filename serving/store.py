@@ -103,10 +103,6 @@ class State:
 Outcome = TypeVar("Outcome", Enrolment, Deletion)
 
 
-def never() -> bool:
-    return False
-
-
 class Store:
     """A gallery's subjects and samples in SQLite. All methods may be called from several threads.
 
@@ -160,7 +156,7 @@ class Store:
         self._database.fold_log()
         return state
 
-    def verify(self, stopping: Callable[[], bool] = never) -> None:
+    def verify(self, stopping: Callable[[], bool] = lambda: False) -> None:
         """Read everything but the vectors, which `samples` checks. Readers wait meanwhile.
 
         Raises:

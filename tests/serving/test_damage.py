@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serving.gallery import Gallery, Rule
+from serving.gallery import Gallery
 from serving.store import IdempotencyKey, Store
+from serving.threshold import Rule
 from trainer.errors import UserError
 
 MODEL = "a" * 32

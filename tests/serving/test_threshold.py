@@ -1,6 +1,6 @@
 import pytest
 
-from serving.gallery import Rule, rules
+from serving.threshold import Rule, rules
 from trainer.embedder import read_manifest
 from trainer.errors import UserError
 

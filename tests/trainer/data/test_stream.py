@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from trainer.data.image import load_image
+from trainer.data.importers import Sample
+from trainer.data.importers.run import write_shards
 from trainer.data.manifest import Manifest
-from trainer.data.shards import SplitWriter
 from trainer.data.stream import PADDING, Batch, DataConfig, Stream, preprocessing
 from trainer.errors import UserError
 
@@ -201,9 +202,8 @@ def test_damaged_image_is_named_with_key_and_shard(
 
 def test_label_outside_the_classes_is_named(tmp_path: Path, noise, config: DataConfig):
     noise(1).save(tmp_path / "x.png")
-    with SplitWriter(tmp_path, "train") as writer:
-        for label in (0, 1, 7):
-            writer.write((tmp_path / "x.png").read_bytes(), "png", label, "who", "x.png")
+    image = (tmp_path / "x.png").read_bytes()
+    shards = write_shards(tmp_path, "train", [(image, "png", label, Sample("who", "x.png")) for label in (0, 1, 7)])
     tree = {
         "kind": "folder",
         "image_mode": "L",
@@ -212,7 +212,7 @@ def test_label_outside_the_classes_is_named(tmp_path: Path, noise, config: DataC
                 "samples": 3,
                 "classes": ["a", "b"],
                 "class_counts": [1, 2],
-                "shards": [entry.model_dump() for entry in writer.entries],
+                "shards": [entry.model_dump() for entry in shards],
             }
         },
     }

@@ -14,7 +14,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from trainer.data.image import decode
-from trainer.data.importers.folder import open_folder
+from trainer.data.importers import open_folder
 from trainer.data.importers.run import ImportOptions, run_import
 from trainer.data.index import verify
 from trainer.data.manifest import Manifest
@@ -219,7 +219,7 @@ def test_unknown_kind(tmp_path: Path):
 KILLED = """
 import os, sys, time
 from pathlib import Path
-from trainer.data.importers.folder import open_folder
+from trainer.data.importers import open_folder
 from trainer.data.importers.run import ImportOptions, run_import
 
 def wait(stage, done, total):

@@ -7,21 +7,24 @@ SHA-256 checks better).
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from io import FileIO
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.manifest import Manifest, ShardEntry, Split
+from trainer.data.manifest import Manifest, ShardEntry
 from trainer.errors import UserError
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 _BLOCK = 512
 _IMAGES = ("png", "jpg", "jpeg")
-REMEDY = "run 'hypersphere data verify' and import the data again, or fetch this shard anew"
+_FETCH = "import the data again, or fetch this shard anew"
+REMEDY = f"run 'hypersphere data verify' and {_FETCH}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +37,20 @@ class ShardIndex:
     labels: NDArray[np.int32]
 
 
-def check_sizes(folder: Path, split: Split) -> None:
+def check_sizes(folder: Path, shards: Iterable[ShardEntry]) -> None:
     """Compare every shard's size with the manifest's: one `stat` each, cheap enough for every start.
 
     Raises:
         UserError: a shard is missing or has another size.
     """
-    for entry in split.shards:
-        fault = _size_fault(folder / entry.name, entry)
-        if fault:
-            raise UserError(f"{fault}; {REMEDY}")
+    for entry in shards:
+        path = folder / entry.name
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise UserError(f"shard '{path}' cannot be read: {error.strerror}; {REMEDY}") from error
+        if size != entry.bytes:
+            raise UserError(f"shard '{path}' has {size} bytes, but the manifest says {entry.bytes}; {REMEDY}")
 
 
 def verify(folder: Path, manifest: Manifest, progress: Progress | None = None) -> None:
@@ -57,12 +64,25 @@ def verify(folder: Path, manifest: Manifest, progress: Progress | None = None) -
     done = 0
     faults = []
     for split, entry in entries:
-        faults += [fault] if (fault := _fault(folder / entry.name, entry, len(split.classes))) else []
+        try:
+            _verify_shard(folder, entry, len(split.classes))
+        except UserError as error:
+            faults.append(str(error).replace(REMEDY, _FETCH))
         done += entry.bytes
         if progress is not None:
             progress("verify", done, total)
     if faults:
-        raise UserError("\n".join(f"{fault}; import the data again, or fetch this shard anew" for fault in faults))
+        raise UserError("\n".join(faults))
+
+
+def _verify_shard(folder: Path, entry: ShardEntry, classes: int) -> None:
+    check_sizes(folder, [entry])
+    path = folder / entry.name
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != entry.sha256:
+        raise UserError(f"shard '{path}' has SHA-256 {digest}, but the manifest says {entry.sha256}; {REMEDY}")
+    read_index(path, entry, classes)
 
 
 def read_index(path: Path, entry: ShardEntry, classes: int) -> ShardIndex:
@@ -72,74 +92,64 @@ def read_index(path: Path, entry: ShardEntry, classes: int) -> ShardIndex:
         UserError: the shard is missing, cut off or not a tar of samples; or a label is not below `classes`, and then
             the message names the sample.
     """
-    keys: list[bytes] = []
-    images: list[tuple[int, int]] = []
-    labels: list[int] = []
+    with open_shard(path) as file:
+        # members of one sample follow each other
+        grouped = groupby(_members(file.fileno(), path), key=lambda member: member[0].partition(b".")[0])
+        samples = [(key, *_sample(file.fileno(), path, key, members)) for key, members in grouped]
+    for key, _, _, label in samples:
+        if not 0 <= label < classes:
+            raise UserError(
+                f"sample '{_text(key)}' of shard '{path}' has label {label}, but the manifest has {classes} classes "
+                f"(0 to {classes - 1}); {REMEDY}"
+            )
+    if len(samples) != entry.samples:
+        raise UserError(f"shard '{path}' has {len(samples)} samples, but the manifest says {entry.samples}; {REMEDY}")
+    keys, offsets, sizes, labels = zip(*samples, strict=True)
+    return ShardIndex(np.array(keys), np.array(offsets), np.array(sizes).astype(np.int32), np.array(labels, np.int32))
+
+
+def open_shard(path: Path) -> FileIO:
+    """A shard to be read at any place.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
     try:
-        handle = os.open(path, os.O_RDONLY)
+        return path.open("rb", buffering=0)
     except OSError as error:
         raise UserError(f"shard '{path}' cannot be opened: {error.strerror}; {REMEDY}") from error
-    try:
-        for key, image, label in _samples(handle, path):
-            if not 0 <= label < classes:
-                raise UserError(
-                    f"sample '{key.decode(errors='replace')}' of shard '{path}' has label {label}, but the manifest "
-                    f"has {classes} classes (0 to {classes - 1}); {REMEDY}"
-                )
-            keys.append(key)
-            images.append(image)
-            labels.append(label)
-    finally:
-        os.close(handle)
-    if len(keys) != entry.samples:
-        raise UserError(f"shard '{path}' has {len(keys)} samples, but the manifest says {entry.samples}; {REMEDY}")
-    places = np.array(images, dtype=np.int64)
-    return ShardIndex(np.array(keys), places[:, 0], places[:, 1].astype(np.int32), np.array(labels, dtype=np.int32))
 
 
-def read_bytes(handle: int, path: Path, index: ShardIndex, row: int) -> bytes:
-    """The image file of one sample.
+def read_bytes(shard: FileIO, index: ShardIndex, row: int) -> bytes:
+    """The image file of one sample; several threads may read one shard.
 
     Raises:
         UserError: the shard ends before the sample does.
     """
     size = int(index.sizes[row])
-    data = os.pread(handle, size, int(index.offsets[row]))
+    data = os.pread(shard.fileno(), size, int(index.offsets[row]))
     if len(data) != size:
-        raise UserError(f"shard '{path}' is cut off inside sample '{index.keys[row].decode()}'; {REMEDY}")
+        raise UserError(f"shard '{shard.name}' is cut off inside sample '{_text(index.keys[row])}'; {REMEDY}")
     return data
 
 
-def _samples(handle: int, path: Path) -> Iterator[tuple[bytes, tuple[int, int], int]]:
-    """Key, place of the image and label of each sample; members of one sample follow each other."""
-    key: bytes | None = None
+def _sample(handle: int, path: Path, key: bytes, members: Iterator[tuple[bytes, int, int]]) -> tuple[int, int, int]:
+    """Offset and size of a sample's image, and its label."""
     image: tuple[int, int] | None = None
     label: int | None = None
-    for name, offset, size in _members(handle, path):
-        stem, _, suffix = name.partition(b".")
-        if stem != key:
-            if key is not None:
-                yield _whole(key, image, label, path)
-            key, image, label = stem, None, None
-        kind = suffix.decode(errors="replace").lower()
+    for name, offset, size in members:
+        kind = _text(name.partition(b".")[2]).lower()
         if kind in _IMAGES:
-            image = (offset, size)
+            image = offset, size
         elif kind == "cls":
             text = os.pread(handle, min(size, 20), offset)
             if not text.strip().isdigit():
-                raise UserError(f"sample '{name.decode(errors='replace')}' of shard '{path}' has no number; {REMEDY}")
+                raise UserError(f"sample '{_text(name)}' of shard '{path}' has no number; {REMEDY}")
             label = int(text)
-    if key is not None:
-        yield _whole(key, image, label, path)
-
-
-def _whole(
-    key: bytes, image: tuple[int, int] | None, label: int | None, path: Path
-) -> tuple[bytes, tuple[int, int], int]:
     if image is None or label is None:
         missing = "an image (.png or .jpg)" if image is None else "a label (.cls)"
-        raise UserError(f"sample '{key.decode(errors='replace')}' of shard '{path}' lacks {missing}; {REMEDY}")
-    return key, image, label
+        raise UserError(f"sample '{_text(key)}' of shard '{path}' lacks {missing}; {REMEDY}")
+    return *image, label
 
 
 def _members(handle: int, path: Path) -> Iterator[tuple[bytes, int, int]]:
@@ -151,12 +161,10 @@ def _members(handle: int, path: Path) -> Iterator[tuple[bytes, int, int]]:
         if len(header) == _BLOCK and not any(header):
             return
         digits = header[124:136].strip(b" \0")
-        if len(header) < _BLOCK or header[257:262] != b"ustar" or not digits.isdigit() or header[156:157] not in b"0\0":
+        octal = digits != b"" and not digits.strip(b"01234567")
+        if len(header) < _BLOCK or header[257:262] != b"ustar" or not octal or header[156:157] not in b"0\0":
             raise UserError(f"shard '{path}' is cut off or damaged at byte {offset}; {REMEDY}")
-        try:
-            size = int(digits, 8)
-        except ValueError as error:
-            raise UserError(f"shard '{path}' is damaged at byte {offset}; {REMEDY}") from error
+        size = int(digits, 8)
         offset += _BLOCK
         if offset + size > end:
             raise UserError(f"shard '{path}' is cut off at byte {end}; {REMEDY}")
@@ -164,25 +172,5 @@ def _members(handle: int, path: Path) -> Iterator[tuple[bytes, int, int]]:
         offset += -(-size // _BLOCK) * _BLOCK
 
 
-def _size_fault(path: Path, entry: ShardEntry) -> str | None:
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        return f"shard '{path}' cannot be read: {error.strerror}"
-    if size != entry.bytes:
-        return f"shard '{path}' has {size} bytes, but the manifest says {entry.bytes}"
-    return None
-
-
-def _fault(path: Path, entry: ShardEntry, classes: int) -> str | None:
-    if fault := _size_fault(path, entry):
-        return fault
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != entry.sha256:
-        return f"shard '{path}' has SHA-256 {digest}, but the manifest says {entry.sha256}"
-    try:
-        read_index(path, entry, classes)
-    except UserError as error:
-        return str(error).removesuffix(f"; {REMEDY}")
-    return None
+def _text(name: bytes) -> str:
+    return name.decode(errors="replace")

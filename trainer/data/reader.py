@@ -1,11 +1,12 @@
 """Samples of a split by position, decoded, and work that runs a little ahead of its use. Runs without torch."""
 
-import os
-import threading
-import weakref
-from collections import OrderedDict, deque
+import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import lru_cache
+from io import FileIO
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -13,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.image import Preprocessing, load_image
-from trainer.data.index import REMEDY, ShardIndex, check_sizes, read_bytes, read_index
+from trainer.data.index import ShardIndex, check_sizes, open_shard, read_bytes, read_index
 from trainer.data.manifest import Split
 from trainer.errors import UserError
 
 AUTO_CACHE_BYTES = 2**30
-_OPEN_SHARDS = 128  # far below the usual limit of 1024 open files
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_Place = tuple[int, ShardIndex, int]  # number of the shard, its index, row in it
 
 
 def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int, most: int) -> Iterator[Result]:
@@ -43,7 +44,7 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int, m
 
 
 class Reader:
-    """The samples of a split by position, decoded; keeps shard indexes, open files and, if asked, decoded images.
+    """The samples of a split by position, decoded; keeps shard indexes and, if asked, decoded images.
 
     Args:
         folder: the data set.
@@ -65,17 +66,13 @@ class Reader:
         cache: Literal["auto", "memory", "none"] = "none",
         keep_indexes: int = 8,
     ) -> None:
-        check_sizes(folder, split)
-        self._paths = [folder / entry.name for entry in split.shards]
+        check_sizes(folder, split.shards)
+        self._folder = folder
         self._split = split
         self._preprocessing = preprocessing
         self._threads = threads
         self._ends = np.cumsum([entry.samples for entry in split.shards])
-        self._lock = threading.Lock()
-        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
-        self._keep_indexes = keep_indexes
-        self._files: OrderedDict[int, int] = OrderedDict()
-        weakref.finalize(self, _close_all, self._files)
+        self._index = lru_cache(keep_indexes)(self._read_index)
         self._cache = _make_cache(split.samples, preprocessing, cache)
         self._cached = np.zeros(split.samples if self._cache is not None else 0, dtype=bool)
 
@@ -88,74 +85,49 @@ class Reader:
         """Images [len(positions), C, H, W], labels and keys; a position that occurs twice is decoded once."""
         unique, inverse = np.unique(positions, return_inverse=True)
         shards = np.searchsorted(self._ends, unique, side="right")
-        labels = np.empty(len(unique), dtype=np.int32)
-        keys = np.empty(len(unique), dtype=object)
-        with self._lock:
-            places = []
-            for shard in np.unique(shards).tolist():
-                index, here = self._index(shard), shards == shard
-                rows = unique[here] - (self._ends[shard] - self._split.shards[shard].samples)
-                labels[here] = index.labels[rows]
-                keys[here] = [key.decode() for key in index.keys[rows]]
-                places += [(shard, row) for row in rows.tolist()]
-            images = self._images(unique, places, pool)
-            while len(self._files) > _OPEN_SHARDS:
-                os.close(self._files.popitem(last=False)[1])
-            while len(self._indexes) > self._keep_indexes:
-                self._indexes.popitem(last=False)
-        return images[inverse], labels[inverse], keys[inverse].tolist()
+        indexes = {shard: self._index(shard) for shard in np.unique(shards).tolist()}
+        starts = {shard: self._ends[shard] - self._split.shards[shard].samples for shard in indexes}
+        places = [(s, indexes[s], int(i - starts[s])) for s, i in zip(shards.tolist(), unique, strict=True)]
+        labels = np.array([index.labels[row] for _, index, row in places])
+        keys = [index.keys[row].decode() for _, index, row in places]
+        return self._images(unique, places, pool)[inverse], labels[inverse], [keys[i] for i in inverse]
 
     def all_labels(self) -> NDArray[np.int32]:
-        """The label of every sample; called by a sampler while a batch is prepared, before its images are read."""
-        return np.concatenate([self._index(shard).labels for shard in range(len(self._paths))])
+        """The label of every sample."""
+        return np.concatenate([self._index(shard).labels for shard in range(len(self._ends))])
 
     def _images(
-        self, unique: NDArray[np.int64], places: list[tuple[int, int]], pool: ThreadPoolExecutor
+        self, positions: NDArray[np.int64], places: list[_Place], pool: ThreadPoolExecutor
     ) -> NDArray[np.uint8]:
-        shape = (self._preprocessing.channels, self._preprocessing.height, self._preprocessing.width)
-        images = np.empty((len(unique), *shape), dtype=np.uint8)
-        missing = np.arange(len(unique))
-        if self._cache is not None:
-            known = self._cached[unique]
-            images[known] = self._cache[unique[known]]
-            missing = np.flatnonzero(~known)
-        wanted = [places[i] for i in missing]
-        for shard in {shard for shard, _ in wanted}:
-            self._open(shard)
-        for i, image in zip(missing, pool.map(self._decode, wanted), strict=True):
-            images[i] = image
-        if self._cache is not None:
-            self._cache[unique[missing]] = images[missing]
-            self._cached[unique[missing]] = True
-        return images
+        if self._cache is None:
+            return self._decode_all(places, pool)
+        missing = np.flatnonzero(~self._cached[positions])
+        if len(missing):
+            self._cache[positions[missing]] = self._decode_all([places[i] for i in missing], pool)
+            self._cached[positions[missing]] = True
+        return self._cache[positions]
 
-    def _decode(self, place: tuple[int, int]) -> NDArray[np.uint8]:
-        shard, row = place
-        path, index = self._paths[shard], self._indexes[shard]
-        data = read_bytes(self._files[shard], path, index, row)
-        return load_image(data, self._preprocessing, f"{path.name}: {index.keys[row].decode()}")
+    def _decode_all(self, places: list[_Place], pool: ThreadPoolExecutor) -> NDArray[np.uint8]:
+        with ExitStack() as stack:
+            shards = {shard for shard, _, _ in places}
+            files = {shard: stack.enter_context(open_shard(self._path(shard))) for shard in shards}
+            return np.stack(list(pool.map(lambda place: self._decode(files[place[0]], *place[1:]), places)))
 
-    def _index(self, shard: int) -> ShardIndex:
-        index = self._indexes.get(shard)
-        if index is None:
-            index = read_index(self._paths[shard], self._split.shards[shard], len(self._split.classes))
-            self._indexes[shard] = index
-        self._indexes.move_to_end(shard)
-        return index
+    def _decode(self, file: FileIO, index: ShardIndex, row: int) -> NDArray[np.uint8]:
+        name = f"{Path(file.name).name}: {index.keys[row].decode()}"
+        return load_image(read_bytes(file, index, row), self._preprocessing, name)
 
-    def _open(self, shard: int) -> None:
-        if shard not in self._files:
-            try:
-                self._files[shard] = os.open(self._paths[shard], os.O_RDONLY)
-            except OSError as error:
-                raise UserError(f"shard '{self._paths[shard]}' cannot be opened: {error.strerror}; {REMEDY}") from error
-        self._files.move_to_end(shard)
+    def _read_index(self, shard: int) -> ShardIndex:
+        return read_index(self._path(shard), self._split.shards[shard], len(self._split.classes))
+
+    def _path(self, shard: int) -> Path:
+        return self._folder / self._split.shards[shard].name
 
 
 def _make_cache(samples: int, preprocessing: Preprocessing, cache: str) -> NDArray[np.uint8] | None:
     """Room for the decoded split, or None. Memory is taken as it is written to, by every rank for what it has read."""
     shape = (samples, preprocessing.channels, preprocessing.height, preprocessing.width)
-    size = int(np.prod(shape, dtype=np.int64))
+    size = math.prod(shape)
     if cache == "none" or (cache == "auto" and size > AUTO_CACHE_BYTES):
         return None
     try:
@@ -164,8 +136,3 @@ def _make_cache(samples: int, preprocessing: Preprocessing, cache: str) -> NDArr
         raise UserError(
             f"data.cache=memory needs {size / 2**30:.1f} GiB a worker, which cannot be had; use auto or none"
         ) from error
-
-
-def _close_all(files: OrderedDict[int, int]) -> None:
-    while files:
-        os.close(files.popitem()[1])

@@ -1,3 +1,4 @@
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -11,6 +12,7 @@ from trainer.data.image import load_image
 from trainer.data.importers import Sample
 from trainer.data.importers.run import write_shards
 from trainer.data.manifest import Manifest
+from trainer.data.reader import Reader
 from trainer.data.stream import PADDING, Batch, DataConfig, Stream, preprocessing
 from trainer.errors import UserError
 
@@ -230,16 +232,16 @@ def test_leaving_an_epoch_early_ends_its_threads(data_set: Path, manifest: Manif
     assert threading.active_count() == before
 
 
-def test_many_shards_keep_few_files_open(
-    data_set: Path, manifest: Manifest, config: DataConfig, monkeypatch: pytest.MonkeyPatch
-):
-    reference = list(Stream(data_set, manifest, "train", with_(config, cache="none")).batches(0))
-    monkeypatch.setattr("trainer.data.reader._OPEN_SHARDS", 1)
-    stream = Stream(data_set, manifest, "train", with_(config, cache="none"))
-    stream._reader._keep_indexes = 1
-    for a, b in zip(stream.batches(0), reference, strict=True):
-        assert_equal(a, b)
-    assert len(stream._reader._files) == len(stream._reader._indexes) == 1
+def test_few_indexes_are_kept_and_no_file_stays_open(data_set: Path, manifest: Manifest, config: DataConfig):
+    split, pixels = manifest.splits["train"], preprocessing(manifest, config)
+    positions = np.arange(46, -1, -3)  # in all five shards
+    few, many = (Reader(data_set, split, pixels, keep_indexes=keep) for keep in (1, 8))
+    with few.pool() as pool:
+        for a, b in zip(few.read(positions, pool), many.read(positions, pool), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert [reader._index.cache_info().currsize for reader in (few, many)] == [1, 5]
+        open_files = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert not [name for name in open_files if name.endswith(".tar")]
 
 
 def test_two_epochs_at_a_time_do_not_disturb_each_other(data_set: Path, manifest: Manifest, config: DataConfig):

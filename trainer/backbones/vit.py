@@ -44,7 +44,7 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """Axes: T patches, E = 384 features. Images are padded on the right and below to whole patches.
 
-    Args: channels, height, width of the images; dimension D of the embedding; dropout inside the blocks.
+    Args: as of the convolutional networks, but for the dropout, which is inside the blocks.
     """
 
     def __init__(self, channels: int, height: int, width: int, dimension: int, dropout: float) -> None:

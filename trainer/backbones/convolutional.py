@@ -61,12 +61,7 @@ class ChannelsLast(nn.Conv2d):
         return F.conv2d(x_BCHW, weight, None, self.stride, self.padding)
 
 
-UNITS = {
-    "iresnet18": (2, 2, 2, 2),
-    "iresnet34": (3, 4, 6, 3),
-    "iresnet50": (3, 4, 14, 3),
-    "iresnet100": (3, 13, 30, 3),
-}
+UNITS = {"iresnet18": (2, 2, 2, 2), "iresnet34": (3, 4, 6, 3), "iresnet50": (3, 4, 14, 3), "iresnet100": (3, 13, 30, 3)}
 WIDTHS = (64, 128, 256, 512)
 
 

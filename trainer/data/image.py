@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.Image import Transpose
 from pydantic import Field
 
 from trainer.errors import UserError
@@ -35,33 +36,16 @@ MAX_SCANNED = 1_000_000_000  # scans x pixels: each scan of a progressive JPEG p
 FORMATS = ("PNG", "JPEG", "PPM", "BMP", "GIF", "TIFF", "WEBP", "JPEG2000", "PCX", "SGI")
 # What Pillow's readers raise on damaged input. `Warning` is among them for callers who turn warnings into errors.
 _DAMAGED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    RuntimeError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    Warning,
-)
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError, OverflowError,
+    RuntimeError, MemoryError, struct.error, zlib.error, Warning,
+)  # fmt: skip
 _STRIP = 2**20  # pixels that are converted at a time, where a whole picture in between would cost too much memory
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # neither an escaped FF, nor padding, nor a restart
 _JPEG_START, _JPEG_END, _JPEG_SCAN = 0xD8, 0xD9, 0xDA
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_UPRIGHT = {  # by EXIF orientation
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 class Preprocessing(Strict):
@@ -129,14 +113,11 @@ def decode(source: bytes | Path, name: str | None = None, max_pixels: int = MAX_
     """Decode a whole image at its own size. Of several frames the first is taken.
 
     Args:
-        source: a file, or what is in it.
-        name: as for `load_image`.
+        source, name: as for `load_image`.
         max_pixels: width x height that is allowed.
 
     Raises:
-        TooManyPixels: more than `max_pixels`.
-        OutOfMemory: there is not enough memory.
-        UserError: as `load_image`.
+        UserError: as `load_image`; `TooManyPixels` and `OutOfMemory` are two of its kinds.
     """
     label = _label(source, name)
     data = source if isinstance(source, bytes) else read_file(source, name)
@@ -238,12 +219,10 @@ def _flatten(image: Image.Image) -> Image.Image:
     """Any mode of Pillow's to "L" or "RGB"; grey stays grey."""
     if image.mode == "F" or image.mode.startswith("I"):
         return _from_wide(image)
+    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
     if image.has_transparency_data:
-        grey = image.mode in ("1", "L", "LA", "La")
-        return _on_white(image, "L" if grey else "RGB")
-    if image.mode in ("L", "RGB"):
-        return image
-    return image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
+        return _on_white(image, mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _on_white(image: Image.Image, mode: str) -> Image.Image:

@@ -20,9 +20,8 @@ from trainer.data.image import decode
 from trainer.data.importers import Sample, Source, open_folder
 from trainer.data.importers.glyphs import open_glyphs
 from trainer.data.importers.omniglot import open_omniglot
-from trainer.data.index import Progress
 from trainer.data.manifest import MANIFEST_FILE, BadSample, Manifest, ShardEntry, Split
-from trainer.data.reader import ahead
+from trainer.data.reader import Progress, ahead
 from trainer.errors import UserError
 
 # Enough for reading in long runs (120 MB of 112 x 112 faces as JPEG), few enough to deal shards out evenly.

@@ -16,8 +16,8 @@ from PIL import ExifTags, Image
 from trainer.data.image import decode
 from trainer.data.importers import open_folder
 from trainer.data.importers.run import ImportOptions, run_import
-from trainer.data.index import verify
 from trainer.data.manifest import Manifest
+from trainer.data.reader import verify
 from trainer.errors import UserError
 
 WHOLE = ImportOptions(holdout_share=0, samples_per_shard=10)

@@ -10,12 +10,12 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,16 +126,18 @@ def decode(source: bytes | Path, name: str | None = None, max_pixels: int = MAX_
     if not data:
         raise UserError(f"{label} is empty (0 bytes); give an image file")
     image = _open(data, label, max_pixels)
-    _guard(label, max_pixels, image.load)
-    format, turn = image.format or "", _UPRIGHT.get(_orientation(image))
-    plain = image.mode in ("1", "L", "RGB") and not image.has_transparency_data and turn is None
-    image = _guard(label, max_pixels, partial(_flatten, image))  # the name is used again to free the image as it was
-    return Decoded(image if turn is None else image.transpose(turn), format, plain)
+    with _guard(label, max_pixels):
+        image.load()
+        format, turn = image.format or "", _UPRIGHT.get(_orientation(image))
+        plain = image.mode in ("1", "L", "RGB") and not image.has_transparency_data and turn is None
+        image = _flatten(image)  # the name is used again to free the image as it was
+        return Decoded(image if turn is None else image.transpose(turn), format, plain)
 
 
 def _open(data: bytes, label: str, max_pixels: int) -> Image.Image:
     """Read the headers and check what they promise."""
-    image: Image.Image = _guard(label, max_pixels, lambda: Image.open(BytesIO(data), formats=FORMATS))
+    with _guard(label, max_pixels):
+        image: Image.Image = Image.open(BytesIO(data), formats=FORMATS)
     width, height = image.size
     if width * height > max_pixels:
         raise TooManyPixels(label, f"{width} x {height} pixels", width * height, max_pixels)
@@ -191,10 +193,11 @@ def read_file(path: Path, name: str | None = None) -> bytes:
         raise UserError(f"{_label(path, name)} cannot be read: {error.strerror}; give a readable image file") from error
 
 
-def _guard(label: str, max_pixels: int, step: Callable[[], Any]) -> Any:
-    """Run one step of Pillow's and say in one sentence what is wrong with the image."""
+@contextmanager
+def _guard(label: str, max_pixels: int) -> Iterator[None]:
+    """Say in one sentence what Pillow finds wrong with the image."""
     try:
-        return step()
+        yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooManyPixels(label, "far too many pixels", math.inf, max_pixels) from error
     except UnidentifiedImageError as error:

@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from trainer.backbones.convolutional import UNITS, ConvNet, IResNet, MobileFaceNet
-from trainer.backbones.vit import VisionTransformer
+from trainer.backbones.networks import UNITS, ConvNet, IResNet, MobileFaceNet, VisionTransformer
 from trainer.config import BackboneConfig
 from trainer.errors import UserError
 

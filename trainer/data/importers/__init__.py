@@ -27,7 +27,6 @@ class Source:
     """Images to be imported.
 
     Attributes:
-        kind: the importer's name.
         samples: in an order that depends on the input alone.
         read: the file of `samples[i]`, in any format that `trainer.data.image` reads; called from several threads.
         held_out: identities of the validation split.
@@ -35,7 +34,6 @@ class Source:
         drop_duplicates: leave out files that are byte for byte an earlier one of the same identity.
     """
 
-    kind: str
     samples: Sequence[Sample]
     read: Callable[[int], bytes]
     held_out: frozenset[str]
@@ -83,7 +81,6 @@ def open_folder(source: Path | None, holdout_share: float, seed: int) -> Iterato
     if not samples:
         raise UserError(f"SOURCE '{source}' holds no files; give a folder that holds a folder of images per identity")
     yield Source(
-        kind="folder",
         samples=samples,
         read=lambda row: read_file(paths[row], samples[row].name),
         held_out=hold_out_share(list({sample.identity for sample in samples}), holdout_share, seed),

@@ -68,7 +68,6 @@ def open_glyphs(holdout_share: float, seed: int) -> Iterator[Source]:
     samples = [Sample(_identity(code), f"U+{code:04X}/{face}/{j:02d}") for code, face, j in jobs]
     held_out = hold_out_share([_identity(code) for code, _ in characters], holdout_share, seed)
     yield Source(
-        kind="glyphs",
         samples=samples,
         read=lambda row: _draw(fonts, *jobs[row], seed),
         held_out=held_out,

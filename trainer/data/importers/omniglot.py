@@ -102,7 +102,6 @@ def _source(
         )
     held = _held_out(roots, holdout_alphabets, seed)
     return Source(
-        kind="omniglot",
         samples=samples,
         read=lambda row: read(samples[row].name),
         held_out=frozenset(sample.identity for sample in samples if sample.identity.split("/")[0] in held),

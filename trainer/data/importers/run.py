@@ -76,7 +76,7 @@ def run_import(
     """
     options = options or ImportOptions()
     with fresh_folder(out, _DATA_SET, options.overwrite) as folder, _open(kind, source, options, progress) as opened:
-        manifest = _Import(opened, folder, options, progress).run()
+        manifest = _Import(opened, folder, options, progress).run(kind)
         manifest.write(folder)
     return manifest
 
@@ -108,7 +108,7 @@ class _Import:
         self._done = self._duplicates = 0
         self._grey = True
 
-    def run(self) -> Manifest:
+    def run(self, kind: str) -> Manifest:
         """Write the splits; again, without them, if identities turn out to have too few readable images."""
         left_out: set[str] = set()
         while True:
@@ -119,7 +119,7 @@ class _Import:
             self._done, self._duplicates, self._grey = len(self._bad), 0, True
             splits = {name: self._write_split(name, chosen) for name, chosen in classes.items() if chosen}
             if min(self._counts.values()) >= self._options.min_samples:
-                return self._manifest(splits, len(left_out))
+                return self._manifest(kind, splits, len(left_out))
             for path in self._folder.iterdir():
                 path.unlink()
 
@@ -201,10 +201,10 @@ class _Import:
                 f"{self._options.max_bad:g} that is allowed ({first}); mend or remove them, or raise --max-bad"
             )
 
-    def _manifest(self, splits: dict[str, tuple[list[str], list[ShardEntry]]], left_out: int) -> Manifest:
+    def _manifest(self, kind: str, splits: dict[str, tuple[list[str], list[ShardEntry]]], left_out: int) -> Manifest:
         counts = {name: [self._counts[identity] for identity in classes] for name, (classes, _) in splits.items()}
         return Manifest(
-            kind=self._source.kind,
+            kind=kind,
             image_mode="L" if self._grey else "RGB",
             splits={
                 name: Split(samples=sum(counts[name]), classes=classes, class_counts=counts[name], shards=shards)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trainer.backbones.convolutional import ChannelsLast
+from trainer.backbones.networks import ChannelsLast
 
 
 @pytest.mark.parametrize("inputs", [1, 3, 8])

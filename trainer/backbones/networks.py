@@ -1,11 +1,11 @@
-"""The convolutional networks: a small one for small images, IResNet, and MobileFaceNet.
+"""The networks: a small convolutional one, IResNet, MobileFaceNet and a vision transformer, each as in its paper.
 
-All take float images_BCHW and end in a linear layer over all positions, so that the place of a feature counts; sides of
-feature maps are rounded up where a stride halves them. What their arguments have in common:
+All take float images_BCHW and end in a linear layer, in the convolutional ones over all positions, so that the place of
+a feature counts. Sides of feature maps are rounded up where a stride divides them. Arguments that they have in common:
 
     channels, height, width: of the images.
     dimension: D of the embedding.
-    dropout: share of the last features set to 0 in training.
+    dropout: share of features set to 0 in training: of the last ones, in the transformer inside the blocks.
 """
 
 from typing import Literal
@@ -179,6 +179,62 @@ class Bottleneck(nn.Module):
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         y_BCHW: torch.Tensor = self.layers(x_BCHW)
         return x_BCHW + y_BCHW if self.keeps_shape else y_BCHW
+
+
+VIT_WIDTH, VIT_DEPTH, VIT_HEADS = 384, 12, 6
+
+
+class VisionTransformer(nn.Module):
+    """A small vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929): pre-norm blocks over square patches.
+
+    Axes: T patches, E = 384 features. Patches are 8 pixels wide, 4 on images smaller than 64, so that the sequence
+    neither explodes nor vanishes; images are padded on the right and below to whole patches. The embedding is read from
+    the mean of the patches; there is no class token.
+    """
+
+    def __init__(self, channels: int, height: int, width: int, dimension: int, dropout: float) -> None:
+        super().__init__()
+        patch = 8 if min(height, width) >= 64 else 4
+        self.padding = (0, -width % patch, 0, -height % patch)
+        tokens = -(-height // patch) * -(-width // patch)
+        self.patches = nn.Conv2d(channels, VIT_WIDTH, patch, patch)
+        self.positions_TE = nn.Parameter(torch.empty(tokens, VIT_WIDTH))
+        nn.init.trunc_normal_(self.positions_TE, std=0.02)
+        self.blocks = nn.Sequential(*(Block(dropout) for _ in range(VIT_DEPTH)))
+        self.norm = nn.LayerNorm(VIT_WIDTH)
+        self.output = nn.Sequential(nn.Linear(VIT_WIDTH, dimension, bias=False), nn.BatchNorm1d(dimension))
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        x_BTE = self.patches(F.pad(images_BCHW, self.padding)).flatten(2).transpose(1, 2) + self.positions_TE
+        x_BD: torch.Tensor = self.output(self.norm(self.blocks(x_BTE)).mean(dim=1))
+        return x_BD
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(VIT_WIDTH)
+        self.query_key_value = nn.Linear(VIT_WIDTH, 3 * VIT_WIDTH)
+        self.attention_output = nn.Linear(VIT_WIDTH, VIT_WIDTH)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(VIT_WIDTH),
+            nn.Linear(VIT_WIDTH, 4 * VIT_WIDTH),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(4 * VIT_WIDTH, VIT_WIDTH),
+        )
+
+    def forward(self, x_BTE: torch.Tensor) -> torch.Tensor:
+        qkv_BT3E = self.query_key_value(self.attention_norm(x_BTE))
+        q_BHTK, k_BHTK, v_BHTK = (
+            part_BTE.unflatten(2, (VIT_HEADS, -1)).transpose(1, 2) for part_BTE in qkv_BT3E.chunk(3, dim=2)
+        )
+        mixed_BTE = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK).transpose(1, 2).flatten(2)
+        x_BTE = x_BTE + self.attention_output(mixed_BTE)
+        y_BTE: torch.Tensor = x_BTE + self.mlp(x_BTE)
+        return y_BTE
 
 
 def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, depthwise: bool = False) -> list[nn.Module]:

@@ -84,16 +84,16 @@ class Decoded:
     plain: bool
 
 
-def load_image(source: bytes | Path, preprocessing: Preprocessing, name: str | None = None) -> NDArray[np.uint8]:
-    """Read an image as the model sees it: uint8 [channels, height, width].
+def load_image(data: bytes, preprocessing: Preprocessing, name: str | None = None) -> NDArray[np.uint8]:
+    """Read an image file as the model sees it: uint8 [channels, height, width].
 
     The image is stretched to height and width (its aspect ratio is not kept) with an antialiasing bicubic filter.
-    Transparent pixels are laid on white. `name` is what messages call the image; by default its path.
+    Transparent pixels are laid on white. `name` is what messages call the image.
 
     Raises:
         UserError: more than 10 MiB or 40 megapixels, a format that is not allowed, or damaged content.
     """
-    return as_pixels(decode(source, name).image, preprocessing)
+    return as_pixels(decode(data, name).image, preprocessing)
 
 
 def as_pixels(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
@@ -109,18 +109,17 @@ def as_pixels(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.ui
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def decode(source: bytes | Path, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Decoded:
+def decode(data: bytes, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Decoded:
     """Decode a whole image at its own size. Of several frames the first is taken.
 
     Args:
-        source, name: as for `load_image`.
+        data, name: as for `load_image`.
         max_pixels: width x height that is allowed.
 
     Raises:
         UserError: as `load_image`; `TooManyPixels` and `OutOfMemory` are two of its kinds.
     """
-    label = _label(source, name)
-    data = source if isinstance(source, bytes) else read_file(source, name)
+    label = "the image" if name is None else f"image '{name}'"
     if len(data) > MAX_BYTES:
         raise UserError(f"{label} has {len(data)} bytes; at most {MAX_BYTES} are read: store it smaller")
     if not data:
@@ -174,13 +173,7 @@ def _jpeg_scans(data: bytes) -> int:
     return scans
 
 
-def _label(source: bytes | Path, name: str | None) -> str:
-    if name is not None:
-        return f"image '{name}'"
-    return "the image" if isinstance(source, bytes) else f"image '{source}'"
-
-
-def read_file(path: Path, name: str | None = None) -> bytes:
+def read_file(path: Path, name: str) -> bytes:
     """The bytes of an image file; at most one more than `decode` allows.
 
     Raises:
@@ -190,7 +183,7 @@ def read_file(path: Path, name: str | None = None) -> bytes:
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)  # one byte more than allowed: enough to see that it is too long
     except OSError as error:
-        raise UserError(f"{_label(path, name)} cannot be read: {error.strerror}; give a readable image file") from error
+        raise UserError(f"image '{name}' cannot be read: {error.strerror}; give a readable image file") from error
 
 
 @contextmanager

@@ -26,10 +26,7 @@ class SequentialSampler:
     def __init__(self, samples: int, batch_size: int) -> None:
         self._samples = samples
         self._batch_size = batch_size
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-self._samples // self._batch_size)
+        self.steps_per_epoch = -(-samples // batch_size)
 
     def positions(self, epoch: int, step: int) -> NDArray[np.int64]:
         """Positions, in the manifest's order of shards, of the samples of one global batch.
@@ -102,11 +99,8 @@ class PKSampler:
         self._check(split)
         self._groups = self._counts // self._k
         self._rounds = int(np.sort(self._groups)[-self._p])  # rounds 0 to this one have P classes or more
+        self.steps_per_epoch = -(-int(np.minimum(self._groups, self._rounds).sum()) // self._p)
         self._epoch = lru_cache(2)(self._deal)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-int(np.minimum(self._groups, self._rounds).sum()) // self._p)
 
     def positions(self, epoch: int, step: int) -> NDArray[np.int64]:
         batch = slice(step * self._p, (step + 1) * self._p)

@@ -125,10 +125,7 @@ class Stream:
             keep_indexes=shards if config.identities_per_batch else windows,
         )
         self._sampler = self._make_sampler(config, seed, shuffle)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self._sampler.steps_per_epoch
+        self.steps_per_epoch = self._sampler.steps_per_epoch
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from `start_step` on, prepared in a background thread.

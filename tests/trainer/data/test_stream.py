@@ -42,7 +42,10 @@ def test_an_epoch_gives_each_image_once_with_its_label(
 ):
     split = manifest.splits["train"]
     expected = sorted(
-        (load_image(path, preprocessing(manifest, config)).tobytes(), split.classes.index(path.parent.name))
+        (
+            load_image(path.read_bytes(), preprocessing(manifest, config)).tobytes(),
+            split.classes.index(path.parent.name),
+        )
         for path in image_folder.rglob("*.png")
     )
     stream = Stream(data_set, manifest, "train", config, seed=1)

@@ -177,7 +177,7 @@ def test_what_is_kept_and_what_is_stored_anew(tmp_path: Path):
     assert kept == {"a/grey.png", "a/bits.png", "a/photo.jpeg"}
     assert {name: suffix for name, (suffix, _, _) in found.items() if suffix == "jpg"} == {"a/photo.jpeg": "jpg"}
     for name, (_, _, data) in found.items():
-        again, original = decode(data), decode(tmp_path / "in" / name)
+        again, original = decode(data), decode((tmp_path / "in" / name).read_bytes())
         assert again.plain
         np.testing.assert_array_equal(np.asarray(again.image), np.asarray(original.image))
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import ApiError
-from serving.subject_id import PATTERN, enrollable, known
+from serving.parsing import PATTERN, enrollable, known
 
 
 @pytest.mark.parametrize("name", ["a", "Ålesund 7", "a.b@c:d", "名前", "x" * 128, "...", "a+b&c=d?e#f", "Ω", "0"])

@@ -37,19 +37,10 @@ from trainer.errors import UserError
 
 log = logging.getLogger("hypersphere.serving")
 T = TypeVar("T")
-SubjectPath = Annotated[
-    str,
-    Path(
-        description="1 to 128 characters, without slashes", examples=["alice"], json_schema_extra={"pattern": PATTERN}
-    ),
-]
+_NAME, _KEY = "1 to 128 characters, without slashes", "the same key and request again: done once, answered alike"
+SubjectPath = Annotated[str, Path(description=_NAME, examples=["alice"], json_schema_extra={"pattern": PATTERN})]
 Key = Annotated[
-    str | None,
-    Header(
-        alias="Idempotency-Key",
-        description="the same key and request again: done once, answered alike",
-        json_schema_extra={"pattern": KEY_PATTERN},
-    ),
+    str | None, Header(alias="Idempotency-Key", description=_KEY, json_schema_extra={"pattern": KEY_PATTERN})
 ]
 SAMPLES = "/v1/subjects/{subject_id}/samples"
 # What answers PUT points to its successor in the way of RFC 9745; the date is that of the release that began it.
@@ -161,7 +152,7 @@ def create_app(
     app.state.service = service
     app.include_router(open_router)
     app.include_router(router, dependencies=[Depends(docs_key)] if settings.api_key else [])
-    app.add_middleware(HostCheck, allowed_hosts=allowed_hosts)
+    app.add_middleware(host_check, allowed_hosts=allowed_hosts)
     app.add_middleware(Guard, settings=settings, metrics=service.metrics)
     return app
 
@@ -169,26 +160,23 @@ def create_app(
 docs_key = HTTPBearer(auto_error=False, description="The Guard checks the key; this shows it in the documentation.")
 
 
-class HostCheck(TrustedHostMiddleware):
+def host_check(app: ASGIApp, allowed_hosts: Sequence[str]) -> ASGIApp:
     """Starlette's check of the Host header, with its refusal in the shape of all errors."""
 
-    def __init__(self, app: ASGIApp, allowed_hosts: Sequence[str]) -> None:
-        super().__init__(_pass, allowed_hosts, www_redirect=False)
-        self._next = app
+    async def passed(scope: Scope, receive: Receive, send: Send) -> None:
+        pass
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self.allow_any:
-            await super().__call__(scope, receive, _wrong_host)
-        await self._next(scope, receive, send)
+    async def refused(message: Message) -> None:
+        told = "the Host header does not name this service; its operator sets the names with --allowed-hosts"
+        raise ApiError(400, "wrong_host", told)
 
+    check = TrustedHostMiddleware(passed, allowed_hosts, www_redirect=False)
 
-async def _pass(scope: Scope, receive: Receive, send: Send) -> None:
-    """Where a request with a right Host comes to."""
+    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+        await check(scope, receive, refused)
+        await app(scope, receive, send)
 
-
-async def _wrong_host(message: Message) -> None:
-    told = "the Host header does not name this service; its operator sets the names with --allowed-hosts"
-    raise ApiError(400, "wrong_host", told)
+    return checked
 
 
 @contextlib.asynccontextmanager
@@ -269,10 +257,6 @@ def _not_routed(request: Request, error: HTTPException) -> ApiError:
     return ApiError(error.status_code, code, message, headers=headers)
 
 
-HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Any]] = dict.fromkeys(
-    (
-        *(ApiError, HTTPException, RequestValidationError, GalleryLoading, KeyReused, SubjectFull, SubjectUnknown),
-        *(UserError, StoreError, Exception),
-    ),
-    _on_error,
-)
+_HANDLED = (ApiError, HTTPException, RequestValidationError, GalleryLoading, KeyReused, SubjectFull, SubjectUnknown)
+HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Any]]
+HANDLERS = dict.fromkeys((*_HANDLED, UserError, StoreError, Exception), _on_error)

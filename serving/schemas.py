@@ -15,10 +15,6 @@ SubjectId = Annotated[
         json_schema_extra={"pattern": PATTERN},
     ),
 ]
-ModelId = Annotated[
-    str | None,
-    Field(max_length=64, description="the model that made the embeddings; checked against the service's if given"),
-]
 Embedding = Annotated[
     list[Annotated[float, Field(allow_inf_nan=False)]],
     Field(
@@ -62,6 +58,10 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
+    model_id: str | None = Field(
+        None, max_length=64, description="the model that made the embeddings; checked against the service's if given"
+    )
+
 
 class VerifyRequest(Request):
     """Two embeddings, or one and an enrolled subject."""
@@ -69,7 +69,6 @@ class VerifyRequest(Request):
     probe: Embedding
     reference: Embedding | None = None
     subject_id: SubjectId | None = None
-    model_id: ModelId = None
 
     @model_validator(mode="after")
     def _one_reference(self) -> "VerifyRequest":
@@ -86,14 +85,12 @@ class IdentifyRequest(Request):
     below_threshold: bool = Field(
         False, description="return candidates below the threshold too, where the service allows it"
     )
-    model_id: ModelId = None
 
 
 class EnrolRequest(Request):
     """Embeddings of one subject."""
 
     embeddings: Annotated[list[Embedding], Field(min_length=1, max_length=1000, fail_fast=True)]
-    model_id: ModelId = None
 
 
 class Answer(BaseModel):

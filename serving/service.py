@@ -44,9 +44,8 @@ class Service:
         self.embedder = Embedder.open(settings.embedder, settings.threads)
         manifest = self.embedder.manifest
         verify, identify = rules(manifest, settings.verify_threshold, settings.identify_threshold)
-        store = Store(
-            settings.store, manifest.model_id, manifest.dimension, settings.idempotency_hours, settings.restored
-        )
+        model = manifest.model_id, manifest.dimension
+        store = Store(settings.store, *model, settings.idempotency_hours, settings.restored)
         self.gallery = Gallery(store, verify, identify, settings.threads, settings.max_samples)
         limits = Limits(seconds=settings.decode_cpu_s, pixels=settings.max_pixels)
         self._decoders = Decoders(self.embedder.preprocessing, settings.workers, limits)

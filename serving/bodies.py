@@ -37,7 +37,8 @@ async def read(request: Request, body: Body, most: int, dimension: int) -> Sent:
     kind, *parameters = [part.strip().lower() for part in request.headers.get("content-type", "").split(";")]
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ApiError(415, "compressed_body", "compressed bodies are not read; send it without Content-Encoding")
-    charsets = [value.partition("=")[2].strip('"') for value in parameters if value.startswith("charset=")]
+    pairs = [parameter.partition("=") for parameter in parameters]
+    charsets = [value.strip(' \t"') for name, _, value in pairs if name.strip() == "charset"]
     if any(charset not in ("utf-8", "utf8", "us-ascii") for charset in charsets):
         raise ApiError(
             415, "unsupported_charset", f"charset '{charsets[0][:40]}' is not read; send UTF-8, and leave charset out"

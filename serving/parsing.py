@@ -31,6 +31,11 @@ _KNOWN = re.compile(r"[^\s/\\\x00-\x1f\x7f\ufffd]([^/\\\x00-\x1f\x7f\ufffd]{0,12
 # Unicode's categories of characters without a shape of their own: control, format, surrogate, private, unassigned,
 # line and paragraph separators.
 _SHAPELESS = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+# Letters, marks and symbols that are not seen all the same: Unicode's Default_Ignorable_Code_Point of other categories
+# (DerivedCoreProperties.txt), the empty Braille pattern and the null note head.
+_BLANK = re.compile(
+    "[\\u034f\\u115f\\u1160\\u17b4\\u17b5\\u180b-\\u180f\\u2800\\u3164\\ufe00-\\ufe0f\\uffa0\\U0001d159\\U000e0100-\\U000e01ef]"
+)
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -60,7 +65,8 @@ def read_json(model: type[Model], document: bytes) -> Model:
         return model.model_validate(tree)
     except ValidationError as error:
         faults = error.errors(include_input=False, include_url=False, include_context=False)
-        raise invalid(*((".".join(map(str, fault["loc"])), fault["msg"]) for fault in faults)) from error
+        told = [(".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")) for fault in faults]
+        raise invalid(*told) from error
 
 
 def read_field(sent: Sent, name: str, kind: TypeAdapter[T], default: str, allowed: str) -> T:
@@ -89,7 +95,7 @@ def enrollable(subject_id: str) -> str:
     if subject_id in (".", ".."):
         raise _refused(f"'{subject_id}' means a folder in a path; give another name")
     for character in subject_id:
-        if unicodedata.category(character) in _SHAPELESS:
+        if unicodedata.category(character) in _SHAPELESS or _BLANK.match(character):
             raise _refused(f"U+{ord(character):04X} cannot be seen or changes how the rest is read; leave it out")
     composed = unicodedata.normalize("NFKC", subject_id)
     if composed != subject_id:

@@ -1,5 +1,6 @@
 """`hypersphere serve`: every setting of the service as an option and as a variable HYPERSPHERE_SETTING."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -68,6 +69,10 @@ def serve(
     values = dict(locals())
     from serving.server import run
     from serving.settings import from_values
+    from trainer.errors import UserError
 
+    # The processes that decode strangers' images inherit the environment, and need no key.
+    if os.environ.pop("HYPERSPHERE_API_KEY", None) == "":
+        raise UserError("HYPERSPHERE_API_KEY is set but empty; put a key in, or unset it to serve only this machine")
     del values["host"], values["port"]
     run(from_values(values), host, port)

@@ -24,6 +24,7 @@ def test_names_that_people_use(name):
         "\ufb01n",  # a ligature
         "a\u200bb", "a\u202eb", "\u2066a", "a\ufeff", "a\u00adb",  # unseen, or turning the direction
         "a\ue000", "a\u0085b", "\U000e0041a",
+        "a\u034f", "a\ufe0f", "\u1160", "a\u2800", "a\u17b4b", "a\U000e0100",  # marks, letters and symbols not seen
     ],
 )  # fmt: skip
 def test_names_that_look_like_others(name):

@@ -31,6 +31,7 @@ _KNOWN = re.compile(r"[^\s/\\\x00-\x1f\x7f\ufffd]([^/\\\x00-\x1f\x7f\ufffd]{0,12
 # Unicode's categories of characters without a shape of their own: control, format, surrogate, private, unassigned,
 # line and paragraph separators.
 _SHAPELESS = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+_ALIKE = {"LATIN", "GREEK", "CYRILLIC"}  # scripts that share the shapes of many letters
 # Letters, marks and symbols that are not seen all the same: Unicode's Default_Ignorable_Code_Point of other categories
 # (DerivedCoreProperties.txt), the empty Braille pattern and the null note head.
 _BLANK = re.compile(
@@ -69,13 +70,13 @@ def read_json(model: type[Model], document: bytes) -> Model:
         raise invalid(*told) from error
 
 
-def read_field(sent: Sent, name: str, kind: TypeAdapter[T], default: str, allowed: str) -> T:
-    """A field of a form as a value; the refusal tells what is `allowed`."""
+def read_field(sent: Sent, name: str, kind: TypeAdapter[T], default: str, fault: str) -> T:
+    """A field of a form as a value; `fault` says what another value is."""
     text = sent.fields.get(name, default)
     try:
         return kind.validate_python(text)
     except ValidationError as error:
-        raise invalid((name, f"'{text[:20]}' is not {allowed}")) from error
+        raise invalid((name, f"'{text[:20]}' is {fault}")) from error
 
 
 def known(subject_id: str) -> str:
@@ -89,7 +90,8 @@ def enrollable(subject_id: str) -> str:
     """`subject_id`, if a new subject may have it. Raises ApiError 422.
 
     Names are compared by their code points, so each must be in the one form to which Unicode's NFKC brings all that
-    look like it (UAX #15): 'Å' in one character, no full-width letters, no ligatures.
+    look like it (UAX #15): 'Å' in one character, no full-width letters, no ligatures. A word is in one script, since
+    many letters of Latin, Greek and Cyrillic look the same; a whole word in the other script is not noticed.
     """
     known(subject_id)
     if subject_id in (".", ".."):
@@ -97,6 +99,13 @@ def enrollable(subject_id: str) -> str:
     for character in subject_id:
         if unicodedata.category(character) in _SHAPELESS or _BLANK.match(character):
             raise _refused(f"U+{ord(character):04X} cannot be seen or changes how the rest is read; leave it out")
+    if "  " in subject_id:
+        raise _refused("two spaces in a row look like one; send one")
+    for word in re.findall(r"[^\W\d_]+", subject_id):
+        scripts = {unicodedata.name(letter).partition(" ")[0] for letter in word} & _ALIKE
+        if len(scripts) > 1:
+            told = " and ".join(sorted(script.capitalize() for script in scripts))
+            raise _refused(f"'{word[:40]}' mixes {told} letters, which look alike; write it in one script")
     composed = unicodedata.normalize("NFKC", subject_id)
     if composed != subject_id:
         raise _refused(f"another spelling of the name looks the same; send its NFKC form, '{composed[:128]}'")

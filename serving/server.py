@@ -18,6 +18,7 @@ from serving.service import Service
 from serving.settings import Settings
 from trainer.errors import UserError
 
+log = logging.getLogger("hypersphere.serving")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 SPARE_FILES = 64  # descriptors for all but connections and decoders: store, logs, libraries
 FILES_A_WORKER = 4  # its decoder's pipes: three, and one while it is started
@@ -47,6 +48,10 @@ def run(settings: Settings, host: str, port: int) -> None:
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         state = service.gallery.enrolled()
         print(f"Model {service.gallery.model_id}: {state.subjects} subjects with {state.samples} samples", end=" ")
+        if settings.restored:
+            log.warning(
+                "the store is taken as it is, at change %d; the next start goes without --restored", state.revision
+            )
         print(f"in {settings.store}\nServing on {address}; documentation: {address}/docs", flush=True)
         with _signals_taken(server):
             server.run(sockets=[listener])

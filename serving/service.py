@@ -87,8 +87,8 @@ class Service:
 
     def identify(self, sent: Sent, request_id: str) -> schemas.IdentifyAnswer:
         if sent.document is None:
-            top_k = read_field(sent, "top_k", _TOP_K, "5", "a whole number from 1 to 100")
-            below = self._may_see_below(read_field(sent, "below_threshold", _FLAG, "false", "true or false"))
+            top_k = read_field(sent, "top_k", _TOP_K, "5", "not a whole number from 1 to 100")
+            below = self._may_see_below(read_field(sent, "below_threshold", _FLAG, "false", "neither true nor false"))
             (probe_D,) = self._embed(sent, "image")
         else:
             body = read_json(schemas.IdentifyRequest, sent.document)

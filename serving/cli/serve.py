@@ -9,9 +9,10 @@ import typer
 
 
 def _option(setting: str, help_: str, *names: str, **more: Any) -> Any:
-    """An option for one of `Settings`' fields; its name follows the field's."""
+    """An option for one of `Settings`' fields; its name, and that of its variable, follow the field's."""
     flags = names or (f"--{setting.replace('_', '-')}",)
-    return typer.Option(*flags, envvar=f"HYPERSPHERE_{setting.upper()}", show_envvar=False, help=help_, **more)
+    variable = None if setting == "restored" else f"HYPERSPHERE_{setting.upper()}"
+    return typer.Option(*flags, envvar=variable, show_envvar=False, help=help_, **more)
 
 
 _access, _limit, _time = (partial(_option, rich_help_panel=panel) for panel in ("Who is served", "Limits", "Times"))
@@ -62,7 +63,8 @@ def serve(
 ) -> None:
     """Answer over HTTP: verify (1:1) and identify (1:N) against a gallery; documentation at /docs.
 
-    Each option can be set by a variable, too: --max-body-bytes by HYPERSPHERE_MAX_BODY_BYTES.
+    Each option can be set by a variable, too: --max-body-bytes by HYPERSPHERE_MAX_BODY_BYTES. Only --restored cannot,
+    since it is for one start.
 
     Example: `hypersphere serve --embedder runs/faces/embedder --store faces.sqlite`
     """

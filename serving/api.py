@@ -248,9 +248,8 @@ def _refusal(request: Request, error: Exception) -> ApiError:
 def _not_routed(request: Request, error: HTTPException) -> ApiError:
     """The router's own: no such route, method not allowed."""
     code = {404: "no_route", 405: "wrong_method"}.get(error.status_code, f"http_{error.status_code}")
-    message = f"{request.method} {request.url.path[:200]}: {error.detail}; see /docs" + " for the routes" * (
-        code == "no_route"
-    )
+    advice = "see /docs for the routes" if code == "no_route" else "see /docs"
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}; {advice}"
     headers = {name.lower(): value for name, value in (error.headers or {}).items()}
     if error.status_code == 405:  # the router knows only the first route of a path
         every = [route for route in (*router.routes, *open_router.routes) if isinstance(route, Route)]

@@ -7,25 +7,20 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
-import json
 import logging
 import re
 import secrets
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Callable
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.errors import ApiError, stopping
 from serving.metrics import Metrics
 from serving.settings import Settings
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 log = logging.getLogger("hypersphere.serving")
 ASSETS = "/docs-assets"  # the script and the style sheet of /docs
@@ -97,20 +92,16 @@ class RateLimit:
             self._buckets.popitem(last=False)  # the one that has been quiet for longest
         if not allowed:
             wait = max(1, round((1 - tokens) / self._rate + 0.5))
-            raise ApiError(
-                429,
-                "too_many_requests",
-                f"more than {self._burst} {self._of} at once, or {self._rate:.3g} a second, came from this address; "
-                f"wait {wait} s",
-                {"limit_per_second": self._rate},
-                {"retry-after": str(wait)},
-            )
+            many = f"more than {self._burst} {self._of} at once, or {self._rate:.3g} a second"
+            facts = {"limit_per_second": self._rate}
+            told = f"{many}, came from this address; wait {wait} s"
+            raise ApiError(429, "too_many_requests", told, facts, {"retry-after": str(wait)})
 
 
 class Guard:
     """ASGI middleware: gives each request its id, refuses what is not allowed, and counts what was answered."""
 
-    def __init__(self, app: App, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
         key = settings.api_key.get_secret_value() if settings.api_key else None
         self._key = KeyCheck(key, settings.wrong_keys_a_minute) if key else None
@@ -143,10 +134,10 @@ class Guard:
             scope["state"]["trusted"] = self._admit(scope, headers)
             await self._app(scope, lambda: self._receive(body), answer)
         except ApiError as error:
-            await _send(answer, error, request_id)
+            await as_response(error, request_id)(scope, receive, answer)
         except asyncio.CancelledError:  # the time for finishing after SIGTERM is over
             if status == UNANSWERED:
-                await _send(answer, stopping(), request_id)
+                await as_response(stopping(), request_id)(scope, receive, answer)
         finally:
             self._under_way -= counts
             self._buffered -= body.received
@@ -168,12 +159,8 @@ class Guard:
         else:
             _refuse_other_sites(headers)
         if self._under_way > self._settings.max_requests:
-            raise ApiError(
-                503,
-                "overloaded",
-                f"{self._settings.max_requests} requests are under way, as many as are allowed; try again",
-                headers={"retry-after": "1"},
-            )
+            message = f"{self._settings.max_requests} requests are under way, as many as are allowed; try again"
+            raise ApiError(503, "overloaded", message, headers={"retry-after": "1"})
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self._settings.max_body_bytes:
             raise self._too_large()
@@ -188,23 +175,15 @@ class Guard:
         if body.received > self._settings.max_body_bytes:
             raise self._too_large()
         if self._buffered > self._settings.max_buffered_bytes:
-            raise ApiError(
-                503,
-                "overloaded",
-                f"requests under way hold {self._settings.max_buffered_bytes} bytes, as many as are allowed; try again",
-                headers={"retry-after": "1", "connection": "close"},
-            )
+            most = self._settings.max_buffered_bytes
+            told = f"requests under way hold {most} bytes, as many as are allowed; try again"
+            raise ApiError(503, "overloaded", told, headers={"retry-after": "1", "connection": "close"})
         return message
 
     def _too_large(self) -> ApiError:
         limit = self._settings.max_body_bytes
-        return ApiError(
-            413,
-            "body_too_large",
-            f"the request has more than {limit} bytes; send fewer or smaller images",
-            {"max_bytes": limit},
-            {"connection": "close"},
-        )
+        message = f"the request has more than {limit} bytes; send fewer or smaller images"
+        return ApiError(413, "body_too_large", message, {"max_bytes": limit}, {"connection": "close"})
 
 
 class _Body:
@@ -224,12 +203,8 @@ class _Body:
             async with asyncio.timeout(self._deadline - time.monotonic()):
                 message = await self._receive()
         except TimeoutError as error:
-            raise ApiError(
-                408,
-                "body_late",
-                f"the request had not arrived whole after {self._seconds:g} s; send it again",
-                headers={"connection": "close"},
-            ) from error
+            told = f"the request had not arrived whole after {self._seconds:g} s; send it again"
+            raise ApiError(408, "body_late", told, headers={"connection": "close"}) from error
         self._complete = not message.get("more_body", False)
         return message
 
@@ -246,12 +221,8 @@ def _refuse_other_sites(headers: dict[bytes, bytes]) -> None:
     """
     origin = headers.get(b"origin")
     if origin is not None and _host_name(origin) != _host_name(headers.get(b"host", b"")):
-        raise ApiError(
-            403,
-            "other_site",
-            "a web page of another site sent this, and without a key only pages of this service may; "
-            "open /docs here, or have the operator set a key",
-        )
+        told = "a web page of another site sent this, and without a key only pages of this service may; "
+        raise ApiError(403, "other_site", f"{told}open /docs here, or have the operator set a key")
 
 
 def _host_name(origin: bytes) -> bytes:
@@ -268,9 +239,6 @@ def _network(client: str) -> str:
         return client
 
 
-async def _send(send: Send, error: ApiError, request_id: str) -> None:
-    body = json.dumps(error.body(request_id)).encode()
-    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
-    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})
+def as_response(error: ApiError, request_id: str) -> JSONResponse:
+    """The answer to what was refused."""
+    return JSONResponse(error.body(request_id), error.status, error.headers)

@@ -45,8 +45,7 @@ def run(settings: Settings, host: str, port: int) -> None:
         service: Service = app.state.service
         opened.callback(service.close)
         server = uvicorn.Server(_config(app, settings))
-        address = f"http://[{host}]" if ":" in host else f"http://{host}"
-        address += f":{listener.getsockname()[1]}"
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         state = service.gallery.enrolled()
         print(f"Model {service.gallery.model_id}: {state.subjects} subjects with {state.samples} samples", end=" ")
         if settings.restored:
@@ -158,17 +157,16 @@ class Sparing(logging.Filter):
 
 
 def _logs() -> dict[str, Any]:
-    handler = {"class": "logging.StreamHandler", "formatter": "line", "filters": ["sparing"]}
-    loggers = {
-        name: {"handlers": ["stderr"], "level": "INFO", "propagate": False} for name in ("uvicorn", "hypersphere")
-    }
+    levels = {"uvicorn": "INFO", "hypersphere": "INFO", "asyncio": "WARNING"}
     return {
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(message)s"}},
         "filters": {"sparing": {"()": Sparing}},
-        "handlers": {"stderr": handler},
-        "loggers": loggers | {"asyncio": {"handlers": ["stderr"], "level": "WARNING", "propagate": False}},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line", "filters": ["sparing"]}},
+        "loggers": {
+            name: {"handlers": ["stderr"], "level": level, "propagate": False} for name, level in levels.items()
+        },
     }
 
 

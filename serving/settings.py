@@ -11,6 +11,7 @@ from trainer.data.image import MAX_BYTES
 from trainer.errors import UserError
 
 MiB = 2**20
+Similarity = Annotated[float | None, Field(ge=-1, le=1.0001)]
 
 
 def _trimmed(key: object) -> object:
@@ -48,12 +49,8 @@ class Settings(BaseModel):
     embedder: Path = Field(description="folder with model.onnx and manifest.json")
     store: Annotated[Path, AfterValidator(_named)] = Field(description="SQLite file of the gallery; made if missing")
     restored: bool = Field(False, description="the store comes from a backup: take it as it is, and say so once")
-    verify_threshold: float | None = Field(
-        None, ge=-1, le=1.0001, description="similarity from which two images are a match; null: from the calibration"
-    )
-    identify_threshold: float | None = Field(
-        None, ge=-1, le=1.0001, description="similarity from which a candidate is a match; null: from the calibration"
-    )
+    verify_threshold: Similarity = Field(None, description="from which two images are a match; null: as calibrated")
+    identify_threshold: Similarity = Field(None, description="from which a candidate is a match; null: as calibrated")
     below_threshold: Literal["never", "on_request", "always"] = Field(
         "on_request", description="when identify shows candidates that are no match"
     )
@@ -85,9 +82,7 @@ class Settings(BaseModel):
     max_pixels: int = Field(16_000_000, ge=1, description="in all images of one request")
     max_samples: int = Field(100, ge=1, le=10_000, description="of one subject")
     decode_cpu_s: float = Field(1.8, gt=0, le=3600, description="seconds of CPU to decode the images of a request")
-    head_timeout_s: float = Field(
-        10, gt=0, le=3600, description="the head of a request must have arrived whole by then"
-    )
+    head_timeout_s: float = Field(10, gt=0, le=3600, description="a request's head must have arrived whole by then")
     body_timeout_s: float = Field(30, gt=0, le=3600, description="its body must have arrived whole by then")
     keep_alive_s: int = Field(75, ge=1, le=86_400, description="an idle connection is kept open for the next request")
     shutdown_s: int = Field(30, ge=3, le=86_400, description="after SIGTERM the service has ended by then")

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import ApiError
-from serving.subject_id import PATTERN, enrollable, known
+from serving.parsing import PATTERN, enrollable, known
 
 
 @pytest.mark.parametrize(

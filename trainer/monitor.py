@@ -98,11 +98,8 @@ class Validation:
         """Rank-1 and open-set errors on the first samples of the split."""
         batches = islice(self._stream.batches(0), self._batches)
         x_ND, labels_N = embed(embedder, batches, self._group, device, self._bf16)
-        result = quick(nn.functional.normalize(x_ND).numpy(), labels_N.numpy())
-        values = {"val/rank1": result.rank1}
-        if result.fnir_at_fpir_1pct is not None:
-            values["val/fnir_at_fpir_1pct"] = result.fnir_at_fpir_1pct
-        return values
+        rank1, fnir = quick(nn.functional.normalize(x_ND).numpy(), labels_N.numpy())
+        return {"val/rank1": rank1} | ({} if fnir is None else {"val/fnir_at_fpir_1pct": fnir})
 
 
 class Collapse:
@@ -135,7 +132,7 @@ class Collapse:
         self._stream = Stream(data.path, manifest, data.train_split, data, seed=config.run.seed)
 
     def __call__(self, backbone: nn.Module, objective: Objective, device: torch.device) -> dict[str, float]:
-        """The measures by name (`NeuralCollapse.scalars`), on embeddings as the losses compare them."""
+        """The measures of neural collapse by name, on embeddings as the losses compare them."""
         geometry = objective.geometry()
         model = geometry.compared(backbone)
         x_ND, labels_N = embed(model, self._batches(), self._group, device, self._bf16)
@@ -143,9 +140,11 @@ class Collapse:
         centres = None if geometry.centres is None else geometry.centres(torch.from_numpy(classes_c))
         features_ND = geometry.placed(x_ND.double().numpy(), centres)
         if centres is None:
-            return neural_collapse(features_ND, index_N).scalars()
-        rows_cD = centres.nearest(class_means(features_ND, index_N, len(classes_c)))
-        return neural_collapse(features_ND, index_N, rows_cD, centres.bias_c).scalars()
+            measures = neural_collapse(features_ND, index_N)
+        else:
+            rows_cD = centres.nearest(class_means(features_ND, index_N, len(classes_c)))
+            measures = neural_collapse(features_ND, index_N, rows_cD, centres.bias_c)
+        return {f"neural_collapse/{name}": value for name, value in measures.items()}
 
     def _batches(self) -> Iterator[Batch]:
         """This rank's batches; beyond the last identity, some images whose label is `PADDING`."""

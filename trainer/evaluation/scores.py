@@ -39,7 +39,7 @@ class PairCounts:
     non_mated: NDArray[np.int64]
 
 
-def check(embeddings_ND: Floats, labels_N: Integers) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def check(embeddings_ND: Floats, labels_N: Integers) -> tuple[Vectors, Labels]:
     """The same embeddings as contiguous float32 and labels as int64, once they are known to be usable.
 
     Raises:
@@ -95,7 +95,7 @@ class PairBlock:
     non_mated_bw: NDArray[np.bool_]
 
 
-def pair_blocks(sorted_ND: Vectors, sorted_labels_N: NDArray[np.int64]) -> Iterator[PairBlock]:
+def pair_blocks(sorted_ND: Vectors, sorted_labels_N: Labels) -> Iterator[PairBlock]:
     """Every unordered pair of two samples, once, from samples sorted by label."""
     samples = len(sorted_ND)
     start = 0
@@ -109,16 +109,12 @@ def pair_blocks(sorted_ND: Vectors, sorted_labels_N: NDArray[np.int64]) -> Itera
         start = stop
 
 
-def pair_counts(embeddings_ND: Floats, labels_N: Integers) -> PairCounts:
+def pair_counts(vectors_ND: Vectors, labels_N: Labels) -> PairCounts:
     """Histogram of the scores of all N (N - 1) / 2 pairs.
 
-    Same as a loop over all i < j that counts `cell(embeddings[i] @ embeddings[j])` in one of two lists. Computed in
-    blocks of 16 MiB; about a second per 10^8 pairs and core.
-
-    Raises:
-        UserError: see `check`.
+    Same as a loop over all i < j that counts `cell(vectors[i] @ vectors[j])` in one of two lists. Computed in blocks of
+    16 MiB; about a second per 10^8 pairs and core.
     """
-    vectors_ND, labels_N = check(embeddings_ND, labels_N)
     order_N = np.argsort(labels_N, kind="stable")
     mated, non_mated = np.zeros(CELLS, np.int64), np.zeros(CELLS, np.int64)
     for block in pair_blocks(vectors_ND[order_N], labels_N[order_N]):
@@ -130,8 +126,8 @@ def pair_counts(embeddings_ND: Floats, labels_N: Integers) -> PairCounts:
 
 
 def identity_scores(
-    probes_PD: NDArray[np.float32], gallery_GD: NDArray[np.float32], gallery_labels_G: NDArray[np.int64]
-) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    probes_PD: Vectors, gallery_GD: Vectors, gallery_labels_G: Labels
+) -> Iterator[tuple[slice, Vectors]]:
     """Rows of the probes, with their score of each gallery identity: the best of that identity's vectors.
 
     The columns are the identities in ascending order, as `np.unique(gallery_labels_G)` gives them.
@@ -158,19 +154,8 @@ class MatedSearches:
     rival_P: NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class NonMatedSearches:
-    """What each non-mated probe found: the best score of the gallery, and whose it is."""
-
-    best_P: NDArray[np.float32]
-    nearest_P: NDArray[np.int64]
-
-
 def search_mated(
-    gallery_GD: NDArray[np.float32],
-    gallery_labels_G: NDArray[np.int64],
-    probes_PD: NDArray[np.float32],
-    probe_labels_P: NDArray[np.int64],
+    gallery_GD: Vectors, gallery_labels_G: Labels, probes_PD: Vectors, probe_labels_P: Labels
 ) -> MatedSearches:
     """Search each probe in a gallery that holds its identity. A probe without a mate is a fault of the caller."""
     identities_C = np.unique(gallery_labels_G)
@@ -191,14 +176,7 @@ def search_mated(
     return MatedSearches(mate_P, ahead_P, tied_P, rival_P)
 
 
-def search_non_mated(
-    gallery_GD: NDArray[np.float32], gallery_labels_G: NDArray[np.int64], probes_PD: NDArray[np.float32]
-) -> NonMatedSearches:
-    """Search each probe in a gallery that does not hold its identity."""
-    identities_C = np.unique(gallery_labels_G)
-    best_P, nearest_P = np.empty(len(probes_PD), np.float32), np.empty(len(probes_PD), np.int64)
-    for part, scores_bC in identity_scores(probes_PD, gallery_GD, gallery_labels_G):
-        column_b = np.argmax(scores_bC, axis=1)
-        best_P[part] = scores_bC[np.arange(len(scores_bC)), column_b]
-        nearest_P[part] = identities_C[column_b]
-    return NonMatedSearches(best_P, nearest_P)
+def search_non_mated(gallery_GD: Vectors, gallery_labels_G: Labels, probes_PD: Vectors) -> Vectors:
+    """The best score that each probe finds in a gallery that does not hold its identity."""
+    found = identity_scores(probes_PD, gallery_GD, gallery_labels_G)
+    return np.concatenate([scores_bC.max(axis=1) for _, scores_bC in found])

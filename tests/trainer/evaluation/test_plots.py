@@ -25,7 +25,7 @@ def report_of(identities: int, samples: int, spread: float) -> Report:
     vectors = generator.normal(size=(identities, 1, 16)) + spread * generator.normal(size=(identities, samples, 16))
     vectors = vectors.reshape(-1, 16) / np.linalg.norm(vectors.reshape(-1, 16), axis=1, keepdims=True)
     labels = np.repeat(np.arange(identities), samples)
-    return evaluate(vectors, labels, [str(k) for k in range(identities)], draws=0, replicates=50)
+    return evaluate(vectors, labels, [str(k) for k in range(identities)])
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,15 @@
 
 Axes: N samples, C classes, D dimension. All sums in float64. The ideal of a trained classifier is the simplex
 equiangular tight frame (Papyan, Han and Donoho, "Prevalence of neural collapse during the terminal phase of deep
-learning training", PNAS 2020): each class one point, the points equally long and equally far apart in angle.
+learning training", PNAS 2020): each class one point, the points equally long and equally far apart in angle. M holds
+the class means, centred; W the class centres. The measures, which all but the last tend to 0:
+
+within_between: NC1, tr(S_W S_B^+) / C.
+equinorm_features: NC2, coefficient of variation of the norms of M's rows; equinorm_centres: of W's.
+equiangular_features: NC2, standard deviation of the cosines between different rows; equiangular_centres likewise.
+maximal_angle_features: NC2, mean |cos + 1 / (C - 1)| over those cosines; maximal_angle_centres likewise.
+self_duality: NC3, the Frobenius norm of W / |W| - M / |M|.
+nearest_centre_agreement: NC4, share of samples for which W x + b decides like the nearest class mean; it tends to 1.
 """
 
 from dataclasses import dataclass
@@ -23,23 +31,13 @@ def neural_collapse(
     centres_CD: NDArray[np.floating] | None = None,
     bias_C: NDArray[np.floating] | None = None,
 ) -> dict[str, float]:
-    """How far features and class centres are from a simplex equiangular tight frame; all but the agreement tend to 0.
+    """How far features and class centres are from a simplex equiangular tight frame: the measures by name.
 
     Args:
         features_ND: embeddings, normalised or not.
         labels_N: class of each, 0 ... C - 1; every class of `centres_CD` must occur.
-        centres_CD: the head's class centres W; without them only the first four measures are given.
+        centres_CD: the head's class centres W; without them only the first measures, of the features, are given.
         bias_C: the head's bias b, if it has one.
-
-    Returns:
-        within_between: NC1, tr(S_W S_B^+) / C.
-        equinorm_features: NC2, coefficient of variation of the norms of the centred class means.
-        equiangular_features: NC2, standard deviation of the cosines between different centred class means.
-        maximal_angle_features: NC2, mean |cos + 1 / (C - 1)| over those cosines.
-        equinorm_centres, equiangular_centres, maximal_angle_centres: the same of the rows of W, which are not centred.
-        self_duality: NC3, the Frobenius norm of W / |W| - M / |M|, where M holds the centred class means.
-        nearest_centre_agreement: NC4, share of samples for which W x + b decides like the nearest class mean;
-            it tends to 1.
 
     Raises:
         UserError: fewer than two classes, or centres that do not fit the labels and features.
@@ -50,8 +48,8 @@ def neural_collapse(
         raise UserError(f"{len(classes_C)} class has no geometry; neural collapse is measured on two classes or more")
     means_CD = class_means(x_ND, index_N, len(classes_C))
     centred_CD = means_CD - means_CD.mean(axis=0)
-    measures = {"within_between": _within_between(x_ND - means_CD[index_N], centred_CD)}
-    measures |= _frame(centred_CD, "features")
+    within = _within_between(x_ND - means_CD[index_N], centred_CD)
+    measures = {"within_between": within, **_frame(centred_CD, "features")}
     if centres_CD is None:
         return measures
     w_CD = np.asarray(centres_CD, dtype=np.float64)
@@ -61,16 +59,9 @@ def neural_collapse(
             f"{classes_C[-1]}) of dimension {x_ND.shape[1]}; pass one centre per class that occurs"
         )
     unit_w_CD, unit_m_CD = (matrix / max(float(np.linalg.norm(matrix)), TINY) for matrix in (w_CD, centred_CD))
-    decided_N = np.argmax(x_ND @ w_CD.T + (0 if bias_C is None else bias_C), axis=1)
-    nearest_N = np.argmax(x_ND @ means_CD.T - np.square(means_CD).sum(axis=1) / 2, axis=1)
-    return (
-        measures
-        | _frame(w_CD, "centres")
-        | {
-            "self_duality": float(np.linalg.norm(unit_w_CD - unit_m_CD)),
-            "nearest_centre_agreement": float(np.mean(decided_N == nearest_N)),
-        }
-    )
+    measures |= _frame(w_CD, "centres") | {"self_duality": float(np.linalg.norm(unit_w_CD - unit_m_CD))}
+    scores_NC = x_ND @ w_CD.T + (0 if bias_C is None else bias_C)
+    return measures | {"nearest_centre_agreement": _agreement(x_ND, means_CD, scores_NC)}
 
 
 def class_means(features_ND: Matrix, index_N: NDArray[np.int64], classes: int) -> Matrix:
@@ -115,6 +106,11 @@ def _others(unit_CD: Matrix, start: int) -> Matrix:
     other_bC = np.ones(cosines_bC.shape, dtype=bool)
     other_bC[mine_b, start + mine_b] = False
     return np.asarray(cosines_bC[other_bC], dtype=np.float64)
+
+
+def _agreement(x_ND: Matrix, means_CD: Matrix, scores_NC: Matrix) -> float:
+    nearest_N = np.argmax(x_ND @ means_CD.T - np.square(means_CD).sum(axis=1) / 2, axis=1)
+    return float(np.mean(np.argmax(scores_NC, axis=1) == nearest_N))
 
 
 @dataclass(frozen=True, slots=True)

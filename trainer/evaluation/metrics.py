@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from trainer.errors import UserError
 from trainer.evaluation.report import FnirAtFpir, TarAtFar
-from trainer.evaluation.scores import CELLS, GRID, STEPS, Labels, MatedSearches, PairCounts, cell, threshold_of
+from trainer.evaluation.scores import CELLS, GRID, STEPS, Labels, MatedSearches, PairCounts, above, cell
 
 Scores = NDArray[np.floating]
 
@@ -109,8 +109,7 @@ def threshold_at(non_mated_P: Scores, rate: float) -> float:
     if allowed >= len(non_mated_P):
         return -1.0
     place = len(non_mated_P) - 1 - allowed
-    highest_rejected = np.partition(non_mated_P, place)[place]
-    return threshold_of(int(cell(highest_rejected[None])[0]) + 1)
+    return above(float(np.partition(non_mated_P, place)[place]))  # the highest score that is refused
 
 
 def fnir_at_fpir(mated: MatedSearches, non_mated_P: Scores, fpir: float) -> FnirAtFpir:

@@ -28,12 +28,12 @@ def pair_tail(vectors_ND: Vectors, labels_N: Labels, rate: float) -> Tail:
     above = np.cumsum(counts[::-1])
     floor = CELLS - 1 - int(np.searchsorted(above, min(rate * trials + 2, trials)))
     mass_S, hits = counts_S.astype(np.float64), []
-    for block in pair_blocks(sorted_ND, sorted_N):
-        reached = cell(block.scores_bn) >= floor
-        reached[:, : block.width] &= block.non_mated_bw
+    for start, scores_bn, _, non_mated_bw in pair_blocks(sorted_ND, sorted_N):
+        reached = cell(scores_bn) >= floor
+        reached[:, : non_mated_bw.shape[1]] &= non_mated_bw
         row_e, column_e = np.nonzero(reached)
-        first_e, second_e = subject_N[block.start + row_e], subject_N[block.start + column_e]
-        hits.append((block.scores_bn[reached], np.full(len(row_e), 1 / trials), first_e, second_e, second_e))
+        first_e, second_e = subject_N[start + row_e], subject_N[start + column_e]
+        hits.append((scores_bn[reached], np.full(len(row_e), 1 / trials), first_e, second_e, second_e))
     return _tail(hits, mass_S, mass_S, trials, 1)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.evaluation.metrics import score_interval, subject_weights
-from trainer.evaluation.scores import GRID, Labels, ceil_to_grid
+from trainer.evaluation.scores import Labels, above, ceil_to_grid
 
 Numbers = NDArray[np.float64]
 
@@ -55,7 +55,7 @@ class Tail:
     def quantile(self, rate: float) -> float:
         """The lowest threshold on the grid whose rate is at most `rate`, which must lie within the tail."""
         rejected = int(np.searchsorted(np.cumsum(self.shares_E), rate * (1 + 1e-9), side="right"))
-        return float(np.floor(self.scores_E[min(rejected, len(self.scores_E) - 1)] / GRID) * GRID + GRID)
+        return above(float(self.scores_E[min(rejected, len(self.scores_E) - 1)]))
 
     def first(self, count: int) -> "Tail":
         """The highest `count` hits."""

@@ -93,11 +93,10 @@ def _plane(axes: Axes, panel: Trained) -> None:
     _arrows(axes, panel.centres_MD, length)
     if panel.learned_CD is not None:
         _crosses(axes, panel.learned_CD, 6)
-    classes_C = np.unique(panel.test_labels_N)
-    for label, direction_D in zip(classes_C, _name_directions(x_ND, panel.test_labels_N, classes_C), strict=True):
+    for label, direction_D in _name_directions(x_ND, panel.test_labels_N).items():
         along_N = x_ND[panel.test_labels_N == label] @ direction_D
         far = min(float(np.quantile(along_N, 0.98)) + 0.1 * reach, 0.95 * reach)
-        _name(axes, far * direction_D, int(label))
+        _name(axes, far * direction_D, label)
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
 
 
@@ -117,14 +116,14 @@ def _circle(axes: Axes, panel: Trained) -> None:
     _arrows(axes, panel.centres_MD, 0.74)
     if panel.learned_CD is not None:
         _crosses(axes, sum(RING) / 2 * of_length(panel.learned_CD, 1.0), 5)
-    classes_C = np.unique(panel.test_labels_N)
-    for label, direction_D in zip(classes_C, _name_directions(unit_ND, panel.test_labels_N, classes_C), strict=True):
-        _name(axes, 1.13 * direction_D, int(label))
+    for label, direction_D in _name_directions(unit_ND, panel.test_labels_N).items():
+        _name(axes, 1.13 * direction_D, label)
     axes.set(xlim=(-1.24, 1.24), ylim=(-1.24, 1.24), aspect="equal")
 
 
-def _name_directions(x_ND: Matrix, labels_N: NDArray[np.int64], classes_C: NDArray[np.int64]) -> Matrix:
-    """The directions of the class means in the plane, moved apart where two names would meet."""
+def _name_directions(x_ND: Matrix, labels_N: NDArray[np.int64]) -> dict[int, Matrix]:
+    """The directions of the class means in the plane by class, moved apart where two names would meet."""
+    classes_C = np.unique(labels_N)
     means_CD = np.stack([x_ND[labels_N == label].mean(axis=0) for label in classes_C])
     turn_C = np.arctan2(means_CD[:, 1], means_CD[:, 0])
     order_C = np.argsort(turn_C)
@@ -136,7 +135,7 @@ def _name_directions(x_ND: Matrix, labels_N: NDArray[np.int64], classes_C: NDArr
         short_C = np.maximum(least - gap_C, 0) / 2
         sorted_C = sorted_C - short_C + np.roll(short_C, 1)
     turn_C[order_C] = sorted_C
-    return np.stack([np.cos(turn_C), np.sin(turn_C)], axis=1)
+    return dict(zip(classes_C.tolist(), np.stack([np.cos(turn_C), np.sin(turn_C)], axis=1), strict=True))
 
 
 def _sphere(axes: Axes, panel: Trained) -> None:

@@ -87,12 +87,13 @@ def test_no_text_of_a_large_figure_overlaps() -> None:
 def test_names_that_would_meet_are_moved_apart() -> None:
     turns = np.radians([10, 11, 12, 200, 201])
     x_ND = np.stack([np.cos(turns), np.sin(turns)], axis=1)
-    directions = _name_directions(x_ND, np.arange(5), np.arange(5))
+    directions = np.stack(list(_name_directions(x_ND, np.arange(5)).values()))
     cosines = directions @ directions.T - 2 * np.eye(5)
     assert np.arccos(cosines.max()) > 0.155
     apart = np.arange(3) * 2 * np.pi / 3
     even_ND = np.stack([np.cos(apart), np.sin(apart)], axis=1)
-    np.testing.assert_allclose(_name_directions(even_ND, np.arange(3), np.arange(3)), even_ND, atol=1e-12)
+    kept_ND = list(_name_directions(even_ND, np.arange(3)).values())
+    np.testing.assert_allclose(kept_ND, even_ND, atol=1e-12)
 
 
 def test_boundaries_are_where_the_two_best_scores_are_equal() -> None:

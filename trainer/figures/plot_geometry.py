@@ -74,8 +74,8 @@ def _draw(axes: Axes, panel: Trained, dimension: int) -> None:
         _circle(axes, panel)
     else:
         _plane(axes, panel)
-    accuracy = panel.accuracy_by_means() if panel.centres is None else panel.accuracy_by_centres()
-    note = f"test accuracy {100 * (accuracy or 0):.1f} %"
+    by_centres = panel.accuracy_by_centres()
+    note = f"test accuracy {100 * (panel.accuracy_by_means() if by_centres is None else by_centres):.1f} %"
     axes.text(0.5, -0.01, note, transform=axes.transAxes, ha="center", va="top", fontsize=7, color="#333333")
 
 

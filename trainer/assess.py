@@ -19,9 +19,6 @@ _BATCH = 256  # images decoded at a time
 _AHEAD = 3
 
 
-Embedded = tuple[NDArray[np.float32], NDArray[np.int64]]
-
-
 def evaluate_split(
     embedder: Embedder,
     data: Path,
@@ -42,9 +39,9 @@ def evaluate_split(
     Raises:
         UserError: as `embed_split`, or too few identities or samples for a protocol.
     """
-    manifest = Manifest.read(data)
-    vectors_ND, labels_N = embed_split(embedder, data, manifest.split(split), progress)
-    return evaluate(vectors_ND, labels_N, manifest.split(split).classes, seed=seed, unenrolled_share=unenrolled)
+    part = Manifest.read(data).split(split)
+    vectors_ND, labels_N = embed_split(embedder, data, part, progress)
+    return evaluate(vectors_ND, labels_N, part.classes, seed=seed, unenrolled_share=unenrolled)
 
 
 def calibrate_on_split(
@@ -69,13 +66,15 @@ def calibrate_on_split(
         UserError: as `embed_split`, or a rate that so few subjects cannot show.
     """
     manifest = Manifest.read(data)
-    vectors_ND, labels_N = embed_split(embedder, data, manifest.split(split), progress)
+    part = manifest.split(split)
+    vectors_ND, labels_N = embed_split(embedder, data, part, progress)
     held = HeldOut(vectors_ND, labels_N, embedder.model_id, f"{manifest.kind}, split '{split}'", seed)
-    subjects = len(manifest.split(split).classes)
-    return calibrate(held, fpir=fpir, fmr=fmr, gallery_size=gallery_size or subjects)
+    return calibrate(held, fpir=fpir, fmr=fmr, gallery_size=gallery_size or len(part.classes))
 
 
-def embed_split(embedder: Embedder, data: Path, split: Split, progress: Progress | None = None) -> Embedded:
+def embed_split(
+    embedder: Embedder, data: Path, split: Split, progress: Progress | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Unit vectors [N, D] and labels [N] of all samples of a split, in the order of its shards.
 
     Raises:

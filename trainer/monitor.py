@@ -29,7 +29,7 @@ _CLASSES_A_STEP = 32
 
 
 class Monitor:
-    """The measurements of a run that its config asks for.
+    """The measurements of a run that its config asks for; held-out images are decoded once.
 
     Args:
         config: names the splits.
@@ -40,22 +40,32 @@ class Monitor:
     """
 
     def __init__(self, config: Config, manifest: Manifest, group: Group) -> None:
-        split = manifest.splits.get(config.data.val_split)
-        held_out = config.run.eval_every and split is not None and split.samples
-        self.validation = Validation(config, manifest, group) if held_out else None
-        self.collapse = Collapse(config, manifest, group) if config.run.collapse else None
+        data, split = config.data, manifest.splits.get(config.data.val_split)
+        self._group, self._bf16 = group, config.engine.bf16
+        self._batches = -(-MOST_SAMPLES // data.batch_size)
+        self._held_out = self._collapse = None
+        if config.run.eval_every and split is not None and split.samples:
+            ranks = {"rank": group.rank, "world_size": group.size}
+            self._held_out = Stream(data.path, manifest, data.val_split, data, shuffle=False, **ranks)
+        if config.run.collapse:
+            self._collapse = Collapse(config, manifest, group)
 
     def __bool__(self) -> bool:
         """Whether there is anything to measure."""
-        return self.validation is not None or self.collapse is not None
+        return self._held_out is not None or self._collapse is not None
 
     def __call__(self, backbone: nn.Module, objective: Objective, device: torch.device) -> dict[str, float]:
         """All measures by name. A collective; the same numbers on every rank."""
         values: dict[str, float] = {}
-        if self.validation is not None:
-            values |= self.validation(objective.geometry().embedder(backbone), device)
-        if self.collapse is not None:
-            values |= self.collapse(backbone, objective, device)
+        if self._held_out is not None:
+            embedder = objective.geometry().embedder(backbone)
+            batches = islice(self._held_out.batches(0), self._batches)
+            x_ND, labels_N = embed(embedder, batches, self._group, device, self._bf16)
+            values["val/rank1"], fnir = quick(nn.functional.normalize(x_ND).numpy(), labels_N.numpy())
+            if fnir is not None:
+                values["val/fnir_at_fpir_1pct"] = fnir
+        if self._collapse is not None:
+            values |= self._collapse(backbone, objective, device)
         return values
 
 
@@ -81,28 +91,6 @@ def embed(
     labels_N = torch.cat(labels)
     real_N = labels_N != PADDING
     return torch.cat(vectors)[real_N], labels_N[real_N]
-
-
-class Validation:
-    """The identities held out, their images decoded once."""
-
-    def __init__(self, config: Config, manifest: Manifest, group: Group) -> None:
-        data = config.data
-        self._group, self._bf16 = group, config.engine.bf16
-        self._batches = -(-MOST_SAMPLES // data.batch_size)
-        self._stream = Stream(
-            data.path, manifest, data.val_split, data, rank=group.rank, world_size=group.size, shuffle=False
-        )
-
-    def __call__(self, embedder: nn.Module, device: torch.device) -> dict[str, float]:
-        """Rank-1 and open-set errors on the first samples of the split."""
-        batches = islice(self._stream.batches(0), self._batches)
-        x_ND, labels_N = embed(embedder, batches, self._group, device, self._bf16)
-        result = quick(nn.functional.normalize(x_ND).numpy(), labels_N.numpy())
-        values = {"val/rank1": result.rank1}
-        if result.fnir_at_fpir_1pct is not None:
-            values["val/fnir_at_fpir_1pct"] = result.fnir_at_fpir_1pct
-        return values
 
 
 class Collapse:
@@ -135,7 +123,7 @@ class Collapse:
         self._stream = Stream(data.path, manifest, data.train_split, data, seed=config.run.seed)
 
     def __call__(self, backbone: nn.Module, objective: Objective, device: torch.device) -> dict[str, float]:
-        """The measures by name (`NeuralCollapse.scalars`), on embeddings as the losses compare them."""
+        """The measures of neural collapse by name, on embeddings as the losses compare them."""
         geometry = objective.geometry()
         model = geometry.compared(backbone)
         x_ND, labels_N = embed(model, self._batches(), self._group, device, self._bf16)
@@ -143,9 +131,11 @@ class Collapse:
         centres = None if geometry.centres is None else geometry.centres(torch.from_numpy(classes_c))
         features_ND = geometry.placed(x_ND.double().numpy(), centres)
         if centres is None:
-            return neural_collapse(features_ND, index_N).scalars()
-        rows_cD = centres.nearest(class_means(features_ND, index_N, len(classes_c)))
-        return neural_collapse(features_ND, index_N, rows_cD, centres.bias_c).scalars()
+            measures = neural_collapse(features_ND, index_N)
+        else:
+            rows_cD = centres.nearest(class_means(features_ND, index_N, len(classes_c)))
+            measures = neural_collapse(features_ND, index_N, rows_cD, centres.bias_c)
+        return {f"neural_collapse/{name}": value for name, value in measures.items()}
 
     def _batches(self) -> Iterator[Batch]:
         """This rank's batches; beyond the last identity, some images whose label is `PADDING`."""

@@ -100,7 +100,8 @@ def test_every_image_counts_once(data: Path, monkeypatch: pytest.MonkeyPatch) ->
     batch = samples(settings, data)
     with torch.no_grad():
         x_ND = linear()(to_float(batch.images_BCHW))
-    expected = neural_collapse(x_ND.double().numpy(), batch.labels_B.numpy()).scalars()
+    measures = neural_collapse(x_ND.double().numpy(), batch.labels_B.numpy())
+    expected = {f"neural_collapse/{name}": value for name, value in measures.items()}
     assert measure(settings, data) == pytest.approx(expected, rel=1e-5)
 
 

@@ -20,11 +20,11 @@ from typing import Literal
 import numpy as np
 
 from trainer.errors import UserError
-from trainer.evaluation.metrics import RESOLVED_ERRORS, SHOWN_ERRORS
-from trainer.evaluation.nonmated import pair_tail, search_tail
+from trainer.evaluation.metrics import CONFIDENCE, RESOLVED_ERRORS, SHOWN_ERRORS
+from trainer.evaluation.nonmated import pair_tail, search_tail, shuffled
 from trainer.evaluation.report import Calibration, Threshold
 from trainer.evaluation.scores import Labels, Vectors, check
-from trainer.evaluation.tails import NonMated, fitted_share
+from trainer.evaluation.tails import NonMated, fitted_share, grown
 
 FEWEST_HITS = 0.1  # expected at the target; the tail is not followed further than ten times beyond the largest score
 FEWEST_SUBJECTS = 10
@@ -42,7 +42,6 @@ class HeldOut:
         labels_N: the subject of each.
         model_id: of the Embedder that made them.
         source: the data set and split, in words.
-        confidence: of the intervals.
     """
 
     vectors_ND: Vectors
@@ -50,15 +49,11 @@ class HeldOut:
     model_id: str
     source: str
     seed: int = 0
-    confidence: float = 0.95
 
     def capped(self, most: int) -> "HeldOut":
         """At most so many samples: as many of every subject as fit, then fewer subjects, drawn by the seed."""
         generator = np.random.default_rng([self.seed, 5])
-        order_N = generator.permutation(len(self.labels_N))
-        order_N = order_N[np.argsort(self.labels_N[order_N], kind="stable")]
-        sorted_N = self.labels_N[order_N]
-        place_N = np.arange(len(sorted_N)) - np.searchsorted(sorted_N, sorted_N)
+        order_N, place_N = shuffled(self.labels_N, generator)
         kept = np.sort(order_N[np.lexsort((generator.random(len(order_N)), place_N))[:most]])
         return replace(self, vectors_ND=self.vectors_ND[kept], labels_N=self.labels_N[kept])
 
@@ -92,10 +87,14 @@ def identify_threshold(held: HeldOut, fpir: float, gallery_size: int, samples_pe
     Raises:
         UserError: a rate or size that is not allowed, or too few subjects; the message says how many it takes.
     """
-    _check_rate("FPIR", fpir)
-    probes, subjects = len(held.labels_N), _check_sizes(held.labels_N, gallery_size, samples_per_subject)
+    subjects, probes = _checked("FPIR", fpir, held.labels_N), len(held.labels_N)
+    if gallery_size < 1 or samples_per_subject < 1:
+        raise UserError(
+            f"a gallery of {gallery_size} subjects with {samples_per_subject} samples each cannot be searched; "
+            "both are 1 or more"
+        )
     growth = max(1.0, gallery_size / (subjects - 1))
-    expected = probes * -np.expm1(np.log1p(-fpir) / growth)
+    expected = probes * grown(fpir, 1 / growth)
     if expected < FEWEST_HITS:
         needed = int(np.ceil(np.sqrt(FEWEST_HITS / expected) * subjects))
         raise UserError(
@@ -103,10 +102,11 @@ def identify_threshold(held: HeldOut, fpir: float, gallery_size: int, samples_pe
             f"enrolled; it takes about {needed} subjects like these, or a higher rate, or a smaller gallery"
         )
     tail = search_tail(held.vectors_ND, held.labels_N, gallery_size, samples_per_subject, held.seed)
-    model = NonMated(tail, growth, float(tail.gallery_mass_S.sum()) / gallery_size, None)
+    model = NonMated(tail, growth, float(tail.gallery_mass_S.sum()) / gallery_size)
     scaled = f"; scaled from {subjects - 1} to {gallery_size} enrolled by 1-(1-FPIR)^(N/M)" if growth > 1.01 else ""
-    remarks = scaled + _clean_subjects("FPIR", fpir, subjects, "subjects")
-    return _threshold(held, model, "FPIR", fpir, expected, gallery_size=gallery_size, remarks=remarks)
+    remarks = scaled + _rule_of_three("FPIR", fpir, subjects, "subjects")
+    found = _threshold(held, model, "FPIR", fpir, expected)
+    return found.model_copy(update={"gallery_size": gallery_size, "source": found.source + remarks})
 
 
 def verify_threshold(held: HeldOut, fmr: float) -> Threshold:
@@ -115,8 +115,7 @@ def verify_threshold(held: HeldOut, fmr: float) -> Threshold:
     Raises:
         UserError: a rate that is not allowed, or too few pairs; the message says how many it takes.
     """
-    _check_rate("FMR", fmr)
-    subjects = _check_sizes(held.labels_N, 1, 1)
+    subjects = _checked("FMR", fmr, held.labels_N)
     counts_S = np.unique(held.labels_N, return_counts=True)[1].astype(np.float64)
     pairs = float(counts_S.sum() ** 2 - np.square(counts_S).sum()) / 2
     if pairs * fmr < FEWEST_HITS:
@@ -124,75 +123,55 @@ def verify_threshold(held: HeldOut, fmr: float) -> Threshold:
             f"{pairs:.0f} non-mated pairs of {subjects} subjects cannot tell FMR {fmr:g}; it takes "
             f"{FEWEST_HITS / fmr:.0f} pairs, that is about {np.sqrt(FEWEST_HITS / fmr / pairs) * subjects:.0f} subjects"
         )
-    model = NonMated(pair_tail(held.vectors_ND, held.labels_N, max(fmr, fitted_share(pairs))), 1.0, 0.0, None)
-    remarks = _clean_subjects("FMR", fmr, subjects * (subjects - 1) // 2, "pairs of subjects")
-    return _threshold(held, model, "FMR", fmr, pairs * fmr, gallery_size=1, remarks=remarks)
+    model = NonMated(pair_tail(held.vectors_ND, held.labels_N, max(fmr, fitted_share(pairs))), 1.0, 0.0)
+    found = _threshold(held, model, "FMR", fmr, pairs * fmr)
+    remarks = _rule_of_three("FMR", fmr, subjects * (subjects - 1) // 2, "pairs of subjects")
+    return found.model_copy(update={"source": found.source + remarks})
 
 
 def _threshold(
-    held: HeldOut,
-    model: NonMated,
-    target: Literal["FMR", "FPIR"],
-    rate: float,
-    expected: float,
-    *,
-    gallery_size: int,
-    remarks: str,
+    held: HeldOut, model: NonMated, target: Literal["FMR", "FPIR"], rate: float, expected: float
 ) -> Threshold:
     """The Threshold of a model of the non-mated scores, with `expected` hits at the target."""
-    model, value, method = _solved(model, rate, expected, target)
-    reached = model.rate_at(value, held.confidence, held.seed)
-    return Threshold(
-        value=value,
-        target=target,
-        rate=rate,
-        gallery_size=gallery_size,
-        low=reached.low,
-        high=reached.high,
-        confidence=held.confidence,
-        probes=len(held.labels_N),
-        subjects=len(np.unique(held.labels_N)),
-        model_id=held.model_id,
-        source=f"{held.source}: {method}{remarks}",
-    )
-
-
-def _solved(model: NonMated, rate: float, expected: float, name: str) -> tuple[NonMated, float, str]:
-    """The model that the expected hits allow, its threshold, and the method in words."""
-    trials = f"{model.tail.trials} non-mated {'pairs' if name == 'FMR' else 'probes'}"
+    trials = f"{model.tail.trials} non-mated {'pairs' if target == 'FMR' else 'probes'}"
     method = f"empirical quantile of {trials}"
     if expected < RESOLVED_ERRORS:
         model = model.extended()
         method = f"generalised Pareto tail of {trials}, {expected:.2g} expected at the target"
         method += "; extrapolated beyond the highest score" if expected < 1 else ""
-    threshold = model.threshold(rate)
-    if threshold >= 1:
+    value = model.threshold(rate)
+    if value >= 1:
         raise UserError(
-            f"no similarity keeps {name} at {rate:g}: too many of {trials} reach 1; "
+            f"no similarity keeps {target} at {rate:g}: too many of {trials} reach 1; "
             "look for duplicates, wrong labels or collapsed embeddings, or choose a higher rate"
         )
-    return model, threshold, method
-
-
-def _clean_subjects(name: str, rate: float, independent: int, what: str) -> str:
-    if independent * rate >= SHOWN_ERRORS:
-        return ""
-    return (
-        f"; rule of three: {independent} {what} without one error would show {name} <= {SHOWN_ERRORS / independent:.2g}"
+    low, high = model.interval(value, held.seed)
+    return Threshold(
+        value=value,
+        target=target,
+        rate=rate,
+        gallery_size=1,
+        low=low,
+        high=high,
+        confidence=CONFIDENCE,
+        probes=len(held.labels_N),
+        subjects=len(np.unique(held.labels_N)),
+        model_id=held.model_id,
+        source=f"{held.source}: {method}",
     )
 
 
-def _check_rate(name: str, rate: float) -> None:
+def _rule_of_three(name: str, rate: float, independent: int, what: str) -> str:
+    if independent * rate >= SHOWN_ERRORS:
+        return ""
+    shown = f"{name} <= {SHOWN_ERRORS / independent:.2g}"
+    return f"; rule of three: {independent} {what} without one error would show {shown}"
+
+
+def _checked(name: str, rate: float, labels_N: Labels) -> int:
+    """The number of subjects, once it and the rate are known to be usable."""
     if not 0 < rate <= HIGHEST_RATE:
         raise UserError(f"{name} {rate:g} is not a target; choose a rate above 0 and at most {HIGHEST_RATE:g}")
-
-
-def _check_sizes(labels_N: Labels, gallery_size: int, samples_per_subject: int) -> int:
-    if gallery_size < 1 or samples_per_subject < 1:
-        raise UserError(
-            f"a gallery of {gallery_size} subjects with {samples_per_subject} samples each cannot be searched; "
-            "both are 1 or more"
-        )
     subjects = len(np.unique(labels_N))
     if subjects < FEWEST_SUBJECTS:
         raise UserError(

@@ -2,7 +2,15 @@
 
 Axes: N samples, C classes, D dimension. All sums in float64. The ideal of a trained classifier is the simplex
 equiangular tight frame (Papyan, Han and Donoho, "Prevalence of neural collapse during the terminal phase of deep
-learning training", PNAS 2020): each class one point, the points equally long and equally far apart in angle.
+learning training", PNAS 2020): each class one point, the points equally long and equally far apart in angle. M holds
+the class means, centred; W the class centres. The measures, which all but the last tend to 0:
+
+within_between: NC1, tr(S_W S_B^+) / C.
+equinorm_features: NC2, coefficient of variation of the norms of M's rows; equinorm_centres: of W's.
+equiangular_features: NC2, standard deviation of the cosines between different rows; equiangular_centres likewise.
+maximal_angle_features: NC2, mean |cos + 1 / (C - 1)| over those cosines; maximal_angle_centres likewise.
+self_duality: NC3, the Frobenius norm of W / |W| - M / |M|.
+nearest_centre_agreement: NC4, share of samples for which W x + b decides like the nearest class mean; it tends to 1.
 """
 
 from dataclasses import dataclass
@@ -14,38 +22,7 @@ from trainer.errors import UserError
 
 Matrix = NDArray[np.float64]
 ROWS = 1 << 10  # of the class-by-class cosines, at a time
-
-
-@dataclass(frozen=True, slots=True)
-class NeuralCollapse:
-    """How far features and class centres are from a simplex equiangular tight frame; all but the agreement tend to 0.
-
-    Attributes:
-        within_between: NC1, tr(S_W S_B^+) / C.
-        equinorm_features: NC2, coefficient of variation of the norms of the centred class means.
-        equiangular_features: NC2, standard deviation of the cosines between different centred class means.
-        maximal_angle_features: NC2, mean |cos + 1 / (C - 1)| over those cosines.
-        equinorm_centres, equiangular_centres, maximal_angle_centres: the same of the rows of W, which are not centred
-            (None without W).
-        self_duality: NC3, the Frobenius norm of W / |W| - M / |M|, where M holds the centred class means.
-        nearest_centre_agreement: NC4, share of samples for which W x + b decides like the nearest class mean;
-            it tends to 1.
-    """
-
-    within_between: float
-    equinorm_features: float
-    equiangular_features: float
-    maximal_angle_features: float
-    equinorm_centres: float | None
-    equiangular_centres: float | None
-    maximal_angle_centres: float | None
-    self_duality: float | None
-    nearest_centre_agreement: float | None
-
-    def scalars(self) -> dict[str, float]:
-        """The measures by name, for a tracker; those without a value are left out."""
-        values = {name: getattr(self, name) for name in self.__slots__}
-        return {f"neural_collapse/{name}": value for name, value in values.items() if value is not None}
+TINY = np.finfo(np.float64).tiny
 
 
 def neural_collapse(
@@ -53,14 +30,14 @@ def neural_collapse(
     labels_N: NDArray[np.integer],
     centres_CD: NDArray[np.floating] | None = None,
     bias_C: NDArray[np.floating] | None = None,
-) -> NeuralCollapse:
-    """The four measures of neural collapse.
+) -> dict[str, float]:
+    """How far features and class centres are from a simplex equiangular tight frame: the measures by name.
 
     Args:
         features_ND: embeddings, normalised or not.
         labels_N: class of each, 0 ... C - 1; every class of `centres_CD` must occur.
-        centres_CD: the head's class centres W; without them NC3 and NC4 are left out.
-        bias_C: the head's bias, if it has one.
+        centres_CD: the head's class centres W; without them only the first measures, of the features, are given.
+        bias_C: the head's bias b, if it has one.
 
     Raises:
         UserError: fewer than two classes, or centres that do not fit the labels and features.
@@ -71,19 +48,20 @@ def neural_collapse(
         raise UserError(f"{len(classes_C)} class has no geometry; neural collapse is measured on two classes or more")
     means_CD = class_means(x_ND, index_N, len(classes_C))
     centred_CD = means_CD - means_CD.mean(axis=0)
-    norms, spread, gap = _frame(centred_CD)
     within = _within_between(x_ND - means_CD[index_N], centred_CD)
+    measures = {"within_between": within, **_frame(centred_CD, "features")}
     if centres_CD is None:
-        return NeuralCollapse(within, norms, spread, gap, None, None, None, None, None)
+        return measures
     w_CD = np.asarray(centres_CD, dtype=np.float64)
     if w_CD.shape != means_CD.shape or classes_C[0] != 0 or classes_C[-1] != len(classes_C) - 1:
         raise UserError(
             f"class centres of shape {w_CD.shape} do not fit {len(classes_C)} classes (labels {classes_C[0]} to "
             f"{classes_C[-1]}) of dimension {x_ND.shape[1]}; pass one centre per class that occurs"
         )
-    duality = float(np.linalg.norm(_unit_frobenius(w_CD) - _unit_frobenius(centred_CD)))
-    agreement = _agreement(x_ND, means_CD, w_CD, np.zeros(len(w_CD)) if bias_C is None else bias_C)
-    return NeuralCollapse(within, norms, spread, gap, *_frame(w_CD), duality, agreement)
+    unit_w_CD, unit_m_CD = (matrix / max(float(np.linalg.norm(matrix)), TINY) for matrix in (w_CD, centred_CD))
+    measures |= _frame(w_CD, "centres") | {"self_duality": float(np.linalg.norm(unit_w_CD - unit_m_CD))}
+    scores_NC = x_ND @ w_CD.T + (0 if bias_C is None else bias_C)
+    return measures | {"nearest_centre_agreement": _agreement(x_ND, means_CD, scores_NC)}
 
 
 def class_means(features_ND: Matrix, index_N: NDArray[np.int64], classes: int) -> Matrix:
@@ -108,17 +86,17 @@ def _within_between(deviations_ND: Matrix, centred_CD: Matrix) -> float:
     return float(np.sum(within_D / values_D[kept_D]) / classes)
 
 
-def _frame(rows_CD: Matrix) -> tuple[float, float, float]:
-    """Variation of the norms, standard deviation of the cosines of different rows, mean |cos + 1 / (C - 1)|."""
+def _frame(rows_CD: Matrix, what: str) -> dict[str, float]:
+    """The three measures of NC2 of these rows."""
     classes = len(rows_CD)
     norms_C = np.linalg.norm(rows_CD, axis=1)
-    unit_CD = rows_CD / np.maximum(norms_C, np.finfo(np.float64).tiny)[:, None]
-    pairs = classes * (classes - 1)
-    cosines = [_others(unit_CD, start) for start in range(0, classes, ROWS)]
-    mean = sum(float(part.sum()) for part in cosines) / pairs
-    variance = sum(float(np.square(part - mean).sum()) for part in cosines) / pairs
-    gap = sum(float(np.abs(part + 1 / (classes - 1)).sum()) for part in cosines) / pairs
-    return float(norms_C.std() / max(norms_C.mean(), np.finfo(np.float64).tiny)), variance**0.5, gap
+    unit_CD = rows_CD / np.maximum(norms_C, TINY)[:, None]
+    cosines = np.concatenate([_others(unit_CD, start) for start in range(0, classes, ROWS)])
+    return {
+        f"equinorm_{what}": float(norms_C.std() / max(norms_C.mean(), TINY)),
+        f"equiangular_{what}": float(cosines.std()),
+        f"maximal_angle_{what}": float(np.abs(cosines + 1 / (classes - 1)).mean()),
+    }
 
 
 def _others(unit_CD: Matrix, start: int) -> Matrix:
@@ -130,19 +108,9 @@ def _others(unit_CD: Matrix, start: int) -> Matrix:
     return np.asarray(cosines_bC[other_bC], dtype=np.float64)
 
 
-def _unit_frobenius(matrix: Matrix) -> Matrix:
-    return np.asarray(matrix / max(float(np.linalg.norm(matrix)), np.finfo(np.float64).tiny), dtype=np.float64)
-
-
-def _agreement(features_ND: Matrix, means_CD: Matrix, w_CD: Matrix, bias_C: NDArray[np.floating]) -> float:
-    same = 0
-    half_squares_C = np.square(means_CD).sum(axis=1) / 2
-    for start in range(0, len(features_ND), ROWS):
-        part_bD = features_ND[start : start + ROWS]
-        decided_b = np.argmax(part_bD @ w_CD.T + bias_C, axis=1)
-        nearest_b = np.argmax(part_bD @ means_CD.T - half_squares_C, axis=1)
-        same += int(np.count_nonzero(decided_b == nearest_b))
-    return same / len(features_ND)
+def _agreement(x_ND: Matrix, means_CD: Matrix, scores_NC: Matrix) -> float:
+    nearest_N = np.argmax(x_ND @ means_CD.T - np.square(means_CD).sum(axis=1) / 2, axis=1)
+    return float(np.mean(np.argmax(scores_NC, axis=1) == nearest_N))
 
 
 @dataclass(frozen=True, slots=True)

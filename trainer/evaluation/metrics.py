@@ -1,21 +1,28 @@
-"""Error rates of verification (1:1) and identification (1:N), from scores alone.
+"""Error rates of verification (1:1) and identification (1:N) from scores, and their intervals.
 
 Terms follow ISO/IEC 19795-1: FMR, FNMR (of pairs), FPIR, FNIR (of searches). A score at or above the threshold is
-accepted. Research writes FAR for FMR and TAR for 1 - FNMR. Axes: T thresholds, P probes or pairs, K ranks, F folds.
+accepted. Research writes FAR for FMR and TAR for 1 - FNMR. Samples of one subject err together: a bootstrap draws
+subjects, each as a whole. Axes: T thresholds, P probes or pairs, K ranks, F folds, S subjects, R replicates.
 """
 
 from dataclasses import dataclass
+from math import ceil, sqrt
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import UserError
-from trainer.evaluation.scores import CELLS, GRID, STEPS, MatedSearches, PairCounts, cell, threshold_of
+from trainer.evaluation.report import FnirAtFpir, TarAtFar
+from trainer.evaluation.scores import CELLS, GRID, STEPS, Labels, MatedSearches, PairCounts, above, cell
+
+Scores = NDArray[np.floating]
 
 # Doddington's rule of 30: with 30 errors the rate is known to +- 30 % at 90 % confidence (independent trials).
 RESOLVED_ERRORS = 30
 # Rule of three: n clean trials show a rate of at most 3 / n at 95 %; below three expected errors nothing can be shown.
 SHOWN_ERRORS = 3
+CONFIDENCE = 0.95  # of all intervals
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +34,6 @@ class ErrorCurve:
     fnmr_T: NDArray[np.float64]
     mated: int
     non_mated: int
-
-
-@dataclass(frozen=True, slots=True)
-class OperatingPoint:
-    """What is reached at the lowest threshold that keeps the false positives at or below `rate`.
-
-    `value` is a TAR or an FNIR. `value` and `threshold` are None where the non-mated trials are too few to show such a
-    rate; `reason` then says how many there are.
-    """
-
-    rate: float
-    value: float | None
-    threshold: float | None
-    reason: str | None = None
 
 
 def verification_curve(counts: PairCounts) -> ErrorCurve:
@@ -80,18 +73,18 @@ def area_under_curve(curve: ErrorCurve) -> float:
     return float(np.trapezoid(1 - curve.fnmr_T[::-1], curve.fmr_T[::-1]))
 
 
-def tar_at_far(curve: ErrorCurve, far: float) -> OperatingPoint:
-    """The true accept rate at a false accept rate of at most `far`.
+def tar_at_far(curve: ErrorCurve, far: float) -> TarAtFar:
+    """The true accept rate at the lowest threshold whose false accept rate is at most `far`.
 
     It is given only where `far` means 30 false accepts or more (Doddington's rule); otherwise the reason is.
     """
     if curve.non_mated * far < RESOLVED_ERRORS:
-        needed = int(np.ceil(RESOLVED_ERRORS / far))
+        needed = ceil(RESOLVED_ERRORS / far)
         reason = f"{curve.non_mated} non-mated pairs do not resolve FAR {far:g}; it takes {needed}"
-        return OperatingPoint(far, None, None, reason)
+        return TarAtFar(far=far, tar=None, threshold=None, reason=reason)
     index = int(np.argmax(curve.fmr_T <= far))
     threshold = curve.thresholds_T[index - 1] + GRID if index else curve.thresholds_T[0]
-    return OperatingPoint(far, float(1 - curve.fnmr_T[index]), float(threshold))
+    return TarAtFar(far=far, tar=float(1 - curve.fnmr_T[index]), threshold=float(threshold))
 
 
 def match_characteristic(searches: MatedSearches, ranks: int) -> NDArray[np.float64]:
@@ -110,36 +103,37 @@ def rank1_P(searches: MatedSearches) -> NDArray[np.float64]:
     return np.asarray((searches.ahead_P == 0) / (searches.tied_P + 1), dtype=np.float64)
 
 
-def threshold_at(non_mated_P: NDArray[np.floating], rate: float) -> float:
+def threshold_at(non_mated_P: Scores, rate: float) -> float:
     """The lowest threshold on the grid at or above which at most `rate` of the scores lie."""
     allowed = int(np.floor(rate * len(non_mated_P) + 1e-9))
     if allowed >= len(non_mated_P):
         return -1.0
-    highest_rejected = np.partition(non_mated_P, len(non_mated_P) - 1 - allowed)[len(non_mated_P) - 1 - allowed]
-    return threshold_of(int(cell(highest_rejected[None])[0]) + 1)
+    place = len(non_mated_P) - 1 - allowed
+    return above(float(np.partition(non_mated_P, place)[place]))  # the highest score that is refused
 
 
-def fnir_at_fpir(mated_P: NDArray[np.floating], non_mated_P: NDArray[np.floating], fpir: float) -> OperatingPoint:
-    """FNIR(N, T) at the lowest T with FPIR(N, T) <= `fpir`.
+def fnir_at_fpir(mated: MatedSearches, non_mated_P: Scores, fpir: float) -> FnirAtFpir:
+    """FNIR(N, T) at the lowest T with FPIR(N, T) <= `fpir`, without interval; where probes are too few, the reason.
 
     FPIR is the share of non-mated searches that return a candidate at or above T, FNIR the share of mated ones that do
     not return the mate at or above T, at any rank.
 
     Args:
-        mated_P: the mate's score of each mated search.
         non_mated_P: the best score of each non-mated search.
     """
+    threshold = fnir = first = reason = None
     if len(non_mated_P) * fpir < SHOWN_ERRORS:
-        needed = int(np.ceil(SHOWN_ERRORS / fpir))
-        return OperatingPoint(
-            fpir, None, None, f"{len(non_mated_P)} non-mated probes do not show FPIR {fpir:g}; it takes {needed}"
-        )
-    threshold = threshold_at(non_mated_P, fpir)
-    return OperatingPoint(fpir, float(np.mean(mated_P < threshold)), threshold)
+        needed = ceil(SHOWN_ERRORS / fpir)
+        reason = f"{len(non_mated_P)} non-mated probes do not show FPIR {fpir:g}; it takes {needed}"
+    else:
+        threshold = threshold_at(non_mated_P, fpir)
+        fnir = float(np.mean(mated.mate_P < threshold))
+        first = 1 - float(np.mean(rank1_P(mated) * (mated.mate_P >= threshold)))
+    return FnirAtFpir(fpir=fpir, fnir=fnir, fnir_rank1=first, low=None, high=None, threshold=threshold, reason=reason)
 
 
 def identification_curve(
-    mated_P: NDArray[np.floating], non_mated_P: NDArray[np.floating]
+    mated_P: Scores, non_mated_P: Scores
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Thresholds ascending, with FPIR and FNIR at each: at every score that occurs, and one that accepts nothing."""
     cells_T = np.append(np.unique(cell(np.concatenate([mated_P, non_mated_P]))), CELLS)
@@ -148,9 +142,7 @@ def identification_curve(
     return (cells_T - STEPS) * GRID, fpir_T, fnir_T
 
 
-def ten_fold_accuracy(
-    scores_P: NDArray[np.floating], mated_P: NDArray[np.bool_], folds_P: NDArray[np.integer]
-) -> NDArray[np.float64]:
+def ten_fold_accuracy(scores_P: Scores, mated_P: NDArray[np.bool_], folds_P: Labels) -> NDArray[np.float64]:
     """LFW's accuracy per fold: each with the threshold that is best on all other folds.
 
     The folds must not share an identity (Huang et al., "Labeled Faces in the Wild", 2007, view 2). Report the mean and
@@ -173,3 +165,60 @@ def _best_cell(cells_P: NDArray[np.int64], mated_P: NDArray[np.bool_]) -> int:
     best_T = np.flatnonzero(rejected_T - lost_T == np.max(rejected_T - lost_T))
     below = levels_T[best_T[0] - 1] + 1 if best_T[0] else 0
     return int((below + levels_T[best_T[0]]) // 2)
+
+
+def subject_weights(generator: np.random.Generator, subjects: int, replicates: int) -> NDArray[np.float64]:
+    """How often each subject is drawn in each of R bootstrap replicates: [R, S], each row sums to S."""
+    return generator.multinomial(subjects, np.full(subjects, 1 / subjects), size=replicates).astype(np.float64)
+
+
+def mean_interval(values_P: Scores, subjects_P: Labels, *, seed: int, replicates: int) -> tuple[float, float]:
+    """Interval of the mean over probes, subjects resampled."""
+    _, subject_P = np.unique(subjects_P, return_inverse=True)
+    counts_S = np.bincount(subject_P)
+    sums_S = np.bincount(subject_P, weights=values_P)
+    weights_RS = subject_weights(np.random.default_rng([seed, 1]), len(counts_S), replicates)
+    return _percentiles((weights_RS @ sums_S) / (weights_RS @ counts_S))
+
+
+def fnir_interval(
+    mated: tuple[Scores, Labels], non_mated: tuple[Scores, Labels], fpir: float, *, seed: int, replicates: int
+) -> tuple[float, float]:
+    """Interval of FNIR at an FPIR: subjects resampled, and the threshold chosen anew in each replicate.
+
+    Args:
+        mated: the mate's score and the subject of each mated probe.
+        non_mated: the best score and the subject of each non-mated probe.
+    """
+    generator = np.random.default_rng([seed, 2])
+    descending_P, ascending_P = np.argsort(-non_mated[0], kind="stable"), np.argsort(mated[0], kind="stable")
+    highest_P, mates_P = non_mated[0][descending_P], mated[0][ascending_P]
+    strangers, stranger_P = np.unique(non_mated[1][descending_P], return_inverse=True)
+    subjects, subject_P = np.unique(mated[1][ascending_P], return_inverse=True)
+    found = []
+    for _ in range(replicates):
+        above_P = np.cumsum(subject_weights(generator, len(strangers), 1)[0, stranger_P])
+        accepted = int(np.searchsorted(above_P, fpir * above_P[-1] * (1 + 1e-12), side="right"))
+        missed = int(np.searchsorted(mates_P, highest_P[min(accepted, len(highest_P) - 1)], side="right"))
+        missed_P = np.cumsum(subject_weights(generator, len(subjects), 1)[0, subject_P])
+        found.append(missed_P[missed - 1] / missed_P[-1] if missed else 0.0)
+    return _percentiles(np.array(found))
+
+
+def _percentiles(replicates_R: NDArray[np.float64]) -> tuple[float, float]:
+    """The central 95 % of bootstrap replicates (Efron and Tibshirani, 1993, chapter 13)."""
+    low, high = np.quantile(replicates_R, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def score_interval(rate: float, variance: float) -> tuple[float, float]:
+    """Interval of a rate from its variance, which is taken to grow in proportion to the rate, as that of a count does.
+
+    The score interval of a Poisson count (Rao): all r with (rate - r)^2 <= z^2 variance r / rate. Unlike a percentile
+    interval it stays above 0, and it holds its confidence with few hits.
+    """
+    if rate <= 0 or variance <= 0:
+        return max(rate, 0.0), min(max(rate, 0.0), 1.0)
+    spread = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) ** 2 * variance / rate
+    centre, width = rate + spread / 2, sqrt(spread * rate + spread**2 / 4)
+    return max(centre - width, 0.0), min(centre + width, 1.0)

@@ -3,33 +3,15 @@
 Axes as in `scores.py`; M subjects are at hand to be enrolled besides the probe's own, j counts a probe's candidates.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from trainer.evaluation.scores import (
-    CELLS,
-    Labels,
-    Vectors,
-    cell,
-    identity_scores,
-    pair_blocks,
-    pair_counts,
-)
+from trainer.evaluation.scores import CELLS, Labels, Vectors, cell, identity_scores, pair_blocks, pair_counts
 from trainer.evaluation.tails import Numbers, Tail
 
-
-@dataclass(frozen=True, slots=True)
-class Hits:
-    """The entries of a `Tail` while they are gathered, block by block."""
-
-    scores: list[NDArray[np.float32]]
-    shares: list[Numbers]
-    first: list[Labels]
-    second: list[Labels]
-    enrolled: list[Labels]
-
+# Entries of a `Tail`: scores, shares, first subjects, second subjects, enrolled entries.
+Hits = tuple[Vectors, Numbers, Labels, Labels, Labels]
 
 ROUNDS = 4  # galleries, each of another enrolled sample of every subject
 SUBGALLERY = 20  # enough subjects at hand for each that is enrolled
@@ -45,17 +27,14 @@ def pair_tail(vectors_ND: Vectors, labels_N: Labels, rate: float) -> Tail:
     trials = int(counts.sum())
     above = np.cumsum(counts[::-1])
     floor = CELLS - 1 - int(np.searchsorted(above, min(rate * trials + 2, trials)))
-    scores, first, second = [], [], []
-    for block in pair_blocks(sorted_ND, sorted_N):
-        reached = cell(block.scores_bn) >= floor
-        reached[:, : block.width] &= block.non_mated_bw
+    mass_S, hits = counts_S.astype(np.float64), []
+    for start, scores_bn, _, non_mated_bw in pair_blocks(sorted_ND, sorted_N):
+        reached = cell(scores_bn) >= floor
+        reached[:, : non_mated_bw.shape[1]] &= non_mated_bw
         row_e, column_e = np.nonzero(reached)
-        scores.append(block.scores_bn[row_e, column_e])
-        first.append(subject_N[block.start + row_e])
-        second.append(subject_N[block.start + column_e])
-    mass_S = counts_S.astype(np.float64)
-    shares = [np.full(len(part), 1 / trials) for part in scores]
-    return _tail(Hits(scores, shares, first, second, second), mass_S, mass_S, trials, 1)
+        first_e, second_e = subject_N[start + row_e], subject_N[start + column_e]
+        hits.append((scores_bn[reached], np.full(len(row_e), 1 / trials), first_e, second_e, second_e))
+    return _tail(hits, mass_S, mass_S, trials, 1)
 
 
 def search_tail(vectors_ND: Vectors, labels_N: Labels, gallery_size: int, samples_per_subject: int, seed: int) -> Tail:
@@ -71,19 +50,18 @@ def search_tail(vectors_ND: Vectors, labels_N: Labels, gallery_size: int, sample
     subjects = len(counts_S)
     rounds = min(ROUNDS, max(1, int(np.median(counts_S)) // samples_per_subject))
     at_hand = min(subjects, SUBGALLERY * gallery_size + 1)
-    hits = Hits([], [], [], [], [])
+    weights_j = maximum_weights(at_hand - 1, min(gallery_size, at_hand - 1))
+    hits: list[Hits] = []
     gallery_mass_S = np.zeros(subjects)
     for turn in range(rounds):
         chosen_S = np.sort(generator.permutation(subjects)[:at_hand])
         gallery_mass_S[chosen_S] += 1 / rounds
-        rows_G = _enrolled(subject_N, chosen_S, samples_per_subject, generator)
+        order_N, place_N = shuffled(subject_N, generator)
+        rows_G = order_N[(place_N < samples_per_subject) & np.isin(subject_N[order_N], chosen_S)]
         probes_P = generator.permutation(len(labels_N))
-        found = _candidates(vectors_ND, subject_N, rows_G, probes_P, min(gallery_size, at_hand - 1))
-        hits.scores.extend(found.scores)
-        hits.shares.extend(weights / (rounds * len(labels_N)) for weights in found.shares)
-        hits.first.extend(found.first)
-        hits.second.extend(found.second)
-        hits.enrolled.extend(second * rounds + turn for second in found.second)
+        for scores_e, weights_e, first_e, second_e in _candidates(vectors_ND, subject_N, rows_G, probes_P, weights_j):
+            shares_e = weights_e / (rounds * len(labels_N))
+            hits.append((scores_e, shares_e, first_e, second_e, second_e * rounds + turn))
     return _tail(hits, counts_S.astype(np.float64), gallery_mass_S, len(labels_N), rounds)
 
 
@@ -96,29 +74,24 @@ def maximum_weights(at_hand: int, enrolled: int) -> Numbers:
     return np.array(weights)
 
 
-def _enrolled(
-    subject_N: Labels, chosen_S: Labels, samples_per_subject: int, generator: np.random.Generator
-) -> NDArray[np.int64]:
-    """Rows of the enrolled samples: so many of each chosen subject, or all where it has fewer."""
-    order_N = generator.permutation(len(subject_N))
-    order_N = order_N[np.argsort(subject_N[order_N], kind="stable")]
-    sorted_N = subject_N[order_N]
-    place_N = np.arange(len(sorted_N)) - np.searchsorted(sorted_N, sorted_N)
-    return np.asarray(order_N[(place_N < samples_per_subject) & np.isin(sorted_N, chosen_S)], dtype=np.int64)
+def shuffled(labels_N: Labels, generator: np.random.Generator) -> tuple[Labels, Labels]:
+    """Rows in order of label, shuffled within each, and the place of each among its label's: 0, 1, ..."""
+    order_N = generator.permutation(len(labels_N))
+    order_N = order_N[np.argsort(labels_N[order_N], kind="stable")]
+    sorted_N = labels_N[order_N]
+    return order_N, np.arange(len(sorted_N)) - np.searchsorted(sorted_N, sorted_N)
 
 
 def _candidates(
-    vectors_ND: Vectors, subject_N: Labels, rows_G: NDArray[np.int64], probes_P: NDArray[np.int64], enrolled: int
-) -> Hits:
-    """Each probe's candidates in one gallery, block by block, with their weights as shares.
+    vectors_ND: Vectors, subject_N: Labels, rows_G: Labels, probes_P: Labels, weights_j: Numbers
+) -> Iterator[tuple[Vectors, Numbers, Labels, Labels]]:
+    """Each probe's candidates in one gallery, block by block: scores, weights, who searched, who answered.
 
     A block keeps what is at or above the score that the candidate of median weight reaches in 60 % of its probes, so
     that the rate there is 0.3 or more. Probes come in random order: one block's floor is like another's.
     """
     chosen_C = np.unique(subject_N[rows_G])
-    weights_j = maximum_weights(len(chosen_C) - 1, min(enrolled, len(chosen_C) - 1))
     middle = int(np.searchsorted(np.cumsum(weights_j), 0.5 * weights_j.sum()))
-    hits = Hits([], [], [], [], [])
     for part, scores_bC in identity_scores(vectors_ND[probes_P], vectors_ND[rows_G], subject_N[rows_G]):
         mine_b = subject_N[probes_P[part]]
         column_b = np.minimum(np.searchsorted(chosen_C, mine_b), len(chosen_C) - 1)
@@ -129,14 +102,10 @@ def _candidates(
         best_bj, column_bj = _best(scores_bC, len(weights_j))
         kept_bj = best_bj >= np.quantile(best_bj[:, middle], 0.4)
         row_e, rank_e = np.nonzero(kept_bj)
-        hits.scores.append(best_bj[kept_bj])
-        hits.shares.append(weights_j[rank_e])
-        hits.first.append(mine_b[row_e])
-        hits.second.append(chosen_C[column_bj[kept_bj]])
-    return hits
+        yield best_bj[kept_bj], weights_j[rank_e], mine_b[row_e], chosen_C[column_bj[kept_bj]]
 
 
-def _best(scores_bC: Vectors, count: int) -> tuple[Vectors, NDArray[np.int64]]:
+def _best(scores_bC: Vectors, count: int) -> tuple[Vectors, Labels]:
     """The highest scores of each row, descending, and their columns."""
     if count == 1:
         column_b1 = np.argmax(scores_bC, axis=1)[:, None]
@@ -150,17 +119,9 @@ def _best(scores_bC: Vectors, count: int) -> tuple[Vectors, NDArray[np.int64]]:
     return np.take_along_axis(scores_bC, column_bj, axis=1), column_bj
 
 
-def _tail(hits: Hits, probe_mass_S: Numbers, gallery_mass_S: Numbers, trials: int, galleries: int) -> Tail:
-    scores_E = np.concatenate(hits.scores).astype(np.float64)
+def _tail(hits: Sequence[Hits], probe_mass_S: Numbers, gallery_mass_S: Numbers, trials: int, galleries: int) -> Tail:
+    scores_E, *others = (np.concatenate(parts) for parts in zip(*hits, strict=True))
     order_E = np.argsort(-scores_E, kind="stable")
-    return Tail(
-        scores_E=scores_E[order_E],
-        shares_E=np.concatenate(hits.shares)[order_E],
-        first_E=np.concatenate(hits.first)[order_E],
-        second_E=np.concatenate(hits.second)[order_E],
-        enrolled_E=np.concatenate(hits.enrolled)[order_E],
-        probe_mass_S=probe_mass_S,
-        gallery_mass_S=gallery_mass_S,
-        trials=trials,
-        galleries=galleries,
-    )
+    shares_E, first_E, second_E, enrolled_E = (column_E[order_E] for column_E in others)
+    scores_E = scores_E[order_E].astype(np.float64)
+    return Tail(scores_E, shares_E, first_E, second_E, enrolled_E, probe_mass_S, gallery_mass_S, trials, galleries)

@@ -1,28 +1,78 @@
-"""Figures of a Report (ROC, DET, scores, open set, CMC) and of a run's course, PNGs that print in black and white.
+"""Figures for print: what all of them share, those of a Report (ROC, DET, scores, open set, CMC), a run's course.
 
-Only matplotlib's Agg canvas is used: nothing here needs a display or touches global state.
+They can be read in black and white, and need no display: the canvas comes with the format that is saved.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from io import BytesIO
 from pathlib import Path
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 from numpy.typing import NDArray
+from PIL import Image
 
 from trainer.atomic import fresh_file
 from trainer.evaluation.metrics import RESOLVED_ERRORS, SHOWN_ERRORS
-from trainer.evaluation.plots_style import COLOURS, DOUBLE, DPI, GREY, LINES, PALE, SINGLE, new_figure, paper_style
 from trainer.evaluation.report import Report
 
+SINGLE, DOUBLE = 3.5, 7.16  # inches: the widths of one and of two columns of a paper
 HEIGHT = 2.75  # inches
-_COURSE_COLUMNS = 3
-DEVIATE_TICKS = (1e-6, 1e-4, 1e-3, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95)
+DPI = 200  # of the PNG; the PDF is vectors
+
+# Okabe and Ito's palette, whose colours differ under every common colour blindness; black first, no yellow on white.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 BLACK, BLUE = COLOURS[0], COLOURS[1]
+GREY, PALE = "#777777", "#DDDDDD"
+LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.2, 1, 1.2)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
+POINT: dict[str, Any] = {"color": BLACK, "markerfacecolor": "white", "markersize": 4.5, "zorder": 4}
+COURSE_COLUMNS = 3
+DEVIATE_TICKS = (1e-6, 1e-4, 1e-3, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95)
+
+TICKS = {"labelsize": 7, "major.width": 0.6, "major.size": 2.5}
+STYLE: dict[str, Any] = {
+    "font.family": "STIXGeneral",
+    "mathtext.fontset": "stix",
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.titlepad": 4,
+    "axes.labelsize": 8,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **{f"{axis}tick.{name}": size for axis in "xy" for name, size in TICKS.items()},
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "legend.handlelength": 2.6,
+    "lines.linewidth": 1.1,
+    "hatch.linewidth": 0.4,
+    "pdf.fonttype": 42,  # text stays text
+}
+
+
+def paper_style() -> AbstractContextManager[None]:
+    """The type and line widths of the figures, for what is made and saved inside."""
+    return matplotlib.rc_context(STYLE)
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write `name.pdf` and `name.png`; the same figure gives the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pdf, png = folder / f"{name}.pdf", folder / f"{name}.png"
+    pixels = BytesIO()
+    with paper_style():
+        with fresh_file(pdf) as file:
+            figure.savefig(file, format="pdf", metadata={"CreationDate": None})
+        figure.savefig(pixels, format="png", dpi=DPI)
+    with Image.open(pixels) as image, fresh_file(png) as file:  # without the transparency that nothing uses
+        image.convert("RGB").save(file, format="png", optimize=True, dpi=(DPI, DPI))
+    return [pdf, png]
 
 
 def report_plots(report: Report, folder: Path) -> list[Path]:
@@ -32,18 +82,11 @@ def report_plots(report: Report, folder: Path) -> list[Path]:
         `roc.png`, `det.png`, `scores.png`, `open_set.png` and `cmc.png`; the same report gives the same bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, Callable[[Axes, Report], None]] = {
-        "roc": draw_roc,
-        "det": draw_det,
-        "scores": draw_scores,
-        "open_set": draw_open_set,
-        "cmc": draw_cmc,
-    }
+    draws = {"roc": draw_roc, "det": draw_det, "scores": draw_scores, "open_set": draw_open_set, "cmc": draw_cmc}
     paths = []
     with paper_style():
-        for name, draw in figures.items():
-            figure: Figure = new_figure(SINGLE, HEIGHT)
-            figure.set_layout_engine("constrained")
+        for name, draw in draws.items():
+            figure = Figure(figsize=(SINGLE, HEIGHT), layout="constrained")
             draw(figure.add_subplot(), report)
             paths.append(_save(figure, folder / f"{name}.png"))
     return paths
@@ -56,19 +99,18 @@ def course_plot(course: Sequence[tuple[int, Mapping[str, float]]], path: Path) -
         course: the step of each evaluation and what it measured, by name.
     """
     names = sorted({name for _, values in course for name in values})
-    rows = -(-len(names) // _COURSE_COLUMNS)
+    rows = -(-len(names) // COURSE_COLUMNS)
     with paper_style():
-        figure = new_figure(DOUBLE, 1.5 * rows)
-        figure.set_layout_engine("constrained")
+        figure = Figure(figsize=(DOUBLE, 1.5 * rows), layout="constrained")
         for place, name in enumerate(names, 1):
-            axes = figure.add_subplot(rows, _COURSE_COLUMNS, place)
+            axes = figure.add_subplot(rows, COURSE_COLUMNS, place)
             points = [(step, values[name]) for step, values in course if name in values]
             axes.plot(*zip(*points, strict=True), "o-", color=BLACK, markersize=3)
             # From 0, to which most of them tend; what is 0 but for rounding is drawn at 0.
             axes.set(xlim=(0, None), ylim=(0, 1.1 * max(0.05, *(value for _, value in points))))
             axes.set_title(name.replace("_", " "), loc="left")
             axes.grid(color=PALE, linewidth=0.4)
-            if place > len(names) - _COURSE_COLUMNS:
+            if place > len(names) - COURSE_COLUMNS:
                 axes.set_xlabel("step")
         return _save(figure, path)
 
@@ -89,7 +131,7 @@ def draw_roc(axes: Axes, report: Report) -> None:
     axes.plot(chance, chance, color=GREY, linestyle=LINES[2], linewidth=0.8)
     for point in found.tar_at_far:
         if point.tar is not None:
-            axes.plot(point.far, point.tar, "o", color=BLACK, markerfacecolor="white", markersize=4.5, zorder=4)
+            axes.plot(point.far, point.tar, "o", **POINT)
             _note(axes, f"{_percent(point.tar)} at {_percent(point.far)}", (point.far, point.tar), (-5, 4), "right")
     _unresolved(axes, "x", lowest, RESOLVED_ERRORS / found.non_mated_pairs)
     axes.set(xscale="log", xlim=(lowest, 1), xlabel="false accept rate (FAR)", ylabel="true accept rate (TAR)")
@@ -106,14 +148,13 @@ def draw_det(axes: Axes, report: Report) -> None:
     inside = (fmr > 0) & (fmr < 1) & (fnmr > 0) & (fnmr < 1)
     axes.plot(_deviate(fmr[inside]), _deviate(fnmr[inside]), color=BLACK, drawstyle="steps-post", zorder=3)
     if np.count_nonzero(inside) < 2:
-        axes.text(
-            0.5, 0.5, "no threshold makes both errors", ha="center", transform=axes.transAxes, backgroundcolor="w"
-        )
+        none = "no threshold makes both errors"
+        axes.text(0.5, 0.5, none, ha="center", transform=axes.transAxes, backgroundcolor="w")
     ends = _deviate(np.array([max(low_x, low_y), 0.5]))
     axes.plot(ends, ends, color=GREY, linestyle=LINES[2], linewidth=0.8)
     if 0 < found.eer < 1:
         at = _deviate(np.array([found.eer]))
-        axes.plot(at, at, "o", color=BLACK, markerfacecolor="white", markersize=4.5, zorder=4)
+        axes.plot(at, at, "o", **POINT)
         _note(axes, f"EER {_percent(found.eer)}", (at[0], at[0]), (6, 4))
     for axis, low in (("x", low_x), ("y", low_y)):
         ticks = [tick for tick in DEVIATE_TICKS if tick >= low]
@@ -157,17 +198,7 @@ def draw_open_set(axes: Axes, report: Report) -> None:
             continue
         at = max(point.fnir, low_y)
         bars = [[max(at - max(point.low, low_y), 0.0)], [max(point.high - at, 0.0)]]
-        axes.errorbar(
-            [point.fpir],
-            [at],
-            yerr=bars,
-            fmt="o",
-            color=BLACK,
-            markerfacecolor="white",
-            markersize=4.5,
-            capsize=2,
-            zorder=4,
-        )
+        axes.errorbar([point.fpir], [at], yerr=bars, fmt="o", capsize=2, **POINT)
         _note(axes, f"{_percent(point.fnir)} at {_percent(point.fpir)}", (point.fpir, at), (-5, -9), "right")
     _unresolved(axes, "x", low_x, SHOWN_ERRORS / found.non_mated_probes)
     floor = min([point.low for point in found.points if point.low is not None], default=1.0) / 3
@@ -193,9 +224,7 @@ def draw_cmc(axes: Axes, report: Report) -> None:
     axes.set_title(f"Closed set: {found.gallery_size} identities, one sample each", loc="left")
 
 
-def _note(
-    axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], side: Literal["left", "right"] = "left"
-) -> None:
+def _note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], side: str = "left") -> None:
     """A remark beside a point, the offset in points of type."""
     axes.annotate(text, at, offset, textcoords="offset points", fontsize=7, ha=side, zorder=5)
 
@@ -207,8 +236,7 @@ def _percent(rate: float) -> str:
 
 def _deviate(rates: NDArray[np.float64]) -> NDArray[np.float64]:
     """The normal deviate of each rate: 0.5 is 0, 0.0228 is -2."""
-    normal = NormalDist()
-    return np.array([normal.inv_cdf(rate) for rate in rates], dtype=np.float64)
+    return np.array([NormalDist().inv_cdf(rate) for rate in rates], dtype=np.float64)
 
 
 def _percent_axis(axes: Axes, which: Literal["x", "y"]) -> None:

@@ -7,57 +7,25 @@ pairs, and LFW's ten folds of drawn ones. Everything is decided by the order of 
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import UserError
-from trainer.evaluation import metrics
+from trainer.evaluation import metrics, report
 from trainer.evaluation.geometry import angles
-from trainer.evaluation.intervals import fnir_interval, mean_interval
-from trainer.evaluation.report import (
-    AllPairs,
-    Confusion,
-    FnirAtFpir,
-    Geometry,
-    OneShot,
-    OpenSet,
-    Report,
-    TarAtFar,
-    TenFold,
-    histogram_of,
-    rounded,
-    thinned,
-)
-from trainer.evaluation.scores import (
-    Floats,
-    Integers,
-    Labels,
-    MatedSearches,
-    NonMatedSearches,
-    Vectors,
-    check,
-    pair_counts,
-    search_mated,
-    search_non_mated,
-)
+from trainer.evaluation.scores import Labels, MatedSearches, Vectors, check, pair_counts, search_mated, search_non_mated
 
 RANKS = 20  # of the CMC
 CONFUSIONS = 20
 FOLDS = 10
 FARS = (1e-2, 1e-3, 1e-4)
+FPIRS = (0.01, 0.1)
+DRAWS = 5  # other choices of the enrolled samples, for the spread of rank-1
+REPLICATES = 1000  # of the bootstrap over subjects
+UNENROLLED = 0.5  # share of the identities
 MOST_PAIR_SAMPLES = 30_000  # their pairs are counted in some seconds
 PAIRS_PER_FOLD = 300  # mated, and as many non-mated, as in LFW
-
-
-@dataclass(frozen=True, slots=True)
-class Quick:
-    """The held-out figures of a training in progress. `fnir` is None where the probes cannot show FPIR 1 %."""
-
-    rank1: float
-    fnir_at_fpir_1pct: float | None
-    threshold: float | None
 
 
 def enrolled_rows(labels_N: Labels, seed: int | None = None) -> NDArray[np.int64]:
@@ -100,109 +68,97 @@ def one_shot_searches(
 
 
 def open_set_searches(
-    vectors_ND: Vectors, labels_N: Labels, unenrolled_U: Labels
-) -> tuple[Labels, MatedSearches, Labels, NonMatedSearches]:
-    """Labels and findings of the mated and of the non-mated probes, with the first sample of the others enrolled."""
-    stranger_N = np.isin(labels_N, unenrolled_U)
+    vectors_ND: Vectors, labels_N: Labels, share: float, seed: int
+) -> tuple[Labels, MatedSearches, Labels, Vectors]:
+    """Labels and findings of the mated probes, labels and best scores of the non-mated ones.
+
+    The first sample of each identity is enrolled, but for a share of the identities, drawn by the seed.
+    """
+    stranger_N = np.isin(labels_N, unenrolled_identities(labels_N, share, seed))
     known_ND, known_N = vectors_ND[~stranger_N], labels_N[~stranger_N]
     enrolled_C = enrolled_rows(known_N)
     mated_labels_P, mated = one_shot_searches(known_ND, known_N, enrolled_C)
-    strangers = search_non_mated(known_ND[enrolled_C], known_N[enrolled_C], vectors_ND[stranger_N])
-    return mated_labels_P, mated, labels_N[stranger_N], strangers
+    non_mated_P = search_non_mated(known_ND[enrolled_C], known_N[enrolled_C], vectors_ND[stranger_N])
+    return mated_labels_P, mated, labels_N[stranger_N], non_mated_P
 
 
-def quick(embeddings_ND: Floats, labels_N: Integers, *, seed: int = 0, unenrolled_share: float = 0.5) -> Quick:
-    """One-shot rank-1 and open-set FNIR at FPIR 1 %, without intervals, for use during training.
+def quick(vectors_ND: Vectors, labels_N: Labels) -> tuple[float, float | None]:
+    """Rank-1, and FNIR at FPIR 1 % (None where the probes cannot show it), as `evaluate` finds them with seed 0.
 
     Raises:
         UserError: see `scores.check`; no identity with two samples, or fewer than two identities.
     """
-    vectors_ND, labels_N = check(embeddings_ND, labels_N)
+    vectors_ND, labels_N = check(vectors_ND, labels_N)
     _, searches = one_shot_searches(vectors_ND, labels_N, enrolled_rows(labels_N))
-    unenrolled_U = unenrolled_identities(labels_N, unenrolled_share, seed)
-    _, mated, _, strangers = open_set_searches(vectors_ND, labels_N, unenrolled_U)
-    point = metrics.fnir_at_fpir(mated.mate_P, strangers.best_P, 0.01)
-    return Quick(float(metrics.rank1_P(searches).mean()), point.value, point.threshold)
+    _, mated, _, non_mated_P = open_set_searches(vectors_ND, labels_N, UNENROLLED, seed=0)
+    return float(metrics.rank1_P(searches).mean()), metrics.fnir_at_fpir(mated, non_mated_P, 0.01).fnir
 
 
 def evaluate(
-    embeddings_ND: Floats,
-    labels_N: Integers,
+    vectors_ND: Vectors,
+    labels_N: Labels,
     class_names: Sequence[str],
     *,
     seed: int = 0,
-    unenrolled_share: float = 0.5,
-    fpirs: Sequence[float] = (0.01, 0.1),
-    draws: int = 5,
-    replicates: int = 1000,
+    unenrolled_share: float = UNENROLLED,
     source: str = "",
     model_id: str | None = None,
-) -> Report:
+) -> report.Report:
     """All protocols on one set of held-out samples.
 
     Args:
-        embeddings_ND: unit vectors, in the order of the data set: the first of each identity is the enrolled one.
+        vectors_ND: unit vectors, in the order of the data set: the first of each identity is the enrolled one.
         labels_N: identity of each, an index into `class_names`.
-        draws: other choices of the enrolled samples, for the spread of rank-1.
-        replicates: of the bootstrap over subjects.
         source: the data set and split, in words.
 
     Raises:
         UserError: input that cannot be compared, or too few identities or samples for a protocol.
     """
-    vectors_ND, labels_N = check(embeddings_ND, labels_N)
-    _check_names(labels_N, class_names)
-    geometry = _geometry(vectors_ND, labels_N)
-    return Report(
+    vectors_ND, labels_N = check(vectors_ND, labels_N)
+    if len(wrong := labels_N[(labels_N < 0) | (labels_N >= len(class_names))]):
+        raise UserError(f"label {wrong[0]} has no name among {len(class_names)} classes; pass the same split's names")
+    found = angles(vectors_ND, labels_N)
+    return report.Report(
         source=source,
         model_id=model_id,
         seed=seed,
-        identities=len(np.unique(labels_N)),
+        identities=len(found.nearest_C),
         samples=len(labels_N),
         dimension=vectors_ND.shape[1],
-        verification=verification(vectors_ND, labels_N, seed=seed),
-        one_shot=one_shot(vectors_ND, labels_N, class_names, seed=seed, draws=draws, replicates=replicates),
-        open_set=open_set(vectors_ND, labels_N, share=unenrolled_share, fpirs=fpirs, seed=seed, replicates=replicates),
-        geometry=geometry,
+        verification=verification(vectors_ND, labels_N, seed),
+        one_shot=one_shot(vectors_ND, labels_N, class_names, seed),
+        open_set=open_set(vectors_ND, labels_N, unenrolled_share, seed),
+        geometry=report.Geometry(
+            intra_mean=found.intra_mean,
+            inter_smallest=found.inter_smallest,
+            inter_nearest_mean=float(found.nearest_C.mean()),
+        ),
     )
 
 
-def _check_names(labels_N: Labels, class_names: Sequence[str]) -> None:
-    if labels_N.min() < 0 or labels_N.max() >= len(class_names):
-        wrong = int(labels_N.min()) if labels_N.min() < 0 else int(labels_N.max())
-        raise UserError(f"label {wrong} has no name among {len(class_names)} classes; pass the names of the same split")
-
-
-def _geometry(vectors_ND: Vectors, labels_N: Labels) -> Geometry:
-    found = angles(vectors_ND, labels_N)
-    nearest = float(found.nearest_C.mean())
-    return Geometry(intra_mean=found.intra_mean, inter_smallest=found.inter_smallest, inter_nearest_mean=nearest)
-
-
-def verification(vectors_ND: Vectors, labels_N: Labels, *, seed: int) -> AllPairs:
+def verification(vectors_ND: Vectors, labels_N: Labels, seed: int) -> report.AllPairs:
     """Verification over all pairs of the samples, or of whole identities up to `MOST_PAIR_SAMPLES` of them."""
     rows = whole_identities(labels_N, MOST_PAIR_SAMPLES, seed)
     vectors_ND, labels_N = vectors_ND[rows], labels_N[rows]
     counts = pair_counts(vectors_ND, labels_N)
     curve = metrics.verification_curve(counts)
-    kept = thinned(curve.fmr_T, curve.fnmr_T)
-    points = [metrics.tar_at_far(curve, far) for far in FARS]
-    return AllPairs(
+    kept = report.thinned(curve.fmr_T, curve.fnmr_T)
+    return report.AllPairs(
         samples=len(labels_N),
         mated_pairs=curve.mated,
         non_mated_pairs=curve.non_mated,
         eer=metrics.equal_error_rate(curve),
         auc=metrics.area_under_curve(curve),
-        tar_at_far=[TarAtFar(far=p.rate, tar=p.value, threshold=p.threshold, reason=p.reason) for p in points],
-        ten_fold=ten_fold(vectors_ND, labels_N, seed=seed),
-        thresholds=rounded(curve.thresholds_T[kept], 9),
-        fmr=rounded(curve.fmr_T[kept]),
-        fnmr=rounded(curve.fnmr_T[kept]),
-        histogram=histogram_of(counts),
+        tar_at_far=[metrics.tar_at_far(curve, far) for far in FARS],
+        ten_fold=ten_fold(vectors_ND, labels_N, seed),
+        thresholds=report.rounded(curve.thresholds_T[kept], 9),
+        fmr=report.rounded(curve.fmr_T[kept]),
+        fnmr=report.rounded(curve.fnmr_T[kept]),
+        histogram=report.histogram_of(counts),
     )
 
 
-def ten_fold(vectors_ND: Vectors, labels_N: Labels, *, seed: int) -> TenFold | None:
+def ten_fold(vectors_ND: Vectors, labels_N: Labels, seed: int) -> report.TenFold | None:
     """LFW-style accuracy: ten folds of identities, each of up to 300 mated and as many non-mated pairs."""
     generator = np.random.default_rng(seed)
     parts = np.array_split(generator.permutation(np.unique(labels_N)), FOLDS)
@@ -219,7 +175,7 @@ def ten_fold(vectors_ND: Vectors, labels_N: Labels, *, seed: int) -> TenFold | N
         folds.append(np.full(2 * size, fold))
     accuracies = metrics.ten_fold_accuracy(np.concatenate(scores), np.concatenate(mated), np.concatenate(folds))
     error = float(accuracies.std(ddof=1) / np.sqrt(FOLDS))
-    return TenFold(accuracy=float(accuracies.mean()), standard_error=error, pairs=sum(map(len, folds)))
+    return report.TenFold(accuracy=float(accuracies.mean()), standard_error=error, pairs=sum(map(len, folds)))
 
 
 def _drawn_pairs(labels_n: Labels, generator: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -253,93 +209,63 @@ def whole_identities(labels_N: Labels, most: int, seed: int) -> NDArray[np.int64
     return np.flatnonzero(np.isin(labels_N, identities_C[order_C[:kept]]))
 
 
-def one_shot(
-    vectors_ND: Vectors, labels_N: Labels, class_names: Sequence[str], *, seed: int, draws: int, replicates: int
-) -> OneShot:
-    """The closed-set protocol, with the first samples enrolled and with `draws` random ones."""
+def one_shot(vectors_ND: Vectors, labels_N: Labels, class_names: Sequence[str], seed: int) -> report.OneShot:
+    """The closed-set protocol, with the first samples enrolled and with `DRAWS` choices of random ones."""
     enrolled_C = enrolled_rows(labels_N)
     probe_labels_P, searches = one_shot_searches(vectors_ND, labels_N, enrolled_C)
     hits_P = metrics.rank1_P(searches)
-    low, high = mean_interval(hits_P, probe_labels_P, seed=seed, replicates=replicates)
-    others = [
-        float(metrics.rank1_P(one_shot_searches(vectors_ND, labels_N, enrolled_rows(labels_N, seed + draw))[1]).mean())
-        for draw in range(draws)
-    ]
+    low, high = metrics.mean_interval(hits_P, probe_labels_P, seed=seed, replicates=REPLICATES)
+    draws = [enrolled_rows(labels_N, seed + draw) for draw in range(DRAWS)]
+    others = [float(metrics.rank1_P(one_shot_searches(vectors_ND, labels_N, rows)[1]).mean()) for rows in draws]
     every = [float(hits_P.mean()), *others]
-    return OneShot(
+    return report.OneShot(
         gallery_size=len(enrolled_C),
         probes=len(probe_labels_P),
-        rank1=float(hits_P.mean()),
+        rank1=every[0],
         low=low,
         high=high,
-        cmc=rounded(metrics.match_characteristic(searches, min(RANKS, len(enrolled_C)))),
+        cmc=report.rounded(metrics.match_characteristic(searches, min(RANKS, len(enrolled_C)))),
         rank1_draws=others,
         rank1_mean=float(np.mean(every)),
-        rank1_std=float(np.std(every, ddof=1)) if len(every) > 1 else 0.0,
+        rank1_std=float(np.std(every, ddof=1)),
         confusions=_confusions(probe_labels_P, searches, class_names),
     )
 
 
-def open_set(
-    vectors_ND: Vectors, labels_N: Labels, *, share: float, fpirs: Sequence[float], seed: int, replicates: int
-) -> OpenSet:
+def open_set(vectors_ND: Vectors, labels_N: Labels, share: float, seed: int) -> report.OpenSet:
     """The open-set protocol, with the identities that are not enrolled drawn by the seed."""
-    unenrolled_U = unenrolled_identities(labels_N, share, seed)
-    mated_labels_P, mated, stranger_labels_P, strangers = open_set_searches(vectors_ND, labels_N, unenrolled_U)
+    mated_labels_P, mated, strangers_P, non_mated_P = open_set_searches(vectors_ND, labels_N, share, seed)
     points = []
-    for fpir in fpirs:
-        point = metrics.fnir_at_fpir(mated.mate_P, strangers.best_P, fpir)
-        low, high = (None, None)
-        if point.value is not None:
-            low, high = fnir_interval(
-                mated.mate_P,
-                mated_labels_P,
-                strangers.best_P,
-                stranger_labels_P,
-                fpir,
-                seed=seed,
-                replicates=replicates,
-            )
-        points.append(_open_set_point(point, mated, low, high))
-    thresholds_T, fpir_T, fnir_T = metrics.identification_curve(mated.mate_P, strangers.best_P)
-    kept = thinned(fpir_T, fnir_T)
-    return OpenSet(
+    for fpir in FPIRS:
+        point = metrics.fnir_at_fpir(mated, non_mated_P, fpir)
+        if point.fnir is not None:
+            found = (mated.mate_P, mated_labels_P), (non_mated_P, strangers_P)
+            low, high = metrics.fnir_interval(*found, fpir, seed=seed, replicates=REPLICATES)
+            point = point.model_copy(update={"low": low, "high": high})
+        points.append(point)
+    thresholds_T, fpir_T, fnir_T = metrics.identification_curve(mated.mate_P, non_mated_P)
+    kept = report.thinned(fpir_T, fnir_T)
+    unenrolled = len(np.unique(strangers_P))
+    return report.OpenSet(
         unenrolled_share=share,
-        gallery_size=len(np.unique(labels_N)) - len(unenrolled_U),
-        unenrolled=len(unenrolled_U),
+        gallery_size=len(np.unique(labels_N)) - unenrolled,
+        unenrolled=unenrolled,
         mated_probes=len(mated_labels_P),
-        non_mated_probes=len(stranger_labels_P),
+        non_mated_probes=len(strangers_P),
         points=points,
-        thresholds=rounded(thresholds_T[kept], 9),
-        fpir=rounded(fpir_T[kept]),
-        fnir=rounded(fnir_T[kept]),
+        thresholds=report.rounded(thresholds_T[kept], 9),
+        fpir=report.rounded(fpir_T[kept]),
+        fnir=report.rounded(fnir_T[kept]),
     )
 
 
-def _open_set_point(
-    point: metrics.OperatingPoint, mated: MatedSearches, low: float | None, high: float | None
-) -> FnirAtFpir:
-    first = None
-    if point.threshold is not None:
-        first = 1 - float(np.mean(metrics.rank1_P(mated) * (mated.mate_P >= point.threshold)))
-    return FnirAtFpir(
-        fpir=point.rate,
-        fnir=point.value,
-        fnir_rank1=first,
-        low=low,
-        high=high,
-        threshold=point.threshold,
-        reason=point.reason,
-    )
-
-
-def _confusions(probe_labels_P: Labels, searches: MatedSearches, class_names: Sequence[str]) -> list[Confusion]:
+def _confusions(probe_labels_P: Labels, searches: MatedSearches, class_names: Sequence[str]) -> list[report.Confusion]:
     """The identities most often taken for one other, by number of probes."""
     wrong_P = searches.ahead_P > 0
     taken = Counter(zip(probe_labels_P[wrong_P].tolist(), searches.rival_P[wrong_P].tolist(), strict=True))
     probes = Counter(probe_labels_P.tolist())
     worst = sorted(taken.items(), key=lambda item: (-item[1], item[0]))[:CONFUSIONS]
     return [
-        Confusion(identity=class_names[mine], taken_for=class_names[other], probes=count, of=probes[mine])
+        report.Confusion(identity=class_names[mine], taken_for=class_names[other], probes=count, of=probes[mine])
         for (mine, other), count in worst
     ]

@@ -138,19 +138,17 @@ class Report(Strict):
 
     def scalars(self) -> dict[str, float]:
         """The headline figures by name, for a table or a tracker; those that cannot be resolved are left out."""
-        found: dict[str, float | None] = {
+        pairs, folds = self.verification, self.verification.ten_fold
+        found = {
             "rank1": self.one_shot.rank1,
             "rank1_mean": self.one_shot.rank1_mean,
-            "eer": self.verification.eer,
-            "auc": self.verification.auc,
-            "intra_angle_mean": self.geometry.intra_mean,
-            "inter_angle_smallest": self.geometry.inter_smallest,
+            "eer": pairs.eer,
+            "auc": pairs.auc,
         }
-        found |= {f"tar_at_far_{point.far:g}": point.tar for point in self.verification.tar_at_far}
-        found |= {f"fnir_at_fpir_{point.fpir:g}": point.fnir for point in self.open_set.points}
-        if self.verification.ten_fold is not None:
-            found["ten_fold_accuracy"] = self.verification.ten_fold.accuracy
-        return {name: value for name, value in found.items() if value is not None}
+        found |= {"intra_angle_mean": self.geometry.intra_mean, "inter_angle_smallest": self.geometry.inter_smallest}
+        found |= {f"tar_at_far_{point.far:g}": point.tar for point in pairs.tar_at_far if point.tar is not None}
+        found |= {f"fnir_at_fpir_{p.fpir:g}": p.fnir for p in self.open_set.points if p.fnir is not None}
+        return found | ({} if folds is None else {"ten_fold_accuracy": folds.accuracy})
 
 
 class Threshold(Strict):

@@ -39,7 +39,7 @@ class PairCounts:
     non_mated: NDArray[np.int64]
 
 
-def check(embeddings_ND: Floats, labels_N: Integers) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def check(embeddings_ND: Floats, labels_N: Integers) -> tuple[Vectors, Labels]:
     """The same embeddings as contiguous float32 and labels as int64, once they are known to be usable.
 
     Raises:
@@ -71,9 +71,9 @@ def cell(scores: Floats) -> NDArray[np.int64]:
     return np.clip(cells, 0, CELLS - 1, out=cells)
 
 
-def threshold_of(cells: int) -> float:
-    """The lowest score of a cell; CELLS gives a threshold just above 1, which accepts nothing."""
-    return (cells - STEPS) * GRID
+def above(score: float) -> float:
+    """The lowest threshold on the grid that refuses the score; of a score of 1 it is one that accepts nothing."""
+    return (math.floor(score * STEPS) + 1) * GRID
 
 
 def ceil_to_grid(value: float) -> float:
@@ -81,22 +81,14 @@ def ceil_to_grid(value: float) -> float:
     return math.ceil(value * STEPS) * GRID
 
 
-@dataclass(frozen=True, slots=True)
-class PairBlock:
-    """Scores of rows [start, start + b) of a set sorted by label, against the rows from `start` on.
+def pair_blocks(
+    sorted_ND: Vectors, sorted_labels_N: Labels
+) -> Iterator[tuple[int, Vectors, NDArray[np.bool_], NDArray[np.bool_]]]:
+    """Every unordered pair of two samples, once, from samples sorted by label, some rows at a time.
 
-    Columns up to `width` may be of the same identity or earlier than the row; all later ones are non-mated pairs.
+    Yields the first row, the scores [b, n] of these rows against all rows from it on, and which of the first w columns
+    are mated and which are non-mated pairs, [b, w] each. All columns beyond w are non-mated pairs.
     """
-
-    start: int
-    scores_bn: NDArray[np.float32]
-    width: int
-    mated_bw: NDArray[np.bool_]
-    non_mated_bw: NDArray[np.bool_]
-
-
-def pair_blocks(sorted_ND: Vectors, sorted_labels_N: NDArray[np.int64]) -> Iterator[PairBlock]:
-    """Every unordered pair of two samples, once, from samples sorted by label."""
     samples = len(sorted_ND)
     start = 0
     while start < samples:
@@ -105,33 +97,29 @@ def pair_blocks(sorted_ND: Vectors, sorted_labels_N: NDArray[np.int64]) -> Itera
         width = int(np.searchsorted(sorted_labels_N, sorted_labels_N[stop - 1], side="right")) - start
         later = np.arange(width) > np.arange(stop - start)[:, None]
         same = sorted_labels_N[start:stop, None] == sorted_labels_N[None, start : start + width]
-        yield PairBlock(start, sorted_ND[start:stop] @ sorted_ND[start:].T, width, later & same, later & ~same)
+        yield start, sorted_ND[start:stop] @ sorted_ND[start:].T, later & same, later & ~same
         start = stop
 
 
-def pair_counts(embeddings_ND: Floats, labels_N: Integers) -> PairCounts:
+def pair_counts(vectors_ND: Vectors, labels_N: Labels) -> PairCounts:
     """Histogram of the scores of all N (N - 1) / 2 pairs.
 
-    Same as a loop over all i < j that counts `cell(embeddings[i] @ embeddings[j])` in one of two lists. Computed in
-    blocks of 16 MiB; about a second per 10^8 pairs and core.
-
-    Raises:
-        UserError: see `check`.
+    Same as a loop over all i < j that counts `cell(vectors[i] @ vectors[j])` in one of two lists. Computed in blocks of
+    16 MiB; about a second per 10^8 pairs and core.
     """
-    vectors_ND, labels_N = check(embeddings_ND, labels_N)
     order_N = np.argsort(labels_N, kind="stable")
     mated, non_mated = np.zeros(CELLS, np.int64), np.zeros(CELLS, np.int64)
-    for block in pair_blocks(vectors_ND[order_N], labels_N[order_N]):
-        cells_bn = cell(block.scores_bn)
-        mated += np.bincount(cells_bn[:, : block.width][block.mated_bw], minlength=CELLS)
-        non_mated += np.bincount(cells_bn[:, : block.width][block.non_mated_bw], minlength=CELLS)
-        non_mated += np.bincount(cells_bn[:, block.width :].ravel(), minlength=CELLS)
+    for _, scores_bn, mated_bw, non_mated_bw in pair_blocks(vectors_ND[order_N], labels_N[order_N]):
+        cells_bn, width = cell(scores_bn), mated_bw.shape[1]
+        mated += np.bincount(cells_bn[:, :width][mated_bw], minlength=CELLS)
+        non_mated += np.bincount(cells_bn[:, :width][non_mated_bw], minlength=CELLS)
+        non_mated += np.bincount(cells_bn[:, width:].ravel(), minlength=CELLS)
     return PairCounts(mated, non_mated)
 
 
 def identity_scores(
-    probes_PD: NDArray[np.float32], gallery_GD: NDArray[np.float32], gallery_labels_G: NDArray[np.int64]
-) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    probes_PD: Vectors, gallery_GD: Vectors, gallery_labels_G: Labels
+) -> Iterator[tuple[slice, Vectors]]:
     """Rows of the probes, with their score of each gallery identity: the best of that identity's vectors.
 
     The columns are the identities in ascending order, as `np.unique(gallery_labels_G)` gives them.
@@ -139,11 +127,11 @@ def identity_scores(
     order_G = np.argsort(gallery_labels_G, kind="stable")
     identities_C, starts_C = np.unique(gallery_labels_G[order_G], return_index=True)
     sorted_DG = np.ascontiguousarray(gallery_GD[order_G].T)
+    single = len(identities_C) == len(gallery_GD)
     rows = max(1, BLOCK // len(gallery_GD))
     for start in range(0, len(probes_PD), rows):
-        part = slice(start, min(start + rows, len(probes_PD)))
-        scores_bG = probes_PD[part] @ sorted_DG
-        single = len(identities_C) == len(gallery_GD)
+        scores_bG = probes_PD[start : start + rows] @ sorted_DG
+        part = slice(start, start + len(scores_bG))
         yield part, scores_bG if single else np.maximum.reduceat(scores_bG, starts_C, axis=1)
 
 
@@ -158,19 +146,8 @@ class MatedSearches:
     rival_P: NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class NonMatedSearches:
-    """What each non-mated probe found: the best score of the gallery, and whose it is."""
-
-    best_P: NDArray[np.float32]
-    nearest_P: NDArray[np.int64]
-
-
 def search_mated(
-    gallery_GD: NDArray[np.float32],
-    gallery_labels_G: NDArray[np.int64],
-    probes_PD: NDArray[np.float32],
-    probe_labels_P: NDArray[np.int64],
+    gallery_GD: Vectors, gallery_labels_G: Labels, probes_PD: Vectors, probe_labels_P: Labels
 ) -> MatedSearches:
     """Search each probe in a gallery that holds its identity. A probe without a mate is a fault of the caller."""
     identities_C = np.unique(gallery_labels_G)
@@ -191,14 +168,7 @@ def search_mated(
     return MatedSearches(mate_P, ahead_P, tied_P, rival_P)
 
 
-def search_non_mated(
-    gallery_GD: NDArray[np.float32], gallery_labels_G: NDArray[np.int64], probes_PD: NDArray[np.float32]
-) -> NonMatedSearches:
-    """Search each probe in a gallery that does not hold its identity."""
-    identities_C = np.unique(gallery_labels_G)
-    best_P, nearest_P = np.empty(len(probes_PD), np.float32), np.empty(len(probes_PD), np.int64)
-    for part, scores_bC in identity_scores(probes_PD, gallery_GD, gallery_labels_G):
-        column_b = np.argmax(scores_bC, axis=1)
-        best_P[part] = scores_bC[np.arange(len(scores_bC)), column_b]
-        nearest_P[part] = identities_C[column_b]
-    return NonMatedSearches(best_P, nearest_P)
+def search_non_mated(gallery_GD: Vectors, gallery_labels_G: Labels, probes_PD: Vectors) -> Vectors:
+    """The best score that each probe finds in a gallery that does not hold its identity."""
+    found = identity_scores(probes_PD, gallery_GD, gallery_labels_G)
+    return np.concatenate([scores_bC.max(axis=1) for _, scores_bC in found])

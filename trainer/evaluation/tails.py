@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.evaluation.intervals import score_interval, subject_weights
-from trainer.evaluation.scores import GRID, ceil_to_grid
+from trainer.evaluation.metrics import score_interval, subject_weights
+from trainer.evaluation.scores import Labels, above, ceil_to_grid
 
 Numbers = NDArray[np.float64]
 
@@ -36,9 +36,9 @@ class Tail:
 
     scores_E: Numbers
     shares_E: Numbers
-    first_E: NDArray[np.int64]
-    second_E: NDArray[np.int64]
-    enrolled_E: NDArray[np.int64]
+    first_E: Labels
+    second_E: Labels
+    enrolled_E: Labels
     probe_mass_S: Numbers
     gallery_mass_S: Numbers
     trials: int
@@ -55,22 +55,12 @@ class Tail:
     def quantile(self, rate: float) -> float:
         """The lowest threshold on the grid whose rate is at most `rate`, which must lie within the tail."""
         rejected = int(np.searchsorted(np.cumsum(self.shares_E), rate * (1 + 1e-9), side="right"))
-        return float(np.floor(self.scores_E[min(rejected, len(self.scores_E) - 1)] / GRID) * GRID + GRID)
-
-    def top(self, rate: float) -> "Tail":
-        """The part of the tail whose rate is about `rate`."""
-        return self.first(max(2, int(np.searchsorted(np.cumsum(self.shares_E), rate, side="right"))))
+        return above(float(self.scores_E[min(rejected, len(self.scores_E) - 1)]))
 
     def first(self, count: int) -> "Tail":
         """The highest `count` hits."""
-        return replace(
-            self,
-            scores_E=self.scores_E[:count],
-            shares_E=self.shares_E[:count],
-            first_E=self.first_E[:count],
-            second_E=self.second_E[:count],
-            enrolled_E=self.enrolled_E[:count],
-        )
+        names = ("scores_E", "shares_E", "first_E", "second_E", "enrolled_E")
+        return replace(self, **{name: getattr(self, name)[:count] for name in names})
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,29 +80,25 @@ class Pareto:
 
     def rate(self, threshold: float) -> float:
         """The rate at or above a threshold; 0 beyond the end of a tail of negative shape."""
-        return float(
-            pareto_rate(
-                np.array(self.start_rate),
-                np.array(self.shape),
-                np.array(self.scale),
-                float(_excess(np.array(threshold), self.start)),
-            )
-        )
+        excess = strength(threshold) - strength(self.start)
+        return float(pareto_rate(self.start_rate, self.shape, self.scale, excess))
 
     def quantile(self, rate: float) -> float:
         """The lowest threshold on the grid whose rate is at most `rate` (at most `start_rate`)."""
         decay = np.log(self.start_rate / rate)
         excess = decay if abs(self.shape) < 1e-9 else np.expm1(self.shape * decay) / self.shape
-        reached = float(strength(np.array(self.start))) + self.scale * float(excess)
+        reached = float(strength(self.start)) + self.scale * float(excess)
         return ceil_to_grid(float(np.copysign(np.sqrt(-np.expm1(-abs(reached))), reached)))
 
 
-def strength(scores: Numbers) -> Numbers:
+def strength(scores: Numbers | float) -> Numbers:
     """-log(1 - score^2), with the sign of the score; at most 16, which is a score within rounding of 1."""
     return np.asarray(np.copysign(np.log(np.maximum(1 - np.square(scores), np.exp(-16.0))), scores), dtype=np.float64)
 
 
-def pareto_rate(start_rate: Numbers, shape: Numbers, scale: Numbers, excess: float) -> Numbers:
+def pareto_rate(
+    start_rate: Numbers | float, shape: Numbers | float, scale: Numbers | float, excess: Numbers
+) -> Numbers:
     """The tail function of `Pareto`, elementwise; the exponential one where the shape is within 1e-9 of 0."""
     safe = np.where(np.abs(shape) < 1e-9, 1e-9, shape)
     inside = 1 + safe * excess / scale
@@ -141,12 +127,8 @@ def pareto_moments(excess_E: Numbers, weights_RE: Numbers) -> tuple[Numbers, Num
 def fit(tail: Tail) -> Pareto:
     """The generalised Pareto tail that starts at the lowest score of `tail`."""
     start = float(tail.scores_E[-1])
-    shape_1, scale_1 = pareto_moments(_excess(tail.scores_E, start), tail.shares_E[None])
+    shape_1, scale_1 = pareto_moments(strength(tail.scores_E) - strength(start), tail.shares_E[None])
     return Pareto(start, float(tail.shares_E.sum()), float(shape_1[0]), float(scale_1[0]))
-
-
-def _excess(scores_E: Numbers, start: float) -> Numbers:
-    return np.asarray(strength(scores_E) - strength(np.array(start)), dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +177,7 @@ def spread(tail: Tail) -> Spread:
     return Spread(float(np.square(influence_S).sum()), pairs, max(tail.galleries * (between - noise), 0.0))
 
 
-def _squares(group_E: NDArray[np.int64], shares_E: Numbers) -> float:
+def _squares(group_E: Labels, shares_E: Numbers) -> float:
     """Sum over groups of the squared sum of their shares."""
     _, index_E = np.unique(group_E, return_inverse=True)
     return float(np.square(np.bincount(index_E, weights=shares_E)).sum())
@@ -209,23 +191,21 @@ def replicate_rates(
     With `start` the generalised Pareto tail above it is fitted anew in each replicate; without, hits are counted.
     """
     count = tail.hits(threshold if start is None else start)
-    used = tail.first(count)
     if count == 0:
         return np.zeros(replicates)
+    used = tail.first(count)
     shrinkage = spread(used).shrinkage
     rates = []
     rows = max(1, CHUNK // count)
     for done in range(0, replicates, rows):
-        weights_RS = 1 + shrinkage * (
-            subject_weights(generator, len(tail.probe_mass_S), min(rows, replicates - done)) - 1
-        )
+        drawn_RS = subject_weights(generator, len(tail.probe_mass_S), min(rows, replicates - done))
+        weights_RS = 1 + shrinkage * (drawn_RS - 1)
         weights_RE = weights_RS[:, used.first_E] * weights_RS[:, used.second_E] * used.shares_E
-        exposure_R = _exposure(weights_RS, tail)
         rate_R = weights_RE.sum(axis=1)
         if start is not None:
-            moments = pareto_moments(_excess(used.scores_E, start), weights_RE)
-            rate_R = pareto_rate(rate_R, *moments, _excess(np.array([threshold]), start)[0])
-        rates.append(rate_R / exposure_R)
+            moments = pareto_moments(strength(used.scores_E) - strength(start), weights_RE)
+            rate_R = pareto_rate(rate_R, *moments, strength(threshold) - strength(start))
+        rates.append(rate_R / _exposure(weights_RS, tail))
     return np.concatenate(rates)
 
 
@@ -236,15 +216,6 @@ def _exposure(weights_RS: Numbers, tail: Tail) -> Numbers:
     made_R = searched_RS.sum(axis=1) * answered_RS.sum(axis=1) - (searched_RS * answered_RS).sum(axis=1)
     at_hand = tail.probe_mass_S.sum() * tail.gallery_mass_S.sum() - (tail.probe_mass_S * tail.gallery_mass_S).sum()
     return np.asarray(made_R / at_hand, dtype=np.float64)
-
-
-@dataclass(frozen=True, slots=True)
-class RateAt:
-    """The error rate at a threshold: estimate and interval."""
-
-    rate: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,22 +232,14 @@ class NonMated:
     tail: Tail
     growth: float
     galleries: float
-    pareto: Pareto | None
-
-    def base(self, rate: float) -> float:
-        """The rate that the tail must have for the grown gallery to have `rate`."""
-        return float(-np.expm1(np.log1p(-rate) / self.growth))
-
-    def grown(self, rate: Numbers) -> Numbers:
-        """1 - (1 - rate)^growth."""
-        return np.asarray(-np.expm1(np.log1p(-np.minimum(rate, 1 - 1e-12)) * self.growth), dtype=np.float64)
+    pareto: Pareto | None = None
 
     def threshold(self, rate: float) -> float:
-        """The lowest threshold on the grid that keeps the rate."""
-        return (self.tail if self.pareto is None else self.pareto).quantile(self.base(rate))
+        """The lowest threshold on the grid that keeps the rate: the tail's is 1 - (1 - rate)^(1 / growth)."""
+        return (self.pareto or self.tail).quantile(grown(rate, 1 / self.growth))
 
-    def rate_at(self, threshold: float, confidence: float, seed: int) -> RateAt:
-        """Estimate and interval of the rate at a threshold."""
+    def interval(self, threshold: float, seed: int) -> tuple[float, float]:
+        """Where the rate at a threshold lies, at 95 % confidence."""
         generator = np.random.default_rng([seed, 4])
         start = None if self.pareto is None else self.pareto.start
         rates_R = replicate_rates(self.tail, threshold, generator, REPLICATES, start)
@@ -284,15 +247,19 @@ class NonMated:
         between = spread(used).gallery / max(float(used.shares_E.sum()), 1e-300) ** 2 * self.galleries
         if between > 0:
             rates_R = rates_R * generator.gamma(1 / between, between, size=REPLICATES)
-        estimate = (self.tail if self.pareto is None else self.pareto).rate(threshold)
-        interval = score_interval(estimate, float(rates_R.var()), confidence)
-        low, high = (float(self.grown(np.array(bound))) for bound in interval)
-        return RateAt(float(self.grown(np.array(estimate))), low, high)
+        low, high = score_interval((self.pareto or self.tail).rate(threshold), float(rates_R.var()))
+        return grown(low, self.growth), grown(high, self.growth)
 
     def extended(self) -> "NonMated":
         """The same with a generalised Pareto tail fitted to the highest scores."""
-        top = self.tail.top(fitted_share(self.tail.trials))
+        count = np.searchsorted(np.cumsum(self.tail.shares_E), fitted_share(self.tail.trials), side="right")
+        top = self.tail.first(max(2, int(count)))
         return replace(self, tail=top, pareto=fit(top))
+
+
+def grown(rate: float, growth: float) -> float:
+    """1 - (1 - rate)^growth."""
+    return float(-np.expm1(np.log1p(-min(rate, 1 - 1e-12)) * growth))
 
 
 def fitted_share(trials: float) -> float:

@@ -48,12 +48,14 @@ class Trained:
     """What one training left: the embeddings, and the class centres if the loss has them.
 
     Attributes:
+        title: the loss for people, and what else tells it from its neighbours.
+        angular: only directions decide.
         centres: those that decide, of a margin or of the softmax beside an auxiliary loss.
         learned_CD: those that a centre loss lets follow its samples, at their place among the embeddings.
     """
 
     name: str
-    family: str
+    title: str
     angular: bool
     train_ND: Matrix
     train_labels_N: Labels
@@ -66,8 +68,14 @@ class Trained:
     @property
     def mean_directions_CD(self) -> Matrix:
         """The directions of the class means of the unit training embeddings."""
-        means_CD = class_means(of_length(self.train_ND, 1.0), self.train_labels_N, CLASSES)
-        return of_length(means_CD, 1.0)
+        return of_length(class_means(of_length(self.train_ND, 1.0), self.train_labels_N, CLASSES), 1.0)
+
+    @property
+    def centres_MD(self) -> Matrix:
+        """The class centres, of which a class may have several; the directions of the means where there are none."""
+        if self.centres is None:
+            return self.mean_directions_CD
+        return self.centres.rows_cKD.reshape(-1, self.test_ND.shape[1])
 
     def accuracy_by_centres(self) -> float | None:
         """Share of test samples whose greatest logit is their own class's; None without class centres."""
@@ -127,29 +135,26 @@ def settings(name: str, dimension: int, steps: int, **changes: Any) -> Config:
         raise UserError(f"loss '{name}' is not known; allowed: {', '.join(known)}")
     spec = known[name]
     loss = {"name": name, **spec.demo_constants(dimension, steps), **changes}
-    tree: dict[str, Any] = {"loss": loss}
+    tree: dict[str, Any] = {
+        "loss": loss,
+        "backbone": BackboneConfig(dimension=dimension),
+        "head": HeadConfig(optimizer=HeadOptimizerConfig(lr=HEAD_LR, weight_decay=0.0)),
+        "data": DataConfig(batch_size=BATCH),
+        "scaling": ScalingConfig(workers=1),
+    }
     if spec.beside_softmax is not None:
-        tree = {"loss": "softmax", "auxiliary": [{"weight": spec.beside_softmax, **loss}]}
-    return from_tree(
-        tree
-        | {
-            "backbone": BackboneConfig(dimension=dimension),
-            "head": HeadConfig(optimizer=HeadOptimizerConfig(lr=HEAD_LR, weight_decay=0.0)),
-            "data": DataConfig(batch_size=BATCH),
-            "scaling": ScalingConfig(workers=1),
-        }
-    )
+        tree |= {"loss": "softmax", "auxiliary": [{"weight": spec.beside_softmax, **loss}]}
+    return from_tree(tree)
 
 
-def train(config: Config, steps: int, seed: int, split: Digits | None = None) -> Trained:
+def train(config: Config, steps: int, seed: int, split: Digits) -> Trained:
     """Train the network under a config's losses for some steps of 128 samples, and embed both parts.
 
-    The seed chooses the split (where none is given), the first weights and the order. Same seed, same result.
+    The seed chooses the first weights and the order. Same seed, same result.
 
     Raises:
         UserError: the loss has become NaN or infinite.
     """
-    split = split or load(seed)
     config = config.model_copy(update={"run": RunConfig(seed=seed)})
     torch.manual_seed(seed)
     network = _network(config.backbone.dimension)
@@ -207,7 +212,7 @@ def _finish(
     centres = None if decides is None else decides(every_C)
     return Trained(
         name=shown.name,
-        family=shown.family,
+        title=shown.title,
         angular=centres is None or centres.scale is not None,
         train_ND=embedder(split.train_images_NCHW).double().numpy(),
         train_labels_N=split.train_labels_N.numpy(),

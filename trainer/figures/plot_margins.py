@@ -13,51 +13,44 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from trainer.evaluation.plots_style import COLOURS, DOUBLE, GREY, LINES, MARKERS, PALE, SINGLE, new_figure, paper_style
-from trainer.figures.boundaries import BoundaryRow
-from trainer.figures.curves import CurveGroup, MarginCurve, Vector
+from trainer.evaluation.plots import COLOURS, DOUBLE, GREY, LINES, PALE, SINGLE, paper_style
+from trainer.figures.margins import BoundaryRow, CurveGroup, MarginCurve, Vector
+
+MARKERS = "os^vDP"
+PLANE_COLUMNS = 4
+Values = tuple[Callable[[MarginCurve], Vector], str]  # what is drawn of a curve, and the label of its axis
 
 
 def psi_figure(groups: Sequence[CurveGroup]) -> Figure:
     """psi(theta) above, the target's logit below, a column for each group."""
-    return _two_rows(
-        groups,
-        (lambda curve: curve.psi_T, r"$\psi(\theta)$"),
-        (lambda curve: curve.target_T, "target logit"),
-        logarithmic=False,
-    )
+    psi: Values = (lambda curve: curve.psi_T, r"$\psi(\theta)$")
+    return _two_rows(groups, psi, (lambda curve: curve.target_T, "target logit"), logarithmic=False)
 
 
 def gradient_figure(groups: Sequence[CurveGroup]) -> Figure:
     """The margin's factor d psi / d cos(theta) above, the size of dL/dcos(theta) / length below."""
-    return _two_rows(
-        groups,
-        (lambda curve: curve.slope_T, r"$\mathrm{d}\psi/\mathrm{d}\cos\theta$"),
-        (lambda curve: -curve.gradient_T / curve.length, r"$-(\mathrm{d}L/\mathrm{d}\cos\theta)/s$"),
-        logarithmic=True,
-    )
+    slope: Values = (lambda curve: curve.slope_T, r"$\mathrm{d}\psi/\mathrm{d}\cos\theta$")
+    loss: Values = (lambda curve: -curve.gradient_T / curve.length, r"$-(\mathrm{d}L/\mathrm{d}\cos\theta)/s$")
+    return _two_rows(groups, slope, loss, logarithmic=True)
 
 
 def negatives_figure(group: CurveGroup) -> Figure:
     """What re-weighting makes of the cosine of a hard negative; the diagonal is no re-weighting."""
     with paper_style():
-        figure = new_figure(SINGLE, 2.5)
+        figure = Figure(figsize=(SINGLE, 2.5))
         axes = figure.subplots()
         figure.subplots_adjust(left=0.13, right=0.98, bottom=0.15, top=0.97)
         axes.plot([-1, 1], [-1, 1], color=GREY, linewidth=0.7, zorder=1)
         for place, curve in enumerate(group.curves):
-            cosine_T = np.cos(np.radians(curve.theta_T))
-            _line(axes, cosine_T, curve.psi_T, place, len(group.curves))
-        axes.set_xlabel(r"$\cos\theta_j$")
-        axes.set_ylabel(r"re-weighted $\cos\theta_j$")
-        axes.set_xlim(-1, 1)
+            _line(axes, np.cos(np.radians(curve.theta_T)), curve.psi_T, place, len(group.curves))
+        axes.set(xlim=(-1, 1), xlabel=r"$\cos\theta_j$", ylabel=r"re-weighted $\cos\theta_j$")
         axes.set_xticks([-1, -0.5, 0, 0.5, 1], ["$-1$", "$-0.5$", "$0$", "$0.5$", "$1$"])
         handles = [*_handles(group.curves), Line2D([], [], color=GREY, linewidth=0.7, label="unchanged")]
         axes.legend(handles=handles, loc="upper left")
     return figure
 
 
-def boundary_plane_figure(rows: Sequence[BoundaryRow], columns: int = 4) -> Figure:
+def boundary_plane_figure(rows: Sequence[BoundaryRow]) -> Figure:
     """The plane of both angles: where class 1 and class 2 are decided with their margins; between them is neither.
 
     Rows with the same regions share a panel; a note says which.
@@ -65,25 +58,23 @@ def boundary_plane_figure(rows: Sequence[BoundaryRow], columns: int = 4) -> Figu
     shared: dict[tuple[tuple[float, float], ...], list[BoundaryRow]] = {}
     for row in rows:
         shared.setdefault(tuple((a, round(b, 6)) for a, b in row.region_degrees), []).append(row)
-    panels = list(shared.values())
+    panels, columns = list(shared.values()), PLANE_COLUMNS
     count = -(-(len(panels) + 1) // columns)
     height = count * 1.86 + 0.34
     with paper_style():
-        figure = new_figure(DOUBLE, height)
+        figure = Figure(figsize=(DOUBLE, height))
         grid = figure.subplots(count, columns, squeeze=False, sharex=True, sharey=True)
-        figure.subplots_adjust(
-            left=0.06, right=0.985, bottom=0.42 / height, top=1 - 0.32 / height, wspace=0.12, hspace=0.34
-        )
-        for place, axes in enumerate(grid.flat):
-            if place >= len(panels):
-                axes.set_axis_off()
-                continue
-            _plane(axes, panels[place][0])
+        figure.subplots_adjust(left=0.06, right=0.985, bottom=0.42 / height, top=1 - 0.32 / height)
+        figure.subplots_adjust(wspace=0.12, hspace=0.34)
+        for place, (axes, same) in enumerate(zip(grid.flat, panels, strict=False)):
+            _plane(axes, same[0])
             axes.tick_params(labelbottom=place + columns >= len(panels))
             if place + columns >= len(panels):
                 axes.set_xlabel(r"$\theta_1$ in degrees")
             if place % columns == 0:
                 axes.set_ylabel(r"$\theta_2$ in degrees")
+        for axes in grid.flat[len(panels) :]:
+            axes.set_axis_off()
         _note_shared(grid.flat[len(panels)], panels)
     return figure
 
@@ -111,11 +102,10 @@ def boundary_table_figure(rows: Sequence[BoundaryRow]) -> Figure:
         (0.99, "right", "gap"),
     )
     with paper_style():
-        figure = new_figure(DOUBLE, height)
+        figure = Figure(figsize=(DOUBLE, height))
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
-        axes.set_xlim(0, 1)
-        axes.set_ylim(height, 0)
+        axes.set(xlim=(0, 1), ylim=(height, 0))
         for x, side, text in heads:
             axes.text(x, top - 0.14, text, ha=side, va="baseline", fontweight="bold")
         apart = rows[0].apart_degrees
@@ -124,7 +114,7 @@ def boundary_table_figure(rows: Sequence[BoundaryRow]) -> Figure:
             axes.plot([0.005, 0.995], [y, y], color="black", linewidth=width)
         for place, row in enumerate(rows):
             y = top + line * (place + 0.62)
-            known = row.boundary_degrees is not None and row.gap_degrees is not None
+            known = row.boundary_degrees is not None
             cells = (
                 "" if place and rows[place - 1].label == row.label else row.label,
                 f"${row.tex}$",
@@ -137,26 +127,15 @@ def boundary_table_figure(rows: Sequence[BoundaryRow]) -> Figure:
     return figure
 
 
-def _two_rows(
-    groups: Sequence[CurveGroup],
-    above: tuple[Callable[[MarginCurve], Vector], str],
-    below: tuple[Callable[[MarginCurve], Vector], str],
-    logarithmic: bool,
-) -> Figure:
+def _two_rows(groups: Sequence[CurveGroup], above: Values, below: Values, logarithmic: bool) -> Figure:
     columns, most = len(groups), max(len(group.curves) for group in groups)
     legend = 0.128 * most + 0.1
     height = 3.35 + legend
     with paper_style():
-        figure = new_figure(DOUBLE, height)
+        figure = Figure(figsize=(DOUBLE, height))
         grid = figure.subplots(2, columns, squeeze=False, sharex=True, sharey="row" if logarithmic else False)
-        figure.subplots_adjust(
-            left=0.07,
-            right=0.985,
-            bottom=(legend + 0.42) / height,
-            top=1 - 0.22 / height,
-            wspace=0.14 if logarithmic else 0.34,
-            hspace=0.10,
-        )
+        figure.subplots_adjust(left=0.07, right=0.985, bottom=(legend + 0.42) / height, top=1 - 0.22 / height)
+        figure.subplots_adjust(wspace=0.14 if logarithmic else 0.34, hspace=0.10)
         for column, group in enumerate(groups):
             for axes, (values, label) in zip(grid[:, column], (above, below), strict=True):
                 for place, curve in enumerate(group.curves):
@@ -175,16 +154,8 @@ def _two_rows(
 
 
 def _legend_below(axes: Axes, group: CurveGroup) -> None:
-    axes.legend(
-        handles=_handles(group.curves),
-        loc="upper left",
-        bbox_to_anchor=(-0.06, -0.3),
-        borderaxespad=0,
-        fontsize=6.3,
-        labelspacing=0.25,
-        handlelength=2.4,
-        handletextpad=0.5,
-    )
+    spacing = {"borderaxespad": 0, "labelspacing": 0.25, "handlelength": 2.4, "handletextpad": 0.5}
+    axes.legend(handles=_handles(group.curves), loc="upper left", bbox_to_anchor=(-0.06, -0.3), fontsize=6.3, **spacing)
 
 
 def _angle_axis(axes: Axes, logarithmic: bool) -> None:
@@ -231,8 +202,5 @@ def _plane(axes: Axes, row: BoundaryRow) -> None:
     axes.text(0.04, 0.95, "1", transform=axes.transAxes, va="top", fontsize=8, fontweight="bold", bbox=box)
     axes.text(0.96, 0.05, "2", transform=axes.transAxes, ha="right", fontsize=8, fontweight="bold", bbox=box)
     axes.set_title(row.label + (f", {row.setting}" if row.setting else ""), fontsize=7.5)
-    axes.set_xlim(0, 180)
-    axes.set_ylim(0, 180)
-    axes.set_xticks([0, 45, 90, 135, 180])
-    axes.set_yticks([0, 45, 90, 135, 180])
-    axes.set_aspect("equal")
+    axes.set(xlim=(0, 180), ylim=(0, 180), aspect="equal")
+    axes.set(xticks=[0, 45, 90, 135, 180], yticks=[0, 45, 90, 135, 180])

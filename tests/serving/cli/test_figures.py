@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from serving.cli import app
 from trainer.errors import UserError
 from trainer.figures import draw as figures
-from trainer.figures.plot_geometry import Panel, geometry_figure
+from trainer.figures.digits import Trained
+from trainer.figures.plot_geometry import geometry_figure
 from trainer.losses.centres import Center
 from trainer.objective import members
 from trainer.objective.centres import CentreModule
@@ -47,10 +48,10 @@ def test_the_figures_of_three_families_and_the_centres_of_the_centre_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the curves of the margins, which `test_geometry_of_one_loss` draws."""
-    panels: list[Panel] = []
+    panels: list[Trained] = []
     modules: list[CentreModule] = []
 
-    def draw(of_family: Sequence[Panel]) -> Figure:
+    def draw(of_family: Sequence[Trained]) -> Figure:
         panels.extend(of_family)
         return geometry_figure(of_family)
 

@@ -1,5 +1,6 @@
 """Error rates against their definitions, written as loops over scores."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -88,19 +89,19 @@ def test_tar_is_the_best_that_keeps_the_far(mated: list[float], non_mated: list[
     point = tar_at_far(
         verification_curve(PairCounts(few.mated, few.non_mated * 600)), far
     )  # enough to resolve the rates
-    assert point.value is not None
+    assert point.tar is not None
     assert point.threshold is not None
     reachable = [t for t in (*mated, *non_mated, 2.0) if sum(s >= t for s in non_mated) <= far * len(non_mated)]
-    assert point.value == pytest.approx(max(sum(s >= t for s in mated) / len(mated) for t in reachable))
+    assert point.tar == pytest.approx(max(sum(s >= t for s in mated) / len(mated) for t in reachable))
     assert sum(s >= point.threshold for s in non_mated) <= far * len(non_mated)
     assert sum(s >= point.threshold - GRID for s in non_mated) > far * len(non_mated)
 
 
 def test_a_far_that_the_pairs_do_not_resolve_has_a_reason_instead_of_a_value() -> None:
     curve = verification_curve(counts([0.9] * 10, [0.1] * 29_999))
-    assert tar_at_far(curve, 1e-2).value == 1
+    assert tar_at_far(curve, 1e-2).tar == 1
     point = tar_at_far(curve, 1e-3)
-    assert (point.value, point.threshold) == (None, None)
+    assert (point.tar, point.threshold) == (None, None)
     assert point.reason == "29999 non-mated pairs do not resolve FAR 0.001; it takes 30000"
 
 
@@ -147,12 +148,13 @@ def test_an_exact_share_is_allowed() -> None:
 
 def test_fnir_at_fpir_and_its_limit() -> None:
     non_mated = np.arange(300, dtype=np.float32) / 300
-    mated = np.array([0.2, 0.995, 0.999], np.float32)
+    mated = replace(searches([0, 0, 1], [0, 0, 0]), mate_P=np.array([0.2, 0.995, 0.999], np.float32))
     point = fnir_at_fpir(mated, non_mated, 0.01)
-    assert point.value == pytest.approx(1 / 3)
+    assert point.fnir == pytest.approx(1 / 3)
+    assert point.fnir_rank1 == pytest.approx(2 / 3)
     assert point.threshold == pytest.approx(296 / 300, abs=2 * GRID)
     short = fnir_at_fpir(mated, non_mated[:299], 0.01)
-    assert (short.value, short.threshold) == (None, None)
+    assert (short.fnir, short.fnir_rank1, short.threshold) == (None, None, None)
     assert short.reason == "299 non-mated probes do not show FPIR 0.01; it takes 300"
 
 

@@ -13,7 +13,6 @@ from PIL import Image
 
 from trainer.evaluation import plots
 from trainer.evaluation.plots import course_plot, draw_cmc, draw_det, draw_open_set, draw_roc, draw_scores, report_plots
-from trainer.evaluation.plots_style import new_figure
 from trainer.evaluation.protocols import evaluate
 from trainer.evaluation.report import Report
 
@@ -25,7 +24,7 @@ def report_of(identities: int, samples: int, spread: float) -> Report:
     vectors = generator.normal(size=(identities, 1, 16)) + spread * generator.normal(size=(identities, samples, 16))
     vectors = vectors.reshape(-1, 16) / np.linalg.norm(vectors.reshape(-1, 16), axis=1, keepdims=True)
     labels = np.repeat(np.arange(identities), samples)
-    return evaluate(vectors, labels, [str(k) for k in range(identities)], draws=0, replicates=50)
+    return evaluate(vectors, labels, [str(k) for k in range(identities)])
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +106,7 @@ def test_the_rest_of_the_evaluation_needs_neither_torch_nor_matplotlib() -> None
 
 def test_the_course_of_a_run_shows_every_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
-    monkeypatch.setattr(plots, "new_figure", lambda *size: figures.append(new_figure(*size)) or figures[-1])
+    monkeypatch.setattr(plots, "Figure", lambda **how: figures.append(Figure(**how)) or figures[-1])
     course = [(10, {"within_between": 3.0, "self_duality": 1.0}), (20, {"within_between": 2.0}), (30, {"last": 1.0})]
     assert course_plot(course, tmp_path / "course.png") == tmp_path / "course.png"
     lines = {axes.get_title(loc="left"): axes.lines[0].get_xydata().tolist() for axes in figures[0].axes}

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from trainer.errors import UserError
-from trainer.evaluation.intervals import mean_interval
+from trainer.evaluation import protocols
+from trainer.evaluation.metrics import mean_interval
 from trainer.evaluation.protocols import (
     enrolled_rows,
     evaluate,
@@ -29,6 +30,11 @@ def identities(count: int, samples: int, dimension: int, spread: float, seed: in
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)[order], labels
 
 
+@pytest.fixture(autouse=True)
+def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocols, "REPLICATES", 50)
+
+
 def names(count: int) -> list[str]:
     return [f"identity {k}" for k in range(count)]
 
@@ -48,7 +54,7 @@ def test_drawn_enrolments_differ_and_are_of_the_right_identity() -> None:
 
 def test_rank1_and_fnir_are_those_of_the_loop_over_probes() -> None:
     vectors, labels = identities(40, 8, 16, 1.0)
-    report = evaluate(vectors, labels, names(40), unenrolled_share=0.3, fpirs=(0.1,), draws=0, replicates=50)
+    report = evaluate(vectors, labels, names(40), unenrolled_share=0.3)
     first = {c: vectors[list(labels).index(c)] for c in range(40)}
     probes = [i for i in range(len(labels)) if i != list(labels).index(labels[i])]
     right = [max(first, key=lambda c: float(vectors[i] @ first[c])) == labels[i] for i in probes]
@@ -62,7 +68,8 @@ def test_rank1_and_fnir_are_those_of_the_loop_over_probes() -> None:
         max(float(vectors[i] @ g) for g in gallery.values()) for i in range(len(labels)) if labels[i] in strangers
     )
     mated = [i for i in probes if labels[i] not in strangers]
-    point = report.open_set.points[0]
+    point = report.open_set.points[1]
+    assert point.fpir == 0.1
     assert point.threshold is not None
     assert sum(s >= point.threshold for s in non_mated) == len(non_mated) // 10
     missed = [float(vectors[i] @ first[labels[i]]) < point.threshold for i in mated]
@@ -80,17 +87,15 @@ def test_rank1_and_fnir_are_those_of_the_loop_over_probes() -> None:
 
 def test_quick_gives_the_figures_of_the_full_report() -> None:
     vectors, labels = identities(60, 12, 16, 1.0)
-    report = evaluate(vectors, labels, names(60), seed=5, draws=0, replicates=10)
-    found = quick(vectors, labels, seed=5)
-    assert found.rank1 == report.one_shot.rank1
-    assert found.fnir_at_fpir_1pct == report.open_set.points[0].fnir
-    assert found.threshold == report.open_set.points[0].threshold
+    report = evaluate(vectors, labels, names(60))
+    assert report.open_set.points[0].fnir is not None
+    assert quick(vectors, labels) == (report.one_shot.rank1, report.open_set.points[0].fnir)
 
 
 def test_collapsed_embeddings_score_as_chance() -> None:
     vectors = np.zeros((200, 8), np.float32)
     vectors[:, 0] = 1
-    report = evaluate(vectors, np.arange(200) // 5, names(40), replicates=20)
+    report = evaluate(vectors, np.arange(200) // 5, names(40))
     assert report.one_shot.rank1 == pytest.approx(1 / 40)
     assert report.one_shot.cmc[9] == pytest.approx(10 / 40)
     assert report.one_shot.confusions == []
@@ -100,7 +105,7 @@ def test_collapsed_embeddings_score_as_chance() -> None:
 
 def test_random_embeddings_score_near_chance() -> None:
     vectors, _ = identities(1000, 1, 32, 0.0)
-    report = evaluate(vectors, np.arange(1000) % 50, names(50), replicates=100)
+    report = evaluate(vectors, np.arange(1000) % 50, names(50))
     assert report.one_shot.low <= 0.02 <= report.one_shot.high
     assert report.verification.auc == pytest.approx(0.5, abs=0.02)
 
@@ -108,7 +113,7 @@ def test_random_embeddings_score_near_chance() -> None:
 def test_confusions_name_the_identity_that_was_taken_instead() -> None:
     angle = {0: (0.0, 1.6), 1: (1.5, 1.5), 2: (3.0, 3.0)}
     vectors = np.array([[np.cos(a), np.sin(a)] for pair in angle.values() for a in pair], np.float32)
-    report = evaluate(vectors, np.array([0, 0, 1, 1, 2, 2]), ["a", "b", "c"], replicates=10, draws=0)
+    report = evaluate(vectors, np.array([0, 0, 1, 1, 2, 2]), ["a", "b", "c"])
     assert [c.model_dump() for c in report.one_shot.confusions] == [
         {"identity": "a", "taken_for": "b", "probes": 1, "of": 1}
     ]
@@ -117,11 +122,11 @@ def test_confusions_name_the_identity_that_was_taken_instead() -> None:
 
 def test_the_report_survives_json_and_is_the_same_for_the_same_seed() -> None:
     vectors, labels = identities(30, 6, 8, 0.7)
-    report = evaluate(vectors, labels, names(30), seed=3, source="made up", model_id="abc", replicates=20)
+    report = evaluate(vectors, labels, names(30), seed=3, source="made up", model_id="abc")
     assert Report.model_validate_json(report.to_json()) == report
     assert "NaN" not in report.to_json()
-    assert evaluate(vectors, labels, names(30), seed=3, source="made up", model_id="abc", replicates=20) == report
-    other = evaluate(vectors, labels, names(30), seed=4, source="made up", model_id="abc", replicates=20)
+    assert evaluate(vectors, labels, names(30), seed=3, source="made up", model_id="abc") == report
+    other = evaluate(vectors, labels, names(30), seed=4, source="made up", model_id="abc")
     assert other.open_set != report.open_set
     assert json.loads(report.to_json())["source"] == "made up"
     unresolved = [p for p in report.verification.tar_at_far if p.tar is None]
@@ -176,12 +181,12 @@ def test_identities_of_one_sample_are_distractors() -> None:
 
 def test_ten_folds_share_no_identity_and_need_enough_of_them() -> None:
     vectors, labels = identities(60, 6, 16, 0.3)
-    found = ten_fold(vectors, labels, seed=0)
+    found = ten_fold(vectors, labels, 0)
     assert found is not None
     assert found.accuracy > 0.98
     assert found.pairs <= 6000
     few, few_labels = identities(15, 6, 16, 0.3)
-    assert ten_fold(few, few_labels, seed=0) is None
+    assert ten_fold(few, few_labels, 0) is None
 
 
 def test_whole_identities_are_kept_up_to_the_limit() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from trainer.evaluation.intervals import score_interval, subject_weights
+from trainer.evaluation.metrics import score_interval, subject_weights
 from trainer.evaluation.nonmated import maximum_weights, pair_tail, search_tail
 from trainer.evaluation.scores import GRID
 from trainer.evaluation.tails import Pareto, Tail, fit, pareto_moments, replicate_rates, spread, strength
@@ -204,7 +204,7 @@ def test_subjects_are_drawn_with_replacement() -> None:
 @given(st.floats(1e-6, 0.2), st.floats(0.01, 2))
 def test_the_score_interval_solves_its_equation(rate: float, variation: float) -> None:
     variance = (variation * rate) ** 2
-    low, high = score_interval(rate, variance, 0.95)
+    low, high = score_interval(rate, variance)
     assert 0 < low < rate < high
     for end in (low, high):
         if end < 1:
@@ -213,5 +213,5 @@ def test_the_score_interval_solves_its_equation(rate: float, variation: float) -
 
 def test_the_score_interval_covers_poisson_counts_as_claimed() -> None:
     counts = np.random.default_rng(0).poisson(12.0, 4000) / 1000
-    inside = [low <= 0.012 <= high for low, high in (score_interval(c, c / 1000, 0.95) for c in counts)]
+    inside = [low <= 0.012 <= high for low, high in (score_interval(c, c / 1000) for c in counts)]
     assert np.mean(inside) == pytest.approx(0.95, abs=0.02)

@@ -7,28 +7,28 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.contour import QuadContourSet
-from matplotlib.text import Annotation
+from matplotlib.text import Annotation, Text
 from numpy.typing import NDArray
 from PIL import Image
 
 from tests.drawn import meeting
-from trainer.errors import UserError
-from trainer.evaluation.plots_style import save
-from trainer.figures.plot_angles import angle_figure
-from trainer.figures.plot_geometry import Panel, _columns, _name_directions, _view, geometry_figure
+from trainer.evaluation.plots import save
+from trainer.figures.digits import Trained
+from trainer.figures.plot_geometry import _columns, _name_directions, _view, angle_figure, geometry_figure
+from trainer.objective.geometry import ClassCentres
 
 Matrix = NDArray[np.float64]
 
 
-def panel(dimension: int, angular: bool, classes: int = 5) -> Panel:
+def panel(dimension: int, angular: bool, classes: int = 5) -> Trained:
     random = np.random.default_rng(classes)
     turns = np.linspace(0, 2 * np.pi, classes, endpoint=False)
     centres_CD = np.stack([np.cos(turns), np.sin(turns), 0.3 * np.cos(3 * turns)], axis=1)[:, :dimension]
     labels_N = np.repeat(np.arange(classes), 20)
     features_ND = 5 * centres_CD[labels_N] + 0.4 * random.normal(size=(len(labels_N), dimension))
-    return Panel(
-        "a loss", "test accuracy 99.0 %", angular, features_ND, labels_N, centres_CD, lambda x: x @ centres_CD.T
-    )
+    samples = (features_ND, labels_N)
+    centres = ClassCentres(centres_CD[:, None], np.zeros(classes), None)
+    return Trained("loss", "a loss", angular, *samples, *samples, centres, learned_CD=None, losses=())
 
 
 def crosses(axes: Axes) -> Matrix:
@@ -87,12 +87,13 @@ def test_no_text_of_a_large_figure_overlaps() -> None:
 def test_names_that_would_meet_are_moved_apart() -> None:
     turns = np.radians([10, 11, 12, 200, 201])
     x_ND = np.stack([np.cos(turns), np.sin(turns)], axis=1)
-    directions = _name_directions(x_ND, np.arange(5), np.arange(5))
+    directions = np.stack(list(_name_directions(x_ND, np.arange(5)).values()))
     cosines = directions @ directions.T - 2 * np.eye(5)
     assert np.arccos(cosines.max()) > 0.155
     apart = np.arange(3) * 2 * np.pi / 3
     even_ND = np.stack([np.cos(apart), np.sin(apart)], axis=1)
-    np.testing.assert_allclose(_name_directions(even_ND, np.arange(3), np.arange(3)), even_ND, atol=1e-12)
+    kept_ND = list(_name_directions(even_ND, np.arange(3)).values())
+    np.testing.assert_allclose(kept_ND, even_ND, atol=1e-12)
 
 
 def test_boundaries_are_where_the_two_best_scores_are_equal() -> None:
@@ -144,10 +145,11 @@ def test_few_cells_are_left_empty(panels: int, columns: int) -> None:
     assert _columns(panels, 2) == columns
 
 
-def test_what_cannot_be_drawn_is_refused() -> None:
-    with pytest.raises(UserError, match="name a loss"):
-        geometry_figure([])
-    with pytest.raises(UserError, match="name a loss"):
-        angle_figure([])
-    with pytest.raises(UserError, match="use 2 or 3"):
-        geometry_figure([panel(2, True), panel(3, True)])
+def test_the_accuracy_stands_below_each_panel() -> None:
+    drawn = panel(2, angular=False, classes=10)
+    by_hand = np.mean(
+        [np.argmax(drawn.centres_MD @ x_D) == c for x_D, c in zip(drawn.test_ND, drawn.test_labels_N, strict=True)]
+    )
+    texts = [text.get_text() for text in geometry_figure([drawn, replace(drawn, centres=None)]).findobj(Text)]
+    assert f"test accuracy {100 * by_hand:.1f} %" in texts
+    assert f"test accuracy {100 * drawn.accuracy_by_means():.1f} %" in texts

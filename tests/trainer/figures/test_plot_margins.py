@@ -10,9 +10,8 @@ from matplotlib.text import Text
 from PIL import Image
 
 from tests.drawn import meeting
-from trainer.evaluation.plots_style import save
-from trainer.figures.boundaries import BoundaryRow, boundary_markdown, boundary_records
-from trainer.figures.curves import CurveGroup, MarginCurve
+from trainer.evaluation.plots import save
+from trainer.figures.margins import BoundaryRow, CurveGroup, MarginCurve, boundary_markdown, boundary_records
 from trainer.figures.plot_margins import (
     boundary_plane_figure,
     boundary_table_figure,
@@ -26,9 +25,7 @@ THETA = np.linspace(0.5, 179.5, 181)
 
 def curve(name: str, m: float) -> MarginCurve:
     psi = np.cos(np.radians(THETA)) - m
-    return MarginCurve(
-        name, rf"{name}, $m = {m}$", 64.0, THETA, psi, 64 * psi, np.ones(181), -64 / (1 + np.exp(8 * psi))
-    )
+    return MarginCurve(name, rf"{name}, $m = {m}$", 64.0, THETA, psi, np.ones(181), -64 / (1 + np.exp(8 * psi)))
 
 
 @pytest.fixture

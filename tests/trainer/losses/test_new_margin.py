@@ -40,14 +40,13 @@ from pathlib import Path
 import torch
 from benchmarks.margins import LOSSES as RECIPES
 from trainer.config import load
-from trainer.figures import captions, digits, draw
-from trainer.figures.boundaries import boundary_rows
-from trainer.figures.curves import curve_groups
+from trainer.figures import digits, draw
+from trainer.figures.margins import boundary_rows, curve_groups
 from trainer.losses import table
 
 torch.set_num_threads(1)
 config = load(None, ["loss=slanted", "loss.margin=0.2"])
-trained = digits.train(digits.settings("slanted", 2, 60), 60, 0)
+trained = digits.train(digits.settings("slanted", 2, 60), 60, 0, digits.load(0))
 written = draw.geometry(Path("figures"), ["slanted"], [2], steps=3, seed=0, show=lambda *_: None)
 recipe = next(one for one in RECIPES if one.name == "slanted").config(Path("data"), Path("out"), 1, 0)
 groups = curve_groups(angles=9)
@@ -57,7 +56,7 @@ print(json.dumps({
     "falls": trained.losses[-1] < trained.losses[0],
     "curves": [(g.name, c.label) for g in groups for c in g.curves if c.name == "slanted"],
     "boundaries": [(r.label, r.text, r.tex) for r in boundary_rows() if r.name == "slanted"],
-    "caption": captions.of_psi(groups),
+    "caption": draw.psi_caption(groups),
     "figures": sorted(path.name for path in written.files),
     "recipe": [recipe.loss.scale, recipe.head.optimizer.lr],
 }))

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.figures.boundaries import boundary_rows
-from trainer.figures.curves import RAW_LENGTH, curve_groups, negative_curves, panels
+from trainer.figures.margins import RAW_LENGTH, boundary_rows, curve_groups, negative_curves, panels
 from trainer.losses import Margin, by_name
 
 HALF = 45.0  # of a right angle

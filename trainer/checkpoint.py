@@ -81,11 +81,7 @@ class Checkpoint:
 
 
 def save(
-    parent: Path,
-    manifest: CheckpointManifest,
-    files: Mapping[str, Mapping[str, Tensor]],
-    keep: int,
-    group: Group,
+    parent: Path, manifest: CheckpointManifest, files: Mapping[str, Mapping[str, Tensor]], keep: int, group: Group
 ) -> Path:
     """Write a checkpoint; every rank calls it with the files that it holds (other names on each rank).
 

@@ -8,9 +8,9 @@ Tensors are named by what they are, never by who wrote them: the backbone in ful
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,12 +48,12 @@ class CheckpointManifest(Strict):
     files: dict[str, FileEntry]
 
 
+@dataclass(frozen=True)
 class Checkpoint:
     """A whole checkpoint on disk, its files not yet read."""
 
-    def __init__(self, folder: Path, manifest: CheckpointManifest) -> None:
-        self.folder = folder
-        self.manifest = manifest
+    folder: Path
+    manifest: CheckpointManifest
 
     @property
     def step(self) -> int:
@@ -68,16 +68,15 @@ class Checkpoint:
         """
         entry = self.manifest.files.get(name)
         path = self.folder / name
-        remedy = f"remove '{self.folder}' to go on from the checkpoint before it"
         if entry is None:
             raise UserError(f"the checkpoint '{self.folder}' has no '{name}', only {sorted(self.manifest.files)}")
         try:
             if (found := _sha256(path)) != entry.sha256:
-                raise UserError(f"'{path}' is damaged: SHA-256 {found}, written as {entry.sha256}; {remedy}")
-            tensors: dict[str, Tensor] = load_file(path)
-            return tensors
+                what = f"'{path}' is damaged: SHA-256 {found}, written as {entry.sha256}"
+                raise UserError(f"{what}; {_remedy(self.folder)}")
+            return dict(load_file(path))
         except (OSError, SafetensorError) as error:
-            raise UserError(f"'{path}' cannot be read ({error}); {remedy}") from error
+            raise UserError(f"'{path}' cannot be read ({error}); {_remedy(self.folder)}") from error
 
 
 def save(
@@ -91,8 +90,6 @@ def save(
         parent: folder of the run's checkpoints, the same (shared) one on every rank.
         manifest: as rank 0 shall write it; its `files` are filled in here.
         files: name to tensors by name.
-        keep: how many checkpoints stay.
-        group: the ranks that write.
     """
     final = parent / f"step-{manifest.step:08d}"
     partial = final.with_name(final.name + _PARTIAL)
@@ -127,19 +124,22 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         UserError: it is not a whole checkpoint.
     """
-    remedy = f"remove '{folder}' to go on from the checkpoint before it"
     try:
         manifest = CheckpointManifest.model_validate_json((folder / MANIFEST).read_bytes())
     except OSError as error:
         raise UserError(f"'{folder}' is not a checkpoint: cannot read {MANIFEST} ({error.strerror})") from error
     except ValidationError as error:
-        raise UserError(f"'{folder / MANIFEST}' is damaged ({error.errors()[0]['msg']}); {remedy}") from error
+        raise UserError(f"'{folder / MANIFEST}' is damaged ({error.errors()[0]['msg']}); {_remedy(folder)}") from error
     for name, entry in manifest.files.items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
         if size != entry.bytes:
-            raise UserError(f"'{path}' has {size} bytes, written with {entry.bytes}; {remedy}")
+            raise UserError(f"'{path}' has {size} bytes, written with {entry.bytes}; {_remedy(folder)}")
     return Checkpoint(folder, manifest)
+
+
+def _remedy(folder: Path) -> str:
+    return f"remove '{folder}' to go on from the checkpoint before it"
 
 
 def _whole(parent: Path) -> list[Path]:
@@ -158,8 +158,7 @@ def _finish(partial: Path, final: Path, manifest: CheckpointManifest) -> None:
     for path in sorted(partial.glob("*.entry")):
         entries[path.name.removesuffix(".entry")] = FileEntry.model_validate_json(path.read_text())
         path.unlink()
-    whole = manifest.model_copy(update={"files": entries})
-    (partial / MANIFEST).write_text(json.dumps(whole.model_dump(mode="json"), indent=1))
+    (partial / MANIFEST).write_text(manifest.model_copy(update={"files": entries}).model_dump_json(indent=1))
     publish(partial, final)  # there may be one of this step already, after a resume from an older one
 
 

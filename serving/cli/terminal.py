@@ -1,21 +1,14 @@
 """What the terminal shows: lines, progress bars and tables."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import TimeElapsedColumn as Elapsed
+from rich.progress import TimeRemainingColumn as Remaining
 
 if TYPE_CHECKING:
     from trainer.train import Record
@@ -42,17 +35,10 @@ def fail(text: str, what: str = "error") -> None:
 
 
 @contextmanager
-def progress(console: Console = out) -> Iterator[Callable[[str, int, int], None]]:
+def progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each stage; yields `show(stage, done, total)`. Nothing is drawn where there is no terminal."""
-    bar = Progress(
-        TextColumn("{task.description:>10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
+    columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), Elapsed(), Remaining())
+    bar = Progress(*columns, console=out, disable=not out.is_terminal)
     tasks: dict[str, TaskID] = {}
 
     def show(stage: str, done: int, total: int) -> None:
@@ -69,17 +55,9 @@ class TrainingView:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._bar = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        counts, times = (TextColumn("step"), MofNCompleteColumn()), (Elapsed(), TextColumn("left"), Remaining())
+        columns = (*counts, BarColumn(), TextColumn("{task.fields[text]}"), *times)
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task: TaskID | None = None
         self._next_line = 0.0
 
@@ -100,11 +78,9 @@ class TrainingView:
             self._step(record.step, record.total_steps, record.values)
 
     def _step(self, step: int, total: int, values: Mapping[str, float]) -> None:
-        text = (
-            f"loss {values['loss']:.3f}  {values['samples_per_s']:.0f} samples/s  {values['memory_mb']:.0f} MB"
-            if "loss" in values
-            else "starting"
-        )
+        text = "starting"
+        if "loss" in values:
+            text = "loss {loss:.3f}  {samples_per_s:.0f} samples/s  {memory_mb:.0f} MB".format_map(values)
         if not self._console.is_terminal:
             if step >= self._next_line * total:
                 self._console.print(f"step {step}/{total}  {text}", highlight=False)
@@ -116,7 +92,7 @@ class TrainingView:
 
     def _line(self, text: str) -> None:
         """A line above the bar."""
-        self._bar.console.print(plain(text), highlight=False)
+        self._console.print(plain(text), highlight=False)
 
 
 def _evaluation(values: Mapping[str, float]) -> str:
@@ -126,11 +102,3 @@ def _evaluation(values: Mapping[str, float]) -> str:
     others = len(values) - len(shown)
     shown += [f"{others} other figures in run.json and MLflow"] if others else []
     return ", ".join(shown)
-
-
-def rows_table(title: str, rows: Sequence[tuple[str, str]]) -> Table:
-    """Two columns: what, and its value."""
-    table = Table(title=title, show_header=False, title_justify="left")
-    for what, value in rows:
-        table.add_row(plain(what), plain(value))
-    return table

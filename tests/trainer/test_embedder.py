@@ -39,7 +39,7 @@ def test_vectors_are_those_of_the_formula(embedder):
         expected_D = (pixels - pixels.mean()) @ weights.astype(np.float64)
         np.testing.assert_allclose(x_D, expected_D / np.linalg.norm(expected_D), atol=1e-5)
     assert x_BD.dtype == np.float32
-    assert (opened.dimension, opened.model_id) == (32, read_manifest(embedder).model_id)
+    assert (opened.manifest.dimension, opened.model_id) == (32, read_manifest(embedder).model_id)
 
 
 def test_batches_do_not_change_the_vectors(embedder):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from serving.cli.terminal import TrainingView, fail, out, plain, progress, warn
+from serving.cli.terminal import TrainingView, fail, out, progress, warn
 
 if TYPE_CHECKING:
     from trainer.embedder import EmbedderManifest
@@ -41,7 +41,7 @@ def train(overrides: Overrides = None, config: ConfigOption = None, resume: Resu
     except TrainingFailed as error:
         fail(str(error), "the training failed")
         raise typer.Exit(1) from error
-    out.print(f"checkpoints are in {folder / 'checkpoints'}; next: hypersphere export --run {folder}", highlight=False)
+    out.print(f"checkpoints are in {folder / 'checkpoints'}; next: hypersphere export --run {folder}")
 
 
 def submit(
@@ -104,14 +104,14 @@ def evaluate(
     to.mkdir(parents=True, exist_ok=True)
     write_file(to / "report.json", report.to_json())
     _print(f"{split}: {report.samples} images of {report.identities} identities", _report_rows(report))
+    plots = []
     try:
         from trainer.evaluation.plots import report_plots
+
+        plots = report_plots(report, to)
     except ModuleNotFoundError as error:
         warn(f"no plots: '{error.name}' is not installed; pip install 'hypersphere[trainer]' brings it")
-        plots = []
-    else:
-        plots = report_plots(report, to)
-    out.print(f"report and {len(plots)} plots are in {to}", highlight=False)
+    out.print(f"report and {len(plots)} plots are in {to}")
     _track(opened.manifest, report, to)
 
 
@@ -136,14 +136,11 @@ def calibrate(
             opened, data, split, fpir=fpir, fmr=fmr, gallery_size=gallery_size, seed=seed, progress=show
         )
     write_manifest(embedder, opened.manifest.model_copy(update={"calibration": found}))
-    size = f" at {found.identify.gallery_size} subjects"
-    rows = [
-        (
-            f"{use} ({one.target} {one.rate:g}{where})",
-            f"{one.value:.4f}, reached {one.target} between {one.low:.4f} and {one.high:.4f}",
-        )
-        for use, one, where in (("verify", found.verify, ""), ("identify", found.identify, size))
-    ]
+    rows = []
+    for use, one in (("verify", found.verify), ("identify", found.identify)):
+        size = f" at {one.gallery_size} subjects" if use == "identify" else ""
+        reached = f"{one.value:.4f}, reached {one.target} between {one.low:.4f} and {one.high:.4f}"
+        rows.append((f"{use} ({one.target} {one.rate:g}{size})", reached))
     _print("thresholds", rows)
 
 
@@ -169,7 +166,7 @@ def _print(title: str, rows: Sequence[tuple[str, str]]) -> None:
     """A table of two columns: what, and its value."""
     table = Table(title=title, show_header=False, title_justify="left")
     for row in rows:
-        table.add_row(*map(plain, row))
+        table.add_row(*row)
     out.print(table)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from serving.cli.terminal import out, plain, progress, warn
+from serving.cli.terminal import out, progress, warn
 
 if TYPE_CHECKING:
     from trainer.figures.draw import Written
@@ -33,7 +33,7 @@ def table(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable
         shown.add_column(column, overflow="fold")
     for row in rows:
         defaults = ", ".join(f"{key}={value}" for key, value in row["defaults"].items())
-        shown.add_row(*map(plain, (row["name"], row["family"], row["formula"], defaults, row["source"])))
+        shown.add_row(row["name"], row["family"], row["formula"], defaults, row["source"])
     out.print(shown)
 
 
@@ -82,8 +82,8 @@ def gradients(folder: OutOption = Path("figures")) -> None:
 def _finish(folder: Path, written: "Written") -> None:
     """Name the figures, and log their files, no others of the folder, to the active MLflow run where there is one."""
     for one in written.figures:
-        out.print(" ".join(map(str, one.files)), highlight=False)
-    out.print(f"captions and numbers are in {folder}", highlight=False)
+        out.print(" ".join(map(str, one.files)))
+    out.print(f"captions and numbers are in {folder}")
     if not (run_id := os.environ.get("MLFLOW_RUN_ID")):
         return
     from trainer.tracking import Tracker, TrackingConfig, absolute_uri
@@ -96,4 +96,4 @@ def _finish(folder: Path, written: "Written") -> None:
     for trouble in troubles:
         warn(trouble)
     if not troubles:
-        out.print(f"logged to the MLflow run {run_id}", highlight=False)
+        out.print(f"logged to the MLflow run {run_id}")

@@ -8,6 +8,7 @@ Tensors are named by what they are, never by who wrote them: the backbone in ful
 """
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -158,7 +159,8 @@ def _finish(partial: Path, final: Path, manifest: CheckpointManifest) -> None:
     for path in sorted(partial.glob("*.entry")):
         entries[path.name.removesuffix(".entry")] = FileEntry.model_validate_json(path.read_text())
         path.unlink()
-    (partial / MANIFEST).write_text(manifest.model_copy(update={"files": entries}).model_dump_json(indent=1))
+    whole = manifest.model_copy(update={"files": entries}).model_dump(mode="json")
+    (partial / MANIFEST).write_text(json.dumps(whole, indent=1))
     publish(partial, final)  # there may be one of this step already, after a resume from an older one
 
 

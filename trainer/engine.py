@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.config import EngineConfig, OptimizerConfig
+from trainer.config import Config, OptimizerConfig
+from trainer.distributed import Group
 from trainer.errors import UserError
 
 # Optimizer states of a parameter that have its shape, by torch's names.
@@ -27,32 +28,19 @@ class Engine:
 
     Args:
         module: the backbone, float pixels BCHW to embeddings x_BD.
-        config: ZeRO stage, bf16, clipping.
-        optimizer: name, momentum and weight decay; the learning rate comes with each `step`.
+        config: `engine`, `optimizer` (the learning rate comes with each `step`), and the batch over all ranks.
         device: where this rank computes.
-        batch_size: samples a step over all ranks, for DeepSpeed's own bookkeeping.
-        world_size: ranks.
 
     Raises:
         UserError: bf16 on a device that cannot compute it.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        config: EngineConfig,
-        optimizer: OptimizerConfig,
-        device: torch.device,
-        *,
-        batch_size: int,
-        world_size: int,
-    ) -> None:
-        if device.type == "cuda" and config.bf16 and not torch.cuda.is_bf16_supported():
+    def __init__(self, module: nn.Module, config: Config, device: torch.device) -> None:
+        if device.type == "cuda" and config.engine.bf16 and not torch.cuda.is_bf16_supported():
             raise UserError("engine.bf16=true: this GPU does not compute in bfloat16; set engine.bf16=false")
         self.module = module  # with this rank's buffers
-        self._moments = _MOMENTS[optimizer.name]
-        settings = _settings(config, sum(p.numel() for p in module.parameters()), batch_size, world_size)
-        self._engine = _initialize(module, _optimizer(module, optimizer), settings, device)
+        self._moments = _MOMENTS[config.optimizer.name]
+        self._engine = _initialize(module, config, device)
         self._create_moments()
 
     def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
@@ -162,25 +150,7 @@ def _optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimi
     return torch.optim.AdamW(groups, lr=config.lr)
 
 
-def _settings(config: EngineConfig, parameters: int, batch_size: int, world_size: int) -> dict[str, Any]:
-    """The config as DeepSpeed writes it."""
-    bucket = min(parameters, 500_000_000)  # the default reserves 2 GB; none needs to be larger than the backbone
-    zero = {"stage": config.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
-    return {
-        "train_batch_size": batch_size,
-        "train_micro_batch_size_per_gpu": batch_size // world_size,
-        "gradient_clipping": config.gradient_clipping,
-        # Autocast keeps the weights, the moments and the batch norms in fp32.
-        "torch_autocast": {"enabled": config.bf16, "dtype": "bfloat16"},
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": zero,
-        "steps_per_print": 2**31 - 1,
-    }
-
-
-def _initialize(
-    module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], device: torch.device
-) -> Any:
+def _initialize(module: nn.Module, config: Config, device: torch.device) -> Any:
     # DeepSpeed picks its accelerator from this variable when it is first imported, hence before the import.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
@@ -190,4 +160,18 @@ def _initialize(
     # inference_all_reduce calls it, which training never does: declare it unavailable.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # The default bucket reserves 2 GB; none needs to be larger than the backbone.
+    bucket = min(sum(p.numel() for p in module.parameters()), 500_000_000)
+    zero = {"stage": config.engine.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    settings = {
+        "train_batch_size": config.data.batch_size,
+        "train_micro_batch_size_per_gpu": config.data.batch_size // Group.current().size,
+        "gradient_clipping": config.engine.gradient_clipping,
+        # Autocast keeps the weights, the moments and the batch norms in fp32.
+        "torch_autocast": {"enabled": config.engine.bf16, "dtype": "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+        "steps_per_print": 2**31 - 1,
+    }
+    optimizer = _optimizer(module, config.optimizer)
     return deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)[0]

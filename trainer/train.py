@@ -86,9 +86,7 @@ class _Run:
         torch.manual_seed(seed)
         pixels = preprocessing(manifest, data)
         backbone = build(config.backbone, pixels.channels, pixels.height, pixels.width).to(device)
-        self.engine = Engine(
-            backbone, config.engine, config.optimizer, device, batch_size=data.batch_size, world_size=size
-        )
+        self.engine = Engine(backbone, config, device)
         self.objective = Objective(config, self.classes, list(split.class_counts) * turns, device)
         steps = config.run.epochs * self.stream.steps_per_epoch
         self.total_steps = min(steps, config.run.max_steps or steps)

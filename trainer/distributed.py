@@ -63,7 +63,7 @@ class Group:
             return local
         out = local.new_empty(self.size * local.shape[0], *local.shape[1:])
         dist.all_gather_single(out, local.contiguous(), group=self.handle)
-        self.traffic.count((self.size - 1) * _bytes(local))
+        self.traffic.count((self.size - 1) * local.nbytes)
         return out
 
     def all_reduce(self, values: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class Group:
             return values
         out = values.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(out, group=self.handle)
-        self.traffic.count(2 * (self.size - 1) / self.size * _bytes(values))
+        self.traffic.count(2 * (self.size - 1) / self.size * values.nbytes)
         return out
 
     def reduce_scatter(self, values: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class Group:
             return values
         out = values.new_empty(values.shape[0] // self.size, *values.shape[1:])
         dist.reduce_scatter_single(out, values.contiguous(), group=self.handle)
-        self.traffic.count((self.size - 1) / self.size * _bytes(values))
+        self.traffic.count((self.size - 1) / self.size * values.nbytes)
         return out
 
     def barrier(self) -> None:
@@ -156,7 +156,7 @@ def gather_rows(x_bD: Tensor, labels_b: Tensor, group: Group) -> tuple[Tensor, T
             of their gradient are summed before they are rounded.
         labels_b: int64.
     """
-    size, dtype = _bytes(x_bD), x_bD.dtype
+    size, dtype = x_bD.nbytes, x_bD.dtype
     message = torch.cat([_as_bytes(x_bD), _as_bytes(labels_b)])
     gathered = group.all_gather(message).view(group.size, -1)
     labels_B = gathered[:, size:].contiguous().view(labels_b.dtype).view(-1)
@@ -323,10 +323,6 @@ class Gathered:
             f"{who} has an embedding that is not finite ({len(bad)} of {len(x_D)} numbers, the first is "
             f"{float(bad[0])}); lower the learning rate or look at its image and the weights"
         )
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

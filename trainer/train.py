@@ -36,7 +36,7 @@ _DROPOUT_PRIME = 1_000_003  # spreads (seed, step, rank) over the generator's se
 class Record:
     """What rank 0 tells the launcher."""
 
-    kind: Literal["start", "step", "metrics", "note", "error", "done"]
+    kind: Literal["start", "step", "metrics", "note", "error"]
     step: int = 0
     total_steps: int = 0
     values: dict[str, float] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class _Run:
     def train(self) -> None:
         """Every step that is left, with evaluations and checkpoints where the config wants them."""
         config = self.config
-        self.report(Record("start", self.step, self.total_steps, {"classes": float(self.classes)}))
+        self.report(Record("start", self.step, self.total_steps))
         meter = _Meter(self.device)
         while self.step < self.total_steps:
             epoch, first = divmod(self.step, self.stream.steps_per_epoch)
@@ -113,7 +113,6 @@ class _Run:
             meter.restart()
         if not config.run.checkpoint_every or self.step % config.run.checkpoint_every:
             self.save()
-        self.report(Record("done", self.step, self.total_steps))
 
     def _step(self, batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
         """One update of backbone and head; the losses of the global batch, still on the device."""

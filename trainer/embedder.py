@@ -54,17 +54,8 @@ def write_manifest(folder: Path, manifest: EmbedderManifest) -> None:
     write_file(folder / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
 
 
-def read_manifest(folder: Path) -> EmbedderManifest:
-    """Read and check an Embedder's manifest; the ONNX file must have the digest that it names.
-
-    Raises:
-        UserError: a file is missing, malformed, or not the one that was exported.
-    """
-    return _read(folder)[0]
-
-
 def _read(folder: Path) -> tuple[EmbedderManifest, bytes]:
-    """The manifest and the ONNX file that it was checked with."""
+    """The manifest and the ONNX file, which must have the digest that it names."""
     try:
         manifest = EmbedderManifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
         onnx = (folder / MODEL_FILE).read_bytes()

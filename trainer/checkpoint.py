@@ -27,7 +27,7 @@ from trainer.strict import Strict
 
 CHECKPOINTS = "checkpoints"  # in a run's folder
 MANIFEST = "checkpoint.json"
-_PARTIAL = ".partial"
+_PARTIAL, _ENTRY = ".partial", ".entry"
 
 
 class FileEntry(Strict):
@@ -99,7 +99,11 @@ def save(
         partial.mkdir(parents=True)
     group.barrier()
     for name, tensors in files.items():
-        _write(partial / name, tensors)
+        path = partial / name
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
+        sync(path)
+        entry = FileEntry(bytes=path.stat().st_size, sha256=_sha256(path))
+        path.with_name(path.name + _ENTRY).write_text(entry.model_dump_json())
     group.barrier()
     if group.rank == 0:
         _finish(partial, final, manifest)
@@ -147,17 +151,10 @@ def _whole(parent: Path) -> list[Path]:
     return sorted(path.parent for path in parent.glob(f"step-*/{MANIFEST}") if not path.parent.name.endswith(_PARTIAL))
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    sync(path)
-    entry = FileEntry(bytes=path.stat().st_size, sha256=_sha256(path))
-    path.with_name(path.name + ".entry").write_text(entry.model_dump_json())
-
-
 def _finish(partial: Path, final: Path, manifest: CheckpointManifest) -> None:
     entries = {}
-    for path in sorted(partial.glob("*.entry")):
-        entries[path.name.removesuffix(".entry")] = FileEntry.model_validate_json(path.read_text())
+    for path in sorted(partial.glob("*" + _ENTRY)):
+        entries[path.stem] = FileEntry.model_validate_json(path.read_text())
         path.unlink()
     whole = manifest.model_copy(update={"files": entries}).model_dump(mode="json")
     (partial / MANIFEST).write_text(json.dumps(whole, indent=1))

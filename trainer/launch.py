@@ -112,8 +112,9 @@ def _connect(scaling: ScalingConfig, address: str | None) -> None:
     cpus = max(os.cpu_count() or 1, math.ceil(scaling.workers * scaling.cpus_per_worker))
     where: dict[str, Any] = {"address": address} if address else {"num_cpus": cpus, "include_dashboard": False}
     try:
-        if address:
-            _check_answers(address)
+        host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+        if host and port.isdecimal():  # Ray itself would try for minutes; "auto" and the like are left to it
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
         ray.init(**where, log_to_driver=False, logging_level="ERROR")
     except (OSError, OverflowError, ValueError, RuntimeError) as error:
         raise UserError(
@@ -122,23 +123,8 @@ def _connect(scaling: ScalingConfig, address: str | None) -> None:
         ) from error
 
 
-def _check_answers(address: str) -> None:
-    """Ray itself would try for minutes. An address without a port, such as "auto", is left to Ray.
-
-    Raises:
-        OSError, OverflowError: nothing listens there, or no such host or port.
-    """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
-
-
 def _check_resources(scaling: ScalingConfig, there: Mapping[str, float], where: str) -> None:
-    """Ray would wait for ever for workers that do not fit; what a machine or a fixed cluster has is known: say it now.
-
-    Raises:
-        UserError: the workers want more CPUs or GPUs than there are.
-    """
+    """Ray would wait for ever for workers that do not fit; what a machine or a fixed cluster has is known: say so."""
     wanted = {"CPU": scaling.workers * scaling.cpus_per_worker, "GPU": scaling.workers * float(scaling.use_gpu)}
     for resource, amount in wanted.items():
         if amount > there.get(resource, 0.0):
@@ -220,7 +206,6 @@ def submit(address: str, config: Config, command: str, resume: bool) -> Job:
         address: of the cluster's dashboard, http://HEAD:8265.
         config: the resolved tree, sent along as a file.
         command: the program on the cluster that runs it, usually `hypersphere`.
-        resume: go on from the newest checkpoint in `config.run.out`.
 
     Raises:
         UserError: nothing answers at the address.

@@ -31,10 +31,10 @@ def fail(text: str, what: str = "error") -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
+def progress(console: Console = out) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each stage; yields `show(stage, done, total)`. Nothing is drawn where there is no terminal."""
     columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), Elapsed(), Remaining())
-    bar = Progress(*columns, console=out, disable=not out.is_terminal)
+    bar = Progress(*columns, console=console, disable=not console.is_terminal)
     tasks: dict[str, TaskID] = {}
 
     def show(stage: str, done: int, total: int) -> None:

@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.distributed import Group, RowRange
-from trainer.gather import Gatherer
+from trainer.distributed import Gatherer, Group, RowRange
 from trainer.head import Head
 from trainer.head.optimizer import HeadOptimizer
 from trainer.head.settings import HeadConfig, HeadOptimizerConfig

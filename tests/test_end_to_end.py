@@ -21,7 +21,7 @@ import httpx
 import pytest
 
 from serving.cli import main
-from trainer.embedder import read_manifest
+from trainer.embedder import Embedder
 
 pytestmark = [pytest.mark.timeout(580), pytest.mark.filterwarnings("default")]
 
@@ -172,7 +172,7 @@ def test_identify_answers_over_http(client: httpx.Client, data: Path, embedder: 
         assert (answer["candidates"][0]["score"] >= answer["threshold"]) == (answer["decision"] == "match")
         assert answer["gallery_size"] == len(members)
         assert answer["fpir_target"] == 0.05
-        assert answer["model_id"] == read_manifest(embedder).model_id
+        assert answer["model_id"] == Embedder.open(embedder).model_id
         unknown += answer["decision"] == "unknown"
     assert unknown >= 0.7 * len(strangers)
     verified = client.post(
@@ -199,7 +199,7 @@ def test_the_run_is_in_mlflow(work: Path, run: Path, embedder: Path) -> None:
     assert "neural_collapse.png" in {item.path for item in client.list_artifacts(noted["mlflow_run_id"])}
     assert [one["step"] for one in noted["evaluations"]][-1] == 60
     champion = client.get_model_version_by_alias("hypersphere-embedder", "champion")
-    assert champion.tags["model_id"] == read_manifest(embedder).model_id
+    assert champion.tags["model_id"] == Embedder.open(embedder).model_id
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cwd: Path, *arguments: str) -> str:

@@ -5,6 +5,7 @@ a loss or the head can be used where pydantic is not installed.
 """
 
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cache
@@ -12,6 +13,8 @@ from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 from trainer.errors import UserError
+
+_WORDS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,25 +29,19 @@ class Within:
     # By this name pydantic knows metadata that stands for several bounds, and then iterates over it.
     __is_annotated_types_grouped_metadata__: ClassVar[Literal[True]] = True
 
+    def _given(self) -> dict[str, float]:
+        return {name: bound for name in _WORDS if (bound := getattr(self, name)) is not None}
+
     def __iter__(self) -> Iterator[object]:
         import annotated_types
 
-        for name in ("gt", "ge", "lt", "le"):
-            if (bound := getattr(self, name)) is not None:
-                yield getattr(annotated_types, name.capitalize())(bound)
+        return (getattr(annotated_types, name.capitalize())(bound) for name, bound in self._given().items())
 
     def __contains__(self, value: float) -> bool:
-        return (
-            (self.gt is None or value > self.gt)
-            and (self.ge is None or value >= self.ge)
-            and (self.lt is None or value < self.lt)
-            and (self.le is None or value <= self.le)
-        )
+        return all(getattr(operator, name)(value, bound) for name, bound in self._given().items())
 
     def __str__(self) -> str:
-        words = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
-        given = {word: getattr(self, key) for key, word in words.items()}
-        return " and ".join(f"{word} {bound:g}" for word, bound in given.items() if bound is not None)
+        return " and ".join(f"{_WORDS[name]} {bound:g}" for name, bound in self._given().items())
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

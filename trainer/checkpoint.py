@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from trainer.strict import Strict
 
 CHECKPOINTS = "checkpoints"  # in a run's folder
 MANIFEST = "checkpoint.json"
-_PARTIAL = ".partial"
+_PARTIAL, _ENTRY = ".partial", ".entry"
 
 
 class FileEntry(Strict):
@@ -48,12 +49,12 @@ class CheckpointManifest(Strict):
     files: dict[str, FileEntry]
 
 
+@dataclass(frozen=True)
 class Checkpoint:
     """A whole checkpoint on disk, its files not yet read."""
 
-    def __init__(self, folder: Path, manifest: CheckpointManifest) -> None:
-        self.folder = folder
-        self.manifest = manifest
+    folder: Path
+    manifest: CheckpointManifest
 
     @property
     def step(self) -> int:
@@ -68,24 +69,19 @@ class Checkpoint:
         """
         entry = self.manifest.files.get(name)
         path = self.folder / name
-        remedy = f"remove '{self.folder}' to go on from the checkpoint before it"
         if entry is None:
             raise UserError(f"the checkpoint '{self.folder}' has no '{name}', only {sorted(self.manifest.files)}")
         try:
             if (found := _sha256(path)) != entry.sha256:
-                raise UserError(f"'{path}' is damaged: SHA-256 {found}, written as {entry.sha256}; {remedy}")
-            tensors: dict[str, Tensor] = load_file(path)
-            return tensors
+                what = f"'{path}' is damaged: SHA-256 {found}, written as {entry.sha256}"
+                raise UserError(f"{what}; {_remedy(self.folder)}")
+            return dict(load_file(path))
         except (OSError, SafetensorError) as error:
-            raise UserError(f"'{path}' cannot be read ({error}); {remedy}") from error
+            raise UserError(f"'{path}' cannot be read ({error}); {_remedy(self.folder)}") from error
 
 
 def save(
-    parent: Path,
-    manifest: CheckpointManifest,
-    files: Mapping[str, Mapping[str, Tensor]],
-    keep: int,
-    group: Group,
+    parent: Path, manifest: CheckpointManifest, files: Mapping[str, Mapping[str, Tensor]], keep: int, group: Group
 ) -> Path:
     """Write a checkpoint; every rank calls it with the files that it holds (other names on each rank).
 
@@ -95,8 +91,6 @@ def save(
         parent: folder of the run's checkpoints, the same (shared) one on every rank.
         manifest: as rank 0 shall write it; its `files` are filled in here.
         files: name to tensors by name.
-        keep: how many checkpoints stay.
-        group: the ranks that write.
     """
     final = parent / f"step-{manifest.step:08d}"
     partial = final.with_name(final.name + _PARTIAL)
@@ -105,7 +99,11 @@ def save(
         partial.mkdir(parents=True)
     group.barrier()
     for name, tensors in files.items():
-        _write(partial / name, tensors)
+        path = partial / name
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
+        sync(path)
+        entry = FileEntry(bytes=path.stat().st_size, sha256=_sha256(path))
+        path.with_name(path.name + _ENTRY).write_text(entry.model_dump_json())
     group.barrier()
     if group.rank == 0:
         _finish(partial, final, manifest)
@@ -131,39 +129,35 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         UserError: it is not a whole checkpoint.
     """
-    remedy = f"remove '{folder}' to go on from the checkpoint before it"
     try:
         manifest = CheckpointManifest.model_validate_json((folder / MANIFEST).read_bytes())
     except OSError as error:
         raise UserError(f"'{folder}' is not a checkpoint: cannot read {MANIFEST} ({error.strerror})") from error
     except ValidationError as error:
-        raise UserError(f"'{folder / MANIFEST}' is damaged ({error.errors()[0]['msg']}); {remedy}") from error
+        raise UserError(f"'{folder / MANIFEST}' is damaged ({error.errors()[0]['msg']}); {_remedy(folder)}") from error
     for name, entry in manifest.files.items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
         if size != entry.bytes:
-            raise UserError(f"'{path}' has {size} bytes, written with {entry.bytes}; {remedy}")
+            raise UserError(f"'{path}' has {size} bytes, written with {entry.bytes}; {_remedy(folder)}")
     return Checkpoint(folder, manifest)
+
+
+def _remedy(folder: Path) -> str:
+    return f"remove '{folder}' to go on from the checkpoint before it"
 
 
 def _whole(parent: Path) -> list[Path]:
     return sorted(path.parent for path in parent.glob(f"step-*/{MANIFEST}") if not path.parent.name.endswith(_PARTIAL))
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    sync(path)
-    entry = FileEntry(bytes=path.stat().st_size, sha256=_sha256(path))
-    path.with_name(path.name + ".entry").write_text(entry.model_dump_json())
-
-
 def _finish(partial: Path, final: Path, manifest: CheckpointManifest) -> None:
     entries = {}
-    for path in sorted(partial.glob("*.entry")):
-        entries[path.name.removesuffix(".entry")] = FileEntry.model_validate_json(path.read_text())
+    for path in sorted(partial.glob("*" + _ENTRY)):
+        entries[path.stem] = FileEntry.model_validate_json(path.read_text())
         path.unlink()
-    whole = manifest.model_copy(update={"files": entries})
-    (partial / MANIFEST).write_text(json.dumps(whole.model_dump(mode="json"), indent=1))
+    whole = manifest.model_copy(update={"files": entries}).model_dump(mode="json")
+    (partial / MANIFEST).write_text(json.dumps(whole, indent=1))
     publish(partial, final)  # there may be one of this step already, after a resume from an older one
 
 

@@ -4,6 +4,7 @@ Unknown keys are errors. The resolved tree is stored with every run (`Config.to_
 """
 
 import difflib
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import fields
@@ -62,13 +63,32 @@ class OptimizerConfig(Strict):
 
 
 class ScheduleConfig(Strict):
-    """Learning rate and margin over the steps."""
+    """Learning rate and margin as functions of the step: nothing to save, nothing to restore."""
 
     kind: Literal["cosine", "polynomial", "constant"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
     power: float = Field(2.0, gt=0, description="of the polynomial")
     final: float = Field(0.0, ge=0, le=1, description="share of the learning rate at the end")
     margin_warmup_steps: int = Field(0, ge=0, description="steps over which the margin grows from 0 to its value")
+
+    def learning_rate_factor(self, step: int, total_steps: int) -> float:
+        """Share of the base learning rate at `step` (counted from 0) of `total_steps`.
+
+        Rises linearly over the warmup and reaches 1 at its end, then falls from 1 to `final`: along half a cosine
+        (Loshchilov and Hutter 2017, eq. 5, one cycle), or as (1 - progress)^power, or not at all.
+        """
+        warmup = min(self.warmup_steps, total_steps)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if self.kind == "constant":
+            return 1.0
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        falling = (1 - progress) ** self.power if self.kind == "polynomial" else (1 + math.cos(math.pi * progress)) / 2
+        return self.final + (1 - self.final) * falling
+
+    def margin_factor(self, step: int) -> float:
+        """Share of the margin at `step`: linear from 0 to 1 over the margin's warmup."""
+        return min(1.0, step / self.margin_warmup_steps) if self.margin_warmup_steps else 1.0
 
 
 class EngineConfig(Strict):
@@ -97,9 +117,7 @@ class RunConfig(Strict):
     seed: int = Field(0, ge=0)
     log_every: int = Field(10, ge=1, description="steps")
     eval_every: int = Field(1, ge=0, description="epochs between evaluations on the validation split; 0: never")
-    collapse: bool = Field(
-        False, description="measure neural collapse at each evaluation, on up to 512 training identities"
-    )
+    collapse: bool = Field(False, description="neural collapse at each evaluation, on up to 512 training identities")
     checkpoint_every: int = Field(1000, ge=0, description="steps; 0: only at the end")
     keep_checkpoints: int = Field(2, ge=1)
 
@@ -123,8 +141,7 @@ class Config(Strict):
     @field_validator("loss", mode="before")
     @classmethod
     def _loss_by_name(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {"name": value}
+        value = {"name": value} if isinstance(value, str) else value
         return {"name": "arcface", **value} if isinstance(value, dict) else value
 
     @field_validator("auxiliary", mode="before")
@@ -185,24 +202,10 @@ def from_tree(tree: dict[str, Any]) -> Config:
     Raises:
         UserError: one line per fault, each with the key, the value and what is allowed.
     """
-    _refuse_old_names(tree)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError("\n".join(_explain(fault) for fault in _leading(error.errors()))) from error
-
-
-def _refuse_old_names(tree: dict[str, Any]) -> None:
-    lines = []
-    for old, new in RENAMED.items():
-        section, key = old.split(".")
-        if isinstance(tree.get(section), dict) and key in tree[section]:
-            lines.append(f"config: '{old}' is called '{new}' now; rename it")
-    for place, spec in enumerate(tree.get("auxiliary") or []):
-        if isinstance(spec, dict) and "selection" in spec:
-            lines.append(f"config: 'auxiliary.{place}.selection' is called 'auxiliary.{place}.mining' now; rename it")
-    if lines:
-        raise UserError("\n".join(lines))
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -212,27 +215,27 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node: Any = tree
     for parent in parents:
-        if isinstance(node, list):
-            node = node[_position(node, parent, key)]
-            continue
-        child = node.get(parent)
-        if not isinstance(child, (dict, list)):
-            child = node[parent] = {"name": child} if isinstance(child, str) else {}
+        place = _place(node, parent, key)
+        child = node[place] if isinstance(node, list) else node.get(place)
+        if not isinstance(child, dict | list):
+            child = node[place] = {"name": child} if isinstance(child, str) else {}
         node = child
     try:
-        value = yaml.safe_load(text) if text else None
+        node[_place(node, last, key)] = yaml.safe_load(text) if text else None
     except yaml.YAMLError as error:
         raise UserError(f"the value of override '{override}' is not YAML: {error}") from error
-    if isinstance(node, list):
-        node[_position(node, last, key)] = value
-    else:
-        node[last] = value
 
 
-def _position(node: list[Any], text: str, key: str) -> int:
+def _place(node: Any, text: str, key: str) -> Any:
+    """A word of an override as the key of a section, or as the position in a list."""
+    if not isinstance(node, list):
+        return text
     if not text.isdigit() or int(text) >= len(node):
         raise UserError(f"'{text}' in override '{key}' is not a position of a list of {len(node)}; count from 0")
     return int(text)
+
+
+_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 
 
 def _leading(faults: Sequence[Any]) -> list[Any]:
@@ -241,20 +244,23 @@ def _leading(faults: Sequence[Any]) -> list[Any]:
     return [fault for fault in faults if fault["type"] != "literal_error" or tuple(fault["loc"][:-1]) not in numbers]
 
 
-_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
-
-
 def _explain(fault: Any) -> str:
     """One fault of pydantic's as one sentence: where, the value, what is allowed."""
     location = [str(part) for part in fault["loc"] if part != "constrained-float"]
     key = ".".join(location)
     if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
+        old = ".".join(part for part in location if part not in by_name())  # without the tag of a loss
+        new = RENAMED.get(old)
+        if location[0] == "auxiliary" and location[-1] == "selection":
+            new = old.removesuffix("selection") + "mining"
+        if new:
+            return f"config: '{old}' is called '{new}' now; rename it"
         allowed = _keys_at(location[:-1])
         close = difflib.get_close_matches(location[-1], allowed, 1)
         hint = f"did you mean '{close[0]}'?" if close else f"allowed: {', '.join(allowed)}"
         return f"config: unknown key '{key}'; {hint}"
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
+    words = str(fault["msg"]).removeprefix("Value error, ")
+    message = words[:1].lower() + words[1:]
     if fault["type"] == "value_error":
         return f"config: {key + ': ' if key else ''}{message}"
     remedy = "; choose a value within this bound" if fault["type"] in _BOUNDS else ""

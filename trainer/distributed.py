@@ -1,8 +1,9 @@
-"""The process group, which class rows a rank owns, and the few collectives with their gradients.
+"""The process group, which class rows a rank owns, the few collectives with their gradients, and a step's batch.
 
 Legend: b samples of this rank, B = world_size x b samples of all ranks, D dimension, W world_size.
 
 One step of a class-sharded loss:
+  0. `Gatherer`          checks the batch, does 1, and names a bad sample
   1. `gather_rows`       one all-gather of embeddings and labels, packed as bytes; backward: one reduce-scatter of dX
   2. `sum_over_ranks`    one all-reduce of [B, 2]; backward: nothing
      or `stack_over_ranks`, one all-gather of [B, 2], where partial results cannot simply be added; backward: nothing
@@ -12,7 +13,7 @@ that reaches 1 is therefore this rank's *part* of the gradient, and the reduce-s
 On one process nothing is sent and the same code runs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -62,7 +63,7 @@ class Group:
             return local
         out = local.new_empty(self.size * local.shape[0], *local.shape[1:])
         dist.all_gather_single(out, local.contiguous(), group=self.handle)
-        self.traffic.count((self.size - 1) * _bytes(local))
+        self.traffic.count((self.size - 1) * local.nbytes)
         return out
 
     def all_reduce(self, values: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ class Group:
             return values
         out = values.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(out, group=self.handle)
-        self.traffic.count(2 * (self.size - 1) / self.size * _bytes(values))
+        self.traffic.count(2 * (self.size - 1) / self.size * values.nbytes)
         return out
 
     def reduce_scatter(self, values: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ class Group:
             return values
         out = values.new_empty(values.shape[0] // self.size, *values.shape[1:])
         dist.reduce_scatter_single(out, values.contiguous(), group=self.handle)
-        self.traffic.count((self.size - 1) / self.size * _bytes(values))
+        self.traffic.count((self.size - 1) / self.size * values.nbytes)
         return out
 
     def barrier(self) -> None:
@@ -104,13 +105,9 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class RowRange:
-    """The classes that one rank owns: blocks in rank order, of which the first `classes % world_size` have one more.
+    """The classes `start` to `stop - 1` that one rank owns, none where there are fewer classes than ranks: blocks in
+    rank order, of which the first `classes % world_size` have one more."""
 
-    Attributes:
-        start, stop: first class owned, and one past the last; equal where there are fewer classes than ranks.
-    """
-
-    classes: int
     start: int
     stop: int
 
@@ -118,49 +115,10 @@ class RowRange:
     def of(cls, classes: int, rank: int = 0, world_size: int = 1) -> "RowRange":
         share, more = divmod(classes, world_size)
         start = rank * share + min(rank, more)
-        return cls(classes, start, start + share + (rank < more))
+        return cls(start, start + share + (rank < more))
 
     def __len__(self) -> int:
         return self.stop - self.start
-
-
-class _GatherRows(torch.autograd.Function):
-    """See `gather_rows`."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x_bD: Tensor, labels_b: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-        b, dimension = x_bD.shape
-        message = torch.cat([_as_bytes(x_bD), _as_bytes(labels_b)])
-        gathered = group.all_gather(message).view(group.size, -1)
-        size = _bytes(x_bD)
-        x_BD = gathered[:, :size].contiguous().view(x_bD.dtype).view(group.size * b, dimension)
-        if x_BD.dtype in (torch.bfloat16, torch.float16):
-            x_BD = x_BD.float()  # so that the parts of its gradient are summed before they are rounded
-        labels_B = gathered[:, size:].contiguous().view(labels_b.dtype).view(group.size * b)
-        ctx.group, ctx.dtype = group, x_bD.dtype  # type: ignore[attr-defined]
-        ctx.mark_non_differentiable(labels_B)
-        return x_BD, labels_B
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        dx_bD: Tensor = ctx.group.reduce_scatter(gradients[0])  # type: ignore[attr-defined]
-        return dx_bD.to(ctx.dtype), None, None  # type: ignore[attr-defined]
-
-
-def gather_rows(x_bD: Tensor, labels_b: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """All ranks' embeddings and labels, in rank order: `cat(x of every rank)`, `cat(labels of every rank)`.
-
-    One message of W x b x (D x itemsize + 8) bytes. Its backward is one reduce-scatter in fp32 (fp64 for fp64): each
-    rank hands in the part of the gradient that its own classes contributed, for all B samples, and receives the sum
-    of all parts for its own b samples. Work that every rank repeats on the gathered rows would be counted W times:
-    let gradients flow only through `own_slice`.
-
-    Args:
-        x_bD: floating point, any precision; 16-bit ones are sent as they are and come out in fp32.
-        labels_b: int64.
-    """
-    x_BD, labels_B = _GatherRows.apply(x_bD, labels_b, group)  # type: ignore[no-untyped-call]
-    return x_BD, labels_B
 
 
 class _Linear(torch.autograd.Function):
@@ -183,6 +141,31 @@ def _linear(values: Tensor, there: Map, back: Map) -> Tensor:
 
 def _same(values: Tensor) -> Tensor:
     return values.view_as(values)
+
+
+def gather_rows(x_bD: Tensor, labels_b: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """All ranks' embeddings and labels, in rank order: `cat(x of every rank)`, `cat(labels of every rank)`.
+
+    One message of W x b x (D x itemsize + 8) bytes. Its backward is one reduce-scatter in fp32 (fp64 for fp64): each
+    rank hands in the part of the gradient that its own classes contributed, for all B samples, and receives the sum
+    of all parts for its own b samples. Work that every rank repeats on the gathered rows would be counted W times:
+    let gradients flow only through `own_slice`.
+
+    Args:
+        x_bD: floating point, any precision; 16-bit ones are sent as they are and come out in fp32, so that the parts
+            of their gradient are summed before they are rounded.
+        labels_b: int64.
+    """
+    size, dtype = x_bD.nbytes, x_bD.dtype
+    message = torch.cat([_as_bytes(x_bD), _as_bytes(labels_b)])
+    gathered = group.all_gather(message).view(group.size, -1)
+    labels_B = gathered[:, size:].contiguous().view(labels_b.dtype).view(-1)
+
+    def there(x_bD: Tensor) -> Tensor:
+        x_BD = gathered[:, :size].contiguous().view(dtype).view(-1, x_bD.shape[1])
+        return x_BD.float() if dtype in (torch.bfloat16, torch.float16) else x_BD
+
+    return _linear(x_bD, there, lambda dx_BD: group.reduce_scatter(dx_BD).to(dtype)), labels_B
 
 
 def sum_over_ranks(values: Tensor, group: Group) -> Tensor:
@@ -235,10 +218,9 @@ def sum_not_mean(x: Tensor, group: Group) -> Tensor:
 
 @torch.no_grad()
 def average_buffers(module: nn.Module, group: Group) -> None:
-    """Give every rank the mean of all ranks' floating-point buffers, such as the batch norms' running statistics.
+    """Give every rank the mean of all ranks' floating-point buffers, in one all-reduce of all together.
 
-    Each rank sees other samples, so the statistics differ; a checkpoint and an evaluation want one set. One all-reduce
-    of all buffers together.
+    Each rank sees other samples, so its batch norms' statistics differ; a checkpoint and an evaluation want one set.
     """
     buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point() and buffer.numel()]
     if group.size == 1 or not buffers:
@@ -248,8 +230,99 @@ def average_buffers(module: nn.Module, group: Group) -> None:
         buffer.copy_(part.view_as(buffer))
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+class Gatherer:
+    """How each step of a loss for so many classes and dimensions begins.
+
+    Args:
+        what: the loss, for messages.
+    """
+
+    def __init__(self, classes: int, dimension: int, group: Group, what: str = "loss") -> None:
+        self.classes, self.dimension, self.group, self.what = classes, dimension, group, what
+        self._first = True
+
+    def __call__(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str] | None) -> "Gathered":
+        """All ranks' embeddings and labels; a collective.
+
+        Args:
+            x_bD: embeddings of this rank's samples.
+            labels_b: int64 classes, -1 for a slot that only fills the batch; equally many on every rank.
+            keys: the samples' names, for messages.
+
+        Raises:
+            UserError: another shape or type, no sample at all, or in the first step batches of several sizes.
+        """
+        self._check_shapes(x_bD, labels_b)
+        if self._first:
+            self.group.check_equal(x_bD.shape[0], "batches of sizes")
+            self._first = False
+        x_BD, labels_B = gather_rows(x_bD, labels_b.to(x_bD.device), self.group)
+        return Gathered(self, x_BD, labels_B, keys)
+
+    def _check_shapes(self, x_bD: Tensor, labels_b: Tensor) -> None:
+        if x_bD.ndim != 2 or x_bD.shape[1] != self.dimension:
+            shape = tuple(x_bD.shape)
+            raise UserError(f"embeddings of shape {shape}; the {self.what} was made for [b, {self.dimension}]")
+        if not len(x_bD):
+            remedy = "give each rank one slot or more, labelled -1 where it is empty"
+            raise UserError(f"the {self.what} got no embedding; {remedy}")
+        if labels_b.shape != x_bD.shape[:1] or labels_b.dtype != torch.int64:
+            raise UserError(
+                f"labels of shape {tuple(labels_b.shape)} and type {labels_b.dtype} for {x_bD.shape[0]} embeddings; "
+                "give one int64 label each"
+            )
+
+
+class Gathered:
+    """All ranks' samples of one step. Whether one of them is bad is asked for at once and read late
+    (`raise_if_bad`), so that a GPU need not wait.
+
+    Attributes:
+        x_BD: embeddings, fp32 or wider; their gradient goes back to the ranks (`distributed.gather_rows`).
+        labels_B: classes, or -1.
+        own: which of them are this rank's.
+    """
+
+    def __init__(self, gatherer: Gatherer, x_BD: Tensor, labels_B: Tensor, keys: Sequence[str] | None) -> None:
+        self.x_BD, self.labels_B, self._for, self._keys = x_BD, labels_B, gatherer, keys
+        self._b = x_BD.shape[0] // gatherer.group.size
+        self.own = slice(gatherer.group.rank * self._b, (gatherer.group.rank + 1) * self._b)
+        self._finite_B = torch.isfinite(x_BD.detach()).all(dim=1)
+        self._known_B = (labels_B >= -1) & (labels_B < gatherer.classes)
+        self._good = good = (self._finite_B & self._known_B).all()
+        self._event: torch.cuda.Event | None = None
+        if good.is_cuda:
+            self._good = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._good.copy_(good, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def raise_if_bad(self) -> None:
+        """The same error on every rank, in which the rank that holds the sample adds its name.
+
+        Raises:
+            UserError: a label is no class, or an embedding is not finite.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        if self._good:
+            return
+        slot = int((~(self._finite_B & self._known_B)).nonzero()[0])
+        rank, place = divmod(slot, self._b)
+        who = f"slot {place} of rank {rank}"
+        if rank == self._for.group.rank and self._keys is not None:
+            who = f"sample '{self._keys[place]}'"
+        if not bool(self._known_B[slot]):
+            raise UserError(
+                f"{who} has label {int(self.labels_B[slot])}, but the {self._for.what} has the classes 0 to "
+                f"{self._for.classes - 1}; the data and the number of classes do not belong together"
+            )
+        x_D = self.x_BD.detach()[slot]
+        bad = x_D[~torch.isfinite(x_D)]
+        raise UserError(
+            f"{who} has an embedding that is not finite ({len(bad)} of {len(x_D)} numbers, the first is "
+            f"{float(bad[0])}); lower the learning rate or look at its image and the weights"
+        )
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

@@ -54,17 +54,8 @@ def write_manifest(folder: Path, manifest: EmbedderManifest) -> None:
     write_file(folder / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
 
 
-def read_manifest(folder: Path) -> EmbedderManifest:
-    """Read and check an Embedder's manifest; the ONNX file must have the digest that it names.
-
-    Raises:
-        UserError: a file is missing, malformed, or not the one that was exported.
-    """
-    return _read(folder)[0]
-
-
 def _read(folder: Path) -> tuple[EmbedderManifest, bytes]:
-    """The manifest and the ONNX file that it was checked with."""
+    """The manifest and the ONNX file, which must have the digest that it names."""
     try:
         manifest = EmbedderManifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
         onnx = (folder / MODEL_FILE).read_bytes()
@@ -74,16 +65,17 @@ def _read(folder: Path) -> tuple[EmbedderManifest, bytes]:
             f"an embedder folder holds {MODEL_FILE} and {MANIFEST_FILE}; make one with 'hypersphere export'"
         ) from error
     except ValidationError as error:
-        raise UserError(
-            f"'{folder / MANIFEST_FILE}' is not an embedder's manifest: {error.errors()[0]['msg']} "
-            f"at '{'.'.join(map(str, error.errors()[0]['loc']))}'; export the embedder again"
-        ) from error
+        fault = error.errors()[0]
+        what = f"{fault['msg']} at '{'.'.join(map(str, fault['loc']))}'"
+        raise _spoilt(folder / MANIFEST_FILE, f"is not an embedder's manifest: {what}") from error
     if (found := model_id(onnx, manifest.preprocessing)) != manifest.model_id:
-        raise UserError(
-            f"'{folder / MODEL_FILE}' has digest {found}, but its manifest names {manifest.model_id}: "
-            "the file was changed after export; export the embedder again"
-        )
+        what = f"has digest {found}, but its manifest names {manifest.model_id}: the file was changed after export"
+        raise _spoilt(folder / MODEL_FILE, what)
     return manifest, onnx
+
+
+def _spoilt(path: Path, what: str) -> UserError:
+    return UserError(f"'{path}' {what}; export the embedder again")
 
 
 def open_session(onnx: bytes, threads: int) -> onnxruntime.InferenceSession:
@@ -103,9 +95,8 @@ class Embedder:
     """An opened Embedder folder. `embed` may be called from several threads at once."""
 
     def __init__(self, session: onnxruntime.InferenceSession, manifest: EmbedderManifest, batch_size: int) -> None:
-        self._session = session
-        self._batch_size = batch_size
-        self.manifest = manifest
+        self._session, self._batch_size = session, batch_size
+        self.manifest, self.model_id, self.preprocessing = manifest, manifest.model_id, manifest.preprocessing
 
     @classmethod
     def open(cls, folder: Path, threads: int = 1, batch_size: int = 64) -> "Embedder":
@@ -123,25 +114,11 @@ class Embedder:
         try:
             session = open_session(onnx, threads)
         except RUNTIME_ERRORS as error:
-            raise UserError(
-                f"'{folder / MODEL_FILE}' is not a model that ONNX Runtime {onnxruntime.__version__} can run: "
-                f"{_first_line(error)}; export the embedder again"
-            ) from error
+            what = f"is not a model that ONNX Runtime {onnxruntime.__version__} can run: {_first_line(error)}"
+            raise _spoilt(folder / MODEL_FILE, what) from error
         embedder = cls(session, manifest, batch_size)
         embedder._check(folder / MODEL_FILE)
         return embedder
-
-    @property
-    def model_id(self) -> str:
-        return self.manifest.model_id
-
-    @property
-    def dimension(self) -> int:
-        return self.manifest.dimension
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        return self.manifest.preprocessing
 
     def embed(self, images_BCHW: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Unit vectors [B, D] of uint8 pixels [B, C, H, W], in batches of at most `batch_size`.
@@ -158,7 +135,7 @@ class Embedder:
                 f"uint8 [B, {', '.join(map(str, wanted))}]; load them with the embedder's preprocessing"
             )
         if not len(images_BCHW):
-            return np.empty((0, self.dimension), np.float32)
+            return np.empty((0, self.manifest.dimension), np.float32)
         starts = range(0, len(images_BCHW), self._batch_size)
         x_BD = np.concatenate([self._run(images_BCHW[start : start + self._batch_size]) for start in starts])
         norms_B = np.linalg.norm(x_BD, axis=1)
@@ -180,31 +157,22 @@ class Embedder:
         inputs = [(item.name, item.type) for item in self._session.get_inputs()]
         outputs = [(item.name, item.type) for item in self._session.get_outputs()]
         if inputs != [(INPUT, "tensor(uint8)")] or (OUTPUT, "tensor(float)") not in outputs:
-            raise UserError(
-                f"'{path}' takes {inputs} and gives {outputs}; an embedder takes uint8 '{INPUT}' and gives float32 "
-                f"'{OUTPUT}'; export the embedder again"
-            )
-        form = self.preprocessing
+            wanted = f"an embedder takes uint8 '{INPUT}' and gives float32 '{OUTPUT}'"
+            raise _spoilt(path, f"takes {inputs} and gives {outputs}; {wanted}")
+        form, dimension = self.preprocessing, self.manifest.dimension
         shape = (2, form.channels, form.height, form.width)
         images_BCHW = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         try:
             x_BD = self._run(images_BCHW)
         except RUNTIME_ERRORS as error:
-            raise UserError(
-                f"'{path}' does not run on images of shape {shape}, as its manifest says it should: "
-                f"{_first_line(error)}; export the embedder again"
-            ) from error
-        if x_BD.shape != (2, self.dimension):
-            raise UserError(
-                f"'{path}' gives {x_BD.shape} for two images, but its manifest names dimension {self.dimension}; "
-                "export the embedder again"
-            )
-        length = float(np.linalg.norm(x_BD, axis=1)[0])
+            what = f"does not run on images of shape {shape}, as its manifest says it should: {_first_line(error)}"
+            raise _spoilt(path, what) from error
+        if x_BD.shape != (2, dimension):
+            raise _spoilt(path, f"gives {x_BD.shape} for two images, but its manifest names dimension {dimension}")
+        length = float(np.linalg.norm(x_BD[0]))
         if not abs(length - 1) <= NORM_TOLERANCE:
-            raise UserError(
-                f"'{path}' gives vectors of length {length:.4g}; an embedder normalises them to 1 inside the model; "
-                "export the embedder again"
-            )
+            what = f"gives vectors of length {length:.4g}; an embedder normalises them to 1 inside the model"
+            raise _spoilt(path, what)
 
 
 def _first_line(error: Exception) -> str:

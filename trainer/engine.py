@@ -9,13 +9,13 @@ and refuse another number of ranks.
 
 import logging
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from trainer.config import EngineConfig, OptimizerConfig
+from trainer.config import Config, OptimizerConfig
+from trainer.distributed import Group
 from trainer.errors import UserError
 
 # Optimizer states of a parameter that have its shape, by torch's names.
@@ -28,38 +28,20 @@ class Engine:
 
     Args:
         module: the backbone, float pixels BCHW to embeddings x_BD.
-        config: ZeRO stage, bf16, clipping.
-        optimizer: name, momentum and weight decay; the learning rate comes with each `step`.
+        config: `engine`, `optimizer` (the learning rate comes with each `step`), and the batch over all ranks.
         device: where this rank computes.
-        batch_size: samples a step over all ranks, for DeepSpeed's own bookkeeping.
-        world_size: ranks.
 
     Raises:
         UserError: bf16 on a device that cannot compute it.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        config: EngineConfig,
-        optimizer: OptimizerConfig,
-        device: torch.device,
-        *,
-        batch_size: int,
-        world_size: int,
-    ) -> None:
-        if device.type == "cuda" and config.bf16 and not torch.cuda.is_bf16_supported():
+    def __init__(self, module: nn.Module, config: Config, device: torch.device) -> None:
+        if device.type == "cuda" and config.engine.bf16 and not torch.cuda.is_bf16_supported():
             raise UserError("engine.bf16=true: this GPU does not compute in bfloat16; set engine.bf16=false")
-        self._moments = _MOMENTS[optimizer.name]
-        settings = _settings(config, sum(p.numel() for p in module.parameters()), batch_size, world_size)
-        self._engine = _initialize(module, optimizer, settings, device)
+        self.module = module  # with this rank's buffers
+        self._moments = _MOMENTS[config.optimizer.name]
+        self._engine = _initialize(module, config, device)
         self._create_moments()
-
-    @property
-    def module(self) -> nn.Module:
-        """The backbone itself, with this rank's buffers."""
-        module: nn.Module = self._engine.module
-        return module
 
     def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Embeddings x_BD, always fp32, of float pixels; with bf16 the products run in bf16 over fp32 weights."""
@@ -85,20 +67,18 @@ class Engine:
         """Master weights, moments and buffers in full, by name. A collective: every rank calls it and gets the same."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        state: dict[str, torch.Tensor] = {}
+        state = {f"buffer.{name}": buffer for name, buffer in self.module.named_buffers()}
         for name, parameter in self.module.named_parameters():
             if self._partitioned:
+                moments = {key: safe_get_full_optimizer_state(parameter, key) for key in self._moments}
                 state[f"weight.{name}"] = safe_get_full_fp32_param(parameter)
-                for moment in self._moments:
-                    state[f"{moment}.{name}"] = safe_get_full_optimizer_state(parameter, moment)
-                continue
-            state[f"weight.{name}"] = parameter.detach().clone()
-            for moment in self._moments:
-                state[f"{moment}.{name}"] = self._engine.optimizer.state[parameter][moment].detach().clone()
-        for name, buffer in self.module.named_buffers():
-            state[f"buffer.{name}"] = buffer.detach().clone()
-        state[_STEP_KEY] = torch.tensor(self._optimizer_steps())
-        return {name: tensor.cpu() for name, tensor in state.items()}
+            else:
+                moments = {key: self._engine.optimizer.state[parameter][key] for key in self._moments}
+                state[f"weight.{name}"] = parameter
+            state |= {f"{key}.{name}": value for key, value in moments.items()}
+        steps = [int(own["step"]) for own in self._engine.basic_optimizer.state.values() if "step" in own]
+        state[_STEP_KEY] = torch.tensor(max(steps, default=0))
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Continue from what `state` returned, at any number of ranks.
@@ -122,7 +102,9 @@ class Engine:
                     self._engine.optimizer.state[parameter].update(moments)
             for name, buffer in self.module.named_buffers():
                 buffer.copy_(_take(state, f"buffer.{name}", buffer.shape))
-            self._set_optimizer_steps(int(state[_STEP_KEY]))
+            for own in self._engine.basic_optimizer.state.values():
+                if "step" in own:  # AdamW's bias correction counts the steps beside the moments
+                    own["step"] = torch.tensor(float(state[_STEP_KEY]))
 
     @property
     def _partitioned(self) -> bool:
@@ -144,16 +126,6 @@ class Engine:
         if self._partitioned:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _optimizer_steps(self) -> int:
-        states = self._engine.basic_optimizer.state.values()
-        return max((int(state["step"]) for state in states if "step" in state), default=0)
-
-    def _set_optimizer_steps(self, steps: int) -> None:
-        """AdamW's bias correction counts the steps beside the moments."""
-        for state in self._engine.basic_optimizer.state.values():
-            if "step" in state:
-                state["step"] = torch.tensor(float(steps))
-
 
 def _take(state: dict[str, torch.Tensor], name: str, shape: torch.Size) -> torch.Tensor:
     if name not in state or state[name].shape != shape:
@@ -165,44 +137,20 @@ def _take(state: dict[str, torch.Tensor], name: str, shape: torch.Size) -> torch
     return state[name]
 
 
-def _optimizer(config: OptimizerConfig) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-    """A factory, since DeepSpeed wants to hand over the parameters itself. No decay on biases, norms and PReLU."""
-
-    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        parameters = list(parameters)
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        if config.name == "sgd":
-            return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
-        return torch.optim.AdamW(groups, lr=config.lr)
-
-    return make
+def _optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """No decay on biases, norms and PReLU."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+    return torch.optim.AdamW(groups, lr=config.lr)
 
 
-def _settings(config: EngineConfig, parameters: int, batch_size: int, world_size: int) -> dict[str, Any]:
-    """The config as DeepSpeed writes it."""
-    # The default bucket reserves 2 GB; no bucket needs to be larger than the backbone.
-    bucket = min(parameters, 500_000_000)
-    return {
-        "train_batch_size": batch_size,
-        "train_micro_batch_size_per_gpu": batch_size // world_size,
-        "gradient_clipping": config.gradient_clipping,
-        # Autocast keeps the weights, the moments and the batch norms in fp32.
-        "torch_autocast": {"enabled": config.bf16, "dtype": "bfloat16"},
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        },
-        "steps_per_print": 2**31 - 1,
-    }
-
-
-def _initialize(module: nn.Module, optimizer: OptimizerConfig, settings: dict[str, Any], device: torch.device) -> Any:
+def _initialize(module: nn.Module, config: Config, device: torch.device) -> Any:
     # DeepSpeed picks its accelerator from this variable when it is first imported, hence before the import.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
@@ -212,11 +160,18 @@ def _initialize(module: nn.Module, optimizer: OptimizerConfig, settings: dict[st
     # inference_all_reduce calls it, which training never does: declare it unavailable.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        model_parameters=[p for p in module.parameters() if p.requires_grad],
-        optimizer=_optimizer(optimizer),
-        config=settings,
-        dist_init_required=False,
-    )
-    return engine
+    # The default bucket reserves 2 GB; none needs to be larger than the backbone.
+    bucket = min(sum(p.numel() for p in module.parameters()), 500_000_000)
+    zero = {"stage": config.engine.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    settings = {
+        "train_batch_size": config.data.batch_size,
+        "train_micro_batch_size_per_gpu": config.data.batch_size // Group.current().size,
+        "gradient_clipping": config.engine.gradient_clipping,
+        # Autocast keeps the weights, the moments and the batch norms in fp32.
+        "torch_autocast": {"enabled": config.engine.bf16, "dtype": "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+        "steps_per_print": 2**31 - 1,
+    }
+    optimizer = _optimizer(module, config.optimizer)
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)[0]

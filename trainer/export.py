@@ -18,7 +18,7 @@ from torch import nn
 
 from trainer.atomic import Kind, fresh_folder
 from trainer.backbones import build
-from trainer.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint, latest, open_checkpoint
+from trainer.checkpoint import CHECKPOINTS, MANIFEST, latest, open_checkpoint
 from trainer.config import Config, from_tree
 from trainer.data.image import Preprocessing
 from trainer.data.manifest import Manifest
@@ -27,7 +27,7 @@ from trainer.embedder import INPUT, MODEL_FILE, OUTPUT, EmbedderManifest, model_
 from trainer.errors import UserError
 from trainer.objective import embedder_of
 from trainer.run import RunNote
-from trainer.tracking import added_to
+from trainer.tracking import Tracker
 
 _EMBEDDER = Kind("an embedder", MODEL_FILE)
 _COMPARED = 16  # images
@@ -47,13 +47,7 @@ class UnitVectors(nn.Module):
 
 
 def export_run(
-    run: Path,
-    out: Path,
-    *,
-    data: Path | None = None,
-    overwrite: bool = False,
-    register: bool = True,
-    on_trouble: Callable[[str], None],
+    run: Path, out: Path, *, data: Path | None, overwrite: bool, register: bool, on_trouble: Callable[[str], None]
 ) -> EmbedderManifest:
     """Export the newest checkpoint of a run, compare it with torch on the data set's images, and register it in MLflow.
 
@@ -73,31 +67,24 @@ def export_run(
     manifest = Manifest.read(folder)
     pixels = preprocessing(manifest, config.data)
     backbone = build(config.backbone, pixels.channels, pixels.height, pixels.width)
-    backbone.load_state_dict(_weights(found))
+    # The backbone's weights and buffers, out of the engine's state.
+    tensors = [(*name.partition("."), tensor) for name, tensor in found.read("backbone.safetensors").items()]
+    backbone.load_state_dict({name: tensor for kind, _, name, tensor in tensors if kind in ("weight", "buffer")})
     note = RunNote.read(config.run.out)
-    provenance = _provenance(found, note) | {"data": manifest.kind}
-    model = embedder_of(config, found, backbone)
-    written = export(model, pixels, out, _images(folder, manifest, config), provenance, overwrite=overwrite)
-    if register and note.mlflow_run_id:
-        with added_to(config.tracking, note.mlflow_run_id, on_trouble) as tracker:
-            tracker.register(out, written.model_id)
-    return written
-
-
-def _provenance(found: Checkpoint, note: RunNote) -> dict[str, str]:
-    return {
+    provenance = {
         "checkpoint_step": str(found.step),
         "class_digest": found.manifest.class_digest,
         "classes": str(found.manifest.classes),
         "mlflow_run_id": note.mlflow_run_id,
         "tracking_uri": "" if "@" in note.tracking_uri else note.tracking_uri,  # it may hold a password
+        "data": manifest.kind,
     }
-
-
-def _weights(found: Checkpoint) -> dict[str, torch.Tensor]:
-    """The backbone's state dict out of the engine's: its weights and buffers, by their own names."""
-    split = [(*name.partition("."), tensor) for name, tensor in found.read("backbone.safetensors").items()]
-    return {name: tensor for kind, _, name, tensor in split if kind in ("weight", "buffer")}
+    model = embedder_of(config, found, backbone)
+    written = export(model, pixels, out, _images(folder, manifest, config), provenance, overwrite=overwrite)
+    if register and note.mlflow_run_id:
+        with contextlib.closing(Tracker(config.tracking, on_trouble, note.mlflow_run_id)) as tracker:
+            tracker.register(out, written.model_id)
+    return written
 
 
 def _images(folder: Path, manifest: Manifest, config: Config) -> torch.Tensor:
@@ -111,7 +98,7 @@ def export(
     backbone: nn.Module,
     preprocessing: Preprocessing,
     out: Path,
-    sample_images_BCHW: torch.Tensor,
+    images_BCHW: torch.Tensor,
     provenance: dict[str, str],
     *,
     overwrite: bool = False,
@@ -123,7 +110,7 @@ def export(
     Args:
         backbone: float images_BCHW in [-1, 1] to x_BD.
         preprocessing: how an image becomes the pixels that the backbone was trained on.
-        sample_images_BCHW: uint8, real images after that preprocessing; the outputs are compared on them.
+        images_BCHW: uint8, real images after that preprocessing; the outputs are compared on them.
         provenance: where the weights come from; kept in the manifest.
         overwrite: replace an Embedder that is already in `out`.
 
@@ -131,13 +118,13 @@ def export(
         UserError: `out` exists, the images do not fit the preprocessing, or the backbone has no ONNX form.
         RuntimeError: ONNX Runtime and torch differ by more than 1e-4.
     """
-    _check_images(sample_images_BCHW, preprocessing)
+    _check_images(images_BCHW, preprocessing)
     with fresh_folder(out, _EMBEDDER, overwrite) as folder:
         model = UnitVectors(copy.deepcopy(backbone)).float().cpu().eval()
         onnx = _to_onnx(model, preprocessing)
         manifest = EmbedderManifest(
             model_id=model_id(onnx, preprocessing),
-            dimension=_check(onnx, model, sample_images_BCHW.cpu()),
+            dimension=_check(onnx, model, images_BCHW.cpu()),
             preprocessing=preprocessing,
             provenance=provenance,
         )
@@ -146,13 +133,12 @@ def export(
     return manifest
 
 
-def _check_images(images_BCHW: torch.Tensor, preprocessing: Preprocessing) -> None:
-    expected = (preprocessing.channels, preprocessing.height, preprocessing.width)
+def _check_images(images_BCHW: torch.Tensor, form: Preprocessing) -> None:
     shape = tuple(images_BCHW.shape)
-    if images_BCHW.dtype != torch.uint8 or shape[1:] != expected or not shape[0]:
+    if images_BCHW.dtype != torch.uint8 or shape[1:] != (form.channels, form.height, form.width) or not shape[0]:
         raise UserError(
             f"export cannot compare the model with torch on images of type {images_BCHW.dtype} and shape {shape}; "
-            f"give one real image or more, uint8 [B, {', '.join(map(str, expected))}]"
+            f"give one real image or more, uint8 [B, {form.channels}, {form.height}, {form.width}]"
         )
 
 
@@ -172,16 +158,13 @@ def _to_onnx(model: UnitVectors, preprocessing: Preprocessing) -> bytes:
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
     except torch.onnx.OnnxExporterError as error:
-        raise UserError(
-            f"this backbone has no ONNX form: {str(error).splitlines()[0]}; choose another backbone"
-        ) from error
+        why = str(error).splitlines()[0]
+        raise UserError(f"this backbone has no ONNX form: {why}; choose another backbone") from error
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
     proto: ModelProto = program.model_proto
-    if proto.ByteSize() > LARGEST:
-        raise UserError(
-            f"the model has {proto.ByteSize()} bytes, an embedder at most {LARGEST}; use a smaller backbone"
-        )
+    if (size := proto.ByteSize()) > LARGEST:
+        raise UserError(f"the model has {size} bytes, an embedder at most {LARGEST}; use a smaller backbone")
     _forget_the_source(proto)
     onnx: bytes = proto.SerializeToString(deterministic=True)
     return onnx
@@ -189,12 +172,9 @@ def _to_onnx(model: UnitVectors, preprocessing: Preprocessing) -> bytes:
 
 def _forget_the_source(proto: ModelProto) -> None:
     """Remove the exporter's notes (stack traces with paths of this machine): they would also change the digest."""
-    graph = proto.graph
-    functions = proto.functions
-    for part in (
-        *(proto, graph, *functions, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer),
-        *(node for function in functions for node in function.node),
-    ):
+    graph, functions = proto.graph, proto.functions
+    named = (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer)
+    for part in (proto, graph, *functions, *named, *(node for function in functions for node in function.node)):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
 

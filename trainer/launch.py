@@ -14,6 +14,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,14 @@ from trainer.train import Record, run
 
 _POLL_S = 0.3
 _ANSWER_S = 10
+_ENVIRONMENT = {  # the processes of a cluster started here inherit it
+    "RAY_USAGE_STATS_ENABLED": "0",  # the report would wait for a network that may not be there
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray's next release does by itself
+    # glibc gives large blocks back to the system and faults them in again in every step, a third of a CPU step's time.
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+}
 
 
 class TrainingFailed(RuntimeError):
@@ -73,69 +83,48 @@ def launch(config: Config, resume: bool, on_record: Callable[[Record], None]) ->
 
 
 def _train(config: Config, resume: bool, on_record: Callable[[Record], None]) -> None:
-    board = ray.remote(num_cpus=0)(_Board).remote()
-    errors: list[str] = []
-
-    def dispatch(record: Record) -> None:
-        if record.kind == "error":
-            errors.append(record.text)
-        else:
-            on_record(record)
-
-    clerk = _Clerk(board, dispatch)
+    scaling, board = config.scaling, ray.remote(num_cpus=0)(_Board).remote()
+    resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.use_gpu else {})
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"config": config.model_dump(mode="json"), "resume": resume, "board": board},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scaling.workers, use_gpu=scaling.use_gpu, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray", storage_path=str(config.run.out), failure_config=ray.train.FailureConfig(max_failures=0)
+        ),
+        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=1800),
+    )
     try:
-        _trainer(config, resume, board).fit()
+        with _records(board, on_record) as errors:
+            trainer.fit()
     except ray.train.TrainingFailedError as error:
-        clerk.stop()
         if errors:
             raise UserError(errors[0]) from error
         raise TrainingFailed(str(error)) from error
-    finally:
-        clerk.stop()
 
 
 def _connect(scaling: ScalingConfig, address: str | None) -> None:
     """Join the cluster at the address; where there is none, start one on this machine."""
-    # Every process of Ray's imports this package; the usage report would wait for a network that may not be there.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    # glibc gives large blocks back to the system and faults them in again in every step, a third of a CPU step's time;
-    # the processes of a cluster started here inherit these.
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**31 - 1))
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray's next release does by itself
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    cpus = max(os.cpu_count() or 1, math.ceil(scaling.workers * scaling.cpus_per_worker))
+    where: dict[str, Any] = {"address": address} if address else {"num_cpus": cpus, "include_dashboard": False}
     try:
-        if address:
-            _check_answers(address)
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-            return
-        cpus = max(os.cpu_count() or 1, math.ceil(scaling.workers * scaling.cpus_per_worker))
-        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+        if host and port.isdecimal():  # Ray itself would try for minutes; "auto" and the like are left to it
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+        ray.init(**where, log_to_driver=False, logging_level="ERROR")
     except (OSError, OverflowError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"cannot reach the Ray cluster '{address or 'local'}': {str(error).splitlines()[0]}; "
-            "start one with 'ray start --head', or leave scaling.address and RAY_ADDRESS empty to train "
-            "on this machine"
+            f"cannot reach the Ray cluster '{address or 'local'}': {str(error).splitlines()[0]}; start one with "
+            "'ray start --head', or leave scaling.address and RAY_ADDRESS empty to train on this machine"
         ) from error
 
 
-def _check_answers(address: str) -> None:
-    """Ray itself would try for minutes. An address without a port, such as "auto", is left to Ray.
-
-    Raises:
-        OSError, OverflowError: nothing listens there, or no such host or port.
-    """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
-
-
 def _check_resources(scaling: ScalingConfig, there: Mapping[str, float], where: str) -> None:
-    """Ray would wait for ever for workers that do not fit; what a machine or a fixed cluster has is known: say it now.
-
-    Raises:
-        UserError: the workers want more CPUs or GPUs than there are.
-    """
+    """Ray would wait for ever for workers that do not fit; what a machine or a fixed cluster has is known: say so."""
     wanted = {"CPU": scaling.workers * scaling.cpus_per_worker, "GPU": scaling.workers * float(scaling.use_gpu)}
     for resource, amount in wanted.items():
         if amount > there.get(resource, 0.0):
@@ -144,25 +133,6 @@ def _check_resources(scaling: ScalingConfig, there: Mapping[str, float], where: 
                 f"scaling.workers{', set scaling.use_gpu=false' if resource == 'GPU' else ''}, or name a cluster that "
                 "has them in scaling.address"
             )
-
-
-def _trainer(config: Config, resume: bool, board: Any) -> TorchTrainer:
-    scaling = config.scaling
-    return TorchTrainer(
-        _worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "resume": resume, "board": board},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=scaling.workers,
-            use_gpu=scaling.use_gpu,
-            resources_per_worker={"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.use_gpu else {}),
-        ),
-        run_config=ray.train.RunConfig(
-            name="ray",
-            storage_path=str(config.run.out.resolve()),
-            failure_config=ray.train.FailureConfig(max_failures=0),
-        ),
-        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=1800),
-    )
 
 
 def _worker(settings: dict[str, Any]) -> None:
@@ -182,71 +152,73 @@ def _worker(settings: dict[str, Any]) -> None:
         raise
 
 
-class _Clerk:
-    """Takes records off the board in a thread, and the rest when stopped."""
+@contextmanager
+def _records(board: Any, on_record: Callable[[Record], None]) -> Iterator[list[str]]:
+    """Take records off the board in a thread, and the rest at the end; yields what was wrong with the input."""
+    errors: list[str] = []
+    stopped = threading.Event()
 
-    def __init__(self, board: Any, dispatch: Callable[[Record], None]) -> None:
-        self._board, self._dispatch = board, dispatch
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="records", daemon=True)
-        self._thread.start()
+    def drain() -> None:
+        for record in ray.get(board.take.remote()):
+            if record.kind == "error":
+                errors.append(record.text)
+            else:
+                on_record(record)
 
-    def _work(self) -> None:
-        while not self._stopped.wait(_POLL_S):
-            self._drain()
+    def work() -> None:
+        while not stopped.wait(_POLL_S):
+            drain()
 
-    def _drain(self) -> None:
-        for record in ray.get(self._board.take.remote()):
-            self._dispatch(record)
+    thread = threading.Thread(target=work, name="records", daemon=True)
+    thread.start()
+    try:
+        yield errors
+    finally:
+        stopped.set()
+        thread.join()
+        drain()
 
-    def stop(self) -> None:
-        if not self._stopped.is_set():
-            self._stopped.set()
-            self._thread.join()
-            self._drain()
 
-
+@dataclass(frozen=True)
 class Job:
     """A training run on a cluster. Stopping this process leaves it running."""
 
-    def __init__(self, client: Any, identity: str) -> None:
-        self._client = client
-        self.identity = identity
+    identity: str
+    client: Any
 
-    def log(self) -> Iterator[str]:
-        """Its log as it grows, in pieces, until the job has ended."""
-        with asyncio.Runner() as runner:
-            lines = aiter(self._client.tail_job_logs(self.identity))
-            while (part := runner.run(_next(lines))) is not None:
-                yield part
-        while not self._client.get_job_status(self.identity).is_terminal():
+    def follow(self, write: Callable[[str], object]) -> str:
+        """Write its log as it grows; returns, when it has ended, Ray's name for how, such as SUCCEEDED."""
+
+        async def log() -> None:
+            async for part in self.client.tail_job_logs(self.identity):
+                write(str(part))
+
+        asyncio.run(log())
+        while not (status := self.client.get_job_status(self.identity)).is_terminal():
             time.sleep(0.5)
-
-    def status(self) -> str:
-        """Ray's name for how it stands, such as SUCCEEDED."""
-        return str(self._client.get_job_status(self.identity).value)
+        return str(status.value)
 
 
-def submit(address: str, config: Config, command: str, arguments: list[str]) -> Job:
+def submit(address: str, config: Config, command: str, resume: bool) -> Job:
     """Send a training run to a cluster through Ray Jobs.
 
     Args:
         address: of the cluster's dashboard, http://HEAD:8265.
         config: the resolved tree, sent along as a file.
         command: the program on the cluster that runs it, usually `hypersphere`.
-        arguments: further words of `COMMAND train`.
 
     Raises:
         UserError: nothing answers at the address.
     """
     from ray.job_submission import JobSubmissionClient  # the workers, which import this file too, do without
 
+    words = [command, "train", "--config", "config.yaml", *(["--resume"] if resume else [])]
     with tempfile.TemporaryDirectory() as folder:  # becomes the job's working directory on the cluster
         Path(folder, "config.yaml").write_text(config.to_yaml())
         try:
             client = JobSubmissionClient(address)
             identity = client.submit_job(
-                entrypoint=shlex.join([command, "train", "--config", "config.yaml", *arguments]),
+                entrypoint=shlex.join(words),
                 runtime_env={"working_dir": folder},
                 metadata={"project": "hypersphere", "experiment": config.tracking.experiment},
             )
@@ -255,8 +227,4 @@ def submit(address: str, config: Config, command: str, arguments: list[str]) -> 
                 f"the Ray cluster at '{address}' did not take the job: {str(error).splitlines()[0]}; give its "
                 "dashboard's address, such as http://HEAD:8265, and its token in RAY_AUTH_TOKEN if it wants one"
             ) from error
-    return Job(client, str(identity))
-
-
-async def _next(lines: Any) -> str | None:
-    return str(line) if (line := await anext(lines, None)) is not None else None
+    return Job(str(identity), client)

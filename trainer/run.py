@@ -10,7 +10,6 @@ run.out/  config.yaml          the resolved config
 from collections.abc import Callable, Mapping
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import Field, ValidationError
@@ -69,25 +68,16 @@ class RunNote(Strict):
 
 def resolved(config: Config) -> Config:
     """The config with paths that mean the same from every working directory."""
-    here = Path.cwd()
-
-    def changed(section: Any, **values: Any) -> Any:
-        return section.model_copy(update=values)
-
-    return config.model_copy(
-        update={
-            "data": changed(config.data, path=config.data.path.resolve()),
-            "run": changed(config.run, out=config.run.out.resolve()),
-            "tracking": changed(config.tracking, uri=absolute_uri(config.tracking.uri, here)),
-        }
-    )
+    data = config.data.model_copy(update={"path": config.data.path.resolve()})
+    run = config.run.model_copy(update={"out": config.run.out.resolve()})
+    tracking = config.tracking.model_copy(update={"uri": absolute_uri(config.tracking.uri, Path.cwd())})
+    return config.model_copy(update={"data": data, "run": run, "tracking": tracking})
 
 
 def start(config: Config, resume: bool, on_record: Callable[[Record], None], on_trouble: Callable[[str], None]) -> Path:
-    """Check a config, train it on Ray workers, and write MLflow from this process; returns the run's folder.
+    """Check a config, train it (or go on) on Ray workers, and write MLflow from this process; returns the run's folder.
 
     Args:
-        resume: go on from the newest checkpoint in `config.run.out`.
         on_record: called with each record of rank 0, from a second thread.
         on_trouble: called with one sentence when MLflow cannot be used.
 
@@ -96,19 +86,18 @@ def start(config: Config, resume: bool, on_record: Callable[[Record], None], on_
         trainer.launch.TrainingFailed: a worker failed by no fault of the input.
     """
     config = resolved(config)
-    manifest = check(config, resume)
-    config.run.out.mkdir(parents=True, exist_ok=True)
-    write_file(config.run.out / "config.yaml", config.to_yaml())
-    note = RunNote.read(config.run.out) if resume else RunNote()
+    folder, kind = config.run.out, check(config, resume).kind
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "config.yaml", config.to_yaml())
+    note = RunNote.read(folder) if resume else RunNote()
     tracker = Tracker(config.tracking, on_trouble, note.mlflow_run_id or None)
-    tree, tags = config.model_dump(mode="json"), {"data": str(config.data.path), "data_kind": manifest.kind}
-    tracker.start(tree, config.to_yaml(), tags)
+    tracker.start(config.model_dump(mode="json"), config.to_yaml(), {"data": str(config.data.path), "data_kind": kind})
     measured = {one.step: one.values for one in note.evaluations}
 
     def dispatch(record: Record) -> None:
         on_record(record)
-        if record.kind == "metrics":
-            measured[record.step] = record.values
+        if record.kind == "metrics":  # JSON has no infinity, which a measure of collapsed embeddings may be
+            measured[record.step] = {name: value for name, value in record.values.items() if isfinite(value)}
         if record.kind in ("step", "metrics"):
             tracker.metrics(record.values, record.step, record.time_ms)
 
@@ -122,16 +111,13 @@ def start(config: Config, resume: bool, on_record: Callable[[Record], None], on_
         status = "KILLED"
         raise
     finally:
-        _finish(config, tracker, measured)
-        tracker.close(status)
-    return config.run.out
+        _finish(config, tracker, status, measured)
+    return folder
 
 
-def _finish(config: Config, tracker: Tracker, measured: Mapping[int, dict[str, float]]) -> None:
-    """Write the note, and the picture of what was measured (by step), however the run ended."""
-    # JSON has no infinity, which a measure of collapsed embeddings may be.
-    finite = {step: {k: v for k, v in values.items() if isfinite(v)} for step, values in measured.items()}
-    evaluations = tuple(Evaluation(step=step, values=finite[step]) for step in sorted(finite))
+def _finish(config: Config, tracker: Tracker, status: Status, measured: Mapping[int, dict[str, float]]) -> None:
+    """Write the note, and the picture of what was measured (by step), and end MLflow's run, however the run ended."""
+    evaluations = tuple(Evaluation(step=step, values=measured[step]) for step in sorted(measured))
     note = RunNote(mlflow_run_id=tracker.run_id() or "", tracking_uri=config.tracking.uri, evaluations=evaluations)
     folder = config.run.out
     write_file(folder / NOTE, note.model_dump_json(indent=1) + "\n")
@@ -139,6 +125,7 @@ def _finish(config: Config, tracker: Tracker, measured: Mapping[int, dict[str, f
         from trainer.evaluation.plots import course_plot  # matplotlib, which the workers do not need
 
         tracker.artifact(course_plot(course, folder / f"{COLLAPSE}.png"))
+    tracker.close(status)
 
 
 def check(config: Config, resume: bool) -> Manifest:

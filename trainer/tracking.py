@@ -9,8 +9,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +17,7 @@ from pydantic import Field
 
 from trainer.strict import Strict
 
-_STOP = None
-CHAMPION = "champion"
+_PATIENCE_S = 60
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -29,9 +27,7 @@ class TrackingConfig(Strict):
     uri: str = "sqlite:///mlflow.db"
     experiment: str = "hypersphere"
     run_name: str | None = None
-    model_name: str = Field(
-        "hypersphere-embedder", description="the registered model that export gives the alias champion"
-    )
+    model_name: str = Field("hypersphere-embedder", description="registered model, of which export makes a champion")
     enabled: bool = True
 
 
@@ -56,48 +52,86 @@ class Tracker:
     """
 
     def __init__(self, config: TrackingConfig, on_trouble: Callable[[str], None], run_id: str | None = None) -> None:
-        self._config = config
-        self._on_trouble = on_trouble
-        self._run_id = run_id
+        self._config, self._on_trouble, self._run_id = config, on_trouble, run_id
         self._client: Any = None
         self._broken = not config.enabled
-        self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue()
-        self._ready = threading.Event()
-        self._wanted = threading.Event()
+        self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue()  # None: the end
+        self._ready, self._wanted = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 
     def start(self, tree: Mapping[str, Any], text: str, tags: Mapping[str, str]) -> None:
         """Make the run (or go on with the one named), with the config's tree as parameters and its text as a file."""
         now_ms = int(time.time() * 1000)
-        self._calls.put(lambda: self._start(tree, text, tags, now_ms))
 
-    def run_id(self, timeout_s: float = 60.0) -> str | None:
+        def call() -> None:
+            from mlflow.entities import Param
+
+            if self._run_id is None:
+                experiment, name = _experiment(self._client, self._config), self._config.run_name
+                run = self._client.create_run(experiment, start_time=now_ms, run_name=name, tags=dict(tags))
+                self._run_id = run.info.run_id
+            else:
+                self._client.update_run(self._run_id, status="RUNNING")
+            self._ready.set()
+            params = [Param(key, str(value)[:6000]) for key, value in _flatten(tree).items()]
+            self._client.log_batch(self._run_id, params=params)
+            self._client.log_text(self._run_id, text, "config.yaml")
+
+        self._calls.put(call)
+
+    def run_id(self) -> str | None:
         """Identity of the run, once MLflow has answered; None where it has not."""
         self._wanted.set()
-        self._ready.wait(timeout_s)
+        self._ready.wait(_PATIENCE_S)
         return self._run_id
 
     def metrics(self, values: Mapping[str, float], step: int, time_ms: int) -> None:
         """Record numbers of one step."""
-        self._put(lambda: self._metrics(values, step, time_ms))
+
+        def call() -> None:
+            from mlflow.entities import Metric
+
+            metrics = [Metric(key, value, time_ms, step) for key, value in values.items()]
+            self._client.log_batch(self._run_id, metrics=metrics)
+
+        self._put(call)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Store a file, or a folder with all it holds."""
-        self._put(lambda: self._artifact(path, folder))
+
+        def call() -> None:
+            store = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+            store(self._run_id, str(path), folder)
+
+        self._put(call)
 
     def register(self, embedder: Path, model_id: str) -> None:
         """Store an Embedder with the run, register it as a model version, and give that the alias `champion`."""
-        self._put(lambda: self._register(embedder, model_id))
 
-    def close(self, status: Status | None = "FINISHED", timeout_s: float = 60.0) -> None:
+        def call() -> None:
+            from mlflow.exceptions import MlflowException
+
+            client, name = self._client, self._config.model_name
+            client.log_artifacts(self._run_id, str(embedder), "embedder")
+            try:
+                client.get_registered_model(name)
+            except MlflowException:
+                client.create_registered_model(name, description="Embedders of Hypersphere: image to unit vector")
+            source = f"{client.get_run(self._run_id).info.artifact_uri}/embedder"
+            version = client.create_model_version(name, source, self._run_id, tags={"model_id": model_id})
+            client.set_registered_model_alias(name, "champion", version.version)
+
+        self._put(call)
+
+    def close(self, status: Status | None = None) -> None:
         """Write what is queued and end the run; None leaves the run's status as it is."""
         if status is not None:
             self._put(lambda: self._client.set_terminated(self._run_id, status))
-        self._put(_STOP)
-        self._thread.join(timeout_s)
+        self._put(None)
+        self._thread.join(_PATIENCE_S)
         if self._thread.is_alive():
-            self._trouble(f"it did not take the last records within {timeout_s:.0f} s")
+            self._trouble(f"it did not take the last records within {_PATIENCE_S} s")
 
     def _put(self, call: Callable[[], None] | None) -> None:
         self._calls.put(call)
@@ -105,7 +139,7 @@ class Tracker:
 
     def _work(self) -> None:
         self._wanted.wait()
-        while (call := self._calls.get()) is not _STOP:
+        while (call := self._calls.get()) is not None:
             if self._broken:
                 self._ready.set()
                 continue
@@ -120,58 +154,6 @@ class Tracker:
         self._broken = True
         self._ready.set()
         self._on_trouble(f"MLflow at '{self._config.uri}' cannot be used: {reason}; going on without tracking")
-
-    def _start(self, tree: Mapping[str, Any], text: str, tags: Mapping[str, str], now_ms: int) -> None:
-        if self._run_id is None:
-            experiment = _experiment(self._client, self._config)
-            run = self._client.create_run(
-                experiment, start_time=now_ms, run_name=self._config.run_name, tags=dict(tags)
-            )
-            self._run_id = run.info.run_id
-        else:
-            self._client.update_run(self._run_id, status="RUNNING")
-        self._ready.set()
-        from mlflow.entities import Param
-
-        params = [Param(key, str(value)[:6000]) for key, value in _flatten(tree).items()]
-        self._client.log_batch(self._run_id, params=params)
-        self._client.log_text(self._run_id, text, "config.yaml")
-
-    def _metrics(self, values: Mapping[str, float], step: int, time_ms: int) -> None:
-        from mlflow.entities import Metric
-
-        self._client.log_batch(
-            self._run_id, metrics=[Metric(key, value, time_ms, step) for key, value in values.items()]
-        )
-
-    def _artifact(self, path: Path, folder: str | None) -> None:
-        if path.is_dir():
-            self._client.log_artifacts(self._run_id, str(path), folder)
-        else:
-            self._client.log_artifact(self._run_id, str(path), folder)
-
-    def _register(self, embedder: Path, model_id: str) -> None:
-        from mlflow.exceptions import MlflowException
-
-        name = self._config.model_name
-        self._client.log_artifacts(self._run_id, str(embedder), "embedder")
-        try:
-            self._client.get_registered_model(name)
-        except MlflowException:
-            self._client.create_registered_model(name, description="Embedders of Hypersphere: image to unit vector")
-        source = f"{self._client.get_run(self._run_id).info.artifact_uri}/embedder"
-        version = self._client.create_model_version(name, source, self._run_id, tags={"model_id": model_id})
-        self._client.set_registered_model_alias(name, CHAMPION, version.version)
-
-
-@contextmanager
-def added_to(settings: TrackingConfig, run_id: str, on_trouble: Callable[[str], None]) -> Iterator[Tracker]:
-    """Add to a run that is there already; its status stays as it is."""
-    tracker = Tracker(settings, on_trouble, run_id)
-    try:
-        yield tracker
-    finally:
-        tracker.close(None)
 
 
 def _client(uri: str) -> Any:
@@ -199,8 +181,5 @@ def _experiment(client: Any, config: TrackingConfig) -> str:
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
     return flat

@@ -8,6 +8,7 @@ and the step. A resumed run therefore needs no generator's state, and gives the 
 
 import hashlib
 import json
+import math
 import resource
 import time
 from collections.abc import Callable
@@ -16,9 +17,8 @@ from typing import Literal
 
 import torch
 
-from trainer import checkpoint
 from trainer.backbones import build
-from trainer.checkpoint import Checkpoint, CheckpointManifest
+from trainer.checkpoint import CHECKPOINTS, Checkpoint, CheckpointManifest, latest, save
 from trainer.config import Config
 from trainer.data.augment import Augment
 from trainer.data.manifest import Manifest
@@ -28,7 +28,6 @@ from trainer.engine import Engine
 from trainer.errors import UserError
 from trainer.monitor import Monitor
 from trainer.objective import Objective
-from trainer.schedule import learning_rate_factor, margin_factor
 
 _DROPOUT_PRIME = 1_000_003  # spreads (seed, step, rank) over the generator's seeds
 
@@ -37,7 +36,7 @@ _DROPOUT_PRIME = 1_000_003  # spreads (seed, step, rank) over the generator's se
 class Record:
     """What rank 0 tells the launcher."""
 
-    kind: Literal["start", "step", "metrics", "note", "error", "done"]
+    kind: Literal["start", "step", "metrics", "note", "error"]
     step: int = 0
     total_steps: int = 0
     values: dict[str, float] = field(default_factory=dict)
@@ -45,10 +44,7 @@ class Record:
     time_ms: int = field(default_factory=lambda: int(time.time() * 1000))
 
 
-Listener = Callable[[Record], None]
-
-
-def run(config: Config, *, resume: bool, report: Listener, local_rank: int = 0) -> None:
+def run(config: Config, *, resume: bool, report: Callable[[Record], None], local_rank: int = 0) -> None:
     """Train from the config's first step, or from the newest checkpoint, to the last; the process group is up.
 
     Args:
@@ -72,43 +68,40 @@ def run(config: Config, *, resume: bool, report: Listener, local_rank: int = 0) 
 class _Run:
     """The objects of one run on one rank."""
 
-    def __init__(self, config: Config, device: torch.device, report: Listener) -> None:
+    def __init__(self, config: Config, device: torch.device, report: Callable[[Record], None]) -> None:
         self.config, self.device, self.report = config, device, report
-        data, group = config.data, Group.current()
-        self.group = group
-        self.manifest = Manifest.read(data.path)
-        split = self.manifest.split(data.train_split)
-        seed = config.run.seed
-        self.stream = Stream(
-            data.path, self.manifest, data.train_split, data, rank=group.rank, world_size=group.size, seed=seed
-        )
-        self.monitor = Monitor(config, self.manifest, group)
+        self.checkpoints = config.run.out / CHECKPOINTS
+        data, seed, self.group = config.data, config.run.seed, (group := Group.current())
+        manifest = Manifest.read(data.path)
+        split = manifest.split(data.train_split)
+        rank, size = group.rank, group.size
+        self.stream = Stream(data.path, manifest, data.train_split, data, rank=rank, world_size=size, seed=seed)
+        self.monitor = Monitor(config, manifest, group)
         together = data.batch_size // data.identities_per_batch if data.identities_per_batch else 1
-        self.augment = Augment(config.augment, config.run.seed, len(split.classes), together)
+        self.augment = Augment(config.augment, seed, len(split.classes), together)
         turns = 4 if config.augment.quarter_turns else 1
         self.classes = turns * len(split.classes)
+        # Of the split's class names in order: which centre belongs to whom.
+        self.class_digest = hashlib.sha256(json.dumps(split.classes).encode()).hexdigest()
         torch.manual_seed(seed)
-        pixels = preprocessing(self.manifest, data)
+        pixels = preprocessing(manifest, data)
         backbone = build(config.backbone, pixels.channels, pixels.height, pixels.width).to(device)
-        self.engine = Engine(
-            backbone, config.engine, config.optimizer, device, batch_size=data.batch_size, world_size=group.size
-        )
+        self.engine = Engine(backbone, config, device)
         self.objective = Objective(config, self.classes, list(split.class_counts) * turns, device)
-        self.total_steps = config.run.epochs * self.stream.steps_per_epoch
-        if config.run.max_steps is not None:
-            self.total_steps = min(self.total_steps, config.run.max_steps)
+        steps = config.run.epochs * self.stream.steps_per_epoch
+        self.total_steps = min(steps, config.run.max_steps or steps)
         self.step = 0
 
     def train(self) -> None:
         """Every step that is left, with evaluations and checkpoints where the config wants them."""
         config = self.config
-        self.report(Record("start", self.step, self.total_steps, {"classes": float(self.classes)}))
+        self.report(Record("start", self.step, self.total_steps))
         meter = _Meter(self.device)
         while self.step < self.total_steps:
             epoch, first = divmod(self.step, self.stream.steps_per_epoch)
             for batch in self.stream.batches(epoch, first):
                 losses = self._step(batch, epoch)
-                meter.count(int((batch.labels_B >= 0).sum()) * self.group.size)
+                meter.samples += int((batch.labels_B >= 0).sum()) * self.group.size
                 self.step += 1
                 if self.step % config.run.log_every == 0 or self.step == self.total_steps:
                     self._report_step(losses, meter)
@@ -120,7 +113,6 @@ class _Run:
             meter.restart()
         if not config.run.checkpoint_every or self.step % config.run.checkpoint_every:
             self.save()
-        self.report(Record("done", self.step, self.total_steps))
 
     def _step(self, batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
         """One update of backbone and head; the losses of the global batch, still on the device."""
@@ -131,9 +123,9 @@ class _Run:
         # The engine averages gradients over the ranks, but each rank's gradient is its part of one global mean: the sum
         # is right. The factor is applied here, to what flows into the backbone only.
         x_BD = sum_not_mean(x_BD, self.group)
-        self.objective.set_progress(self.step, margin_factor(self.step, config.schedule))
+        self.objective.set_progress(self.step, config.schedule.margin_factor(self.step))
         loss, parts = self.objective(x_BD, labels_B.to(self.device), batch.keys)
-        factor = learning_rate_factor(self.step, self.total_steps, config.schedule)
+        factor = config.schedule.learning_rate_factor(self.step, self.total_steps)
         head_lr = config.head_lr() * factor
         self.objective.prepare(head_lr)
         self.engine.backward(loss)
@@ -143,14 +135,13 @@ class _Run:
 
     def _report_step(self, losses: dict[str, torch.Tensor], meter: "_Meter") -> None:
         values = {name: float(value) for name, value in losses.items()}
-        if not all(map(_finite, values.values())):
+        lr = self.config.optimizer.lr
+        if not all(map(math.isfinite, values.values())):
             raise UserError(
-                f"the loss at step {self.step} is {values}: the run has diverged; lower optimizer.lr "
-                f"(now {self.config.optimizer.lr}), lengthen schedule.warmup_steps or set engine.gradient_clipping"
+                f"the loss at step {self.step} is {values}: the run has diverged; lower optimizer.lr (now {lr}), "
+                "lengthen schedule.warmup_steps or set engine.gradient_clipping"
             )
-        values["learning_rate"] = self.config.optimizer.lr * learning_rate_factor(
-            self.step - 1, self.total_steps, self.config.schedule
-        )
+        values["learning_rate"] = lr * self.config.schedule.learning_rate_factor(self.step - 1, self.total_steps)
         if (norm := self.engine.gradient_norm()) is not None:
             values["gradient_norm"] = norm
         for note in self.objective.notes(values):
@@ -159,9 +150,7 @@ class _Run:
 
     def _after_epoch(self, epoch: int) -> None:
         every, last = self.config.run.eval_every, self.step == self.total_steps
-        if not every or (not last and (epoch + 1) % every):
-            return
-        if not self.monitor:
+        if not self.monitor or not every or (not last and (epoch + 1) % every):
             return
         average_buffers(self.engine.module, self.group)
         values = self.monitor(self.engine.module, self.objective, self.device)
@@ -171,23 +160,20 @@ class _Run:
         """Write a checkpoint of this step. A collective."""
         average_buffers(self.engine.module, self.group)
         backbone = self.engine.state()
-        files = self.objective.files()
-        if self.group.rank == 0:
-            files["backbone.safetensors"] = backbone
+        files = self.objective.files() | ({"backbone.safetensors": backbone} if self.group.rank == 0 else {})
         manifest = CheckpointManifest(
             step=self.step,
             world_size=self.group.size,
             classes=self.classes,
-            class_digest=class_digest(self.manifest, self.config.data.train_split),
+            class_digest=self.class_digest,
             config=self.config.model_dump(mode="json"),
             files={},
         )
-        parent, keep = self.config.run.out / checkpoint.CHECKPOINTS, self.config.run.keep_checkpoints
-        checkpoint.save(parent, manifest, files, keep, self.group)
+        save(self.checkpoints, manifest, files, self.config.run.keep_checkpoints, self.group)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint; a run that has none starts from its first step."""
-        found = checkpoint.latest(self.config.run.out / checkpoint.CHECKPOINTS)
+        found = latest(self.checkpoints)
         if found is None:
             self.report(Record("note", text=f"no checkpoint in '{self.config.run.out}' yet: starting at step 0"))
             return
@@ -204,8 +190,7 @@ class _Run:
                 f"the checkpoint '{found.folder}' was written by {manifest.world_size} workers, this run has "
                 f"{self.group.size}; resume with scaling.workers={manifest.world_size}"
             )
-        digest = class_digest(self.manifest, self.config.data.train_split)
-        if (manifest.classes, manifest.class_digest) != (self.classes, digest):
+        if (manifest.classes, manifest.class_digest) != (self.classes, self.class_digest):
             raise UserError(
                 f"the checkpoint '{found.folder}' was trained on other classes ({manifest.classes}) than "
                 f"'{self.config.data.path}' has ({self.classes}); resume with the data set that it was trained on"
@@ -226,25 +211,12 @@ class _Meter:
 
     def restart(self) -> None:
         """Leave out what is not training, such as an evaluation."""
-        self._samples, self._since = 0, time.perf_counter()
-
-    def count(self, samples: int) -> None:
-        self._samples += samples
+        self.samples, self._since = 0, time.perf_counter()
 
     def read(self) -> dict[str, float]:
-        rate = self._samples / max(1e-9, time.perf_counter() - self._since)
+        values = {"samples_per_s": self.samples / max(1e-9, time.perf_counter() - self._since)}
+        values["memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         self.restart()
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        values = {"samples_per_s": rate, "memory_mb": memory}
         if self._device.type == "cuda":
             values["gpu_memory_mb"] = torch.cuda.max_memory_allocated(self._device) / 2**20
         return values
-
-
-def class_digest(manifest: Manifest, split: str) -> str:
-    """Digest of a split's class names in order: which centre belongs to whom."""
-    return hashlib.sha256(json.dumps(manifest.splits[split].classes).encode()).hexdigest()
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from serving.cli import data, embedder, losses, train
+from serving.cli import data, embedder, losses
 from serving.cli.serve import serve
 from serving.cli.terminal import fail
 from trainer.errors import UserError
@@ -24,7 +24,7 @@ app = typer.Typer(
     "The order of a first use: `data import`, `train`, `export`, `evaluate`, `calibrate`, `serve`.",
 )
 app.add_typer(data.app, name="data")
-for command in (train.train, train.submit, embedder.export, embedder.evaluate, embedder.calibrate, serve):
+for command in (embedder.train, embedder.submit, embedder.export, embedder.evaluate, embedder.calibrate, serve):
     app.command()(command)
 app.command("losses")(losses.table)
 app.add_typer(losses.plot, name="plot")

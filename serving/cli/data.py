@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from serving.cli.terminal import err, out, plain, progress
+from serving.cli.terminal import err, out, progress
 from trainer.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, help="Turn images into WebDataset shards, and check them.")
@@ -22,9 +22,7 @@ def import_(
     *,
     kind: Annotated[Literal["omniglot", "folder", "glyphs"], typer.Option(help="Layout of the source.")],
     to: Annotated[Path, typer.Option("--out", help="New folder for shards and manifest.json.")],
-    holdout_alphabets: Annotated[
-        int | None, typer.Option(help="omniglot: whole alphabets held out for validation.")
-    ] = None,
+    holdout_alphabets: Annotated[int | None, typer.Option(help="omniglot: whole alphabets held out.")] = None,
     holdout_share: Annotated[float, typer.Option(help="folder, glyphs: share of the identities held out.")] = 0.1,
     max_bad: Annotated[float, typer.Option(help="Share of unreadable images past which the import fails.")] = 0.01,
     min_samples: Annotated[int, typer.Option(help="Leave out identities with fewer images.")] = 1,
@@ -48,7 +46,7 @@ def import_(
     for name, split in manifest.splits.items():
         out.print(f"{name}: {split.samples} images of {len(split.classes)} identities in {len(split.shards)} shards")
     for bad in manifest.bad[:20]:
-        err.print(f"left out: {plain(bad.name)}: {plain(bad.reason)}", highlight=False)
+        err.print(f"left out: {bad.name}: {bad.reason}")
     if manifest.bad:
         err.print(f"{len(manifest.bad)} unreadable images were left out; all are named in {to}/manifest.json")
 

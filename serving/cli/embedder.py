@@ -1,29 +1,76 @@
-"""`hypersphere export`, `evaluate` and `calibrate`: an Embedder is made, measured, and given its thresholds."""
+"""`hypersphere train`, `submit`, `export`, `evaluate`, `calibrate`: an Embedder is made, measured, given thresholds."""
 
 import time
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from serving.cli.terminal import out, progress, rows_table, warn
+from serving.cli.terminal import TrainingView, fail, out, progress, warn
 
 if TYPE_CHECKING:
     from trainer.embedder import EmbedderManifest
-    from trainer.evaluation.report import Report, Threshold
+    from trainer.evaluation.report import Report
 
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Override single keys, e.g. `run.epochs=5`."),
+]
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; without it, the defaults.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in run.out.")]
 EmbedderOption = Annotated[Path, typer.Option("--embedder", "-e", help="Folder that `export` wrote.")]
 DataOption = Annotated[Path, typer.Option("--data", "-d", help="Folder that `data import` wrote.")]
 Threads = Annotated[int, typer.Option(help="CPU threads of the model.")]
 
 
+def train(overrides: Overrides = None, config: ConfigOption = None, resume: Resume = False) -> None:
+    """Train on Ray workers: on the cluster at `$RAY_ADDRESS` or `scaling.address`, else on this machine.
+
+    Example: `hypersphere train --config configs/demo.yaml run.epochs=3 loss=cosface`
+    """
+    from trainer.config import load
+    from trainer.launch import TrainingFailed
+    from trainer.run import start
+
+    try:
+        with TrainingView(out) as view:
+            folder = start(load(config, overrides), resume, view.record, warn)
+    except TrainingFailed as error:
+        fail(str(error), "the training failed")
+        raise typer.Exit(1) from error
+    out.print(f"checkpoints are in {folder / 'checkpoints'}; next: hypersphere export --run {folder}")
+
+
+def submit(
+    overrides: Overrides = None,
+    *,
+    address: Annotated[str, typer.Option(help="Dashboard of the Ray cluster, http://HEAD:8265.")],
+    config: ConfigOption = None,
+    resume: Resume = False,
+    command: Annotated[str, typer.Option(help="The program on the cluster.")] = "hypersphere",
+) -> None:
+    """Send a training run to a cluster through Ray Jobs, follow its log, and exit with its status.
+
+    Relative paths in the config are taken from this folder, so they must mean the same on the cluster.
+    """
+    from trainer.config import load
+    from trainer.launch import submit as send
+    from trainer.run import resolved
+
+    job = send(address, resolved(load(config, overrides)), command, resume)
+    out.print(f"job {job.identity} is on {address}; stop it with: ray job stop --address {address} {job.identity}")
+    status = job.follow(lambda part: print(part, end="", flush=True))
+    out.print(f"job {status}")
+    raise typer.Exit(0 if status == "SUCCEEDED" else 1)
+
+
 def export(
     run: Annotated[Path, typer.Option("--run", "-r", help="The run's folder (run.out), or one checkpoint's.")],
     to: Annotated[Path | None, typer.Option("--out", "-o", help="New folder; default RUN/embedder.")] = None,
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Data set for the parity check; default: the run's.")
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Data set for the parity check; default: the run's.")] = None,
     register: Annotated[bool, typer.Option(help="Register it in MLflow with the alias champion.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
@@ -56,15 +103,15 @@ def evaluate(
     to = to or embedder / "evaluation"
     to.mkdir(parents=True, exist_ok=True)
     write_file(to / "report.json", report.to_json())
-    out.print(_report_table(f"{split}: {report.samples} images of {report.identities} identities", report))
+    _print(f"{split}: {report.samples} images of {report.identities} identities", _report_rows(report))
+    plots = []
     try:
         from trainer.evaluation.plots import report_plots
+
+        plots = report_plots(report, to)
     except ModuleNotFoundError as error:
         warn(f"no plots: '{error.name}' is not installed; pip install 'hypersphere[trainer]' brings it")
-        plots = []
-    else:
-        plots = report_plots(report, to)
-    out.print(f"report and {len(plots)} plots are in {to}", highlight=False)
+    out.print(f"report and {len(plots)} plots are in {to}")
     _track(opened.manifest, report, to)
 
 
@@ -75,9 +122,7 @@ def calibrate(
     split: Annotated[str, typer.Option(help="Split to calibrate on: identities that were not trained on.")] = "val",
     fpir: Annotated[float, typer.Option(help="Allowed share of strangers' searches that return somebody.")] = 0.01,
     fmr: Annotated[float, typer.Option(help="Allowed share of false matches in 1:1 verification.")] = 0.001,
-    gallery_size: Annotated[
-        int | None, typer.Option(help="Subjects in the gallery; default: those of the split.")
-    ] = None,
+    gallery_size: Annotated[int | None, typer.Option(help="Subjects in the gallery; default: the split's.")] = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     threads: Threads = 2,
 ) -> None:
@@ -91,19 +136,15 @@ def calibrate(
             opened, data, split, fpir=fpir, fmr=fmr, gallery_size=gallery_size, seed=seed, progress=show
         )
     write_manifest(embedder, opened.manifest.model_copy(update={"calibration": found}))
-    size = f" at {found.identify.gallery_size} subjects"
-    rows = [_threshold_row("verify", found.verify, ""), _threshold_row("identify", found.identify, size)]
-    out.print(rows_table("thresholds", rows))
+    rows = []
+    for use, one in (("verify", found.verify), ("identify", found.identify)):
+        size = f" at {one.gallery_size} subjects" if use == "identify" else ""
+        reached = f"{one.value:.4f}, reached {one.target} between {one.low:.4f} and {one.high:.4f}"
+        rows.append((f"{use} ({one.target} {one.rate:g}{size})", reached))
+    _print("thresholds", rows)
 
 
-def _threshold_row(use: str, found: "Threshold", size: str) -> tuple[str, str]:
-    return (
-        f"{use} ({found.target} {found.rate:g}{size})",
-        f"{found.value:.4f}, reached {found.target} between {found.low:.4f} and {found.high:.4f}",
-    )
-
-
-def _report_table(title: str, report: "Report") -> Table:
+def _report_rows(report: "Report") -> list[tuple[str, str]]:
     """The headline figures, each with what it was measured on; a figure that is not resolved says why."""
     shot, open_set = report.one_shot, report.open_set
     rank1 = f"{shot.rank1:.2%}  (95 %: {shot.low:.2%} to {shot.high:.2%}; {shot.probes} probes)"
@@ -114,11 +155,19 @@ def _report_table(title: str, report: "Report") -> Table:
         interval = f"  (95 %: {point.low:.2%} to {point.high:.2%})" if point.low is not None and point.high else ""
         what = f"FNIR at FPIR {point.fpir:g}, {open_set.unenrolled} identities not enrolled, gallery of"
         rows.append((f"{what} {open_set.gallery_size}", _rate(point.fnir, point.reason) + interval))
-    return rows_table(title, rows)
+    return rows
 
 
 def _rate(value: float | None, reason: str | None) -> str:
     return f"{value:.2%}" if value is not None else f"not resolved: {reason}"
+
+
+def _print(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """A table of two columns: what, and its value."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
 
 
 def _track(manifest: "EmbedderManifest", report: "Report", folder: Path) -> None:
@@ -126,10 +175,10 @@ def _track(manifest: "EmbedderManifest", report: "Report", folder: Path) -> None
     provenance = manifest.provenance
     if not provenance.get("mlflow_run_id") or not provenance.get("tracking_uri"):
         return
-    from trainer.tracking import TrackingConfig, added_to
+    from trainer.tracking import Tracker, TrackingConfig
 
     settings = TrackingConfig(uri=provenance["tracking_uri"])
     values = {f"evaluation/{name}": value for name, value in report.scalars().items()}
-    with added_to(settings, provenance["mlflow_run_id"], warn) as tracker:
+    with closing(Tracker(settings, warn, provenance["mlflow_run_id"])) as tracker:
         tracker.metrics(values, int(provenance["checkpoint_step"]), int(time.time() * 1000))
         tracker.artifact(folder, "evaluation")

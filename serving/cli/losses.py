@@ -2,15 +2,14 @@
 
 import json
 import os
-import sys
-from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from serving.cli.terminal import out, plain, progress, warn
+from serving.cli.terminal import out, progress, warn
 
 if TYPE_CHECKING:
     from trainer.figures.draw import Written
@@ -26,7 +25,7 @@ def table(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable
 
     rows = rows_of_all()
     if as_json:
-        sys.stdout.write(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
         return
     shown = Table()
     shown.add_column("name", no_wrap=True)  # what a config asks for: never cut
@@ -34,20 +33,18 @@ def table(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable
         shown.add_column(column, overflow="fold")
     for row in rows:
         defaults = ", ".join(f"{key}={value}" for key, value in row["defaults"].items())
-        shown.add_row(*(plain(text) for text in (row["name"], row["family"], row["formula"], defaults, row["source"])))
+        shown.add_row(row["name"], row["family"], row["formula"], defaults, row["source"])
     out.print(shown)
 
 
 @plot.command()
 def geometry(
     *,
-    loss: Annotated[list[str] | None, typer.Option("--loss", help="Only this loss; may be repeated.")] = None,
+    loss: Annotated[list[str] | None, typer.Option(help="Only this loss; may be repeated.")] = None,
     family: Annotated[
-        list[str] | None, typer.Option("--family", help="Only softmax, margin, pair or centre; may be repeated.")
+        list[str] | None, typer.Option(help="Only softmax, margin, pair or centre; may be repeated.")
     ] = None,
-    dimension: Annotated[
-        list[int] | None, typer.Option("--dimension", help="2 or 3; may be repeated; default: both.")
-    ] = None,
+    dimension: Annotated[list[int] | None, typer.Option(help="2 or 3; may be repeated; default: both.")] = None,
     folder: OutOption = Path("figures"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each loss.")] = 600,
     seed: Annotated[int, typer.Option(min=0, help="Of the split, the first weights and the order.")] = 0,
@@ -83,25 +80,20 @@ def gradients(folder: OutOption = Path("figures")) -> None:
 
 
 def _finish(folder: Path, written: "Written") -> None:
+    """Name the figures, and log their files, no others of the folder, to the active MLflow run where there is one."""
     for one in written.figures:
-        out.print(" ".join(str(path) for path in one.files), highlight=False)
-    out.print(f"captions and numbers are in {folder}", highlight=False)
-    _track(written.files)
-
-
-def _track(files: Sequence[Path]) -> None:
-    """Log these files, and nothing else of their folder, to the active MLflow run, where there is one."""
-    run_id = os.environ.get("MLFLOW_RUN_ID")
-    if not run_id:
+        out.print(" ".join(map(str, one.files)))
+    out.print(f"captions and numbers are in {folder}")
+    if not (run_id := os.environ.get("MLFLOW_RUN_ID")):
         return
-    from trainer.tracking import TrackingConfig, absolute_uri, added_to
+    from trainer.tracking import Tracker, TrackingConfig, absolute_uri
 
     uri = os.environ.get("MLFLOW_TRACKING_URI") or absolute_uri(TrackingConfig().uri, Path.cwd())
     troubles: list[str] = []
-    with added_to(TrackingConfig(uri=uri), run_id, troubles.append) as tracker:
-        for path in files:
+    with closing(Tracker(TrackingConfig(uri=uri), troubles.append, run_id)) as tracker:
+        for path in written.files:
             tracker.artifact(path, "figures")
     for trouble in troubles:
         warn(trouble)
     if not troubles:
-        out.print(f"logged to the MLflow run {run_id}", highlight=False)
+        out.print(f"logged to the MLflow run {run_id}")

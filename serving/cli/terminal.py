@@ -1,58 +1,40 @@
 """What the terminal shows: lines, progress bars and tables."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import TimeElapsedColumn as Elapsed
+from rich.progress import TimeRemainingColumn as Remaining
+from rich.text import Text
 
 if TYPE_CHECKING:
     from trainer.train import Record
 
 _PLAIN_EVERY = 0.1  # without a terminal, a line each tenth of the way
 
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
-
-
-def plain(text: object) -> str:
-    """Text that may hold square brackets, which rich would take for styles."""
-    return escape(str(text))
+# What is printed may hold anything: brackets are no styles, and words between colons no pictures.
+out = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+err = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
 def warn(text: str) -> None:
     """A line on stderr; the command goes on."""
-    err.print(plain(text), style="yellow", highlight=False)
+    err.print(text, style="yellow")
 
 
 def fail(text: str, what: str = "error") -> None:
     """The line on stderr that a failed command ends with."""
-    err.print(f"[bold red]{what}:[/] {plain(text)}", highlight=False)
+    err.print(Text.assemble((f"{what}:", "bold red"), " ", text))
 
 
 @contextmanager
 def progress(console: Console = out) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each stage; yields `show(stage, done, total)`. Nothing is drawn where there is no terminal."""
-    bar = Progress(
-        TextColumn("{task.description:>10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
+    columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), Elapsed(), Remaining())
+    bar = Progress(*columns, console=console, disable=not console.is_terminal)
     tasks: dict[str, TaskID] = {}
 
     def show(stage: str, done: int, total: int) -> None:
@@ -64,59 +46,33 @@ def progress(console: Console = out) -> Iterator[Callable[[str, int, int], None]
         yield show
 
 
-class TrainingView:
+class TrainingView(Progress):
     """The bar of a training run: loss, samples/s, ETA and memory; lines instead where there is no terminal."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task: TaskID | None = None
+        counts, times = (TextColumn("step"), MofNCompleteColumn()), (Elapsed(), TextColumn("left"), Remaining())
+        columns = (*counts, BarColumn(), TextColumn("{task.fields[text]}"), *times)
+        super().__init__(*columns, console=console, disable=not console.is_terminal)
         self._next_line = 0.0
 
-    def __enter__(self) -> "TrainingView":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
     def record(self, record: "Record") -> None:
-        """Show what rank 0 tells."""
-        if record.kind == "note":
-            self._line(record.text)
-        elif record.kind == "metrics":
-            self._line(f"step {record.step}: {_evaluation(record.values)}")
-        elif record.kind in ("start", "step"):
+        """Show what rank 0 tells: in the bar, or as a line above it."""
+        if record.kind in ("start", "step"):
             self._step(record.step, record.total_steps, record.values)
+        elif record.kind in ("note", "metrics"):
+            text = record.text or f"step {record.step}: {_evaluation(record.values)}"
+            self.console.print(text, markup=False, highlight=False)
 
     def _step(self, step: int, total: int, values: Mapping[str, float]) -> None:
-        text = (
-            f"loss {values['loss']:.3f}  {values['samples_per_s']:.0f} samples/s  {values['memory_mb']:.0f} MB"
-            if "loss" in values
-            else "starting"
-        )
-        if not self._console.is_terminal:
-            if step >= self._next_line * total:
-                self._console.print(f"step {step}/{total}  {text}", highlight=False)
-                self._next_line += _PLAIN_EVERY
-            return
-        if self._task is None:
-            self._task = self._bar.add_task("train", total=total, text=text)
-        self._bar.update(self._task, completed=step, total=total, text=text)
-
-    def _line(self, text: str) -> None:
-        """A line above the bar."""
-        self._bar.console.print(plain(text), highlight=False)
+        text = "starting"
+        if "loss" in values:
+            text = "loss {loss:.3f}  {samples_per_s:.0f} samples/s  {memory_mb:.0f} MB".format_map(values)
+        if self.console.is_terminal:
+            task = self.task_ids[0] if self.task_ids else self.add_task("train", total=total, text=text)
+            self.update(task, completed=step, total=total, text=text)
+        elif step >= self._next_line * total:
+            self.console.print(f"step {step}/{total}  {text}", highlight=False)
+            self._next_line += _PLAIN_EVERY
 
 
 def _evaluation(values: Mapping[str, float]) -> str:
@@ -126,11 +82,3 @@ def _evaluation(values: Mapping[str, float]) -> str:
     others = len(values) - len(shown)
     shown += [f"{others} other figures in run.json and MLflow"] if others else []
     return ", ".join(shown)
-
-
-def rows_table(title: str, rows: Sequence[tuple[str, str]]) -> Table:
-    """Two columns: what, and its value."""
-    table = Table(title=title, show_header=False, title_justify="left")
-    for what, value in rows:
-        table.add_row(plain(what), plain(value))
-    return table

@@ -30,7 +30,7 @@ from trainer.data.image import Preprocessing
 from trainer.data.importers import Sample
 from trainer.data.importers.run import write_shards
 from trainer.data.manifest import Manifest, Split
-from trainer.embedder import MODEL_FILE, EmbedderManifest, model_id, read_manifest, write_manifest
+from trainer.embedder import MODEL_FILE, Embedder, EmbedderManifest, model_id, write_manifest
 from trainer.evaluation.report import Calibration, Report, Threshold
 
 pytestmark = pytest.mark.timeout(900)
@@ -252,7 +252,7 @@ def test_an_embedder_is_evaluated_and_calibrated_and_data_verified(
     assert (report.samples, report.identities) == (100, 20)
     result = installed.run(["hypersphere", "calibrate", *both, "--fpir", "0.1", "--fmr", "0.01"])
     assert result.returncode == 0, result.stderr
-    calibration = read_manifest(embedder).calibration
+    calibration = Embedder.open(embedder).manifest.calibration
     assert calibration is not None
     assert (calibration.identify.rate, calibration.identify.gallery_size) == (0.1, 20)
 

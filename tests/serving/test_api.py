@@ -6,7 +6,7 @@ from PIL import Image
 
 from tests.serving.asking import enrol, file, identify, identities, refused
 from trainer.data.image import Preprocessing, load_image
-from trainer.embedder import Embedder, read_manifest
+from trainer.embedder import Embedder
 
 # Deciding
 
@@ -25,7 +25,7 @@ def test_a_mate_is_found_and_a_stranger_is_unknown(server, embedder, photos):
     assert (answer["fpir_target"], answer["fpir_interval"]) == (0.01, [0.005, 0.02])
     assert answer["calibrated_gallery_size"] == 4
     assert answer["gallery_size"] >= 2
-    assert answer["model_id"] == read_manifest(embedder).model_id
+    assert answer["model_id"] == Embedder.open(embedder).model_id
     assert identify(server, photos(stranger), top_k=2).json()["candidates"] == []
     answer = identify(server, photos(stranger), top_k=2, below_threshold="true").json()
     assert answer["decision"] == "unknown"

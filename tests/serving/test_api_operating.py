@@ -5,7 +5,7 @@ import re
 import jsonschema
 
 from tests.serving.asking import enrol, file, identify
-from trainer.embedder import read_manifest
+from trainer.embedder import Embedder
 
 
 def test_request_ids(server):
@@ -18,7 +18,7 @@ def test_request_ids(server):
 
 def test_ready(server, embedder):
     answer = server.http.get("/readyz").json()
-    assert (answer["status"], answer["model_id"]) == ("ready", read_manifest(embedder).model_id)
+    assert (answer["status"], answer["model_id"]) == ("ready", Embedder.open(embedder).model_id)
     answer = server.http.get("/healthz")
     assert answer.json() == {"status": "alive"}
     assert (answer.headers["cache-control"], answer.headers["x-content-type-options"]) == ("no-store", "nosniff")

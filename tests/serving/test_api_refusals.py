@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.serving.asking import enrol, file, identify, identities, refused
-from trainer.embedder import read_manifest
+from trainer.embedder import Embedder
 
 
 def _json(**body):
@@ -126,7 +126,7 @@ def test_an_image_of_one_colour_is_refused(server, tmp_path):
 
 
 def test_another_model_is_named(server, embedder):
-    served = read_manifest(embedder).model_id
+    served = Embedder.open(embedder).model_id
     for method, path, body in (
         ("POST", "/v1/identify", {"embedding": UNIT}),
         ("POST", "/v1/verify", {"probe": UNIT, "reference": UNIT}),

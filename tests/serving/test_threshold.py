@@ -1,12 +1,12 @@
 import pytest
 
 from serving.threshold import Rule, rules
-from trainer.embedder import read_manifest
+from trainer.embedder import Embedder
 from trainer.errors import UserError
 
 
 def test_rules_come_from_the_calibration(embedder):
-    verify, identify = rules(read_manifest(embedder), None, None)
+    verify, identify = rules(Embedder.open(embedder).manifest, None, None)
     assert (verify.value, verify.rate, verify.interval, verify.gallery_size) == (0.6, 0.01, (0.005, 0.02), None)
     assert (identify.value, identify.rate, identify.gallery_size) == (0.7, 0.01, 4)
     assert verify.source == "calibrated for FMR 0.01: a test"
@@ -19,7 +19,7 @@ def test_the_threshold_itself_matches():
 
 
 def test_another_gallery_size_is_said(embedder):
-    _, identify = rules(read_manifest(embedder), None, None)
+    _, identify = rules(Embedder.open(embedder).manifest, None, None)
     assert identify.explain(4) == "calibrated for FPIR 0.01: a test"
     assert "calibrated for 4 subjects and the gallery holds 400" in identify.explain(400)
     assert "calibrate for this size" in identify.explain(400)
@@ -31,7 +31,7 @@ def test_another_gallery_size_is_said(embedder):
 
 
 def test_without_a_calibration_nothing_is_guessed(make_embedder):
-    manifest = read_manifest(make_embedder(calibrated=False))
+    manifest = Embedder.open(make_embedder(calibrated=False)).manifest
     with pytest.raises(UserError, match="no threshold to verify by; run 'hypersphere calibrate'"):
         rules(manifest, None, None)
     with pytest.raises(UserError, match="no threshold to identify by"):
@@ -43,18 +43,18 @@ def test_without_a_calibration_nothing_is_guessed(make_embedder):
 
 
 def test_the_operator_goes_before_the_calibration(embedder):
-    verify, identify = rules(read_manifest(embedder), None, 0.9)
+    verify, identify = rules(Embedder.open(embedder).manifest, None, 0.9)
     assert (verify.value, identify.value, identify.rate) == (0.6, 0.9, None)
 
 
 @pytest.mark.parametrize("value", [1.5, -1.01, float("nan")])
 def test_impossible_values_are_refused(embedder, value):
     with pytest.raises(UserError, match="is not a cosine similarity"):
-        rules(read_manifest(embedder), value, None)
+        rules(Embedder.open(embedder).manifest, value, None)
 
 
 def test_a_threshold_of_another_model_is_refused(embedder):
-    manifest = read_manifest(embedder)
+    manifest = Embedder.open(embedder).manifest
     foreign = manifest.calibration.verify.model_copy(update={"model_id": "f" * 32})
     mixed = manifest.model_copy(update={"calibration": manifest.calibration.model_copy(update={"verify": foreign})})
     with pytest.raises(
@@ -64,7 +64,7 @@ def test_a_threshold_of_another_model_is_refused(embedder):
 
 
 def test_a_threshold_of_the_other_use_is_refused(embedder):
-    manifest = read_manifest(embedder)
+    manifest = Embedder.open(embedder).manifest
     swapped = manifest.calibration.model_copy(update={"identify": manifest.calibration.verify})
     with pytest.raises(UserError, match="identify needs one for FPIR"):
         rules(manifest.model_copy(update={"calibration": swapped}), None, None)

@@ -1,12 +1,13 @@
 """The Config: strict keys, overrides in YAML, one sentence an error."""
 
+import math
 from pathlib import Path
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from trainer.config import RENAMED, Config, load
+from trainer.config import RENAMED, Config, ScheduleConfig, load
 from trainer.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -43,7 +44,8 @@ def test_the_heads_rate_where_none_is_given(overrides: list[str], rate: float) -
 
 def test_a_loss_can_be_given_by_its_name_alone() -> None:
     assert load(None, ["loss=cosface"]).loss.name == "cosface"
-    assert [loss.name for loss in load(None, ["auxiliary=[cosface]"]).auxiliary] == ["cosface"]
+    (loss,) = load(None, ["auxiliary=[cosface]", "auxiliary.0.weight=0.5"]).auxiliary
+    assert (loss.name, loss.weight) == ("cosface", 0.5)
 
 
 def test_the_tree_is_frozen() -> None:
@@ -125,3 +127,32 @@ def test_a_constant_outside_its_range_is_one_sentence(override: str, message: st
     (line,) = str(caught.value).splitlines()
     assert line.startswith(message)
     assert line.endswith("; choose a value within this bound")
+
+
+def test_warm_up_is_linear_and_meets_the_peak() -> None:
+    config = ScheduleConfig(kind="cosine", warmup_steps=4)
+    assert [config.learning_rate_factor(step, 20) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def test_cosine_halves_at_the_middle_and_ends_at_final() -> None:
+    config = ScheduleConfig(kind="cosine", final=0.1)
+    assert config.learning_rate_factor(50, 100) == pytest.approx(0.55)
+    assert config.learning_rate_factor(100, 100) == pytest.approx(0.1)
+    expected = 0.1 + 0.9 * (1 + math.cos(math.pi * 0.25)) / 2
+    assert config.learning_rate_factor(25, 100) == pytest.approx(expected)
+
+
+def test_polynomial_and_constant() -> None:
+    config = ScheduleConfig(kind="polynomial", power=2)
+    assert config.learning_rate_factor(50, 100) == pytest.approx(0.25)
+    assert ScheduleConfig(kind="constant").learning_rate_factor(99, 100) == 1.0
+
+
+def test_a_warm_up_longer_than_the_run_still_ends() -> None:
+    assert ScheduleConfig(warmup_steps=100).learning_rate_factor(9, 10) == pytest.approx(10 / 11)
+
+
+def test_margin_grows_to_its_value() -> None:
+    config = ScheduleConfig(margin_warmup_steps=10)
+    assert [config.margin_factor(step) for step in (0, 5, 10, 99)] == [0.0, 0.5, 1.0, 1.0]
+    assert ScheduleConfig().margin_factor(0) == 1.0

@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from tests.serving.conftest import onnx_model, write_embedder
-from trainer.embedder import Embedder, model_id, read_manifest, write_manifest
+from trainer.embedder import Embedder, model_id, write_manifest
 from trainer.errors import UserError
 
 
@@ -22,7 +22,7 @@ def pictures(count):
 
 def _with_model(folder, source, content):
     """A copy of an Embedder whose ONNX file is `content`, with a manifest that fits its digest."""
-    manifest = read_manifest(source)
+    manifest = Embedder.open(source).manifest
     folder.mkdir()
     (folder / "model.onnx").write_bytes(content)
     fitting = manifest.model_copy(update={"model_id": model_id(content, manifest.preprocessing), "calibration": None})
@@ -39,7 +39,10 @@ def test_vectors_are_those_of_the_formula(embedder):
         expected_D = (pixels - pixels.mean()) @ weights.astype(np.float64)
         np.testing.assert_allclose(x_D, expected_D / np.linalg.norm(expected_D), atol=1e-5)
     assert x_BD.dtype == np.float32
-    assert (opened.dimension, opened.model_id) == (32, read_manifest(embedder).model_id)
+    assert (opened.manifest.dimension, opened.model_id) == (
+        32,
+        model_id((embedder / "model.onnx").read_bytes(), opened.preprocessing),
+    )
 
 
 def test_batches_do_not_change_the_vectors(embedder):
@@ -115,7 +118,7 @@ def test_weights_outside_the_file_are_refused(embedder, tmp_path):
 
 def test_a_wrong_dimension_is_refused(embedder, tmp_path):
     shutil.copytree(embedder, tmp_path / "lying")
-    manifest = read_manifest(embedder)
+    manifest = Embedder.open(embedder).manifest
     write_manifest(tmp_path / "lying", manifest.model_copy(update={"dimension": 64}))
     with pytest.raises(UserError, match="its manifest names dimension 64"):
         Embedder.open(tmp_path / "lying")

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from tests.ranks import run_on_ranks
-from trainer.config import EngineConfig, OptimizerConfig
+from trainer.config import Config, EngineConfig, OptimizerConfig
+from trainer.data.stream import DataConfig
 from trainer.engine import Engine
 from trainer.errors import UserError
 
@@ -22,7 +23,8 @@ def small_network() -> nn.Module:
 def make(stage: int, bf16: bool, name: str, clipping: float = 0.0) -> Engine:
     settings = EngineConfig(zero_stage=stage, bf16=bf16, gradient_clipping=clipping)  # type: ignore[arg-type]
     optimizer = OptimizerConfig(name=name, lr=0.1)  # type: ignore[arg-type]
-    return Engine(small_network(), settings, optimizer, torch.device("cpu"), batch_size=8, world_size=2)
+    config = Config(engine=settings, optimizer=optimizer, data=DataConfig(batch_size=8))
+    return Engine(small_network(), config, torch.device("cpu"))
 
 
 def steps(engine: Engine, rank: int, first: int, last: int) -> list[float]:

@@ -17,7 +17,7 @@ from torch import nn
 from trainer.backbones import build, networks
 from trainer.config import BackboneConfig
 from trainer.data.image import Preprocessing
-from trainer.embedder import MANIFEST_FILE, MODEL_FILE, read_manifest
+from trainer.embedder import MANIFEST_FILE, MODEL_FILE, Embedder
 from trainer.errors import UserError
 from trainer.export import export
 
@@ -75,7 +75,7 @@ def test_onnx_equals_torch_at_any_batch_size(
     preprocessing = Preprocessing(mode=mode, height=28, width=36)
     backbone = trained(name, preprocessing)
     manifest = export(backbone, preprocessing, tmp_path / "embedder", drawings(8, preprocessing), {"step": "7"})
-    assert manifest == read_manifest(tmp_path / "embedder")
+    assert manifest == Embedder.open(tmp_path / "embedder").manifest
     assert manifest.dimension == 16
     assert manifest.provenance == {"step": "7"}
     session = onnxruntime.InferenceSession(tmp_path / "embedder" / MODEL_FILE, providers=["CPUExecutionProvider"])
@@ -98,7 +98,7 @@ def test_onnx_equals_torch_on_real_images(tmp_path: Path) -> None:
         images = [Image.open(io.BytesIO(archive.read(name))).convert("L").resize((28, 28)) for name in names]
     images_BCHW = torch.from_numpy(np.stack([np.asarray(image)[None] for image in images]))
     export(trained("convnet"), GREY, tmp_path / "embedder", images_BCHW, {})
-    assert read_manifest(tmp_path / "embedder").preprocessing == GREY
+    assert Embedder.open(tmp_path / "embedder").manifest.preprocessing == GREY
 
 
 def test_the_caller_keeps_a_bf16_backbone_in_training_mode(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_change_after_export_is_noticed(tmp_path: Path) -> None:
     content[-20] ^= 1
     file.write_bytes(content)
     with pytest.raises(UserError, match="changed after export"):
-        read_manifest(tmp_path / "embedder")
+        Embedder.open(tmp_path / "embedder")
 
 
 def test_a_difference_from_torch_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,9 +155,9 @@ def test_an_existing_folder_is_kept_unless_overwriting_is_allowed(tmp_path: Path
     first = export(Flat(), GREY, tmp_path / "embedder", drawings(2), {})
     with pytest.raises(UserError, match="is an embedder already"):
         export(Flat(), GREY, tmp_path / "embedder", drawings(2), {})
-    assert read_manifest(tmp_path / "embedder") == first
+    assert Embedder.open(tmp_path / "embedder").manifest == first
     second = export(Flat(8), GREY, tmp_path / "embedder", drawings(2), {}, overwrite=True)
-    assert read_manifest(tmp_path / "embedder") == second
+    assert Embedder.open(tmp_path / "embedder").manifest == second
     assert [path.name for path in tmp_path.iterdir()] == ["embedder"]
 
 
@@ -183,7 +183,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
         assert list(tmp_path.iterdir()) == []
     else:
         assert [path.name for path in tmp_path.iterdir()] == ["embedder"]
-        assert read_manifest(tmp_path / "embedder") == before
+        assert Embedder.open(tmp_path / "embedder").manifest == before
         assert {path.name for path in (tmp_path / "embedder").iterdir()} == {MODEL_FILE, MANIFEST_FILE}
 
 

@@ -1,12 +1,13 @@
 """MLflow, for real: a SQLite store, and a server that is not there."""
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
 from trainer.config import load
-from trainer.tracking import Tracker, TrackingConfig, absolute_uri, added_to
+from trainer.tracking import Tracker, TrackingConfig, absolute_uri
 
 # MLflow's own imports warn of what they use.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -25,7 +26,7 @@ def test_a_run_with_its_config_metrics_artifacts_and_model(tmp_path: Path) -> No
     (tmp_path / "embedder").mkdir()
     (tmp_path / "embedder" / "model.onnx").write_bytes(b"m")
     tracker.register(tmp_path / "embedder", "abc")
-    tracker.close()
+    tracker.close("FINISHED")
     assert troubles == []
     client = MlflowClient(uri, uri)
     run = client.get_run(run_id)
@@ -35,7 +36,7 @@ def test_a_run_with_its_config_metrics_artifacts_and_model(tmp_path: Path) -> No
     assert {item.path for item in client.list_artifacts(run_id)} >= {"config.yaml", "embedder"}
     champion = client.get_model_version_by_alias("hypersphere-embedder", "champion")
     assert (champion.run_id, champion.tags["model_id"]) == (run_id, "abc")
-    with added_to(config.tracking, run_id, troubles.append) as again:
+    with closing(Tracker(config.tracking, troubles.append, run_id)) as again:
         again.register(tmp_path / "embedder", "def")
     assert client.get_run(run_id).info.status == "FINISHED"
     assert client.get_model_version_by_alias("hypersphere-embedder", "champion").tags["model_id"] == "def"

@@ -3,7 +3,7 @@
 Legend: b samples of this rank, B of all ranks, C classes, R rows of this rank (its classes x K centres), D dimension.
 
 One step, on every rank:
-  1. all-gather of embeddings and labels (`gather.Gatherer`); every rank then computes e_BD from them
+  1. all-gather of embeddings and labels (`distributed.Gatherer`); every rank then computes e_BD from them
   2. this rank's part of the denominator, without the targets (`tiles.negatives`), and, for the samples whose
      class it owns, the target's logit t (`Margin.target`)
   3. ONE all-reduce of [B, 2]: the denominator's sum, and t (a rank that does not own a target puts 0)
@@ -20,9 +20,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from trainer.distributed import Group, RowRange, own_slice, replicated, stack_over_ranks, sum_over_ranks
+from trainer.distributed import Gatherer, Group, RowRange, own_slice, replicated, stack_over_ranks, sum_over_ranks
 from trainer.errors import UserError
-from trainer.gather import Gatherer
 from trainer.head.memory import Workspace, free_memory
 from trainer.head.rows import GradientSink, Own, Rows, RowSink, own_centres, sample_classes
 from trainer.head.settings import HeadConfig

@@ -3,7 +3,7 @@
 Legend: b samples of this rank, B = world_size x b samples of all ranks, D dimension, K kinds of terms.
 
 One step, on every rank:
-  1. all-gather of embeddings and labels (`gather.Gatherer`)
+  1. all-gather of embeddings and labels (`distributed.Gatherer`)
   2. `BatchLoss.terms`: this rank's totals and counts; the largest thing made is [b, B] ([B, B] on one rank)
   3. ONE all-reduce of the K totals, K counts and what was found, in fp64
   4. the loss from them, the same on every rank
@@ -16,9 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from trainer.distributed import Group, replicated, sum_over_ranks
+from trainer.distributed import Gatherer, Group, replicated, sum_over_ranks
 from trainer.errors import UserError
-from trainer.gather import Gatherer
 from trainer.losses.batch import BatchLoss, GlobalBatch, Terms
 
 
@@ -72,7 +71,7 @@ class BatchLossModule(nn.Module):
         self._gather = Gatherer(classes, dimension, self.group)
 
     def forward(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str] | None = None) -> Tensor:
-        """The loss of the global batch; 0 where there is nothing to learn from. Arguments as for `gather.Gatherer`.
+        """The loss of the global batch; 0 where there is nothing to learn from. Arguments as of `distributed.Gatherer`.
 
         Raises:
             UserError: on every rank, if a label is no class, an embedding is not finite, or the ranks' batches differ.

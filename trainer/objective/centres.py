@@ -3,7 +3,7 @@
 Legend: b samples of this rank, B samples of all ranks, C classes, R classes of this rank, D dimension.
 
 One step, on every rank:
-  1. all-gather of embeddings and labels (`gather.Gatherer`)
+  1. all-gather of embeddings and labels (`distributed.Gatherer`)
   2. the loss of the samples whose class this rank owns
      (center_invariant: before it, one all-reduce of one number, the sum of |c|^2 over all classes)
   3. ONE all-reduce of one number, the sum of the losses
@@ -17,9 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trainer.distributed import Group, RowRange, sum_over_ranks
+from trainer.distributed import Gatherer, Group, RowRange, sum_over_ranks
 from trainer.errors import UserError
-from trainer.gather import Gatherer
 from trainer.losses.batch import unit_vectors
 from trainer.losses.centres import Center
 
@@ -81,7 +80,7 @@ class CentreModule(nn.Module):
         return keys
 
     def forward(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str] | None = None) -> Tensor:
-        """The loss of the global batch; 0 where there is nothing to learn from. Arguments as for `gather.Gatherer`.
+        """The loss of the global batch; 0 where there is nothing to learn from. Arguments as of `distributed.Gatherer`.
 
         Raises:
             UserError: on every rank, if a label is no class, an embedding is not finite, or the ranks' batches differ.

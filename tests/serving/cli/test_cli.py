@@ -50,7 +50,7 @@ def test_an_evaluation_is_one_short_line(values: dict[str, float], line: str) ->
 def test_a_run_without_a_terminal_is_told_in_tenths() -> None:
     file = io.StringIO()
     with TrainingView(Console(file=file, width=200)) as view:
-        view.record(Record("start", 0, 100, {"classes": 3.0}))
+        view.record(Record("start", 0, 100))
         for step in range(1, 101):
             view.record(Record("step", step, 100, {"loss": 1.0, "samples_per_s": 5.0, "memory_mb": 7.0}))
         view.record(Record("note", text="[a note]"))

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from trainer.distributed import Group, RowRange, own_slice, replicated, stack_over_ranks, sum_over_ranks
 from trainer.errors import UserError
 from trainer.gather import Gatherer
-from trainer.head.memory import Workspace, free_memory
-from trainer.head.rows import GradientSink, Own, Rows, RowSink, own_centres, sample_classes
+from trainer.head.matmul import Workspace, free_memory
+from trainer.head.rows import GradientSink, Own, Rows, own_centres, sample_classes
 from trainer.head.settings import HeadConfig
 from trainer.head.tiles import Reweight, TilePlan, fixed_shift, negatives
 from trainer.losses.margins.base import Margin, Positives
@@ -90,7 +90,7 @@ class Head(nn.Module):
         self.normalise = self.margin.unit_rows and self.config.rows == "free"
         self._make_parameters(torch.device(device))
         self._class_values = self._per_class(class_counts, torch.device(device))
-        self.sink: RowSink = GradientSink(self.weight)
+        self.sink = GradientSink(self.weight)
         self._memory = Workspace()
         self._step, self._warmup = 0, 1.0
 

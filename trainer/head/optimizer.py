@@ -23,7 +23,7 @@ from torch import Tensor
 from trainer.errors import UserError
 from trainer.head.head import Head, mixed_seed
 from trainer.head.rounding import Noise, RowState, block_size, to_bf16
-from trainer.head.rows import Rows
+from trainer.head.rows import GradientSink, Rows
 from trainer.losses.margins.base import MAX_SCALE
 
 EPS = 1e-8
@@ -232,37 +232,30 @@ class HeadOptimizer:
         return self.steps_R1[where, 0]
 
 
-class _StepSink:
+class _StepSink(GradientSink):
     """Uses each tile of the rows' gradient up at once; see `HeadOptimizer.prepare`."""
 
     keeps = False
 
     def __init__(self, optimizer: HeadOptimizer) -> None:
+        super().__init__(optimizer.head.weight)
         self.optimizer = optimizer
-        self.rows: Rows | None = None
-        self.tile_TD = torch.empty(0)
 
     def begin(self, rows: Rows) -> bool:
         if self.optimizer.armed is None:
             raise RuntimeError("a fused head needs HeadOptimizer.prepare(lr) before each backward")
-        self.rows = rows
         return False
 
     def tile(self, start: int, stop: int) -> Tensor:
-        if self.tile_TD.shape[0] < stop - start:
-            weight = self.optimizer.head.weight
-            self.tile_TD = torch.empty(stop - start, weight.shape[1], device=weight.device)
-        return self.tile_TD[: stop - start]
+        if self.gradient_RD.shape[0] < stop - start:
+            self.gradient_RD = self.weight.new_empty(stop - start, self.weight.shape[1], dtype=torch.float32)
+        return self.gradient_RD[: stop - start]
 
-    def finished(self, start: int, stop: int, gradient: Tensor) -> None:
-        assert self.rows is not None
+    def finished(self, places: slice | Tensor, gradient: Tensor) -> None:
         assert self.optimizer.armed is not None
-        chosen = self.rows.taking_part()
-        self.optimizer.step_rows(
-            slice(start, stop) if chosen is None else chosen[start:stop], gradient, self.optimizer.armed
-        )
+        self.optimizer.step_rows(places, gradient, self.optimizer.armed)
 
-    def end(self) -> None:
+    def end(self, rows: Rows) -> None:
         self.optimizer.armed = None
 
 

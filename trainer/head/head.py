@@ -40,13 +40,11 @@ class Head(nn.Module):
     backward gives x the exact gradient of that mean by this rank's samples (see `distributed.sum_not_mean` for engines
     that average over ranks), and writes this rank's rows of `weight.grad`:
 
-    - where the margin has unit rows and `config.rows` is "unit", the rows of `weight` are kept at length 1 by
-      `HeadOptimizer`, and the gradient's part along the row has no meaning; the optimizer removes it.
+    - of `unit_rows` the gradient's part along the row has no meaning; the optimizer removes it.
     - with sampling it is a sparse tensor over the sampled rows.
     - its memory is used again in the next step; copy what must last.
 
-    Call `head.set_progress(step, warmup)` before each step: the margin's warmup, class sampling and random margins
-    follow it.
+    Call `set_progress` before each step: the margin's warmup, class sampling and random margins follow it.
 
     Attributes:
         rows: the classes of this rank.
@@ -89,7 +87,7 @@ class Head(nn.Module):
         self.centres = self.margin.centres_per_class()
         self.normalise = self.margin.unit_rows and self.config.rows == "free"
         self._make_parameters(torch.device(device))
-        self._class_values = self._per_class(class_counts, torch.device(device))
+        self._class_values = self._per_class(class_counts)
         self.sink = GradientSink(self.weight)
         self._memory = Workspace()
         self._step, self._warmup = 0, 1.0
@@ -97,11 +95,9 @@ class Head(nn.Module):
     def _make_parameters(self, device: torch.device) -> None:
         dtype = torch.bfloat16 if self.config.param_dtype == "bf16" else torch.float32
         self.weight = nn.Parameter(self._first_rows(dtype, device))
-        zeros = torch.zeros(len(self.rows), device=device)
-        self.bias = nn.Parameter(zeros) if self.margin.bias else None
-        self.scalars = nn.ParameterDict(
-            {name: nn.Parameter(torch.tensor(value, device=device)) for name, value in self.margin.learnables().items()}
-        )
+        self.bias = nn.Parameter(torch.zeros(len(self.rows), device=device)) if self.margin.bias else None
+        learnables = self.margin.learnables().items()
+        self.scalars = nn.ParameterDict({name: nn.Parameter(torch.tensor(v, device=device)) for name, v in learnables})
         for name, value in self.margin.buffers().items():
             self.register_buffer(name, torch.tensor(value, device=device))
 
@@ -147,7 +143,7 @@ class Head(nn.Module):
         store = self.config.algorithm == "store"
         if self.config.algorithm == "auto":
             size = slots * classes * self.centres * dtype.itemsize
-            spare = 0 if self._memory.spare is None else self._memory.spare.numel() * self._memory.spare.element_size()
+            spare = 0 if self._memory.spare is None else self._memory.spare.nbytes
             store = size <= STORE_SHARE * (free_memory(self.weight.device) + spare)
         return TilePlan(classes, self.centres, self.config.tile, store, dtype, shift, self.normalise, reweight)
 
@@ -158,14 +154,14 @@ class Head(nn.Module):
         generator = torch.Generator()
         for block in range(self.rows.start // INIT_BLOCK, math.ceil(self.rows.stop / INIT_BLOCK)):
             generator.manual_seed(mixed_seed(self.seed, block, _INIT))
-            first, last = block * INIT_BLOCK, min((block + 1) * INIT_BLOCK, self.rows.stop)
             values = nn.functional.normalize(torch.randn(INIT_BLOCK * K, D, generator=generator))
-            begin = max(first, self.rows.start)
-            part = values[(begin - first) * K : (last - first) * K]
-            weight[(begin - self.rows.start) * K : (last - self.rows.start) * K] = part.to(device, dtype)
+            first = block * INIT_BLOCK
+            begin, end = max(first, self.rows.start), min(first + INIT_BLOCK, self.rows.stop)
+            part = values[(begin - first) * K : (end - first) * K]
+            weight[(begin - self.rows.start) * K : (end - self.rows.start) * K] = part.to(device, dtype)
         return weight
 
-    def _per_class(self, counts: Sequence[int] | Tensor | None, device: torch.device) -> Tensor | None:
+    def _per_class(self, counts: Sequence[int] | Tensor | None) -> Tensor | None:
         """The margin's number for each of all C classes: 4 bytes a class, on every rank."""
         if counts is not None and len(counts) != self.classes:
             raise UserError(f"class_counts has {len(counts)} numbers for {self.classes} classes; give one a class")
@@ -173,9 +169,8 @@ class Head(nn.Module):
             return None
         if counts is None:
             raise UserError(f"{self.margin.name} depends on how many samples each class has; give class_counts")
-        counts_C = torch.as_tensor(counts)
-        values = self.margin.per_class(counts_C)
-        return None if values is None else values.to(device)
+        values = self.margin.per_class(torch.as_tensor(counts))
+        return None if values is None else values.to(self.weight.device)
 
 
 _INIT, _NOISE, _SAMPLING = 1, 2, 3  # what random numbers are for: no two uses share a seed
@@ -212,16 +207,15 @@ class Step:
 
     def _rows(self) -> tuple[Rows, Own]:
         """The classes that take part, and where among them each sample's own class is."""
-        head, (start, stop) = self.head, (self.head.rows.start, self.head.rows.stop)
-        mask_B = (self.labels_B >= start) & (self.labels_B < stop)
-        place_B = (self.labels_B - start).clamp(0, max(stop - start - 1, 0))
-        chosen = None
+        head, own, chosen = self.head, Own.of(self.labels_B, self.head.rows), None
+        start, stop = head.rows.start, head.rows.stop
         if head.training and head.config.sample_rate < 1:
             seed = mixed_seed(head.seed, head._step, _SAMPLING)
-            sampled = sample_classes(start, stop, head.config.sample_rate, seed, mask_B.device) - start
-            chosen = torch.cat([sampled, place_B[mask_B]]).unique()  # type: ignore[no-untyped-call]
-            place_B = torch.searchsorted(chosen, place_B).clamp(0, max(chosen.shape[0] - 1, 0))
-        return Rows(head.weight, head.bias, chosen, head.centres), Own(mask_B, place_B)
+            sampled = sample_classes(start, stop, head.config.sample_rate, seed, self.labels_B.device) - start
+            chosen = torch.cat([sampled, own.place_B[own.mask_B]]).unique()  # type: ignore[no-untyped-call]
+            place_B = torch.searchsorted(chosen, own.place_B).clamp(0, max(chosen.shape[0] - 1, 0))
+            own = replace(own, place_B=place_B)
+        return Rows(head.weight, head.bias, chosen, head.centres), own
 
     def loss(self) -> Tensor:
         """The mean over the valid samples of all ranks."""
@@ -292,21 +286,12 @@ class Step:
         else:
             lengths_B = lengths_B * norms_BK[:, 0]
             dots_B = (centres_BKD[:, 0] * self.exact_BD).sum(dim=1)
+        noise_B = None
+        if self.margin.noisy:
+            noise_B = step_noise(self.head.seed, self.head._step, len(bias_B)).to(self.e_BD.device)
         return Positives(
-            cos_B,
-            dots_B + bias_B,
-            lengths_B,
-            self.norms_B,
-            self.labels_B,
-            self.values,
-            self._noise(),
-            self._class_values(),
+            cos_B, dots_B + bias_B, lengths_B, self.norms_B, self.labels_B, self.values, noise_B, self._class_values()
         )
-
-    def _noise(self) -> Tensor | None:
-        if not self.margin.noisy:
-            return None
-        return step_noise(self.head.seed, self.head._step, self.labels_B.shape[0]).to(self.e_BD.device)
 
     def _class_values(self) -> Tensor | None:
         table_C = self.head._class_values

@@ -41,14 +41,12 @@ class HeadOptimizer:
     """
 
     def __init__(self, head: Head) -> None:
-        self.head, self.config = head, head.config.optimizer
-        config = self.config
-        weight = head.weight
-        count, dimension = weight.shape
-        self.first = RowState(count, dimension, config.state_dtype, weight.device)
-        adam = config.name == "adamw"
-        self.second = RowState(count, dimension, config.state_dtype, weight.device) if adam else None
-        self.steps_R1 = torch.zeros(count, 1, dtype=torch.int32, device=weight.device) if adam else None
+        config = head.config.optimizer
+        self.head, self.config = head, config
+        weight, adam = head.weight, config.name == "adamw"
+        self.first = RowState(weight, config.state_dtype)
+        self.second = RowState(weight, config.state_dtype) if adam else None
+        self.steps_R1 = torch.zeros(len(weight), 1, dtype=torch.int32, device=weight.device) if adam else None
         self.count = torch.zeros((), dtype=torch.int64)
         self.small = {name: p for name, p in head.named_parameters() if p is not weight}
         self.small_first = {name: torch.zeros_like(p) for name, p in self.small.items()}
@@ -88,7 +86,9 @@ class HeadOptimizer:
     def state_dict(self) -> dict[str, Tensor]:
         """Plain tensors. `rows.*` have a row for each row of `head.weight`, `classes.bias.*` a number a class of this
         rank, `shared.*` are equal on all ranks."""
-        state = {f"rows.{name}": tensor for name, tensor in self._row_tensors().items()}
+        state = self.first.tensors("rows.first")
+        if self.second is not None and self.steps_R1 is not None:
+            state |= self.second.tensors("rows.second") | {"rows.steps": self.steps_R1}
         for kind, tensors in (("first", self.small_first), ("second", self.small_second)):
             for name, tensor in tensors.items():
                 state[f"{'classes' if name == 'bias' else 'shared'}.{name}.{kind}"] = tensor
@@ -111,12 +111,6 @@ class HeadOptimizer:
                 )
         for name, tensor in own.items():
             tensor.copy_(state[name])
-
-    def _row_tensors(self) -> dict[str, Tensor]:
-        tensors = self.first.tensors("first")
-        if self.second is not None and self.steps_R1 is not None:
-            tensors |= self.second.tensors("second") | {"steps": self.steps_R1}
-        return tensors
 
     def _begin(self) -> None:
         """A new step: new random bits for rounding."""
@@ -147,14 +141,12 @@ class HeadOptimizer:
         if self._noise is None:
             return None
         first = self._first_row
-        if isinstance(rows, slice):
-            return self._noise(slice(rows.start + first, rows.stop + first), use)
-        return self._noise(rows + first, use)
+        shifted = slice(rows.start + first, rows.stop + first) if isinstance(rows, slice) else rows + first
+        return self._noise(shifted, use)
 
     def _step_block(self, rows: slice | Tensor, gradient_nD: Tensor, lr: float) -> None:
         weight, config, unit = self.head.weight, self.config, self.head.unit_rows
-        stored_nD = weight[rows]
-        w_nD = stored_nD.float()
+        w_nD = weight[rows].float()
         if config.name == "sgd":
             if not unit and config.weight_decay:
                 gradient_nD = gradient_nD.float().add(w_nD, alpha=config.weight_decay)
@@ -207,16 +199,15 @@ class HeadOptimizer:
         if gradient.is_sparse:
             gradient = gradient.coalesce()
             where, gradient = gradient.indices()[0], gradient.values()
-        if parameter.ndim == 0:
-            where = slice(None)
-        value, first = parameter.data.view(-1), self.small_first[name].view(-1)
-        gradient = gradient.view(-1)
+        value, first, gradient = parameter.data.view(-1), self.small_first[name].view(-1), gradient.view(-1)
         if self.config.name == "sgd":
             u = first[where] * self.config.momentum + gradient
             first[where] = u
         else:
             beta1, beta2 = self.config.momentum, self.config.beta2
-            count = self._steps_of(name, where)
+            count: int | Tensor = int(self.count)
+            if name == "bias" and self.steps_R1 is not None:
+                count = self.steps_R1[where, 0]  # a class' bias is stepped when its row is
             second = self.small_second[name].view(-1)
             m, q = first[where].lerp(gradient, 1 - beta1), second[where].lerp(gradient.square(), 1 - beta2)
             first[where], second[where] = m, q
@@ -224,12 +215,6 @@ class HeadOptimizer:
         value[where] = value[where] - lr * u
         if name.startswith("scalars."):  # a length given to embeddings: outside, the loss would turn or overflow
             value.clamp_(LEAST_SCALE, MAX_SCALE)
-
-    def _steps_of(self, name: str, where: Tensor | slice) -> int | Tensor:
-        """How often AdamW has stepped these numbers: a class' bias is stepped when its row is."""
-        if name != "bias" or self.steps_R1 is None:
-            return int(self.count)
-        return self.steps_R1[where, 0]
 
 
 class _StepSink(GradientSink):

@@ -15,8 +15,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-StateType = Literal["fp32", "bf16", "int8"]
-
 
 def block_size(device: torch.device) -> int:
     """Rows worked on at once: what a core's cache holds; on a GPU enough to fill it."""
@@ -51,16 +49,16 @@ def to_bf16(values: Tensor, bits: Tensor) -> Tensor:
 
 
 class RowState:
-    """[R, D] numbers in fp32, bf16 or int8 with a scale a row, read and written in fp32 by blocks of rows.
+    """Numbers in the shape of `weight_RD`, in fp32, bf16 or int8, read and written in fp32 by blocks of rows.
 
     Args:
         kind: fp32 4 bytes, bf16 2 bytes, int8 1 byte a number + 4 bytes a row (the greatest magnitude of the row).
     """
 
-    def __init__(self, rows: int, dimension: int, kind: StateType, device: torch.device) -> None:
+    def __init__(self, weight_RD: Tensor, kind: Literal["fp32", "bf16", "int8"]) -> None:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[kind]
-        self.values_RD = torch.zeros(rows, dimension, dtype=dtype, device=device)
-        self.scale_R1 = torch.zeros(rows, 1, device=device) if kind == "int8" else None
+        self.values_RD = torch.zeros_like(weight_RD, dtype=dtype)
+        self.scale_R1 = torch.zeros(len(weight_RD), 1, device=weight_RD.device) if kind == "int8" else None
 
     def read(self, rows: Tensor | slice) -> Tensor:
         """fp32; a copy unless the state is fp32 and `rows` a slice."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from trainer.distributed import RowRange
+
 SAMPLING_BLOCK = 1024  # classes; a power of two
 
 
@@ -66,6 +68,12 @@ class Own:
 
     mask_B: Tensor
     place_B: Tensor
+
+    @classmethod
+    def of(cls, labels_B: Tensor, rows: RowRange) -> "Own":
+        """Among all classes of this rank."""
+        mask_B = (labels_B >= rows.start) & (labels_B < rows.stop)
+        return cls(mask_B, (labels_B - rows.start).clamp(0, max(len(rows) - 1, 0)))
 
 
 def own_centres(rows: Rows, own: Own, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

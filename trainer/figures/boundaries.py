@@ -12,7 +12,7 @@ import torch
 
 from trainer.figures.curves import Variant, variants
 from trainer.losses import all_margins
-from trainer.losses.margins.base import Margin
+from trainer.losses.margins import Margin
 
 RIGHT_ANGLE = math.pi / 2
 

@@ -27,7 +27,7 @@ from trainer.head.matmul import Workspace, free_memory
 from trainer.head.rows import GradientSink, Own, Rows, own_centres, sample_classes
 from trainer.head.settings import HeadConfig
 from trainer.head.tiles import Reweight, TilePlan, fixed_shift, negatives
-from trainer.losses.margins.base import Margin, Positives
+from trainer.losses.margins import Margin, Positives
 
 INIT_BLOCK = 1024  # classes whose first values come from one seed, so that W does not depend on the number of ranks
 STORE_SHARE = 0.25  # of the free memory that P may take for `algorithm: auto` to keep it

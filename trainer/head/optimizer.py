@@ -24,7 +24,7 @@ from trainer.errors import UserError
 from trainer.head.head import Head, mixed_seed
 from trainer.head.rounding import Noise, RowState, block_size, to_bf16
 from trainer.head.rows import GradientSink, Rows
-from trainer.losses.margins.base import MAX_SCALE
+from trainer.losses.margins import MAX_SCALE
 
 EPS = 1e-8
 LEAST_SCALE = 1e-3

@@ -4,6 +4,7 @@ Axes: C classes, D dimension. Every bound names the paper that states it.
 """
 
 import math
+from typing import Literal
 
 from trainer.errors import UserError
 
@@ -18,8 +19,7 @@ def l2_softmax_scale(classes: int, probability: float) -> float:
     Raises:
         UserError: fewer than three classes, or a probability outside (0, 1).
     """
-    _check_classes(classes, 3, "the L2-softmax scale")
-    _check_probability(probability)
+    _check(classes, 3, "the L2-softmax scale", probability)
     return math.log(probability * (classes - 2) / (1 - probability))
 
 
@@ -31,8 +31,7 @@ def cosface_scale(classes: int, probability: float) -> float:
     Raises:
         UserError: fewer than two classes, or a probability outside (0, 1).
     """
-    _check_classes(classes, 2, "the CosFace scale")
-    _check_probability(probability)
+    _check(classes, 2, "the CosFace scale", probability)
     return (classes - 1) / classes * math.log((classes - 1) * probability / (1 - probability))
 
 
@@ -46,7 +45,7 @@ def cosine_margin(classes: int, dimension: int) -> float:
     Raises:
         UserError: fewer than two classes or dimensions.
     """
-    _check_classes(classes, 2, "the cosine margin")
+    _check(classes, 2, "the cosine margin")
     if dimension < 2:
         raise UserError(f"dimension {dimension} has no angles; the cosine margin is bounded from 2 dimensions on")
     if dimension == 2:
@@ -63,27 +62,21 @@ def coco_scale(classes: int, loss: float) -> float:
     Raises:
         UserError: fewer than two classes, or a loss that is not positive.
     """
-    _check_classes(classes, 2, "the CoCo scale")
+    _check(classes, 2, "the CoCo scale")
     if not loss > 0:
         raise UserError(f"loss {loss:g} cannot be reached by any scale; ask for one above 0")
     return math.log((classes - 1) / math.expm1(loss)) / 2
 
 
-def auto_scale(name: str, classes: int, probability: float) -> float:
-    """The least scale at which a perfect embedding reaches the posterior (`cosface_scale`), if it is positive.
-
-    Raises:
-        UserError: so few classes reach the probability at any scale.
-    """
+def auto_scale(name: str, scale: float | Literal["auto"], classes: int, probability: float) -> float:
+    """The scale as given; for `auto` the least one at which a perfect embedding reaches the posterior probability."""
+    if scale != "auto":
+        return scale
     return positive_scale(f"{name}: scale", cosface_scale(classes, probability), classes, f"probability {probability}")
 
 
 def positive_scale(what: str, scale: float, classes: int, goal: str) -> float:
-    """A scale computed for `auto`; one that is not positive would turn the loss around.
-
-    Raises:
-        UserError: it is not positive.
-    """
+    """A scale computed for `auto`; one that is not positive would turn the loss around: a UserError."""
     if scale <= 0:
         raise UserError(
             f"{what} 'auto' is {scale:.3g} for {classes} classes and {goal}; it must be positive, so give a number "
@@ -93,11 +86,7 @@ def positive_scale(what: str, scale: float, classes: int, goal: str) -> float:
 
 
 def check_cosine_margin(name: str, margin: float, classes: int, dimension: int) -> None:
-    """Refuse a margin of the cosine that no arrangement of the centres can satisfy (`cosine_margin`).
-
-    Raises:
-        UserError: with the bound.
-    """
+    """A margin of the cosine that no arrangement of the centres can satisfy (`cosine_margin`) is a UserError."""
     greatest = cosine_margin(classes, dimension)
     if margin > greatest:
         raise UserError(
@@ -106,11 +95,8 @@ def check_cosine_margin(name: str, margin: float, classes: int, dimension: int) 
         )
 
 
-def _check_classes(classes: int, least: int, what: str) -> None:
+def _check(classes: int, least: int, what: str, probability: float = 0.5) -> None:
     if classes < least:
         raise UserError(f"{what} is not defined for {classes} classes; it takes {least} or more")
-
-
-def _check_probability(probability: float) -> None:
     if not 0 < probability < 1:
         raise UserError(f"probability {probability:g} cannot be reached by a scale; choose one between 0 and 1")

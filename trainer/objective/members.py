@@ -18,7 +18,7 @@ from trainer.head import Head, HeadOptimizer
 from trainer.losses.base import LossSpec
 from trainer.losses.batch import BatchLoss
 from trainer.losses.centres import Center
-from trainer.losses.margins.base import Margin
+from trainer.losses.margins import Margin
 from trainer.losses.triplets import PROJECTION
 from trainer.objective.batch import BatchLossModule
 from trainer.objective.centres import CentreModule

@@ -13,7 +13,7 @@ from trainer.head.optimizer import LEAST_SCALE, HeadOptimizer
 from trainer.head.rounding import Noise, RowState, to_bf16
 from trainer.head.settings import HeadConfig, HeadOptimizerConfig
 from trainer.losses import ArcFace, Margin, NormFace, Softmax
-from trainer.losses.margins.base import MAX_SCALE
+from trainer.losses.margins import MAX_SCALE
 from trainer.objective import Objective
 
 CPU = torch.device("cpu")

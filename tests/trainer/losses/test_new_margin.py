@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from trainer.losses.margins.base import Margin, Positives, Scale, angle
+from trainer.losses.margins import Margin, Positives, Scale, angle
 
 
 class Slanted(Margin):

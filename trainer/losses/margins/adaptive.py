@@ -9,7 +9,7 @@ from torch import Tensor
 from trainer.checked import Within
 from trainer.errors import UserError
 from trainer.losses.bounds import check_cosine_margin
-from trainer.losses.margins.base import (
+from trainer.losses.margins import (
     AdditiveAngle,
     Case,
     Margin,

@@ -4,7 +4,7 @@ Legend: b samples of this rank, B = world_size x b samples of all ranks, D dimen
 
 Every loss of this kind is a mean over terms - pairs, triplets, identities - or a sum of a few such means:
 L = sum_k mix_k (total_k / count_k). A rank computes the terms whose *anchor* is one of its own samples, against all B
-samples; on one process b = B. `objective.batch` joins the ranks' parts.
+samples; on one process b = B. `objective.sharded` joins the ranks' parts.
 """
 
 from collections.abc import Mapping
@@ -19,21 +19,17 @@ from trainer.losses.base import Family, LossSpec
 
 @dataclass(frozen=True, slots=True)
 class GlobalBatch:
-    """All ranks' samples, of which `start` to `stop` are this rank's anchors.
+    """All ranks' samples.
 
     Attributes:
         x_BD: embeddings as the backbone gave them.
         labels_B: classes, or -1 for a slot that only fills the batch up.
+        own: those that are this rank's anchors.
     """
 
     x_BD: Tensor
     labels_B: Tensor
-    start: int
-    stop: int
-
-    @property
-    def own(self) -> slice:
-        return slice(self.start, self.stop)
+    own: slice
 
     @property
     def valid_B(self) -> Tensor:
@@ -41,9 +37,8 @@ class GlobalBatch:
 
     def positives_bB(self) -> Tensor:
         """Where another sample is of the anchor's identity; never the anchor itself."""
-        own_b = torch.arange(self.start, self.stop, device=self.labels_B.device)
         same_bB = (self.labels_B[self.own, None] == self.labels_B) & self.valid_B[self.own, None]
-        same_bB[torch.arange(len(own_b), device=own_b.device), own_b] = False
+        same_bB[:, self.own].fill_diagonal_(False)
         return same_bB
 
     def negatives_bB(self) -> Tensor:
@@ -117,22 +112,17 @@ def distances(squared: Tensor) -> Tensor:
     return torch.where(some, torch.where(some, squared, 1).sqrt(), 0)
 
 
-def groups(labels_B: Tensor) -> Tensor:
-    """Each sample's identity as a number from 0 among those of the batch, in ascending order of the labels."""
-    ordered_B, order_B = torch.sort(labels_B, stable=True)
-    number_B = torch.zeros_like(labels_B)
-    number_B[1:] = (ordered_B[1:] != ordered_B[:-1]).cumsum(0)
-    return torch.zeros_like(labels_B).scatter(0, order_B, number_B)
-
-
 def members(labels_B: Tensor) -> tuple[Tensor, Tensor]:
     """Who belongs to whom, in B slots, of which the first are the identities of the batch and the others are empty.
 
     Returns:
-        slot_B: the slot of each sample; the slot of padding is empty.
+        slot_B: the slot of each sample, in ascending order of the labels; the slot of padding is empty.
         member_SB: True where a valid sample belongs to the slot's identity.
     """
-    slot_B = groups(labels_B)
+    ordered_B, order_B = torch.sort(labels_B, stable=True)
+    number_B = torch.zeros_like(labels_B)
+    number_B[1:] = (ordered_B[1:] != ordered_B[:-1]).cumsum(0)
+    slot_B = torch.zeros_like(labels_B).scatter(0, order_B, number_B)
     slots_S = torch.arange(labels_B.shape[0], device=labels_B.device)
     return slot_B, (slots_S[:, None] == slot_B) & (labels_B >= 0)
 

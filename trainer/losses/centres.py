@@ -6,7 +6,7 @@ identity of the batch, and the two identities nearest to each other.
 Legend: B samples of all ranks, S slots for identities (S = B), D dimension, k distances of an identity.
 
 The centres of the first two are no parameters: no gradient reaches them and no optimizer steps them. They move by the
-papers' rule; `objective.centres` keeps them, sharded over the ranks.
+papers' rule; `objective.sharded` keeps them, sharded over the ranks.
 """
 
 from collections.abc import Mapping
@@ -40,6 +40,7 @@ class Center(LossSpec):
     source = "Wen et al. 2016, A discriminative feature learning approach, eq. 2 to 4"
     title = "softmax + centre"
     beside_softmax = 0.1
+    holds_lengths: ClassVar[bool] = False  # there is an `extra` loss on the lengths of the centres
 
     name: Literal["center"] = "center"
     alpha: Annotated[float, Within(ge=0, le=1)] = 0.5  # how far a centre follows; 0: not at all
@@ -49,13 +50,10 @@ class Center(LossSpec):
     def on_directions(self) -> bool:
         return self.unit
 
-    def extra(self, squares_B: Tensor, mean: Tensor) -> Tensor | None:
-        """A further loss of each sample, from |c_y|^2 and the mean of |c|^2 over all classes."""
-        return None
-
-    def extra_slope(self, squares_B: Tensor, mean: Tensor) -> Tensor | None:
-        """The derivative of `extra` by c_y is this times c_y; the mean counts as a constant."""
-        return None
+    def extra(self, squares_B: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """A further loss of each sample, from |c_y|^2 and the mean of |c|^2 over all classes; and
+        what times c_y is its derivative by c_y. The mean counts as a constant."""
+        raise NotImplementedError
 
 
 class CenterInvariant(Center):
@@ -75,15 +73,13 @@ class CenterInvariant(Center):
     # 0.27 of the mean after 600 steps, with centre loss 0.3. With this gamma it is less than 0.04, and
     # alpha gamma |c|^2 is at most 0.4, well below the 1 at which it becomes unstable.
     demo: ClassVar = {"gamma": 5e-3}
+    holds_lengths = True
 
     name: Literal["center_invariant"] = "center_invariant"  # type: ignore[assignment]
     gamma: Annotated[float, Within(ge=0)] = 1e-4
 
-    def extra(self, squares_B: Tensor, mean: Tensor) -> Tensor:
-        return self.gamma / 4 * (squares_B - mean) ** 2
-
-    def extra_slope(self, squares_B: Tensor, mean: Tensor) -> Tensor:
-        return self.gamma * (squares_B - mean)
+    def extra(self, squares_B: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        return self.gamma / 4 * (squares_B - mean) ** 2, self.gamma * (squares_B - mean)
 
 
 # Two equal images: far below any distance that a fp32 product tells from 0, yet its square is a normal fp32 number.
@@ -139,7 +135,7 @@ class Range(BatchLoss):
         own_S[batch.own] = True
         own_S = own_S & some_S
         hinge, pairs = self._nearest_centres(x_BD, member_SB)
-        first = float(batch.start == 0)
+        first = float(batch.own.start == 0)
         totals = torch.stack([torch.where(own_S, means_S, 0).sum(), first * hinge])
         return Terms(
             totals, torch.stack([count(own_S), totals.new_full((), first).double()]), torch.stack([count(own_S), pairs])

@@ -15,14 +15,14 @@ from trainer.config import Config
 from trainer.distributed import Group, RowRange
 from trainer.errors import UserError
 from trainer.head import Head, HeadOptimizer
+from trainer.head.rows import Own
 from trainer.losses.base import LossSpec
 from trainer.losses.batch import BatchLoss
 from trainer.losses.centres import Center
 from trainer.losses.margins import Margin
 from trainer.losses.triplets import PROJECTION
-from trainer.objective.batch import BatchLossModule
-from trainer.objective.centres import CentreModule
 from trainer.objective.geometry import ClassCentres, LossGeometry
+from trainer.objective.sharded import BatchLossModule, CentreModule, check_share
 
 
 class Member:
@@ -96,15 +96,10 @@ class HeadMember(Member):
         self, spec: Margin, config: Config, classes: int, class_counts: Sequence[int], device: torch.device
     ) -> None:
         group = Group.current()
-        dimension = config.backbone.dimension
-        if classes < group.size:
-            raise UserError(
-                f"{classes} classes cannot be shared by {group.size} workers; set scaling.workers to {classes} or less"
-            )
-        settings, seed = config.head, config.run.seed
-        head = Head(
-            spec, classes, dimension, settings, seed=seed, class_counts=class_counts, device=device, group=group
-        )
+        check_share(classes, group)
+        seed, dimension = config.run.seed, config.backbone.dimension
+        counts = class_counts
+        head = Head(spec, classes, dimension, config.head, seed=seed, class_counts=counts, device=device, group=group)
         super().__init__(spec, head)
         self._optimizer = HeadOptimizer(head)
 
@@ -125,12 +120,11 @@ class HeadMember(Member):
     def _centres(self, classes_c: Tensor) -> ClassCentres:
         """On every rank. A collective: one all-reduce of [c, K D + 1]."""
         head, margin = self.module, self.module.margin
-        classes_c = classes_c.to(head.weight.device)
-        own_c = (classes_c >= head.rows.start) & (classes_c < head.rows.stop)
-        place_c = (classes_c - head.rows.start).clamp(0, len(head.rows) - 1)
+        own = Own.of(classes_c.to(head.weight.device), head.rows)
+        place_c = own.place_B
         bias_c = torch.zeros_like(place_c, dtype=torch.float32) if head.bias is None else head.bias[place_c].float()
         rows_cX = head.weight.view(len(head.rows), -1)[place_c].float()
-        message_cX = torch.where(own_c[:, None], torch.cat([rows_cX, bias_c[:, None]], dim=1), 0)
+        message_cX = torch.where(own.mask_B[:, None], torch.cat([rows_cX, bias_c[:, None]], dim=1), 0)
         message_cX = head.group.all_reduce(message_cX)
         rows_cKD = message_cX[:, :-1].reshape(len(classes_c), head.centres, head.dimension)
         if margin.unit_rows:

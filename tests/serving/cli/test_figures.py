@@ -17,7 +17,7 @@ from trainer.figures import draw as figures
 from trainer.figures.plot_geometry import Panel, geometry_figure
 from trainer.losses.centres import Center
 from trainer.objective import members
-from trainer.objective.centres import CentreModule
+from trainer.objective.sharded import CentreModule
 
 RUNNER = CliRunner()
 

@@ -68,7 +68,6 @@ class Triplet(BatchLoss):
         "Schroff et al. 2015, FaceNet, eq. 1 to 4; "
         "batch_hard: Hermans et al. 2017, In defense of the triplet loss, eq. 5"
     )
-
     title = "triplet"
 
     name: Literal["triplet"] = "triplet"
@@ -105,25 +104,15 @@ def sum_over_kind(
     d_bB: Tensor, same_bB: Tensor, other_bB: Tensor, alpha: float, kind: Mining
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Over the triplets of a kind (not batch_hard): the sum of max(0, d_ap - d_an + alpha), how many triplets there
-    are, and how many of them have a loss; for any d, also negative ones."""
-    per_positive_bB, per_negative_bB, selected = _counts(d_bB.detach(), same_bB, other_bB, alpha, kind)
-    reach_bB = per_positive_bB.to(d_bB.dtype) * (d_bB + alpha)
-    total = (reach_bB - per_negative_bB.to(d_bB.dtype) * d_bB).sum(dtype=torch.float64)
-    return total, selected, per_positive_bB.sum(dtype=torch.float64)
-
-
-def _counts(
-    d_bB: Tensor, same_bB: Tensor, other_bB: Tensor, alpha: float, kind: Mining
-) -> tuple[Tensor, Tensor, Tensor]:
-    """k_ap (0 where p is no positive), m_an (0 where n is no negative), and how many triplets are selected."""
-    reach_bB = d_bB + alpha
-    negatives_bB = torch.where(other_bB, d_bB, torch.inf).sort(dim=1).values
-    positives_bB = torch.where(same_bB, d_bB, -torch.inf).sort(dim=1).values
+    are, and how many of them have a loss; for any d, also negative ones. See k_ap and m_an above."""
+    fixed_bB = d_bB.detach()  # the counts have no gradient
+    negatives_bB = torch.where(other_bB, fixed_bB, torch.inf).sort(dim=1).values
+    positives_bB = torch.where(same_bB, fixed_bB, -torch.inf).sort(dim=1).values
     # violating: d_an < d_ap + alpha, counted for each positive and for each negative; hard: d_an <= d_ap
-    violating_p_bB = torch.searchsorted(negatives_bB, reach_bB)
-    hard_p_bB = torch.searchsorted(negatives_bB, d_bB, right=True)
-    violating_n_bB = d_bB.shape[1] - torch.searchsorted(positives_bB + alpha, d_bB, right=True)
-    hard_n_bB = d_bB.shape[1] - torch.searchsorted(positives_bB, d_bB)
+    violating_p_bB = torch.searchsorted(negatives_bB, fixed_bB + alpha)
+    hard_p_bB = torch.searchsorted(negatives_bB, fixed_bB, right=True)
+    violating_n_bB = d_bB.shape[1] - torch.searchsorted(positives_bB + alpha, fixed_bB, right=True)
+    hard_n_bB = d_bB.shape[1] - torch.searchsorted(positives_bB, fixed_bB)
     available_b1 = other_bB.sum(dim=1, keepdim=True)
     of_p_bB, of_n_bB, selected_bB = {
         "all": (violating_p_bB, violating_n_bB, available_b1.expand_as(d_bB)),
@@ -131,8 +120,10 @@ def _counts(
         "semi_hard": (violating_p_bB - hard_p_bB, violating_n_bB - hard_n_bB, violating_p_bB - hard_p_bB),
         "hard": (hard_p_bB, hard_n_bB, hard_p_bB),
     }[kind]
+    of_p_bB, of_n_bB = torch.where(same_bB, of_p_bB, 0), torch.where(other_bB, of_n_bB, 0)
+    total = (of_p_bB.to(d_bB.dtype) * (d_bB + alpha) - of_n_bB.to(d_bB.dtype) * d_bB).sum(dtype=torch.float64)
     selected = torch.where(same_bB, selected_bB, 0).sum(dtype=torch.float64)
-    return torch.where(same_bB, of_p_bB, 0), torch.where(other_bB, of_n_bB, 0), selected
+    return total, selected, of_p_bB.sum(dtype=torch.float64)
 
 
 class ProjectedTriplet(BatchLoss):
@@ -140,19 +131,17 @@ class ProjectedTriplet(BatchLoss):
 
     S(a, b) = (T a-hat) . (T b-hat), with a-hat = a/|a|: not a cosine, its size belongs to the loss. T [n, D] is held by
     every rank, stepped by the objective with the optimizer of the head, and kept in the checkpoint. What is compared
-    afterwards is T x: `objective.geometry.Projected` puts T behind the backbone for evaluation and export. Triplets are
-    every anchor and positive of the global batch, with the negative most similar to the anchor, or with every negative.
+    afterwards is T x (`objective.geometry.Projected`). Triplets are every anchor and positive of the global batch, with
+    the negative most similar to the anchor, or with every negative.
 
-    The first T has orthonormal rows. `pca`: the n directions of greatest variance of the first batch's unit embeddings,
-    as in the papers, taken once in the first step of a run; where they span fewer dimensions, the rest is some
-    orthonormal completion. `orthogonal`: random directions from the run's seed.
+    The first T has orthonormal rows. `pca`: `principal_rows` of the first batch's unit embeddings, as in the papers,
+    taken once in the first step of a run. `orthogonal`: random directions from the run's seed.
 
     `negatives: hardest` is the papers' choice, for embeddings that are good already: of ones that still have to be
     learned, the hardest negatives draw everything together. `all` is for those; its mean is over all triplets.
 
-    With `frozen` T learns from the embeddings as they are, and the backbone gets no gradient from this loss: beside
-    another loss, which trains the backbone. Alone it is refused: weight decay and the statistics of batch norms would
-    go on changing a backbone that nothing teaches.
+    With `frozen` the backbone gets no gradient from this loss: beside another loss, which trains the backbone. Alone it
+    is refused: weight decay and the statistics of batch norms would go on changing a backbone that nothing teaches.
 
     A step without an anchor that has both a positive and a negative has loss 0 and counts as empty.
     """
@@ -164,7 +153,7 @@ class ProjectedTriplet(BatchLoss):
     dimension: Annotated[int, Within(ge=1)] | None = None  # n, rows of T; null: 128 as in the papers, or D if less
     init: Literal["pca", "orthogonal"] = "pca"
     negatives: Literal["hardest", "all"] = "hardest"
-    frozen: bool = False  # learn T alone, beside a loss that trains the network: no gradient to the embeddings
+    frozen: bool = False  # learn T alone, without a gradient to the embeddings
 
     @property
     def trains_backbone(self) -> bool:
@@ -221,7 +210,6 @@ class TSE(ProjectedTriplet):
 
     formula = "max(0, alpha + S(a, n) - S(a, p)), S(a, b) = (T a).(T b)"
     source = "Sankaranarayanan et al. 2016, Triplet similarity embedding for face verification"
-
     title = "softmax, then TSE"
 
     name: Literal["tse"] = "tse"
@@ -231,9 +219,7 @@ class TSE(ProjectedTriplet):
         return (self.alpha + difference).clamp_min(0)
 
     def over_all(self, s_bB: Tensor, same_bB: Tensor, other_bB: Tensor) -> tuple[Tensor, Tensor]:
-        """By counting, as in `triplets`."""
-        total, selected, _ = sum_over_kind(-s_bB, same_bB, other_bB, self.alpha, "all")
-        return total, selected
+        return sum_over_kind(-s_bB, same_bB, other_bB, self.alpha, "all")[:2]
 
 
 class TPE(ProjectedTriplet):
@@ -245,7 +231,6 @@ class TPE(ProjectedTriplet):
 
     formula = "-log(e^S(a,p) / (e^S(a,p) + e^S(a,n))), S(a, b) = (T a).(T b)"
     source = "Sankaranarayanan et al. 2016, Triplet probabilistic embedding for face verification and clustering"
-
     title = "softmax, then TPE"
 
     name: Literal["tpe"] = "tpe"

@@ -47,7 +47,7 @@ class Objective:
     def __call__(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, and by name its parts without their weights (where there is more than one) and their
         further numbers."""
-        losses = {name: member(x_bD, labels_b, keys) for name, member in self._members.items()}
+        losses = {name: member.module(x_bD, labels_b, keys) for name, member in self._members.items()}
         total = torch.stack([self._weights[name] * loss for name, loss in losses.items()]).sum()
         named = {"loss": total.detach()}
         if len(losses) > 1:
@@ -107,11 +107,7 @@ def embedder_of(config: Config, checkpoint: Checkpoint, backbone: nn.Module) -> 
 
 
 def _check_together(specs: Sequence[LossSpec]) -> None:
-    """Refuse losses that cannot stand beside one another, or one that cannot stand alone.
-
-    Raises:
-        UserError: a loss named twice, two projections, or nothing that trains the network.
-    """
+    """Refuse, with a UserError, a loss named twice, two projections, or nothing that trains the network."""
     names = [spec.name for spec in specs]
     if doubled := {name for name in names if names.count(name) > 1}:
         raise UserError(f"the losses {sorted(doubled)} are named twice; name each loss once and set its weight")

@@ -26,12 +26,7 @@ from trainer.objective.sharded import BatchLossModule, CentreModule, check_share
 
 
 class Member:
-    """One loss of the weighted sum.
-
-    Args:
-        spec: the loss as the config writes it.
-        module: what computes it on this rank.
-    """
+    """One loss of the weighted sum: `spec` as the config writes it, and the `module` that computes it on this rank."""
 
     module: nn.Module
 
@@ -40,11 +35,6 @@ class Member:
 
     def set_progress(self, step: int, warmup: float) -> None:
         """Where the run is, for losses that change with the steps."""
-
-    def __call__(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str]) -> Tensor:
-        """The loss of the global batch, equal on every rank, with the exact gradient to this rank's samples."""
-        loss: Tensor = self.module(x_bD, labels_b, keys)
-        return loss
 
     def geometry(self) -> LossGeometry:
         """What the loss compares."""
@@ -73,11 +63,7 @@ class Member:
 def make_member(
     spec: LossSpec, config: Config, classes: int, class_counts: Sequence[int], device: torch.device
 ) -> Member:
-    """The member that a loss of the config needs.
-
-    Raises:
-        UserError: a loss that this problem's size does not allow, or that finds no pairs in such batches.
-    """
+    """The member that a loss of the config needs; a UserError where this problem's size or its batches do not allow it."""
     if isinstance(spec, Margin):
         return HeadMember(spec, config, classes, class_counts, device)
     if isinstance(spec, Center):
@@ -121,11 +107,10 @@ class HeadMember(Member):
         """On every rank. A collective: one all-reduce of [c, K D + 1]."""
         head, margin = self.module, self.module.margin
         own = Own.of(classes_c.to(head.weight.device), head.rows)
-        place_c = own.place_B
-        bias_c = torch.zeros_like(place_c, dtype=torch.float32) if head.bias is None else head.bias[place_c].float()
-        rows_cX = head.weight.view(len(head.rows), -1)[place_c].float()
-        message_cX = torch.where(own.mask_B[:, None], torch.cat([rows_cX, bias_c[:, None]], dim=1), 0)
-        message_cX = head.group.all_reduce(message_cX)
+        rows_cX = head.weight.view(len(head.rows), -1)[own.place_B].float()
+        bias_c = rows_cX.new_zeros(len(rows_cX)) if head.bias is None else head.bias[own.place_B].float()
+        mine_cX = torch.where(own.mask_B[:, None], torch.cat([rows_cX, bias_c[:, None]], dim=1), 0)
+        message_cX = head.group.all_reduce(mine_cX)
         rows_cKD = message_cX[:, :-1].reshape(len(classes_c), head.centres, head.dimension)
         if margin.unit_rows:
             rows_cKD = functional.normalize(rows_cKD, dim=2)
@@ -140,12 +125,9 @@ class HeadMember(Member):
         return {rows_file(self.spec.name, self.module.rows): state}
 
     def load(self, checkpoint: Checkpoint) -> None:
-        parts: dict[str, dict[str, Tensor]] = {"head": {}, "optimizer": {}}
-        for name, tensor in checkpoint.read(rows_file(self.spec.name, self.module.rows)).items():
-            owner, _, key = name.partition(".")
-            parts[owner][key] = tensor
-        self.module.load_state_dict(parts["head"])
-        self._optimizer.load_state_dict(parts["optimizer"])
+        state = checkpoint.read(rows_file(self.spec.name, self.module.rows))
+        self.module.load_state_dict(_under("head.", state))
+        self._optimizer.load_state_dict(_under("optimizer.", state))
 
 
 class CentreMember(Member):
@@ -185,6 +167,7 @@ class BatchMember(Member):
         module = BatchLossModule(spec, classes, config.backbone.dimension, seed=config.run.seed, device=device)
         super().__init__(spec, module)
         self._optimizer = _optimizer(module, config) if len(module.values) else None
+        self._state = {} if self._optimizer is None else self._optimizer.state
 
     def geometry(self) -> LossGeometry:
         return LossGeometry(self.spec.on_directions, dict(self.module.values).get(PROJECTION))
@@ -206,24 +189,22 @@ class BatchMember(Member):
             return {}
         state = {f"loss.{name}": tensor for name, tensor in self.module.state_dict().items()}
         for name, parameter in self.module.named_parameters():
-            assert self._optimizer is not None
-            for key, value in self._optimizer.state[parameter].items():
-                state[f"optimizer.{name}.{key}"] = value
+            state |= {f"optimizer.{name}.{key}": value for key, value in self._state[parameter].items()}
         return {batch_file(self.spec.name): state}
 
     def load(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.read(batch_file(self.spec.name))
-        self.module.load_state_dict(
-            {name.removeprefix("loss."): value for name, value in state.items() if name.startswith("loss.")}
-        )
+        self.module.load_state_dict(_under("loss.", state))
         for name, parameter in self.module.named_parameters():
-            prefix = f"optimizer.{name}."
-            assert self._optimizer is not None
-            self._optimizer.state[parameter] = {
-                key.removeprefix(prefix): value if key.endswith(".step") else value.to(parameter.device)
-                for key, value in state.items()
-                if key.startswith(prefix)
+            self._state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device)
+                for key, value in _under(f"optimizer.{name}.", state).items()
             }
+
+
+def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, without that beginning."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def rows_file(name: str, rows: RowRange) -> str:
@@ -245,11 +226,7 @@ def read_projection(specs: Sequence[LossSpec], checkpoint: Checkpoint) -> Tensor
 
 
 def _check_positives(name: str, config: Config, class_counts: Sequence[int]) -> None:
-    """Refuse a run whose batches hold no two samples of one identity.
-
-    Raises:
-        UserError: fewer than two samples an identity, in the data set or in a batch, or too rarely by chance.
-    """
+    """Refuse, with a UserError, a run whose batches never or too rarely hold two samples of one identity."""
     data, total = config.data, sum(class_counts)
     if max(class_counts, default=0) < 2:
         raise UserError(f"{name} needs two samples of an identity, but every identity of the data set has only one")

@@ -49,6 +49,7 @@ class Head(nn.Module):
     Attributes:
         rows: the classes of this rank.
         weight: [R, D], row k of class c at (c - rows.start) * K + k.
+        unit_rows: whether the rows of `weight` are unit vectors, to be kept so by the optimizer.
         bias: [classes of this rank], or None.
         scalars: the margin's learnable numbers, held by every rank.
         group: the ranks, with `group.traffic` counting what is sent.
@@ -85,7 +86,7 @@ class Head(nn.Module):
         self._gather = Gatherer(classes, dimension, self.group, "head")
         self.rows = RowRange.of(classes, self.group.rank, self.group.size)
         self.centres = self.margin.centres_per_class()
-        self.normalise = self.margin.unit_rows and self.config.rows == "free"
+        self.unit_rows = self.margin.unit_rows and self.config.rows == "unit"
         self._make_parameters(torch.device(device))
         self._class_values = self._per_class(class_counts)
         self.sink = GradientSink(self.weight)
@@ -100,11 +101,6 @@ class Head(nn.Module):
         self.scalars = nn.ParameterDict({name: nn.Parameter(torch.tensor(v, device=device)) for name, v in learnables})
         for name, value in self.margin.buffers().items():
             self.register_buffer(name, torch.tensor(value, device=device))
-
-    @property
-    def unit_rows(self) -> bool:
-        """Whether the rows of `weight` are unit vectors, to be kept so by the optimizer."""
-        return self.margin.unit_rows and not self.normalise
 
     def set_progress(self, step: int, warmup: float = 1.0) -> None:
         """Where the run is: the number of the step, and how far the margin's warmup has come, in [0, 1]."""
@@ -138,14 +134,14 @@ class Head(nn.Module):
     ) -> TilePlan:
         """How this step's tiles are computed, for `slots` samples of all ranks and the classes that take part."""
         dtype = torch.bfloat16 if self.config.compute_dtype == "bf16" and wide == torch.float32 else wide
-        bound = margin.bound()
-        shift = None if bound is None else fixed_shift(*bound, self.classes, wide)
+        shift = None if (bound := margin.bound()) is None else fixed_shift(*bound, self.classes, wide)
         store = self.config.algorithm == "store"
         if self.config.algorithm == "auto":
             size = slots * classes * self.centres * dtype.itemsize
             spare = 0 if self._memory.spare is None else self._memory.spare.nbytes
             store = size <= STORE_SHARE * (free_memory(self.weight.device) + spare)
-        return TilePlan(classes, self.centres, self.config.tile, store, dtype, shift, self.normalise, reweight)
+        normalise = self.margin.unit_rows and not self.unit_rows
+        return TilePlan(classes, self.centres, self.config.tile, store, dtype, shift, normalise, reweight)
 
     def _first_rows(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Random directions; each block of `INIT_BLOCK` classes from its own seed, whichever rank holds it."""

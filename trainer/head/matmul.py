@@ -10,6 +10,7 @@ results are rounded to bf16 before they are added up in fp32.
 Buffers live from step to step: to ask the system for hundreds of megabytes anew costs up to a tenth of a product.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,12 +39,12 @@ class Workspace:
     def give_back(self, buffer: Tensor) -> None:
         self.spare = buffer if buffer._base is None else buffer._base
 
-    def scratch(self, name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised [rows, columns], valid until the next request for this name."""
-        found = self.scratches.get(name)
-        if found is None or found.numel() < rows * columns or found.dtype != dtype or found.device != device:
-            found = self.scratches[name] = torch.empty(rows * columns, dtype=dtype, device=device)
-        return found[: rows * columns].view(rows, columns)
+    def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor, valid until the next request for this name."""
+        found, size = self.scratches.get(name), math.prod(shape)
+        if found is None or found.numel() < size or found.dtype != dtype or found.device != device:
+            found = self.scratches[name] = torch.empty(size, dtype=dtype, device=device)
+        return found[:size].view(shape)
 
 
 class Products:
@@ -63,18 +64,16 @@ class Products:
         """The values in the narrow type; the copy, if one is needed, lives until the next with this name."""
         if values.dtype == self.narrow:
             return values
-        copy = self.memory.scratch(name, values.shape[0], values.shape[1], self.narrow, values.device)
-        return copy.copy_(values)
+        return self.memory.scratch(name, values.shape, self.narrow, values.device).copy_(values)
 
     def logits(self, w_RD: Tensor, out: Tensor | None) -> Tensor:
         """Product 1: W E^T, wide; in `out` if given, else in memory that lives until the next call."""
         if self.mixed:
             return torch.mm(self.operand(w_RD, "w"), self.e_DB, out_dtype=self.wide)
         if out is None:
-            out = self.memory.scratch("z", w_RD.shape[0], self.e_DB.shape[1], self.wide, w_RD.device)
+            out = self.memory.scratch("z", (len(w_RD), self.e_DB.shape[1]), self.wide, w_RD.device)
         if w_RD.dtype != self.wide:
-            shape = w_RD.shape[0], w_RD.shape[1]
-            w_RD = self.memory.scratch("wide", *shape, self.wide, w_RD.device).copy_(w_RD)
+            w_RD = self.memory.scratch("wide", w_RD.shape, self.wide, w_RD.device).copy_(w_RD)
         if self.wide == self.narrow:
             return torch.mm(w_RD, self.e_DB, out=out)
         with _operands_rounded_to_bf16():
@@ -98,7 +97,7 @@ class Products:
         elif self.mixed and not add and out.dtype == self.wide:
             torch.mm(q_RB, re_BD, out_dtype=self.wide, out=out)
         else:
-            product_RD = self.memory.scratch("product", out.shape[0], out.shape[1], self.narrow, out.device)
+            product_RD = self.memory.scratch("product", out.shape, self.narrow, out.device)
             torch.mm(q_RB, re_BD, out=product_RD)
             if add:
                 out.add_(product_RD)

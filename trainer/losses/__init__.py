@@ -30,33 +30,10 @@ from trainer.losses.triplets import TPE, TSE, Triplet
 
 # In the order of the literature. A new loss is a file of its own and a line here.
 LOSSES: tuple[type[LossSpec], ...] = (
-    Softmax,
-    WeightedSoftmax,
-    Focal,
-    ModifiedSoftmax,
-    LSoftmax,
-    ASoftmax,
-    L2Softmax,
-    NormFace,
-    CoCo,
-    CosFace,
-    ArcFace,
-    Combined,
-    SubCenterArcFace,
-    AdaFace,
-    MagFace,
-    ElasticFace,
-    DynamicMargin,
-    CurricularFace,
-    MVSoftmax,
-    Contrastive,
-    Marginal,
-    Triplet,
-    TSE,
-    TPE,
-    Center,
-    CenterInvariant,
-    Range,
+    *(Softmax, WeightedSoftmax, Focal, ModifiedSoftmax, LSoftmax, ASoftmax, L2Softmax, NormFace, CoCo, CosFace),
+    *(ArcFace, Combined, SubCenterArcFace, AdaFace, MagFace, ElasticFace, DynamicMargin, CurricularFace, MVSoftmax),
+    *(Contrastive, Marginal, Triplet, TSE, TPE),
+    *(Center, CenterInvariant, Range),
 )
 
 

@@ -2,9 +2,8 @@
 
 Legend: b samples of this rank, B = world_size x b samples of all ranks, D dimension, K kinds of terms.
 
-Every loss of this kind is a mean over terms - pairs, triplets, identities - or a sum of a few such means:
-L = sum_k mix_k (total_k / count_k). A rank computes the terms whose *anchor* is one of its own samples, against all B
-samples; on one process b = B. `objective.sharded` joins the ranks' parts.
+Every such loss is a mean over terms - pairs, triplets, identities - or a sum of a few: L = sum_k mix_k total_k / count_k.
+A rank computes the terms whose *anchor* is one of its own samples, against all B; `objective.sharded` joins the parts.
 """
 
 from collections.abc import Mapping
@@ -54,8 +53,8 @@ class Terms:
     Attributes:
         totals_K: sums of terms, differentiable.
         counts_K: how many terms a mean divides by.
-        found_J: how many there are of what the loss lives on (triplets, say). A step in which, over all ranks, one of
-            them is 0 is counted as empty.
+        found_J: how many there are of what the loss lives on (triplets, say). A step without one of them, over all
+            ranks, is counted as empty.
     """
 
     totals_K: Tensor
@@ -106,12 +105,6 @@ def squared_distances(x_ND: Tensor, y_MD: Tensor) -> Tensor:
     return (square_N[:, None] + square_M - 2 * x_ND @ y_MD.T).clamp_min(0)
 
 
-def distances(squared: Tensor) -> Tensor:
-    """The root, with derivative 0 at 0, where the direction in which two equal points should part is not defined."""
-    some = squared > 0
-    return torch.where(some, torch.where(some, squared, 1).sqrt(), 0)
-
-
 def members(labels_B: Tensor) -> tuple[Tensor, Tensor]:
     """Who belongs to whom, in B slots, of which the first are the identities of the batch and the others are empty.
 
@@ -125,27 +118,6 @@ def members(labels_B: Tensor) -> tuple[Tensor, Tensor]:
     slot_B = torch.zeros_like(labels_B).scatter(0, order_B, number_B)
     slots_S = torch.arange(labels_B.shape[0], device=labels_B.device)
     return slot_B, (slots_S[:, None] == slot_B) & (labels_B >= 0)
-
-
-def orthogonal_rows(rows: int, dimension: int, seed: int) -> Tensor:
-    """[rows, D] orthonormal rows, rows <= D, drawn evenly from all such matrices; fp32."""
-    generator = torch.Generator().manual_seed(seed)
-    square, upper = torch.linalg.qr(torch.randn(dimension, rows, generator=generator, dtype=torch.float64))
-    rows_nD: Tensor = (square * upper.diagonal().sign()).T.float()
-    return rows_nD.contiguous()
-
-
-def principal_rows(x_BD: Tensor, valid_B: Tensor, rows: int) -> Tensor:
-    """[rows, D] the directions of greatest variance of the valid samples, orthonormal, by falling variance.
-
-    Where the samples span fewer dimensions, the rest is some orthonormal completion.
-    """
-    x_BD = x_BD.double() * valid_B[:, None]
-    count = valid_B.sum().clamp_min(1)
-    centred_BD = (x_BD - x_BD.sum(dim=0) / count) * valid_B[:, None]
-    _, vectors_DD = torch.linalg.eigh(centred_BD.T @ centred_BD)  # by rising variance
-    rows_nD: Tensor = vectors_DD.flip(1)[:, :rows].T.float()
-    return rows_nD.contiguous()
 
 
 def count(mask: Tensor) -> Tensor:

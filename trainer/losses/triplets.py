@@ -3,10 +3,9 @@
 Legend: b anchors of this rank, B samples of all ranks, D dimension of the embedding, n of a projection.
 
 Of a batch with B samples there are up to B^3 / 4 triplets. None is ever made: with d_ap and d_an the squared distances
-of an anchor to its positives and negatives, and h_ap = d_ap + alpha, the sum over the selected triplets that violate
-the margin is
+of an anchor to its positives and negatives, the sum over the selected triplets that violate the margin is
 
-    sum over (p, n) of (h_ap - d_an)  =  sum_p k_ap h_ap - sum_n m_an d_an,
+    sum over (p, n) of (d_ap + alpha - d_an)  =  sum_p k_ap (d_ap + alpha) - sum_n m_an d_an,
 
 where k_ap counts the negatives that p forms such a triplet with, and m_an the positives that n does. Both counts come
 from binary searches in the anchor's sorted distances: B^2 log B time, [b, B] memory. The counts do not change within a
@@ -24,16 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.checked import Within
 from trainer.errors import UserError
-from trainer.losses.batch import (
-    BatchLoss,
-    GlobalBatch,
-    Terms,
-    count,
-    orthogonal_rows,
-    principal_rows,
-    squared_distances,
-    unit_vectors,
-)
+from trainer.losses.batch import BatchLoss, GlobalBatch, Terms, count, squared_distances, unit_vectors
 
 # The literature also writes the two with a hyphen.
 Mining = Literal["all", "easy", "semi_hard", "hard", "batch_hard", "semi-hard", "batch-hard"]
@@ -56,11 +46,9 @@ class Triplet(BatchLoss):
       batch_hard  for each anchor its furthest positive and its nearest negative
     easy, semi_hard and hard share all triplets out among them.
 
-    With `average: active` the mean is over the selected triplets that violate the margin; it makes a difference for
-    `all` and `batch_hard`, whose mean otherwise fades as triplets become easy.
-
-    A step without a selected triplet (one identity in the batch, no two samples of one, none of that kind) has loss 0
-    and counts as empty.
+    With `average: active` the mean is over the selected triplets that violate the margin: that of `all` and
+    `batch_hard` otherwise fades as triplets become easy. A step without a selected triplet (one identity in the batch,
+    no two samples of one, none of that kind) has loss 0 and counts as empty.
     """
 
     formula = "max(0, |a - p|^2 - |a - n|^2 + alpha)"
@@ -124,6 +112,27 @@ def sum_over_kind(
     total = (of_p_bB.to(d_bB.dtype) * (d_bB + alpha) - of_n_bB.to(d_bB.dtype) * d_bB).sum(dtype=torch.float64)
     selected = torch.where(same_bB, selected_bB, 0).sum(dtype=torch.float64)
     return total, selected, of_p_bB.sum(dtype=torch.float64)
+
+
+def orthogonal_rows(rows: int, dimension: int, seed: int) -> Tensor:
+    """[rows, D] orthonormal rows, rows <= D, drawn evenly from all such matrices; fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    square, upper = torch.linalg.qr(torch.randn(dimension, rows, generator=generator, dtype=torch.float64))
+    rows_nD: Tensor = (square * upper.diagonal().sign()).T.float()
+    return rows_nD.contiguous()
+
+
+def principal_rows(x_BD: Tensor, valid_B: Tensor, rows: int) -> Tensor:
+    """[rows, D] the directions of greatest variance of the valid samples, orthonormal, by falling variance.
+
+    Where the samples span fewer dimensions, the rest is some orthonormal completion.
+    """
+    x_BD = x_BD.double() * valid_B[:, None]
+    count = valid_B.sum().clamp_min(1)
+    centred_BD = (x_BD - x_BD.sum(dim=0) / count) * valid_B[:, None]
+    _, vectors_DD = torch.linalg.eigh(centred_BD.T @ centred_BD)  # by rising variance
+    rows_nD: Tensor = vectors_DD.flip(1)[:, :rows].T.float()
+    return rows_nD.contiguous()
 
 
 class ProjectedTriplet(BatchLoss):

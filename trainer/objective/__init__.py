@@ -26,7 +26,6 @@ class Objective:
         config: `loss` and `auxiliary` name the losses.
         classes: C.
         class_counts: training samples of each class, for losses that weigh by them.
-        device: where this rank computes.
 
     Raises:
         UserError: a loss that this problem's size does not allow, or losses that make no sense together.
@@ -36,7 +35,6 @@ class Objective:
         specs = (config.loss, *config.auxiliary)
         _check_together(specs)
         self._members = {spec.name: make_member(spec, config, classes, class_counts, device) for spec in specs}
-        self._weights = {spec.name: spec.weight for spec in specs}
         self._told: dict[str, float] = {}
 
     def set_progress(self, step: int, warmup: float) -> None:
@@ -48,7 +46,7 @@ class Objective:
         """The weighted sum, and by name its parts without their weights (where there is more than one) and their
         further numbers."""
         losses = {name: member.module(x_bD, labels_b, keys) for name, member in self._members.items()}
-        total = torch.stack([self._weights[name] * loss for name, loss in losses.items()]).sum()
+        total = torch.stack([self._members[name].spec.weight * loss for name, loss in losses.items()]).sum()
         named = {"loss": total.detach()}
         if len(losses) > 1:
             named |= {f"loss/{name}": loss.detach() for name, loss in losses.items()}

@@ -63,11 +63,11 @@ class Member:
 def make_member(
     spec: LossSpec, config: Config, classes: int, class_counts: Sequence[int], device: torch.device
 ) -> Member:
-    """The member that a loss of the config needs; a UserError where this problem's size or its batches do not allow it."""
+    """The member that a loss of the config needs; a UserError where the problem's size or the batches forbid it."""
     if isinstance(spec, Margin):
         return HeadMember(spec, config, classes, class_counts, device)
     if isinstance(spec, Center):
-        return CentreMember(spec, config, classes, device)
+        return CentreMember(spec, CentreModule(spec, classes, config.backbone.dimension, device=device))
     if isinstance(spec, BatchLoss):
         return BatchMember(spec, config, classes, class_counts, device)
     raise TypeError(f"{type(spec).__name__} is no loss of the config")
@@ -135,9 +135,6 @@ class CentreMember(Member):
 
     module: CentreModule
 
-    def __init__(self, spec: Center, config: Config, classes: int, device: torch.device) -> None:
-        super().__init__(spec, CentreModule(spec, classes, config.backbone.dimension, device=device))
-
     def geometry(self) -> LossGeometry:
         return LossGeometry(self.spec.on_directions, followed=lambda c: self.module.of(c).double().cpu().numpy())
 
@@ -190,10 +187,10 @@ class BatchMember(Member):
         state = {f"loss.{name}": tensor for name, tensor in self.module.state_dict().items()}
         for name, parameter in self.module.named_parameters():
             state |= {f"optimizer.{name}.{key}": value for key, value in self._state[parameter].items()}
-        return {batch_file(self.spec.name): state}
+        return {f"{self.spec.name}.safetensors": state}
 
     def load(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.read(batch_file(self.spec.name))
+        state = checkpoint.read(f"{self.spec.name}.safetensors")
         self.module.load_state_dict(_under("loss.", state))
         for name, parameter in self.module.named_parameters():
             self._state[parameter] = {
@@ -212,16 +209,11 @@ def rows_file(name: str, rows: RowRange) -> str:
     return f"{name}-rows-{rows.start:010d}-{rows.stop:010d}.safetensors"
 
 
-def batch_file(name: str) -> str:
-    """A file of what every rank holds alike."""
-    return f"{name}.safetensors"
-
-
 def read_projection(specs: Sequence[LossSpec], checkpoint: Checkpoint) -> Tensor | None:
     """The projection T that a checkpoint's losses learned, [n, D]; None where none of them learns one."""
     for spec in specs:
         if spec.learns_projection:
-            return checkpoint.read(batch_file(spec.name))[f"loss.values.{PROJECTION}"]
+            return checkpoint.read(f"{spec.name}.safetensors")[f"loss.values.{PROJECTION}"]
     return None
 
 

@@ -44,6 +44,7 @@ MAX_SCALE = 16384.0
 Scale = Annotated[float, Within(gt=0, le=MAX_SCALE)]
 AdditiveAngle = Annotated[float, Within(ge=0, le=math.pi)]  # radians
 Probability = Annotated[float, Within(gt=0, lt=1)]
+Values = Mapping[str, Tensor]  # learnable scalars and running statistics by name
 PanelName = Literal["softmax", "multiple", "additive", "adaptive", "reweighting"]
 
 
@@ -53,7 +54,7 @@ class Positives:
 
     Attributes:
         cos_B: cosine to the own centre, within [-1, 1]; the nearest of several centres.
-        dots_B: the plain target logit: embedding as the head uses it (`Margin.embed`) times the own centre, plus bias.
+        dots_B: the plain target logit: embedding as the head uses it times the own centre, plus bias.
         lengths_B: |embedding as the head uses it| x |own centre|; dots = lengths x cos + bias.
         norms_B: |x| of the embedding as the backbone gave it.
         labels_B: the class, or -1 for padding.
@@ -67,7 +68,7 @@ class Positives:
     lengths_B: Tensor
     norms_B: Tensor
     labels_B: Tensor
-    values: Mapping[str, Tensor]
+    values: Values
     noise_B: Tensor | None = None
     class_values_B: Tensor | None = None
 
@@ -160,7 +161,7 @@ class Margin(LossSpec):
         """A number for each class, from how many samples each has; handed to `target` and `per_sample`."""
         return None
 
-    def scale_of(self, values: Mapping[str, Tensor]) -> float | Tensor:
+    def scale_of(self, values: Values) -> float | Tensor:
         """s: the length given to unit embeddings."""
         scale = getattr(self, "scale", 1.0)
         if scale == "auto":
@@ -174,9 +175,7 @@ class Margin(LossSpec):
             return -scale, scale
         return None
 
-    def observe(
-        self, norms_B: Tensor, cos_B: Tensor | None, valid_B: Tensor, values: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def observe(self, norms_B: Tensor, cos_B: Tensor | None, valid_B: Tensor, values: Values) -> dict[str, Tensor]:
         """The new values of the buffers, before `target` is asked; the same on every rank. Without gradient.
 
         Args:
@@ -189,7 +188,7 @@ class Margin(LossSpec):
         """The target's logit, [B], differentiable."""
         raise NotImplementedError
 
-    def reweight(self, cos_TB: Tensor, hard_TB: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def reweight(self, cos_TB: Tensor, hard_TB: Tensor, values: Values) -> tuple[Tensor, Tensor]:
         """The changed cosines of other classes, and their derivative; `hard_TB`: where cos > target / s."""
         raise NotImplementedError
 

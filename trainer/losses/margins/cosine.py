@@ -6,7 +6,6 @@ dpsi/dc. None of them costs communication beyond the head's own.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -23,6 +22,7 @@ from trainer.losses.margins import (
     Positives,
     Probability,
     Scale,
+    Values,
     angle_boundary,
     cosine_boundary,
     monotone_cosine,
@@ -63,7 +63,7 @@ class NormFace(Margin):
     def learnables(self) -> dict[str, float]:
         return {"scale": float(super().scale_of({}))} if self.learnable else {}
 
-    def scale_of(self, values: Mapping[str, Tensor]) -> float | Tensor:
+    def scale_of(self, values: Values) -> float | Tensor:
         return values["scale"] if self.learnable else super().scale_of(values)
 
     def target(self, positives: Positives) -> Tensor:

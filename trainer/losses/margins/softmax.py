@@ -5,7 +5,6 @@ Centres and biases of these losses are ordinary parameters; all ranks' logits ar
 nothing bounds them.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -16,7 +15,7 @@ from torch.nn import functional
 from trainer.checked import Within
 from trainer.errors import UserError
 from trainer.losses.bounds import l2_softmax_scale, positive_scale
-from trainer.losses.margins import Case, Margin, Positives, Probability, Scale, cosine_boundary, monotone_cosine
+from trainer.losses.margins import Case, Margin, Positives, Probability, Scale, Values, cosine_boundary, monotone_cosine
 
 _LENGTHS = r"$\Vert w_1\Vert=\Vert w_2\Vert$"
 _EQUAL = rf"{_LENGTHS}, $b_1=b_2$"
@@ -140,7 +139,7 @@ class L2Softmax(Margin):
     def learnables(self) -> dict[str, float]:
         return {"alpha": self._number()} if self.learnable else {}
 
-    def scale_of(self, values: Mapping[str, Tensor]) -> float | Tensor:
+    def scale_of(self, values: Values) -> float | Tensor:
         return values["alpha"] if self.learnable else self._number()
 
     def _number(self) -> float:

@@ -173,7 +173,7 @@ _INIT, _NOISE, _SAMPLING = 1, 2, 3  # what random numbers are for: no two uses s
 
 
 def mixed_seed(seed: int, position: int, use: int) -> int:
-    """A seed for the generator of one use at one position (a step or a block of rows)."""
+    """A seed for one use at one position (a step or a block of rows)."""
     return (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + use * 0x2545F4914F6CDD1D) % 2**63
 
 
@@ -215,11 +215,9 @@ class Step:
 
     def loss(self) -> Tensor:
         """The mean over the valid samples of all ranks."""
-        head, margin = self.head, self.margin
-        sums_B, targets_B, shift = self.parts()
-        negatives_B, targets_B = self._exchange(sums_B, targets_B, shift)
-        losses_B = margin.per_sample(negatives_B, targets_B, self._class_values())
-        extra_B = margin.regularizer(own_slice(self.norms_B, head.group))
+        negatives_B, targets_B = self._exchange(*self.parts())
+        losses_B = self.margin.per_sample(negatives_B, targets_B, self._class_values())
+        extra_B = self.margin.regularizer(own_slice(self.norms_B, self.head.group))
         if extra_B is not None:
             losses_B = losses_B + extra_B.to(losses_B)
         return torch.where(self.valid_B, losses_B, 0).sum() / self.valid_B.sum().clamp_min(1)
@@ -228,8 +226,7 @@ class Step:
         """What this rank knows: its part of the denominator (its logarithm where the shift, which comes third, is
         None), and the targets' logits, 0 where another rank owns the class."""
         head, margin, rows = self.head, self.margin, self.rows
-        reweight = self._observe()
-        plan = head.plan(margin, self.labels_B.shape[0], len(rows), self.e_BD.dtype, reweight)
+        plan = head.plan(margin, len(self.labels_B), len(rows), self.e_BD.dtype, self._observe())
         sums_B, centres_BKD, bias_B = negatives(self.e_BD, rows, self.own, plan, sink=head.sink, memory=head._memory)
         targets_B = margin.target(self._positives(centres_BKD, bias_B))
         return sums_B, torch.where(self.own.mask_B, targets_B, 0).to(sums_B), plan.shift
@@ -238,13 +235,12 @@ class Step:
     def _observe(self) -> Reweight | None:
         """Bring the margin's running statistics up to date; for margins that re-weight, fetch all targets' cosines."""
         head, margin = self.head, self.margin
-        positives = None
+        positives, cos_B = None, None
         if margin.reweights:
-            positives = self._positives(*own_centres(self.rows, self.own, self.e_BD.dtype))
-            own_cos_B = torch.where(self.own.mask_B, positives.cos_B, 0)
-            positives = replace(positives, cos_B=head.group.all_reduce(own_cos_B))
+            mine = self._positives(*own_centres(self.rows, self.own, self.e_BD.dtype))
+            cos_B = head.group.all_reduce(torch.where(self.own.mask_B, mine.cos_B, 0))
+            positives = replace(mine, cos_B=cos_B)
         if head.training:
-            cos_B = None if positives is None else positives.cos_B
             self.observed = margin.observe(self.norms_B, cos_B, self.valid_B, self.values)
             self.values |= self.observed
         if positives is None:

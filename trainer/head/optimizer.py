@@ -113,7 +113,6 @@ class HeadOptimizer:
             tensor.copy_(state[name])
 
     def _begin(self) -> None:
-        """A new step: new random bits for rounding."""
         self.count += 1
         if self._rounds:
             seed = mixed_seed(self.head.seed, int(self.count), _ROUNDING)
@@ -193,9 +192,9 @@ class HeadOptimizer:
     def _step_small(self, name: str, parameter: Tensor, lr: float) -> None:
         """A bias or a learnable scalar: fp32 state, no decay."""
         gradient = parameter.grad
+        where: Tensor | slice = slice(None)
         if gradient is None:
             return
-        where: Tensor | slice = slice(None)
         if gradient.is_sparse:
             gradient = gradient.coalesce()
             where, gradient = gradient.indices()[0], gradient.values()

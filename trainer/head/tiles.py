@@ -41,13 +41,12 @@ class TilePlan:
     """How `negatives` computes; the same for forward and backward.
 
     Attributes:
-        classes: C, those that take part.
-        centres: K.
-        tile: T.
+        classes, centres, tile: C that take part, K and T.
         store: keep P for the backward.
         dtype: of the products' operands and of P; row sums and products' results are fp32 (fp64 where x is).
         shift: the constant shift, or None for row maxima.
         normalise: divide each row of W by its length.
+        reweight: what a margin does to the logits of hard negatives.
     """
 
     classes: int

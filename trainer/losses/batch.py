@@ -2,8 +2,8 @@
 
 Legend: b samples of this rank, B = world_size x b samples of all ranks, D dimension, K kinds of terms.
 
-Every such loss is a mean over terms - pairs, triplets, identities - or a sum of a few: L = sum_k mix_k total_k / count_k.
-A rank computes the terms whose *anchor* is one of its own samples, against all B; `objective.sharded` joins the parts.
+Every such loss is a mean over pairs, triplets or identities, or a sum of a few means: sum_k mix_k total_k / count_k. A
+rank computes the terms whose *anchor* is one of its own samples, against all B; `objective.sharded` joins the parts.
 """
 
 from collections.abc import Mapping

@@ -99,8 +99,6 @@ class LossGeometry:
 
 def of_length(x_ND: Matrix, length: float | None) -> Matrix:
     """Embeddings of one length; as they are where it is None."""
-    return (
-        x_ND
-        if length is None
-        else np.asarray(length * x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-12))
-    )
+    if length is None:
+        return x_ND
+    return np.asarray(length * x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-12))

@@ -113,6 +113,7 @@ class Margin(LossSpec):
     Class attributes:
         unit_rows: the centres enter as unit vectors.
         unit_embedding: the embedding enters as a unit vector times a scale; else as it is.
+        scale_field: the field that holds the scale of unit embeddings, if there is one.
         bias: a learnable number is added to each logit.
         noisy: `target` wants `Positives.noise_B`.
         reweights: hard negatives' logits are changed too (`reweight`); costs one message of [B].
@@ -126,6 +127,7 @@ class Margin(LossSpec):
     family: ClassVar[Family] = "margin"
     unit_rows: ClassVar[bool] = True
     unit_embedding: ClassVar[bool] = True
+    scale_field: ClassVar[str] = "scale"
     bias: ClassVar[bool] = False
     noisy: ClassVar[bool] = False
     reweights: ClassVar[bool] = False
@@ -163,9 +165,11 @@ class Margin(LossSpec):
 
     def scale_of(self, values: Values) -> float | Tensor:
         """s: the length given to unit embeddings."""
-        scale = getattr(self, "scale", 1.0)
+        scale = getattr(self, self.scale_field, 1.0)
         if scale == "auto":
-            raise UserError(f"the scale of {self.name} is still 'auto'; call resolve(classes, dimension) first")
+            raise UserError(
+                f"the {self.scale_field} of {self.name} is still 'auto'; call resolve(classes, dimension) first"
+            )
         return float(scale)
 
     def bound(self) -> tuple[float, float] | None:

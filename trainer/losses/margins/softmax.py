@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.checked import Within
-from trainer.errors import UserError
 from trainer.losses.bounds import l2_softmax_scale, positive_scale
 from trainer.losses.margins import Case, Margin, Positives, Probability, Scale, Values, cosine_boundary, monotone_cosine
 
@@ -117,6 +116,7 @@ class L2Softmax(Margin):
     source = "Ranjan et al. 2017, L2-constrained softmax loss, eq. 3 and 6"
     title = "$L_2$-softmax"
     demo: ClassVar = {"alpha": 16.0}
+    scale_field = "alpha"
     unit_rows = False
     bias = True
     eased = ()
@@ -133,19 +133,15 @@ class L2Softmax(Margin):
         if self.alpha != "auto":
             return self
         alpha = l2_softmax_scale(classes, self.probability)
-        alpha = positive_scale(f"{self.name}: alpha", alpha, classes, f"probability {self.probability}")
-        return replace(self, alpha=alpha)
+        return replace(
+            self, alpha=positive_scale("l2_softmax: alpha", alpha, classes, f"probability {self.probability}")
+        )
 
     def learnables(self) -> dict[str, float]:
-        return {"alpha": self._number()} if self.learnable else {}
+        return {"alpha": float(super().scale_of({}))} if self.learnable else {}
 
     def scale_of(self, values: Values) -> float | Tensor:
-        return values["alpha"] if self.learnable else self._number()
-
-    def _number(self) -> float:
-        if self.alpha == "auto":
-            raise UserError("the alpha of l2_softmax is still 'auto'; call resolve(classes, dimension) first")
-        return self.alpha
+        return values["alpha"] if self.learnable else super().scale_of(values)
 
     def target(self, positives: Positives) -> Tensor:
         return positives.dots_B

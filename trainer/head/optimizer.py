@@ -33,11 +33,10 @@ _FIRST, _SECOND, _WEIGHT = 0, 1, 2  # uses of the rounding's random bits
 
 
 class HeadOptimizer:
-    """SGD with momentum or AdamW for a `Head`: `prepare(lr)` before the backward, `step(lr)` after it, `zero_grad()`.
+    """SGD with momentum or AdamW for a `Head`, by `head.config.optimizer`: `step(lr)` after a backward, `zero_grad()`.
 
-    The settings are `head.config.optimizer`. With `HeadConfig.fused` the rows are stepped during the backward, tile by
-    tile, so that their gradient is never stored; `prepare` then must be called before each backward, and `step` updates
-    what is left. Otherwise `prepare` does nothing.
+    With `HeadConfig.fused` the rows are stepped during the backward, tile by tile, so that their gradient is never
+    stored; `prepare(lr)` then must be called before each backward, and `step` updates what is left.
     """
 
     def __init__(self, head: Head) -> None:
@@ -59,7 +58,7 @@ class HeadOptimizer:
             head.sink = _StepSink(self)
 
     def prepare(self, lr: float) -> None:
-        """The learning rate of the coming backward, for a fused head."""
+        """The learning rate of the coming backward, for a fused head; else it does nothing."""
         if self.head.config.fused:
             self._begin()
             self.armed = lr
@@ -113,6 +112,7 @@ class HeadOptimizer:
             tensor.copy_(state[name])
 
     def _begin(self) -> None:
+        """A new step: new random bits for rounding."""
         self.count += 1
         if self._rounds:
             seed = mixed_seed(self.head.seed, int(self.count), _ROUNDING)
@@ -192,9 +192,9 @@ class HeadOptimizer:
     def _step_small(self, name: str, parameter: Tensor, lr: float) -> None:
         """A bias or a learnable scalar: fp32 state, no decay."""
         gradient = parameter.grad
-        where: Tensor | slice = slice(None)
         if gradient is None:
             return
+        where: Tensor | slice = slice(None)
         if gradient.is_sparse:
             gradient = gradient.coalesce()
             where, gradient = gradient.indices()[0], gradient.values()

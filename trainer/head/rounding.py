@@ -5,9 +5,9 @@ Legend: R rows of this rank, D dimension, n rows of a block.
 A value that lies between two representable ones goes up or down with probabilities that make its mean exact. Rounding
 to nearest would lose every change smaller than half a step: at a learning rate of 1e-3 a bf16 centre would never move.
 
-The random numbers of a step are one block of [BLOCK, D], indexed by the row's number among all ranks' rows, so that
-the result does not depend on the number of ranks; blocks further on use the same numbers, shifted where all rows take
-part. Rows that share numbers are rounded alike, which leaves each one's mean exact.
+The random numbers of a step are one block of [n, D], indexed by the row's number among all ranks' rows, so that the
+result does not depend on the number of ranks; further blocks use the same numbers, shifted where all rows take part.
+Rows that share numbers are rounded alike, which leaves each one's mean exact.
 """
 
 from typing import Literal

@@ -1,6 +1,7 @@
 """Bounds on the constants of the losses: how large a scale must be, and how large a margin may be.
 
-Axes: C classes, D dimension. Every bound names the paper that states it.
+Axes: C classes, D dimension. Every bound names the paper that states it. What has no bound raises a UserError: too few
+classes or dimensions, a probability outside (0, 1), a loss that is not positive.
 """
 
 import math
@@ -15,9 +16,6 @@ def l2_softmax_scale(classes: int, probability: float) -> float:
     Ranjan, Castillo and Chellappa, "L2-constrained softmax loss for discriminative face verification" (2017), eq. 6.
     It takes each class's centre to have one opposite it and C - 2 at right angles, and leaves the opposite's
     exp(-scale) out.
-
-    Raises:
-        UserError: fewer than three classes, or a probability outside (0, 1).
     """
     _check(classes, 3, "the L2-softmax scale", probability)
     return math.log(probability * (classes - 2) / (1 - probability))
@@ -27,9 +25,6 @@ def cosface_scale(classes: int, probability: float) -> float:
     """The least scale for which normalised softmax can reach a probability: (C - 1) / C log((C - 1) P / (1 - P)).
 
     Wang et al., "CosFace" (CVPR 2018), section 3.3; it is reached where the classes are the corners of a simplex.
-
-    Raises:
-        UserError: fewer than two classes, or a probability outside (0, 1).
     """
     _check(classes, 2, "the CosFace scale", probability)
     return (classes - 1) / classes * math.log((classes - 1) * probability / (1 - probability))
@@ -41,9 +36,6 @@ def cosine_margin(classes: int, dimension: int) -> float:
     Wang et al., "CosFace" (CVPR 2018), section 3.3: 1 - cos(2 pi / C) in the plane; C / (C - 1) for C <= D + 1, reached
     by the simplex. For more classes the paper says "much less than C / (C - 1)"; Rankin ("The closest packing of
     spherical caps in n dimensions", 1955) makes that at most 1, reached up to C = 2 D by the axes and their opposites.
-
-    Raises:
-        UserError: fewer than two classes or dimensions.
     """
     _check(classes, 2, "the cosine margin")
     if dimension < 2:
@@ -58,9 +50,6 @@ def coco_scale(classes: int, loss: float) -> float:
 
     Liu, Li and Wang, "Rethinking feature discrimination and polymerization for large-scale recognition" (2017),
     section 3.2: the best case has cosine 1 to the own centre and -1 to all others.
-
-    Raises:
-        UserError: fewer than two classes, or a loss that is not positive.
     """
     _check(classes, 2, "the CoCo scale")
     if not loss > 0:

@@ -30,9 +30,7 @@ class Center(LossSpec):
 
     An auxiliary: alone it is least where all embeddings are equal. The paper adds it to softmax with the weight 0.003.
     It draws embeddings as they are, so that beside a head on the cosine, which leaves |x| free, it also shortens them;
-    `unit` draws unit vectors instead.
-
-    A batch of padding alone has loss 0 and moves nothing.
+    `unit` draws unit vectors instead. A batch of padding alone has loss 0 and moves nothing.
     """
 
     family = "centre"
@@ -69,9 +67,8 @@ class CenterInvariant(Center):
     formula = "|x - c_y|^2 / 2 + gamma/4 (|c_y|^2 - mean_k |c_k|^2)^2"
     source = "Wu et al. 2017, Deep face recognition with center invariant loss"
     title = "softmax + centre-invariant"
-    # The default leaves ten centres nearly where centre loss has them: in the plane the deviation of their lengths is
-    # 0.27 of the mean after 600 steps, with centre loss 0.3. With this gamma it is less than 0.04, and
-    # alpha gamma |c|^2 is at most 0.4, well below the 1 at which it becomes unstable.
+    # The default leaves ten centres nearly where centre loss has them: in the plane their lengths deviate by 0.27 of
+    # the mean after 600 steps, with centre loss by 0.3. With this gamma it is below 0.04, and alpha gamma |c|^2 <= 0.4.
     demo: ClassVar = {"gamma": 5e-3}
     holds_lengths = True
 
@@ -137,9 +134,8 @@ class Range(BatchLoss):
         hinge, pairs = self._nearest_centres(x_BD, member_SB)
         first = float(batch.own.start == 0)
         totals = torch.stack([torch.where(own_S, means_S, 0).sum(), first * hinge])
-        return Terms(
-            totals, torch.stack([count(own_S), totals.new_full((), first).double()]), torch.stack([count(own_S), pairs])
-        )
+        counts = torch.stack([count(own_S), totals.new_full((), first).double()])
+        return Terms(totals, counts, torch.stack([count(own_S), pairs]))
 
     def _harmonic_means(self, x_BD: Tensor, labels_B: Tensor, slot_B: Tensor) -> tuple[Tensor, Tensor]:
         """H of each slot's identity, and whether it has one."""

@@ -55,10 +55,8 @@ class Objective:
         return total, named
 
     def notes(self, values: Mapping[str, float]) -> list[str]:
-        """What a user should read of reported numbers: losses that found nothing to learn from in some steps.
-
-        Each is told when it first happens, and again whenever it has happened twice as often.
-        """
+        """What a user should read of reported numbers: losses that found nothing to learn from in some steps, told when
+        it first happens, and again whenever it has happened twice as often."""
         notes = []
         for key, count in values.items():
             if key.startswith("empty_steps/") and count >= max(1, 2 * self._told.get(key, 0)):
@@ -94,12 +92,7 @@ class Objective:
 
 
 def embedder_of(config: Config, checkpoint: Checkpoint, backbone: nn.Module) -> nn.Module:
-    """As `LossGeometry.embedder`, from a checkpoint alone: what is to be exported.
-
-    Args:
-        config: the one that the checkpoint was trained with.
-        backbone: with the checkpoint's weights.
-    """
+    """As `LossGeometry.embedder`, of the config and weights of a checkpoint alone: what is to be exported."""
     projection_nD = read_projection((config.loss, *config.auxiliary), checkpoint)
     return LossGeometry(projection_nD=projection_nD).embedder(backbone)
 

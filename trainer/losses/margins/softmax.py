@@ -132,10 +132,8 @@ class L2Softmax(Margin):
     def resolve(self, classes: int, dimension: int) -> Self:
         if self.alpha != "auto":
             return self
-        alpha = l2_softmax_scale(classes, self.probability)
-        return replace(
-            self, alpha=positive_scale("l2_softmax: alpha", alpha, classes, f"probability {self.probability}")
-        )
+        alpha, goal = l2_softmax_scale(classes, self.probability), f"probability {self.probability}"
+        return replace(self, alpha=positive_scale(f"{self.name}: alpha", alpha, classes, goal))
 
     def learnables(self) -> dict[str, float]:
         return {"alpha": float(super().scale_of({}))} if self.learnable else {}

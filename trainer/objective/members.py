@@ -60,16 +60,14 @@ class Member:
         raise NotImplementedError
 
 
-def make_member(
-    spec: LossSpec, config: Config, classes: int, class_counts: Sequence[int], device: torch.device
-) -> Member:
+def make_member(spec: LossSpec, config: Config, classes: int, counts: Sequence[int], device: torch.device) -> Member:
     """The member that a loss of the config needs; a UserError where the problem's size or the batches forbid it."""
     if isinstance(spec, Margin):
-        return HeadMember(spec, config, classes, class_counts, device)
+        return HeadMember(spec, config, classes, counts, device)
     if isinstance(spec, Center):
         return CentreMember(spec, CentreModule(spec, classes, config.backbone.dimension, device=device))
     if isinstance(spec, BatchLoss):
-        return BatchMember(spec, config, classes, class_counts, device)
+        return BatchMember(spec, config, classes, counts, device)
     raise TypeError(f"{type(spec).__name__} is no loss of the config")
 
 
@@ -78,13 +76,10 @@ class HeadMember(Member):
 
     module: Head
 
-    def __init__(
-        self, spec: Margin, config: Config, classes: int, class_counts: Sequence[int], device: torch.device
-    ) -> None:
+    def __init__(self, spec: Margin, config: Config, classes: int, counts: Sequence[int], device: torch.device) -> None:
         group = Group.current()
         check_share(classes, group)
         seed, dimension = config.run.seed, config.backbone.dimension
-        counts = class_counts
         head = Head(spec, classes, dimension, config.head, seed=seed, class_counts=counts, device=device, group=group)
         super().__init__(spec, head)
         self._optimizer = HeadOptimizer(head)
@@ -157,10 +152,10 @@ class BatchMember(Member):
     module: BatchLossModule
 
     def __init__(
-        self, spec: BatchLoss, config: Config, classes: int, class_counts: Sequence[int], device: torch.device
+        self, spec: BatchLoss, config: Config, classes: int, counts: Sequence[int], device: torch.device
     ) -> None:
         if spec.needs_positives:
-            _check_positives(spec.name, config, class_counts)
+            _check_positives(spec.name, config, counts)
         module = BatchLossModule(spec, classes, config.backbone.dimension, seed=config.run.seed, device=device)
         super().__init__(spec, module)
         self._optimizer = _optimizer(module, config) if len(module.values) else None
@@ -217,10 +212,10 @@ def read_projection(specs: Sequence[LossSpec], checkpoint: Checkpoint) -> Tensor
     return None
 
 
-def _check_positives(name: str, config: Config, class_counts: Sequence[int]) -> None:
+def _check_positives(name: str, config: Config, counts: Sequence[int]) -> None:
     """Refuse, with a UserError, a run whose batches never or too rarely hold two samples of one identity."""
-    data, total = config.data, sum(class_counts)
-    if max(class_counts, default=0) < 2:
+    data, total = config.data, sum(counts)
+    if max(counts, default=0) < 2:
         raise UserError(f"{name} needs two samples of an identity, but every identity of the data set has only one")
     if data.identities_per_batch is not None:
         if data.batch_size // data.identities_per_batch < 2:
@@ -229,7 +224,7 @@ def _check_positives(name: str, config: Config, class_counts: Sequence[int]) -> 
                 f"{data.identities_per_batch} with data.batch_size={data.batch_size} gives one; lower the first"
             )
         return
-    alike = sum(count * (count - 1) for count in class_counts) / max(1, total * (total - 1))
+    alike = sum(count * (count - 1) for count in counts) / max(1, total * (total - 1))
     pairs = alike * math.comb(min(data.batch_size, total), 2)
     if pairs < 1:
         raise UserError(

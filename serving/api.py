@@ -16,92 +16,66 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving import openapi
-from serving.bodies import Expected, read
-from serving.errors import ApiError, invalid_fields
+from serving import schemas
+from serving.bodies import read
+from serving.errors import ApiError, invalid
 from serving.gallery import GalleryLoading
-from serving.metrics import CONTENT_TYPE
-from serving.parsing import KEY_PATTERN, Form
-from serving.schemas import (
-    EmbedAnswer,
-    EnrolAnswer,
-    HealthAnswer,
-    IdentifyAnswer,
-    ReadyAnswer,
-    SubjectsAnswer,
-    VerifyAnswer,
-)
-from serving.security import ASSETS, Guard
+from serving.parsing import KEY_PATTERN, PATTERN, Sent
+from serving.security import ASSETS, Guard, as_response
 from serving.service import Service, loading
 from serving.settings import Settings
 from serving.store import KeyReused, StoreError, SubjectFull, SubjectUnknown
-from serving.subject_id import PATTERN
 from trainer.errors import UserError
 
 log = logging.getLogger("hypersphere.serving")
 T = TypeVar("T")
-SubjectPath = Annotated[
-    str,
-    Path(
-        description="1 to 128 characters, without slashes", examples=["alice"], json_schema_extra={"pattern": PATTERN}
-    ),
-]
+_NAME, _KEY = "1 to 128 characters, without slashes", "the same key and request again: done once, answered alike"
+SubjectPath = Annotated[str, Path(description=_NAME, examples=["alice"], json_schema_extra={"pattern": PATTERN})]
 Key = Annotated[
-    str | None,
-    Header(
-        alias="Idempotency-Key",
-        description="the same key and request again: done once, answered alike",
-        json_schema_extra={"pattern": KEY_PATTERN},
-    ),
+    str | None, Header(alias="Idempotency-Key", description=_KEY, json_schema_extra={"pattern": KEY_PATTERN})
 ]
-VERIFY = Expected({"probe": 1, "reference": 1}, needed="probe", fields=("subject_id",), vectors=2)
-IDENTIFY = Expected({"image": 1}, needed="image", fields=("top_k", "below_threshold"), vectors=1)
+SAMPLES = "/v1/subjects/{subject_id}/samples"
 # What answers PUT points to its successor in the way of RFC 9745; the date is that of the release that began it.
 SUPERSEDED = {"deprecation": "@1795651200", "link": '<{path}>; rel="successor-version"; method="POST"'}
-router, open_router = (APIRouter(responses=openapi.ERRORS) for _ in range(2))  # the second asks for no key
+router, open_router = (APIRouter(responses=schemas.ERRORS) for _ in range(2))  # the second asks for no key
 
 
-@router.post("/v1/verify", tags=["decide"], openapi_extra=openapi.VERIFY)
-async def verify(request: Request) -> VerifyAnswer:
+@router.post("/v1/verify", tags=["decide"], openapi_extra=schemas.VERIFY.openapi())
+async def verify(request: Request) -> schemas.VerifyAnswer:
     """Are these the same identity? Two images, an image and an enrolled subject, or the same with embeddings."""
-    sent = await read(request, VERIFY, _service(request).gallery.dimension)
+    sent = await _read(request, schemas.VERIFY)
     return await _compute(request, lambda service, request_id: service.verify(sent, request_id))
 
 
-@router.post("/v1/identify", tags=["decide"], openapi_extra=openapi.IDENTIFY)
-async def identify(request: Request) -> IdentifyAnswer:
+@router.post("/v1/identify", tags=["decide"], openapi_extra=schemas.IDENTIFY.openapi())
+async def identify(request: Request) -> schemas.IdentifyAnswer:
     """Who is this, or is it nobody we know? `unknown` means that the best candidate stays below the threshold."""
-    sent = await read(request, IDENTIFY, _service(request).gallery.dimension)
+    sent = await _read(request, schemas.IDENTIFY)
     return await _compute(request, lambda service, request_id: service.identify(sent, request_id))
 
 
-@router.post("/v1/subjects/{subject_id}/samples", status_code=201, tags=["gallery"], openapi_extra=openapi.ENROL)
-async def enrol(request: Request, response: Response, subject_id: SubjectPath, key: Key = None) -> EnrolAnswer:
+@router.post(SAMPLES, status_code=201, tags=["gallery"], openapi_extra=schemas.ENROL.openapi())
+async def enrol(request: Request, response: Response, subject_id: SubjectPath, key: Key = None) -> schemas.EnrolAnswer:
     """Add samples to a subject, new or known. Once answered, they are on disk and the next search finds them."""
-    most = _service(request).settings.max_images
-    sent = await read(
-        request, Expected({"images": most}, needed="images", vectors=most), _service(request).gallery.dimension
-    )
-    answer, replayed = await _compute(
-        request, lambda service, request_id: service.enrol(subject_id, sent, key, request_id)
-    )
+    sent = await _read(request, schemas.ENROL)
+    answer, replayed = await _compute(request, lambda service, name: service.enrol(subject_id, sent, key, name))
     if replayed:
         response.headers["Idempotent-Replayed"] = "true"
     return answer
 
 
-@router.put(
-    "/v1/subjects/{subject_id}/samples", status_code=201, tags=["gallery"], openapi_extra=openapi.ENROL, deprecated=True
-)
-async def enrol_by_put(request: Request, response: Response, subject_id: SubjectPath, key: Key = None) -> EnrolAnswer:
+@router.put(SAMPLES, status_code=201, tags=["gallery"], openapi_extra=schemas.ENROL.openapi(), deprecated=True)
+async def enrol_by_put(
+    request: Request, response: Response, subject_id: SubjectPath, key: Key = None
+) -> schemas.EnrolAnswer:
     """The same as POST, which replaces it: PUT must not append. Goes with the next release."""
     path = request.url.path.encode("ascii", "ignore").decode()
     response.headers.update({name: value.format(path=path) for name, value in SUPERSEDED.items()})
@@ -120,29 +94,26 @@ async def subjects(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=1000, description="subjects a page")] = 100,
     cursor: Annotated[str | None, Query(max_length=64, description="next_cursor of the page before")] = None,
-) -> SubjectsAnswer:
+) -> schemas.SubjectsAnswer:
     """The enrolled subjects, in order of enrolment, in pages."""
     return await _compute(request, lambda service, request_id: service.subjects(cursor, limit, request_id))
 
 
-@router.post("/v1/embed", tags=["decide"], openapi_extra=openapi.EMBED)
-async def embed(request: Request) -> EmbedAnswer:
+@router.post("/v1/embed", tags=["decide"], openapi_extra=schemas.EMBED.openapi())
+async def embed(request: Request) -> schemas.EmbedAnswer:
     """Unit vectors of images, to be kept by the client or sent to the other routes. Nothing is stored."""
-    expected = Expected({"images": _service(request).settings.max_images}, needed="images")
-    sent = await read(request, expected, _service(request).gallery.dimension)
-    if not isinstance(sent, Form):
-        raise TypeError("a body that is not a form came through")
+    sent = await _read(request, schemas.EMBED)
     return await _compute(request, lambda service, request_id: service.embed(sent, request_id))
 
 
 @open_router.get("/healthz", tags=["operate"])
-async def healthz() -> HealthAnswer:
+async def healthz() -> schemas.HealthAnswer:
     """The process is alive. Touches nothing else."""
-    return HealthAnswer()
+    return schemas.HealthAnswer()
 
 
 @open_router.get("/readyz", tags=["operate"], response_model_exclude_none=True)
-async def readyz(request: Request) -> ReadyAnswer:
+async def readyz(request: Request) -> schemas.ReadyAnswer:
     """The store answers and the index is in step with it; 503 otherwise. Without the key it says no more than that."""
     return _service(request).ready(request.state.trusted, request.state.request_id)
 
@@ -150,7 +121,7 @@ async def readyz(request: Request) -> ReadyAnswer:
 @router.get("/metrics", tags=["operate"], response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
-    return Response(_service(request).metrics.text(), media_type=CONTENT_TYPE)
+    return Response(_service(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 def create_app(
@@ -169,7 +140,7 @@ def create_app(
     app = FastAPIOffline(
         title="Hypersphere",
         summary="Who is this, or is it nobody we know?",
-        description=openapi.DESCRIPTION,
+        description=schemas.DESCRIPTION,
         version=importlib.metadata.version("hypersphere"),
         lifespan=functools.partial(_life, service, on_fault),
         redoc_url=None,
@@ -181,7 +152,7 @@ def create_app(
     app.state.service = service
     app.include_router(open_router)
     app.include_router(router, dependencies=[Depends(docs_key)] if settings.api_key else [])
-    app.add_middleware(HostCheck, allowed_hosts=allowed_hosts)
+    app.add_middleware(host_check, allowed_hosts=allowed_hosts)
     app.add_middleware(Guard, settings=settings, metrics=service.metrics)
     return app
 
@@ -189,41 +160,33 @@ def create_app(
 docs_key = HTTPBearer(auto_error=False, description="The Guard checks the key; this shows it in the documentation.")
 
 
-class HostCheck(TrustedHostMiddleware):
+def host_check(app: ASGIApp, allowed_hosts: Sequence[str]) -> ASGIApp:
     """Starlette's check of the Host header, with its refusal in the shape of all errors."""
 
-    def __init__(self, app: ASGIApp, allowed_hosts: Sequence[str]) -> None:
-        super().__init__(_pass, allowed_hosts, www_redirect=False)
-        self._next = app
+    async def passed(scope: Scope, receive: Receive, send: Send) -> None:
+        pass
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self.allow_any:
-            await super().__call__(scope, receive, _wrong_host)
-        await self._next(scope, receive, send)
+    async def refused(message: Message) -> None:
+        told = "the Host header does not name this service; its operator sets the names with --allowed-hosts"
+        raise ApiError(400, "wrong_host", told)
 
+    check = TrustedHostMiddleware(passed, allowed_hosts, www_redirect=False)
 
-async def _pass(scope: Scope, receive: Receive, send: Send) -> None:
-    """Where a request with a right Host comes to."""
+    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+        await check(scope, receive, refused)
+        await app(scope, receive, send)
 
-
-async def _wrong_host(message: Message) -> None:
-    raise ApiError(
-        400,
-        "wrong_host",
-        "the Host header does not name this service; its operator sets the names with --allowed-hosts",
-    )
+    return checked
 
 
 @contextlib.asynccontextmanager
-async def _life(
-    service: Service, on_fault: Callable[[UserError], object], app: FastAPI
-) -> AsyncIterator[dict[str, object]]:
+async def _life(service: Service, on_fault: Callable[[UserError], object], app: FastAPI) -> AsyncIterator[None]:
     """Threads for the requests, and one that loads the gallery and watches the store; all end with the app."""
     app.state.pool = pool = ThreadPoolExecutor(service.settings.workers, thread_name_prefix="serving")
     keeper = threading.Thread(target=service.keep, args=(on_fault,), name="keeper")
     keeper.start()
     try:
-        yield {}
+        yield
     finally:
         service.stop()
         await asyncio.to_thread(pool.shutdown)
@@ -236,6 +199,11 @@ def _service(request: Request) -> Service:
     return service
 
 
+async def _read(request: Request, body: schemas.Body) -> Sent:
+    service = _service(request)
+    return await read(request, body, service.settings.max_images if body.many else 1, service.gallery.dimension)
+
+
 async def _compute(request: Request, work: Callable[[Service, str], T]) -> T:
     """Run `work` in the pool, off the event loop."""
     state = request.app.state
@@ -243,69 +211,53 @@ async def _compute(request: Request, work: Callable[[Service, str], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(state.pool, call)
 
 
-def _answer(request: Request, error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body(request.state.request_id), error.status, error.headers)
+async def _on_error(request: Request, error: Exception) -> Response:
+    return as_response(_refusal(request, error), request.state.request_id)
 
 
-async def _on_api_error(request: Request, error: Any) -> JSONResponse:
-    return _answer(request, error)
+def _refusal(request: Request, error: Exception) -> ApiError:
+    """What the client is told of it."""
+    request_id = request.state.request_id
+    match error:
+        case ApiError():
+            return error
+        case HTTPException():
+            return _not_routed(request, error)
+        case RequestValidationError():  # path, query and header parameters
+            return invalid(*((str(fault["loc"][-1]), fault["msg"]) for fault in error.errors()))
+        case GalleryLoading():
+            return loading(error.done, error.total)
+        case KeyReused():
+            return ApiError(409, "idempotency_key_reused", str(error))
+        case SubjectFull():
+            return ApiError(409, "too_many_samples", str(error))
+        case SubjectUnknown():
+            return ApiError(404, "no_subject", str(error))
+        case UserError():
+            return ApiError(422, "invalid", str(error))
+        case StoreError():
+            log.error("request %s: %s", request_id, error)
+            message = "the store cannot be read or written just now; what was answered before is safe: try again"
+            return ApiError(503, "store_unavailable", message, headers={"retry-after": "5"})
+    # A fault of the program. The server logs the traceback right after this line; the client gets none of it.
+    log.error("request %s failed: %s", request_id, type(error).__name__)
+    message = "the service failed; its log has more under this request id"
+    return ApiError(500, "internal", message, headers={"x-request-id": request_id})
 
 
-async def _on_http_error(request: Request, error: Any) -> JSONResponse:
+def _not_routed(request: Request, error: HTTPException) -> ApiError:
     """The router's own: no such route, method not allowed."""
-    code, advice = {404: ("no_route", "see /docs for the routes"), 405: ("wrong_method", "see /docs")}.get(
-        error.status_code, (f"http_{error.status_code}", "see /docs")
-    )
+    code = {404: "no_route", 405: "wrong_method"}.get(error.status_code, f"http_{error.status_code}")
+    advice = "see /docs for the routes" if code == "no_route" else "see /docs"
     message = f"{request.method} {request.url.path[:200]}: {error.detail}; {advice}"
-    headers = dict(error.headers or {})
+    headers = {name.lower(): value for name, value in (error.headers or {}).items()}
     if error.status_code == 405:  # the router knows only the first route of a path
         every = [route for route in (*router.routes, *open_router.routes) if isinstance(route, Route)]
         these = [route.methods or () for route in every if route.matches(request.scope)[0] is not Match.NONE]
         headers["allow"] = ", ".join(sorted(set().union(*these))) or headers.get("allow", "")
-    return _answer(request, ApiError(error.status_code, code, message, headers=headers))
+    return ApiError(error.status_code, code, message, headers=headers)
 
 
-async def _on_invalid(request: Request, error: Any) -> JSONResponse:
-    """Path, query and header parameters that FastAPI checked."""
-    return _answer(request, invalid_fields([(str(fault["loc"][-1]), fault["msg"]) for fault in error.errors()]))
-
-
-async def _on_loading(request: Request, error: Any) -> JSONResponse:
-    return _answer(request, loading(error.done, error.total))
-
-
-async def _on_user_error(request: Request, error: Any) -> JSONResponse:
-    status, code = {
-        KeyReused: (409, "idempotency_key_reused"),
-        SubjectFull: (409, "too_many_samples"),
-        SubjectUnknown: (404, "no_subject"),
-    }.get(type(error), (422, "invalid"))
-    return _answer(request, ApiError(status, code, error.args[0]))
-
-
-async def _on_store_error(request: Request, error: Any) -> JSONResponse:
-    log.error("request %s: %s", request.state.request_id, error)
-    message = "the store cannot be read or written just now; what was answered before is safe: try again"
-    return _answer(request, ApiError(503, "store_unavailable", message, headers={"retry-after": "5"}))
-
-
-async def _on_fault(request: Request, error: Any) -> JSONResponse:
-    """A fault of the program. The server logs the traceback right after this line; the client gets none of it."""
-    request_id = request.state.request_id
-    log.error("request %s failed: %s", request_id, type(error).__name__)
-    message = "the service failed; its log has more under this request id"
-    return _answer(request, ApiError(500, "internal", message, headers={"x-request-id": request_id}))
-
-
-HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Any]] = {
-    ApiError: _on_api_error,
-    HTTPException: _on_http_error,
-    RequestValidationError: _on_invalid,
-    UserError: _on_user_error,
-    KeyReused: _on_user_error,
-    SubjectFull: _on_user_error,
-    SubjectUnknown: _on_user_error,
-    GalleryLoading: _on_loading,
-    StoreError: _on_store_error,
-    Exception: _on_fault,
-}
+_HANDLED = (ApiError, HTTPException, RequestValidationError, GalleryLoading, KeyReused, SubjectFull, SubjectUnknown)
+HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Any]]
+HANDLERS = dict.fromkeys((*_HANDLED, UserError, StoreError, Exception), _on_error)

@@ -1,32 +1,22 @@
 """Reads the bodies of requests: forms with images, JSON with embeddings. Limits come first, parsing after.
 
-What has been read is plain data (`Form` or bytes), so that the rooms below know nothing of the web framework.
+What has been read is plain data, so that the rooms below know nothing of the web framework.
 """
 
 import sys
-from dataclasses import dataclass
 
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from serving.errors import ApiError, invalid_fields
-from serving.parsing import Form, Sent
+from serving.errors import ApiError, invalid
+from serving.parsing import Sent
+from serving.schemas import Body
 
 MAX_FIELD_BYTES = 4096
 # A number in JSON: 17 digits with sign, point and exponent take 24 bytes; the rest is for separators and indentation.
 JSON_BYTES_A_NUMBER = 64
 JSON_BYTES_BESIDE = 4096
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a route takes: files by part name with the most of each, other fields, and how many vectors as JSON."""
-
-    files: dict[str, int]
-    needed: str
-    fields: tuple[str, ...] = ()
-    vectors: int = 0  # 0: no JSON
 
 
 class _MemoryParser(MultiPartParser):
@@ -35,8 +25,11 @@ class _MemoryParser(MultiPartParser):
     spool_max_size = sys.maxsize
 
 
-async def read(request: Request, expected: Expected, dimension: int) -> Sent:
-    """The body of a request: a multipart form as `expected` describes it, or a JSON document, unparsed.
+async def read(request: Request, body: Body, most: int, dimension: int) -> Sent:
+    """The body of a request: a multipart form, or a JSON document, unparsed.
+
+    Args:
+        most: images of a part, and so vectors, of `dimension` numbers each.
 
     Raises:
         ApiError: another content type, too large, incomplete, or not the parts that the route takes.
@@ -44,29 +37,26 @@ async def read(request: Request, expected: Expected, dimension: int) -> Sent:
     kind, *parameters = [part.strip().lower() for part in request.headers.get("content-type", "").split(";")]
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ApiError(415, "compressed_body", "compressed bodies are not read; send it without Content-Encoding")
-    charsets = [value.partition("=")[2].strip('"') for value in parameters if value.startswith("charset=")]
+    pairs = [parameter.partition("=") for parameter in parameters]
+    charsets = [value.strip(' \t"') for name, _, value in pairs if name.strip() == "charset"]
     if any(charset not in ("utf-8", "utf8", "us-ascii") for charset in charsets):
         raise ApiError(
             415, "unsupported_charset", f"charset '{charsets[0][:40]}' is not read; send UTF-8, and leave charset out"
         )
     try:
-        if kind == "application/json" and expected.vectors:
-            return await _json(request, expected.vectors, dimension)
+        if kind == "application/json" and body.model is not None:
+            return await _json(request, most * len(body.files), dimension)
         if kind == "multipart/form-data":
-            return await _form(request, expected)
+            return await _form(request, body, most)
     except ClientDisconnect as error:
         raise ApiError(400, "body_incomplete", "the connection ended before the body did") from error
-    allowed = ["multipart/form-data", "application/json"] if expected.vectors else ["multipart/form-data"]
-    told = "multipart/form-data (images)" + ", application/json (embeddings)" * bool(expected.vectors)
-    raise ApiError(
-        415,
-        "unsupported_type",
-        f"content type '{kind[:80]}' is not read here; allowed: {told}",
-        {"sent": kind[:80], "allowed": allowed},
-    )
+    allowed = {"multipart/form-data": "images"} | ({"application/json": "embeddings"} if body.model else {})
+    told = ", ".join(f"{name} ({what})" for name, what in allowed.items())
+    message = f"content type '{kind[:80]}' is not read here; allowed: {told}"
+    raise ApiError(415, "unsupported_type", message, {"sent": kind[:80], "allowed": list(allowed)})
 
 
-async def _json(request: Request, vectors: int, dimension: int) -> bytes:
+async def _json(request: Request, vectors: int, dimension: int) -> Sent:
     limit = JSON_BYTES_BESIDE + JSON_BYTES_A_NUMBER * vectors * dimension
     announced = request.headers.get("content-length", "0")
     document = bytearray()
@@ -76,55 +66,45 @@ async def _json(request: Request, vectors: int, dimension: int) -> bytes:
             if len(document) > limit:
                 break
         else:
-            return bytes(document)
-    raise ApiError(
-        413,
-        "json_too_large",
+            return Sent(document=bytes(document))
+    message = (
         f"a JSON body of at most {limit} bytes is read here, room for {vectors} embeddings of {dimension} numbers; "
-        "send fewer",
-        {"max_bytes": limit},
-        {"connection": "close"},
+        "send fewer"
     )
+    raise ApiError(413, "json_too_large", message, {"max_bytes": limit}, {"connection": "close"})
 
 
-async def _form(request: Request, expected: Expected) -> Form:
-    most = sum(expected.files.values())
+async def _form(request: Request, body: Body, most: int) -> Sent:
+    in_all = most * len(body.files)
     parser = _MemoryParser(
         request.headers,
         request.stream(),
-        max_files=most,
-        max_fields=len(expected.fields) + 1,  # one more, to name one that does not belong here
+        max_files=in_all,
+        max_fields=len(body.fields) + 1,  # one more, to name one that does not belong here
         max_part_size=MAX_FIELD_BYTES,
     )
     try:
         data = await parser.parse()
     except MultiPartException as error:
-        raise ApiError(
-            400,
-            "bad_form",
-            f"the form cannot be read: {error.message[:200]} At most {most} files fit one request",
-            headers={"connection": "close"},  # what is left of the body is not read
-        ) from error
-    form = Form({}, {})
+        message = f"the form cannot be read: {error.message[:200]} At most {in_all} files fit one request"
+        # What is left of the body is not read.
+        raise ApiError(400, "bad_form", message, headers={"connection": "close"}) from error
+    sent = Sent()
     for name, value in data.multi_items():
         if isinstance(value, UploadFile):
-            _belongs(name, expected.files)
-            form.files.setdefault(name, []).append(await value.read())
+            if name not in body.files:
+                raise invalid((name, f"no file of this name belongs here; allowed: {', '.join(body.files)}"))
+            sent.files.setdefault(name, []).append(await value.read())
             await value.close()
-        elif name in expected.files:
-            raise invalid_fields([(name, "this must be a file with a file name, as curl -F name=@file sends it")])
-        elif name not in expected.fields or name in form.fields:
-            allowed = ", ".join(expected.fields) or "no fields"
-            raise invalid_fields([(name, f"no field of this name, or a second one; allowed once: {allowed}")])
+        elif name in body.files:
+            raise invalid((name, "this must be a file with a file name, as curl -F name=@file sends it"))
+        elif name not in body.fields or name in sent.fields:
+            allowed = ", ".join(body.fields) or "no fields"
+            raise invalid((name, f"no field of this name, or a second one; allowed once: {allowed}"))
         else:
-            form.fields[name] = value
-    for name, number in expected.files.items():
-        found = len(form.files.get(name, []))
-        if found > number or (name == expected.needed and not found):
-            raise invalid_fields([(name, f"{found} files were sent; allowed: 1" + (f" to {number}" * (number > 1)))])
-    return form
-
-
-def _belongs(name: str, files: dict[str, int]) -> None:
-    if name not in files:
-        raise invalid_fields([(name, f"no file of this name belongs here; allowed: {', '.join(files)}")])
+            sent.fields[name] = value
+    for name in body.files:
+        found = len(sent.files.get(name, []))
+        if found > most or (name == body.files[0] and not found):
+            raise invalid((name, f"{found} files were sent; allowed: 1" + (f" to {most}" * (most > 1))))
+    return sent

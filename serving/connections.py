@@ -3,7 +3,7 @@
 uvicorn has no time limit for the head of a request, for a body that no route reads or for a client that does not take
 its answer, no bound on heads and pipelined requests, and it stops accepting when descriptors run out. A connection here
 has at all times either a request being answered or a deadline; when there are too many, the one that has been idle for
-longest makes room.
+longest makes room. Trailers are dropped: nobody reads them, and they must not pass for headers.
 """
 
 import asyncio
@@ -20,6 +20,10 @@ from serving.errors import ApiError
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_PIPELINED = 16  # requests that a client sends before it has the answer to the first
+# What may come around a body: sizes and extensions of chunks, trailers, empty lines. A chunk counts for more than its
+# bytes, since it takes the time of some, and every byte of a body makes up for one byte more than itself.
+MAX_AROUND_BYTES = 2**20
+CHUNK_BYTES = 32
 LINGER_S = 2.0  # to read and drop what a refused client is still sending, so that it can read the refusal
 # A body that is late is answered with 408 by the Guard; this closes the connection where nobody was reading the body.
 GRACE_S = 5.0
@@ -27,7 +31,9 @@ GRACE_S = 5.0
 
 @dataclass(frozen=True)
 class Room:
-    """The connections of one server. `idle` holds those without a request under way, the longest idle first.
+    """The connections of one server. `idle` holds those that wait for their client, the longest idle first.
+
+    They have no request under way, or are answered and the client does not take the answer.
 
     Attributes:
         most: connections.
@@ -50,6 +56,7 @@ class Connection(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._drain: asyncio.TimerHandle | None = None
         self._in_head, self._head_bytes = False, 0
+        self._around = 0  # bytes that were neither head nor body, of one request
         self.lingers = False
 
     # The connection's life
@@ -77,6 +84,7 @@ class Connection(HttpToolsProtocol):
         if self.lingers:
             return
         began_before = self._in_head
+        self._around += len(data)
         super().data_received(data)
         if self._timer is None and self.timeout_keep_alive_task is None and self in self._room.idle:
             self._start_timer(self._room.head_s)  # something came that began no request: an empty line
@@ -84,22 +92,38 @@ class Connection(HttpToolsProtocol):
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse(431, "head_too_large", f"the request's head has more than {MAX_HEAD_BYTES} bytes")
+        elif self._around > MAX_AROUND_BYTES and not self.transport.is_closing():
+            self._refuse(400, "bad_request", "the body comes in too small pieces, or with too much around it")
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self._room.idle[self] = None
         self._drain = self._drain or self.loop.call_later(self._room.body_s, self._abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
         self._writable()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._room.idle.pop(self, None)
 
     # The request's life, as the parser tells it
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_head, self._head_bytes = True, 0
+        self._in_head, self._head_bytes, self._around = True, 0, 0
         if self in self._room.idle:  # not one that was sent ahead
             self._start_timer(self._room.head_s)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:
+            super().on_header(name, value)
+
+    def on_chunk_header(self) -> None:
+        self._around += CHUNK_BYTES
+
+    def on_body(self, body: bytes) -> None:
+        self._around = max(0, self._around - 2 * len(body))
+        super().on_body(body)
 
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= MAX_PIPELINED:
@@ -119,8 +143,10 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.timeout_keep_alive_task is not None and self._timer is None:  # no request is left, nor some of its body
+        if self.timeout_keep_alive_task is not None:  # no request is left
             self._room.idle[self] = None
+            if self._timer is not None:  # but some of its body, which nobody reads
+                self._start_timer(LINGER_S)
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "bad_request", "this is not an HTTP/1.1 request that can be read")
@@ -143,11 +169,15 @@ class Connection(HttpToolsProtocol):
             raise httptools.HttpParserError("a request needs one Host header")
         target = httptools.parse_url(self.url)
         if target.host is not None:
-            host = target.host + (b":%d" % target.port if target.port else b"")
+            host = b"[%s]" % target.host if b":" in target.host else target.host
+            host += b":%d" % target.port if target.port else b""
             self.headers[:] = [(name, host if name == b"host" else value) for name, value in self.headers]
 
     def _refuse(self, status: int, code: str, message: str) -> None:
         """Answer what never became a request, in the shape of all errors, and close."""
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            self._abort()  # in the middle of an answer the refusal would pass for a part of it
+            return
         body = json.dumps(ApiError(status, code, message).body(uuid.uuid4().hex)).encode()
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[status] + head + body)

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import sqlite3
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,19 +31,57 @@ class Moved(OSError):
 
 
 class Database:
-    """The connections, the lock and the mark of an open store."""
+    """The file of an open store, its mark, and two connections, of which each is used by who has its lock."""
 
-    def __init__(self, path: Path, writer: sqlite3.Connection, reader: sqlite3.Connection, mark: Mark) -> None:
-        self.writer, self.reader, self.mark = writer, reader, mark
-        self.trusted = False  # found to be whole; only then is the log folded when it is closed
-        self._inodes = {file: _inode(file) for file in (path, Path(f"{path}-wal"), mark_path(path))}
+    def __init__(self, target: Target, restored: bool) -> None:
+        """Open or make the store at `target.path`.
 
-    def check_in_place(self) -> None:
-        """SQLite would go on writing into files that nobody can open any more.
+        SQLite folds the log into the database when the last connection is closed, whatever database that is. So a
+        connection that has found nothing wrong with the files, and cannot write, stays open until the others are
+        closed: a refusal leaves the files as they were, to be put right.
+
+        Args:
+            restored: take the store as it is, and write its mark anew.
 
         Raises:
-            Moved: one of them was removed or replaced.
+            UserError: it is in use, or refused.
+            sqlite3.Error: it is damaged.
+            OSError: a file cannot be made or written.
         """
+        path, mark = target.path, mark_path(target.path)
+        self.write_lock, self.read_lock = threading.Lock(), threading.Lock()
+        self.unfolded = True  # a kill may have come between a deletion and the folding of its log
+        self.trusted = False  # found to be whole; only then is the log folded when it is closed
+        self._guard: sqlite3.Connection | None = None  # none where the store is new
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_owned(target))
+            if path.stat().st_size:
+                self._guard = stack.enter_context(contextlib.closing(_connect(path, "ro")))
+                _refuse_unsafe(self._guard, target, restored)
+            self.writer = stack.enter_context(_connected(path))
+            if migrate(self.writer, target):
+                self.writer.execute("VACUUM")  # without the pages of tables that a step dropped
+                self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self.reader = stack.enter_context(_connected(path))
+            row = read_gallery(self.reader)
+            self.secret, reached = row.secret, Reached(row.uid, row.revision)
+            if restored:
+                make_mark(mark, reached)
+            self._mark = Mark(mark, reached)
+            stack.callback(self._mark.close)
+            self._mark.move(row.revision)  # the last change may have been committed, but neither noted nor acknowledged
+            self._inodes = {file: _inode(file) for file in (path, Path(f"{path}-wal"), mark)}
+            self._opened = stack.pop_all()
+
+    def close(self) -> None:
+        """Close the file; its log is folded into it. Idempotent."""
+        with self.write_lock, self.read_lock:
+            if self.trusted and self._guard:
+                self._guard.close()
+            self._opened.close()
+
+    def check_in_place(self) -> None:
+        """Raises Moved where a file is not: SQLite would go on writing into one that nobody can open any more."""
         for file, inode in self._inodes.items():
             if _inode(file) != inode:
                 raise Moved(
@@ -50,67 +89,65 @@ class Database:
                     "stop the service, put the file back, and start again"
                 )
 
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All or nothing; on disk, and noted in the mark, when it is left without an exception."""
+        with self.write_lock:
+            self._note()  # what a disk error kept from being noted; the mark is never more than one change behind
+            self.check_in_place()
+            self.writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield self.writer
+                self.writer.execute("COMMIT")
+            finally:
+                if self.writer.in_transaction:
+                    self.writer.execute("ROLLBACK")
+            self._note()
+            self.trusted = True
 
-@contextlib.contextmanager
-def opened(path: Path, target: Target, restored: bool) -> Iterator[Database]:
-    """Open or make the store at `target.path`; `path` is what the operator calls it.
+    def _note(self) -> None:
+        (revision,) = self.writer.execute("SELECT revision FROM gallery").fetchone()
+        if revision != self._mark.reached.revision:
+            self._mark.move(revision)
 
-    Args:
-        restored: take the store as it is, and write its mark anew.
+    def fold_log(self) -> None:
+        """Move the log into the file and empty it, so that erased rows do not stay in old frames.
 
-    Raises:
-        UserError: it is in use, or refused.
-        sqlite3.Error: it is damaged.
-        OSError: a file cannot be made or written.
-    """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_owned(path, target.path))
-        guard = stack.enter_context(_guard(path, target, restored))
-        writer = stack.enter_context(_connected(target.path))
-        if migrate(writer, target):
-            writer.execute("VACUUM")  # without the pages of tables that a step dropped
-            writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        reader = stack.enter_context(_connected(target.path))
-        row = read_gallery(reader)
-        if restored:
-            make_mark(mark_path(target.path), Reached(row.uid, row.revision))
-        mark = Mark(mark_path(target.path), Reached(row.uid, row.revision))
-        stack.callback(mark.close)
-        mark.move(row.revision)  # the last change may have been committed, but neither noted nor acknowledged
-        database = Database(target.path, writer, reader, mark)
-        try:
-            yield database
-        finally:
-            if database.trusted and guard is not None:
-                guard.close()
+        Where a disk error or another program's reader keeps it from doing so, the next call does it.
+        """
+        with self.write_lock, self.read_lock, contextlib.suppress(sqlite3.Error):
+            if self.unfolded:
+                (busy, _, _) = self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                self.unfolded = bool(busy)
 
 
 @contextlib.contextmanager
-def _owned(path: Path, real: Path) -> Iterator[None]:
+def _owned(target: Target) -> Iterator[None]:
     """Hold the file itself against other processes, by whatever name they reach it; made with mode 0600 if missing.
 
     The descriptor is closed after SQLite's: closing any descriptor of a file drops the locks that SQLite has on it.
     """
-    _refuse_missing(path, real)
+    store, real, mark = f"the store '{target.named}'", target.path, mark_path(target.path)
+    if mark.exists() and not (real.exists() and real.stat().st_size):
+        raise UserError(
+            f"{store} is missing or empty, but its mark '{mark}' says that it was not; {RESTORE}; to begin an empty "
+            "gallery, remove the mark"
+        )
     file = os.open(real, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        _lock(file, path)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process exits
+        except BlockingIOError as error:
+            raise UserError(
+                f"{store} is in use by another process; stop that one, or give --store another file"
+            ) from error
         held = os.fstat(file)
         if _inode(real) != (held.st_dev, held.st_ino):
-            raise UserError(f"the store '{path}' was replaced while it was opened; start again")
+            raise UserError(f"{store} was replaced while it was opened; start again")
         sync(real.parent)  # SQLite does not flush the entry of a new file
         yield
     finally:
         os.close(file)
-
-
-def _lock(file: int, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process exits
-    except BlockingIOError as error:
-        raise UserError(
-            f"the store '{path}' is in use by another process; stop that one, or give --store another file"
-        ) from error
 
 
 @contextlib.contextmanager
@@ -142,95 +179,67 @@ def _connect(real: Path, mode: str) -> sqlite3.Connection:
     )
 
 
-def _refuse_missing(path: Path, real: Path) -> None:
-    if mark_path(real).exists() and not (real.exists() and real.stat().st_size):
-        raise UserError(
-            f"the store '{path}' is missing or empty, but its mark '{mark_path(real)}' says that it was not; "
-            f"{RESTORE}; to begin an empty gallery, remove the mark"
-        )
-
-
-@contextlib.contextmanager
-def _guard(path: Path, target: Target, restored: bool) -> Iterator[sqlite3.Connection | None]:
-    """A connection that has found nothing wrong with the files, and cannot write. None where the store is new.
-
-    SQLite folds the log into the database when the last connection is closed, whatever database that is. So this one
-    stays open until the others are closed: a refusal leaves the files as they were, to be put right.
-
-    Raises:
-        UserError: another program's database, a newer schema, another model, or acknowledged changes are missing.
-        sqlite3.Error: it is damaged.
-    """
-    if not target.path.stat().st_size:
-        yield None
-        return
-    with contextlib.closing(_connect(target.path, "ro")) as connection:
-        _refuse_unsafe(connection, path, target, restored)
-        yield connection
-
-
-def _refuse_unsafe(connection: sqlite3.Connection, path: Path, target: Target, restored: bool) -> None:
+def _refuse_unsafe(connection: sqlite3.Connection, target: Target, restored: bool) -> None:
+    """Refuse another program's database, a newer schema, another model, and one that lacks acknowledged changes."""
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
     if application != APPLICATION_ID and (application or tables or version):
-        raise UserError(f"'{path}' is another program's database, not a gallery's store; give --store a new file")
+        raise UserError(
+            f"'{target.named}' is another program's database, not a gallery's store; give --store a new file"
+        )
     if not 0 <= version <= len(MIGRATIONS):
         raise UserError(
-            f"the store '{path}' has schema {version}, but this version of Hypersphere knows only up to "
+            f"the store '{target.named}' has schema {version}, but this version of Hypersphere knows only up to "
             f"{len(MIGRATIONS)}; use the version that wrote it, or a newer one"
         )
     row = read_gallery(connection) if version >= 2 else None
     if version == len(MIGRATIONS) and row is not None and row.layout != layout(connection):
         raise Damage("the definitions of its tables do not have their checksum")
-    pin = (row.model_id, row.dimension) if row else None
+    model = (row.model_id, row.dimension) if row else None
     if version == 1:
-        pin = connection.execute("SELECT model_id, dimension FROM galleries").fetchone()
-    _refuse_model(path, target, pin)
-    if not restored:
-        _refuse_loss(path, target.path, version, row)
-
-
-def _refuse_model(path: Path, target: Target, pin: tuple[str, int] | None) -> None:
-    """A gallery belongs to one model for ever."""
-    if pin is not None and pin != (target.model_id, target.dimension):
+        model = connection.execute("SELECT model_id, dimension FROM galleries").fetchone()
+    if model is not None and model != (target.model_id, target.dimension):
         raise UserError(
-            f"the store '{path}' holds vectors of model {pin[0]} (dimension {pin[1]}), but the embedder "
+            f"the store '{target.named}' holds vectors of model {model[0]} (dimension {model[1]}), but the embedder "
             f"is model {target.model_id} (dimension {target.dimension}), and vectors of two models cannot be compared; "
             "serve the embedder that filled the store, or give --store a new file and enrol again"
         )
+    if not restored:
+        _refuse_loss(target, version, row)
 
 
-def _refuse_loss(path: Path, real: Path, version: int, row: GalleryRow | None) -> None:
+def _refuse_loss(target: Target, version: int, row: GalleryRow | None) -> None:
     """Compare the database, as SQLite sees it with the log that it found, with the mark."""
-    file, log = mark_path(real), Path(f"{real}-wal")
+    file, log = mark_path(target.path), Path(f"{target.path}-wal")
+    store, mark = f"the store '{target.named}'", f"the mark '{file}' of the store '{target.named}'"
     try:
         reached = read_mark(file)
     except MarkDamaged as error:
-        raise UserError(f"the mark '{file}' of the store '{path}' is damaged: {error}; {RESTORE}") from error
+        raise UserError(f"{mark} is damaged: {error}; {RESTORE}") from error
     except OSError as error:
-        raise UserError(f"the mark '{file}' of the store '{path}' cannot be read: {error.strerror}") from error
+        raise UserError(f"{mark} cannot be read: {error.strerror}") from error
     if reached is None:
         if version > 2:
-            raise UserError(f"the mark '{file}' of the store '{path}' is missing; {RESTORE}")
+            raise UserError(f"{mark} is missing; {RESTORE}")
         return
     state = f"'{log}' is {'damaged or of another time' if log.exists() and log.stat().st_size else 'missing'}"
     if row is None:
         raise UserError(
-            f"the store '{path}' is older than its mark '{file}', or its write-ahead log {state}; {reached.revision} "
-            f"changes were acknowledged; {RESTORE}"
+            f"{store} is older than its mark '{file}', or its write-ahead log {state}; {reached.revision} changes were "
+            f"acknowledged; {RESTORE}"
         )
     if reached.uid != row.uid:
-        raise UserError(f"the store '{path}' and its mark '{file}' belong to different stores; {RESTORE}")
+        raise UserError(f"{store} and its mark '{file}' belong to different stores; {RESTORE}")
     if row.revision < reached.revision:
         raise UserError(
-            f"the store '{path}' is at revision {row.revision}, but {reached.revision} changes were acknowledged: the "
-            f"database is an older copy, or its write-ahead log {state}; {RESTORE}"
+            f"{store} is at revision {row.revision}, but {reached.revision} changes were acknowledged: the database is "
+            f"an older copy, or its write-ahead log {state}; {RESTORE}"
         )
     if row.revision > reached.revision + 1:
         raise UserError(
-            f"the store '{path}' is at revision {row.revision}, but its mark '{file}' at {reached.revision}: the mark "
-            f"is an older copy; {RESTORE}"
+            f"{store} is at revision {row.revision}, but its mark '{file}' at {reached.revision}: the mark is an older "
+            f"copy; {RESTORE}"
         )
 
 

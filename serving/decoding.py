@@ -23,9 +23,10 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -60,43 +61,44 @@ class Limits:
     memory_bytes: int = 172 * 2**20  # and the file, twice in the service: less than 200 MB
 
 
+@dataclass
 class ImageRefused(ValueError):
-    """An image that cannot be used. The message is one sentence for the client.
+    """An image that cannot be used.
 
     Attributes:
         number: its place in the request, from 0.
         code: not_an_image, bad_image, too_many_pixels or decoding_too_long.
+        message: one sentence for the client.
     """
 
-    def __init__(self, number: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.number, self.code, self.message = number, code, message
+    number: int
+    code: str
+    message: str
 
 
 class DecodersClosed(RuntimeError):
-    """The service is stopping: nothing is decoded any more."""
+    """The service is stopping."""
+
+    def __init__(self) -> None:
+        super().__init__("the service is stopping; no image is decoded any more")
 
 
 class Decoders:
     """The children. `decode` may be called from several threads; as many as there are children work at a time."""
 
-    def __init__(self, preprocessing: Preprocessing, processes: int, limits: Limits | None = None) -> None:
+    def __init__(self, preprocessing: Preprocessing, processes: int, limits: Limits) -> None:
         """Start the children in the background; the first request waits for one.
 
         Args:
             preprocessing: how the model wants its pixels.
             processes: requests that are decoded at the same time.
-            limits: what one request may cost.
         """
-        self._preprocessing, self._limits = preprocessing, limits or Limits()
-        self._lock = threading.Lock()
-        self._closed = False
-        self._children: set[_Child] = set()
-        self._free: queue.SimpleQueue[_Child | None] = queue.SimpleQueue()  # None: here a child is yet to be started
-        for _ in range(processes):
-            self._free.put(None)
+        self._children = [_Child(preprocessing, limits) for _ in range(processes)]
+        self._free: queue.SimpleQueue[_Child] = queue.SimpleQueue()
+        for child in self._children:
+            self._free.put(child)
         atexit.register(self.close)  # multiprocessing waits for its children before the interpreter ends
-        threading.Thread(target=self._warm, args=(processes,), name="decoders", daemon=True).start()
+        threading.Thread(target=self._warm, name="decoders", daemon=True).start()
 
     def decode(self, images: Sequence[bytes], names: Sequence[str]) -> NDArray[np.uint8]:
         """The pixels of a request's images, as the model sees them: uint8 [B, C, H, W].
@@ -109,60 +111,31 @@ class Decoders:
             ImageRefused: the first image that cannot be used, or with which the request costs more than it may.
             DecodersClosed: `close` was called, before or meanwhile.
         """
-        child = self._take()
-        try:
+        with self._one() as child:
             return child.decode(images, names)
-        except ImageRefused as error:
-            if self._closed:
-                raise DecodersClosed("the service is stopping; no image is decoded any more") from error
-            raise
-        finally:
-            self._give_back(child)
 
     def close(self) -> None:
         """Kill the children, whatever they are doing."""
-        with self._lock:
-            self._closed = True
-            children = list(self._children)
-        for child in children:
-            child.kill()
+        for child in self._children:
+            child.close()
         atexit.unregister(self.close)
 
-    def _take(self) -> "_Child":
+    @contextlib.contextmanager
+    def _one(self) -> Iterator["_Child"]:
         child = self._free.get()
-        if child is not None and child.alive():
-            return child
         try:
-            self._forget(child)
-            return self._start()
-        except BaseException:
-            self._free.put(None)
-            raise
+            child.start()
+            yield child
+        finally:
+            if not child.reusable:
+                child.end()
+            self._free.put(child)
 
-    def _start(self) -> "_Child":
-        with self._lock:  # close() waits: it finds every child, or none is started
-            if self._closed:
-                raise DecodersClosed("the service is stopping; no image is decoded any more")
-            child = _Child(self._preprocessing, self._limits)
-            self._children.add(child)
-            return child
-
-    def _give_back(self, child: "_Child") -> None:
-        if not child.reusable:
-            self._forget(child)
-        self._free.put(child if child.reusable else None)
-
-    def _forget(self, child: "_Child | None") -> None:
-        if child is not None:
-            child.kill()
-            child.pipe.close()
-            with self._lock:
-                self._children.discard(child)
-
-    def _warm(self, processes: int) -> None:
+    def _warm(self) -> None:
         try:
-            for _ in range(processes):
-                self._give_back(self._take())
+            for _ in self._children:
+                with self._one():
+                    pass
         except DecodersClosed:
             pass
         except OSError as error:
@@ -170,29 +143,53 @@ class Decoders:
 
 
 class _Child:
-    """The service's end of one child. After `decode`, `reusable` says whether the child can have another request."""
+    """The service's end of one child, which is started when it is needed, and anew when the one before has ended."""
+
+    _pipe: Connection
 
     def __init__(self, preprocessing: Preprocessing, limits: Limits) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_LOADED)
-        self._limits, self.reusable = limits, True
+        self._preprocessing, self._limits = preprocessing, limits
         self._shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
-        self.pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, preprocessing, limits), name="decoder", daemon=True
-        )
-        with theirs:
-            self._process.start()
+        self._lock, self._closed = threading.Lock(), False
+        self._process: BaseProcess | None = None
+        self.reusable = True
 
-    def alive(self) -> bool:
-        return not self.pipe.poll()  # a child that waits for work sends nothing; what can be read is the pipe's end
+    def start(self) -> None:
+        """Start a process, unless one waits for work. Raises DecodersClosed."""
+        # A child that waits for work sends nothing; what can be read is the pipe's end.
+        if self._process is not None and self._pipe.poll():
+            self.end()
+        with self._lock:  # close() waits: it finds the process, or none is started
+            if self._closed:
+                raise DecodersClosed
+            if self._process is None:
+                context = multiprocessing.get_context("forkserver")
+                context.set_forkserver_preload(_LOADED)
+                self._pipe, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs, self._preprocessing, self._limits), daemon=True)
+                with theirs:
+                    process.start()
+                self._process, self.reusable = process, True
 
-    def kill(self) -> None:
-        if self._process.is_alive():
+    def close(self) -> None:
+        """Kill the process, and start none any more."""
+        with self._lock:
+            self._closed = True
+            self._kill()
+
+    def end(self) -> None:
+        """Kill the process."""
+        with self._lock:
+            self._kill()
+            self._process = None
+            self._pipe.close()
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.is_alive():
             self._process.kill()
 
     def decode(self, images: Sequence[bytes], names: Sequence[str]) -> NDArray[np.uint8]:
-        """As `Decoders.decode`."""
+        """As `Decoders.decode`. Afterwards, `reusable` says whether the process can have another request."""
         seconds, pixels = self._limits.seconds, self._limits.pixels
         pixels_BCHW = np.empty((len(images), *self._shape), np.uint8)
         for number, (image, name) in enumerate(zip(images, names, strict=True)):
@@ -210,25 +207,25 @@ class _Child:
     def _ask(self, task: dict[str, Any], image: bytes) -> tuple[dict[str, Any], bytes]:
         """Have one image decoded: what the child says of it, and its pixels if there is no "code" of a fault."""
         self.reusable = False
-        self.pipe.send_bytes(json.dumps(task).encode())
-        self.pipe.send_bytes(image)
-        if not self.pipe.poll(task["seconds"] + _GRACE_S):
+        self._pipe.send_bytes(json.dumps(task).encode())
+        self._pipe.send_bytes(image)
+        if not self._pipe.poll(task["seconds"] + _GRACE_S):
             raise EOFError
-        note: dict[str, Any] = json.loads(self.pipe.recv_bytes(_MAX_NOTE))
-        raw = b"" if "code" in note else self.pipe.recv_bytes(math.prod(self._shape))
+        note: dict[str, Any] = json.loads(self._pipe.recv_bytes(_MAX_NOTE))
+        raw = b"" if "code" in note else self._pipe.recv_bytes(math.prod(self._shape))
         # What the libraries keep for themselves, or lose, would be missing from the next image's share.
         self.reusable = note["grown"] < self._limits.memory_bytes // 4
         return note, raw
 
-    def _ended(self, number: int, name: str, late: bool) -> ImageRefused:
+    def _ended(self, number: int, name: str, late: bool) -> ImageRefused | DecodersClosed:
+        if self._closed:
+            return DecodersClosed()
         if not late:
             message = f"image '{name}' is damaged: its decoder broke down over it; replace the file"
             return ImageRefused(number, "bad_image", message)
-        message = (
-            f"image '{name}' was not decoded in time: the images of a request may take {self._limits.seconds:g} s "
-            "together; send it smaller, as PNG or as JPEG without progressive coding"
-        )
-        return ImageRefused(number, "decoding_too_long", message)
+        told = f"image '{name}' was not decoded in time: the images of a request may take {self._limits.seconds:g} s"
+        advice = "send it smaller, as PNG or as JPEG without progressive coding"
+        return ImageRefused(number, "decoding_too_long", f"{told} together; {advice}")
 
 
 def _serve(pipe: Connection, preprocessing: Preprocessing, limits: Limits) -> None:

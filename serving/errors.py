@@ -1,6 +1,6 @@
 """What the service answers when it cannot do what was asked."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 MAX_NAME = 100  # characters of what a client sent that an answer repeats
@@ -16,8 +16,8 @@ class ApiError(Exception):
     status: int
     code: str
     message: str
-    details: dict[str, object] = field(default_factory=dict)
-    headers: dict[str, str] = field(default_factory=dict)
+    details: Mapping[str, object] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def body(self, request_id: str) -> dict[str, object]:
         """The one shape of every error that the service sends."""
@@ -31,8 +31,8 @@ def stopping() -> ApiError:
     return ApiError(503, "stopping", "the service is stopping; ask again", headers=headers)
 
 
-def invalid_fields(faults: Sequence[tuple[str, str]]) -> ApiError:
-    """422 for fields that are not as the schema wants them: (where, what is wrong). The first ten are told."""
+def invalid(*faults: tuple[str, str]) -> ApiError:
+    """422 for values that are not allowed: (where, what is wrong). The first ten are told."""
     listed = [{"where": place[:MAX_NAME], "problem": text} for place, text in faults[:10]]
     where, problem = faults[0]
     message = f"{where[:MAX_NAME] or 'the request'}: {problem}; see /docs"

@@ -39,12 +39,12 @@ class ReadersWriter:
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
-        self._readers, self._waiting, self._writing = 0, 0, False
+        self._readers, self._waiting = 0, 0
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         with self._condition:
-            self._condition.wait_for(lambda: not self._writing and not self._waiting)
+            self._condition.wait_for(lambda: not self._waiting)
             self._readers += 1
         try:
             yield
@@ -55,33 +55,29 @@ class ReadersWriter:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        with self._condition:
+        with self._condition:  # held while writing, so that nobody else comes in
             self._waiting += 1
             try:
-                self._condition.wait_for(lambda: not self._writing and not self._readers)
+                self._condition.wait_for(lambda: not self._readers)
+                yield
             finally:
                 self._waiting -= 1
-            self._writing = True
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._writing = False
                 self._condition.notify_all()
 
 
 class Index:
     """Unit vectors of subjects' samples in memory. Searches run side by side; a change excludes them while it lasts.
 
-    `threads` bounds the cores that one call of FAISS uses.
+    All methods that take vectors raise ValueError where one is not of the index's dimension, not finite, or not of
+    length 1.
     """
 
     def __init__(self, dimension: int, threads: int = 1) -> None:
+        """`threads`: the most cores that one call of FAISS uses."""
         faiss.cvar.distance_compute_blas_threshold = BLAS_THRESHOLD
-        self.dimension = dimension
-        self._threads = threads
+        self.dimension, self._threads = dimension, threads
         self._lock = ReadersWriter()
-        self._faiss = faiss.IndexFlatIP(self.dimension)
+        self._faiss = faiss.IndexFlatIP(dimension)
         self._subject_N = np.empty(0, np.int64)  # longer than the index: room to grow
         self._sample_N = np.empty((0, 16), np.uint8)
         self._names: dict[int, str] = {}
@@ -104,11 +100,7 @@ class Index:
         return int(self._faiss.ntotal)
 
     def check(self, vectors_BD: NDArray[np.float32]) -> None:
-        """FAISS accepts NaN and any length in silence; this does not.
-
-        Raises:
-            ValueError: a vector is not of the index's dimension, not finite, or not of length 1.
-        """
+        """FAISS accepts NaN and any length in silence; this does not."""
         if vectors_BD.ndim != 2 or vectors_BD.shape[1] != self.dimension:
             raise ValueError(f"vectors of shape {vectors_BD.shape}; the index takes [B, {self.dimension}]")
         lengths_B = np.linalg.norm(vectors_BD.astype(np.float64), axis=1)
@@ -118,11 +110,7 @@ class Index:
             raise ValueError(f"vector {first} has length {lengths_B[first]:.4g}; the index takes vectors of length 1")
 
     def add(self, subject_ids: Sequence[str], sample_ids: Sequence[bytes], vectors_BD: NDArray[np.float32]) -> None:
-        """Add one sample per vector, with the 16 bytes of its UUID. Nothing is added when one of them is refused.
-
-        Raises:
-            ValueError: numbers or shapes differ, or a vector is not finite or not of length 1.
-        """
+        """Add one sample per vector, with the 16 bytes of its UUID. Nothing is added when one of them is refused."""
         self.check(vectors_BD)
         if not len(subject_ids) == len(sample_ids) == len(vectors_BD):
             raise ValueError(f"{len(subject_ids)} subjects, {len(sample_ids)} samples and {len(vectors_BD)} vectors")
@@ -165,25 +153,17 @@ class Index:
         """The `top_k` subjects with the highest best scores for each query, best first; fewer if there are fewer.
 
         Same as scoring every sample, taking the maximum over each subject's samples, and sorting the subjects.
-
-        Raises:
-            ValueError: a query is not of the index's dimension, not finite, or not of length 1.
         """
         self.check(queries_QD)
         queries_QD = np.ascontiguousarray(queries_QD, np.float32)
         with self._lock.reading():
             if not self._rows:
                 return [[] for _ in queries_QD]
-            scores_QK, rows_QK = self._scan(queries_QD, min(self._rows, top_k + 32))
-            found = zip(queries_QD, scores_QK, rows_QK, strict=True)
+            found = zip(queries_QD, *self._scan(queries_QD, top_k + 32), strict=True)
             return [self._collapse(query_D, scores_K, rows_K, top_k) for query_D, scores_K, rows_K in found]
 
     def compare(self, query_D: NDArray[np.float32], subject_id: str) -> Candidate | None:
-        """The best score among one subject's samples; None if it is not there.
-
-        Raises:
-            ValueError: as `search`.
-        """
+        """The best score among one subject's samples; None if it is not there."""
         self.check(query_D[None])
         with self._lock.reading():
             number = self._numbers.get(subject_id)
@@ -208,12 +188,11 @@ class Index:
             found = [int(k) for k in np.sort(first) if int(numbers_K[k]) in self._names]  # the hidden have no name
             if len(found) >= top_k or len(rows_K) == self._rows:
                 return [self._candidate(int(rows_K[k]), float(scores_K[k])) for k in found[:top_k]]
-            scores_1K, rows_1K = self._scan(query_D[None], min(self._rows, 4 * len(rows_K)))
-            scores_K, rows_K = scores_1K[0], rows_1K[0]
+            (scores_K,), (rows_K,) = self._scan(query_D[None], 4 * len(rows_K))
 
     def _scan(self, queries_QD: NDArray[np.float32], depth: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         faiss.omp_set_num_threads(self._threads)  # OpenMP keeps this number per calling thread
-        scores_QK, rows_QK = self._faiss.search(queries_QD, depth)
+        scores_QK, rows_QK = self._faiss.search(queries_QD, min(self._rows, depth))
         return scores_QK, rows_QK
 
     def _candidate(self, row: int, score: float) -> Candidate:
@@ -221,11 +200,10 @@ class Index:
         return Candidate(self._names[int(self._subject_N[row])], max(-1.0, min(1.0, score)), sample_id)
 
     def _number(self, subject_id: str) -> int:
-        number = self._numbers.get(subject_id)
-        if number is None:
-            number, self._next = self._next, self._next + 1
-            self._numbers[subject_id], self._names[number] = number, subject_id
-        return number
+        if subject_id not in self._numbers:
+            self._numbers[subject_id], self._names[self._next] = self._next, subject_id
+            self._next += 1
+        return self._numbers[subject_id]
 
     def _hide(self, subject_id: str) -> None:
         number = self._numbers.get(subject_id)
@@ -236,5 +214,5 @@ class Index:
     def _reserve(self, rows: int) -> None:
         if rows > len(self._subject_N):
             more = max(rows, 2 * len(self._subject_N), 1024) - len(self._subject_N)
-            self._subject_N = np.concatenate([self._subject_N, np.zeros(more, np.int64)])
-            self._sample_N = np.concatenate([self._sample_N, np.zeros((more, 16), np.uint8)])
+            longer = np.pad(self._subject_N, (0, more)), np.pad(self._sample_N, ((0, more), (0, 0)))
+            self._subject_N, self._sample_N = longer  # both or, where memory is short, none

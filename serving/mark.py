@@ -17,7 +17,7 @@ from pathlib import Path
 
 from trainer.atomic import write_file
 
-SLOT = struct.Struct("<8s16sQI")
+SLOT = struct.Struct("<8s16sQ")  # and four bytes of CRC-32
 MAGIC = b"HYPSMARK"
 SECTOR = 4096
 
@@ -39,12 +39,7 @@ def mark_path(store: Path) -> Path:
 
 
 def read_mark(path: Path) -> Reached | None:
-    """What the file says; None if there is no file.
-
-    Raises:
-        MarkDamaged: it cannot be believed.
-        OSError: it cannot be read.
-    """
+    """What the file says; None if there is none. Raises MarkDamaged where it is no mark, OSError where unreadable."""
     try:
         with path.open("rb") as file:
             content = file.read(2 * SECTOR + 1)
@@ -52,18 +47,14 @@ def read_mark(path: Path) -> Reached | None:
         return None
     if len(content) != 2 * SECTOR:
         raise MarkDamaged(f"it has not the {2 * SECTOR} bytes of a mark")
-    slots = [slot for start in (0, SECTOR) if (slot := _unpack(content[start : start + SLOT.size])) is not None]
+    slots = [slot for sector in (content[:SECTOR], content[SECTOR:]) if (slot := _unpack(sector))]
     if not slots or len({slot.uid for slot in slots}) > 1:
         raise MarkDamaged("its checksums do not fit")
     return max(slots, key=lambda slot: slot.revision)
 
 
 def make_mark(path: Path, reached: Reached) -> None:
-    """Write the file anew, whole or not at all.
-
-    Raises:
-        OSError: the disk refused.
-    """
+    """Write the file anew, whole or not at all. Raises OSError where the disk refuses."""
     write_file(path, 2 * _pack(reached).ljust(SECTOR, b"\0"))
     path.chmod(0o600)
 
@@ -72,11 +63,7 @@ class Mark:
     """An existing mark, opened to be moved on. Used by one thread at a time."""
 
     def __init__(self, path: Path, reached: Reached) -> None:
-        """`reached`: what `read_mark` gave.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """`reached`: what the file says, or is about to. Raises OSError where it cannot be written."""
         self.reached = reached
         self._file = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
 
@@ -97,10 +84,10 @@ class Mark:
 
 
 def _pack(reached: Reached) -> bytes:
-    body = SLOT.pack(MAGIC, reached.uid, reached.revision, 0)
-    return body[:-4] + struct.pack("<I", zlib.crc32(body[:-4]))
+    slot = SLOT.pack(MAGIC, reached.uid, reached.revision)
+    return slot + zlib.crc32(slot).to_bytes(4, "little")
 
 
-def _unpack(slot: bytes) -> Reached | None:
-    magic, uid, revision, crc = SLOT.unpack(slot)
-    return Reached(uid, revision) if magic == MAGIC and crc == zlib.crc32(slot[:-4]) else None
+def _unpack(sector: bytes) -> Reached | None:
+    reached = Reached(*SLOT.unpack_from(sector)[1:])
+    return reached if sector.startswith(_pack(reached)) else None

@@ -1,15 +1,11 @@
 """Prometheus metrics of one service. Labels have few values: routes by template, never subjects or addresses."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from serving.gallery import Gallery
 
-CONTENT_TYPE = CONTENT_TYPE_LATEST
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 TEXT_KEPT_S = 0.1  # writing takes some milliseconds of the event loop, and any number of clients may ask
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -20,57 +16,36 @@ class Metrics:
     """A registry of its own, so that two services in one process do not mix."""
 
     def __init__(self, gallery: Gallery) -> None:
-        self._registry = registry = CollectorRegistry()
+        self._registry = own = CollectorRegistry()
         self._text, self._written = b"", -TEXT_KEPT_S
-        ProcessCollector(registry=registry)
+        ProcessCollector(registry=own)
         self._requests = Counter(
-            "hypersphere_requests", "Requests answered", ["route", "method", "status"], registry=registry
+            "hypersphere_requests", "Requests answered", ["route", "method", "status"], registry=own
         )
         self._latency = Histogram(
-            "hypersphere_request_seconds", "Time to answer", ["route"], buckets=SECONDS, registry=registry
+            "hypersphere_request_seconds", "Time to answer", ["route"], buckets=SECONDS, registry=own
         )
-        self._embedding = Histogram(
-            "hypersphere_embed_seconds", "Time to embed the images of a request", buckets=SECONDS, registry=registry
+        self.embedding = Histogram(
+            "hypersphere_embed_seconds", "Time to embed the images of a request", buckets=SECONDS, registry=own
         )
-        self._images = Counter("hypersphere_embedded_images", "Images embedded", registry=registry)
-        self._searching = Histogram(
-            "hypersphere_search_seconds", "Time to search the gallery", buckets=SECONDS, registry=registry
+        self.images = Counter("hypersphere_embedded_images", "Images embedded", registry=own)
+        self.searching = Histogram(
+            "hypersphere_search_seconds", "Time to search the gallery", buckets=SECONDS, registry=own
         )
-        self._decisions = Counter(
-            "hypersphere_decisions", "Decisions taken", ["operation", "decision"], registry=registry
+        self.decisions = Counter("hypersphere_decisions", "Decisions taken", ["operation", "decision"], registry=own)
+        self.scores = Histogram(
+            "hypersphere_best_score", "Best score of a search; its drift shows", buckets=SCORES, registry=own
         )
-        self._scores = Histogram(
-            "hypersphere_best_score", "Best score of a search; its drift shows", buckets=SCORES, registry=registry
-        )
-        subjects = Gauge("hypersphere_gallery_subjects", "Enrolled subjects", registry=registry)
+        subjects = Gauge("hypersphere_gallery_subjects", "Enrolled subjects", registry=own)
         subjects.set_function(lambda: gallery.size)
-        samples = Gauge("hypersphere_gallery_samples", "Enrolled samples", registry=registry)
+        samples = Gauge("hypersphere_gallery_samples", "Enrolled samples", registry=own)
         samples.set_function(lambda: gallery.samples)
-        model = Gauge("hypersphere_model_info", "The model that is served", ["model_id"], registry=registry)
+        model = Gauge("hypersphere_model_info", "The model that is served", ["model_id"], registry=own)
         model.labels(gallery.model_id).set(1)
 
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
         self._requests.labels(route, method if method in METHODS else "other", str(status)).inc()
         self._latency.labels(route).observe(seconds)
-
-    def decided(self, operation: str, decision: str) -> None:
-        self._decisions.labels(operation, decision).inc()
-
-    def scored(self, score: float) -> None:
-        self._scores.observe(score)
-
-    @contextmanager
-    def embedding(self, images: int) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._embedding.observe(time.perf_counter() - start)
-        self._images.inc(images)
-
-    @contextmanager
-    def searching(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._searching.observe(time.perf_counter() - start)
 
     def text(self) -> bytes:
         """The exposition format that Prometheus scrapes, written anew ten times a second at most."""

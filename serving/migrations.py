@@ -20,29 +20,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from serving import rows
 from serving.mark import Reached, make_mark, mark_path
-from serving.rows import (
-    NOTHING,
-    Damage,
-    GalleryRow,
-    checksum,
-    digest,
-    layout,
-    outcome_text,
-    read_gallery,
-    write_gallery,
-    xor,
-)
 
 APPLICATION_ID = 0x48595053  # "HYPS", in the header of the SQLite file: tells a store from any other database
-# SQLite stores every number from here on in eight bytes. It is also the number of nobody, who owns the free places.
-NOBODY = 1 << 47
 
 
 @dataclass(frozen=True)
 class Target:
-    """The store that is opened: its file, and the model whose vectors it takes."""
+    """The store that is opened: its file, as the operator calls it and where it is, and the model of its vectors."""
 
+    named: Path
     path: Path
     model_id: str
     dimension: int
@@ -52,36 +40,25 @@ class Target:
 def m001_create_tables(connection: sqlite3.Connection, target: Target) -> None:
     for statement in (
         """CREATE TABLE galleries (
-            id INTEGER PRIMARY KEY,
-            name TEXT NOT NULL UNIQUE,
-            model_id TEXT NOT NULL,
+            id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, model_id TEXT NOT NULL,
             dimension INTEGER NOT NULL CHECK (dimension > 0),
             subjects INTEGER NOT NULL DEFAULT 0 CHECK (subjects >= 0),
             samples INTEGER NOT NULL DEFAULT 0 CHECK (samples >= 0),
-            revision INTEGER NOT NULL DEFAULT 0,
-            created TEXT NOT NULL
+            revision INTEGER NOT NULL DEFAULT 0, created TEXT NOT NULL
         ) STRICT""",
         """CREATE TABLE subjects (
             id INTEGER PRIMARY KEY AUTOINCREMENT,
             gallery_id INTEGER NOT NULL REFERENCES galleries (id) ON DELETE CASCADE,
-            external_id TEXT NOT NULL,
-            created TEXT NOT NULL,
-            UNIQUE (gallery_id, external_id)
+            external_id TEXT NOT NULL, created TEXT NOT NULL, UNIQUE (gallery_id, external_id)
         ) STRICT""",
         """CREATE TABLE samples (
             id INTEGER PRIMARY KEY AUTOINCREMENT,
             subject_id INTEGER NOT NULL REFERENCES subjects (id) ON DELETE CASCADE,
-            sample_id TEXT NOT NULL UNIQUE,
-            vector BLOB NOT NULL,
-            checksum BLOB NOT NULL,
-            created TEXT NOT NULL
+            sample_id TEXT NOT NULL UNIQUE, vector BLOB NOT NULL, checksum BLOB NOT NULL, created TEXT NOT NULL
         ) STRICT""",
         "CREATE INDEX samples_of_subject ON samples (subject_id)",
         """CREATE TABLE idempotency (
-            key TEXT PRIMARY KEY,
-            request BLOB NOT NULL,
-            outcome TEXT NOT NULL,
-            created TEXT NOT NULL
+            key TEXT PRIMARY KEY, request BLOB NOT NULL, outcome TEXT NOT NULL, created TEXT NOT NULL
         ) STRICT, WITHOUT ROWID""",
         "CREATE INDEX idempotency_by_age ON idempotency (created)",
     ):
@@ -98,50 +75,30 @@ def m002_nothing_erased_stays(connection: sqlite3.Connection, target: Target) ->
         connection.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
     for statement in (
         """CREATE TABLE gallery (
-            id INTEGER PRIMARY KEY CHECK (id = 1),
-            uid BLOB NOT NULL,
-            secret BLOB NOT NULL,
-            model_id TEXT NOT NULL,
-            dimension INTEGER NOT NULL,
-            subjects INTEGER NOT NULL,
-            samples INTEGER NOT NULL,
-            revision INTEGER NOT NULL,
-            content BLOB NOT NULL,
-            layout BLOB NOT NULL,
-            created INTEGER NOT NULL,
-            checksum BLOB NOT NULL
+            id INTEGER PRIMARY KEY CHECK (id = 1), uid BLOB NOT NULL, secret BLOB NOT NULL,
+            model_id TEXT NOT NULL, dimension INTEGER NOT NULL,
+            subjects INTEGER NOT NULL, samples INTEGER NOT NULL, revision INTEGER NOT NULL,
+            content BLOB NOT NULL, layout BLOB NOT NULL, created INTEGER NOT NULL, checksum BLOB NOT NULL
         ) STRICT""",
         # Erased: without a digest, all else empty. Numbers order the list of subjects and are never given twice.
         """CREATE TABLE subjects (
-            id INTEGER PRIMARY KEY,
-            digest BLOB,
-            created INTEGER NOT NULL,
-            checksum BLOB NOT NULL,
-            name BLOB NOT NULL
+            id INTEGER PRIMARY KEY, digest BLOB,
+            created INTEGER NOT NULL, checksum BLOB NOT NULL, name BLOB NOT NULL
         ) STRICT""",
         """CREATE TABLE samples (
-            id INTEGER PRIMARY KEY,
-            subject_id INTEGER NOT NULL REFERENCES subjects (id),
-            created INTEGER NOT NULL,
-            sample_id BLOB NOT NULL,
-            checksum BLOB NOT NULL,
-            vector BLOB NOT NULL
+            id INTEGER PRIMARY KEY, subject_id INTEGER NOT NULL REFERENCES subjects (id),
+            created INTEGER NOT NULL, sample_id BLOB NOT NULL, checksum BLOB NOT NULL, vector BLOB NOT NULL
         ) STRICT""",
         # What a change under an Idempotency-Key answered; written in the change's own transaction.
         """CREATE TABLE idempotency (
-            key BLOB PRIMARY KEY,
-            request BLOB NOT NULL,
-            outcome BLOB NOT NULL,
-            created INTEGER NOT NULL,
-            checksum BLOB NOT NULL
+            key BLOB PRIMARY KEY, request BLOB NOT NULL, outcome BLOB NOT NULL,
+            created INTEGER NOT NULL, checksum BLOB NOT NULL
         ) STRICT, WITHOUT ROWID""",
     ):
         connection.execute(statement)
-    connection.execute("INSERT INTO subjects VALUES (?, NULL, 0, x'', x'')", (NOBODY,))
     _carry_over(connection, target)
-    for table in ("old_samples", "old_subjects", "old_idempotency", "galleries"):
-        connection.execute(f"DROP TABLE {table}")
     for statement in (
+        *(f"DROP TABLE {table}" for table in ("old_samples", "old_subjects", "old_idempotency", "galleries")),
         "CREATE UNIQUE INDEX subjects_by_digest ON subjects (digest) WHERE digest IS NOT NULL",
         "CREATE INDEX samples_of_subject ON samples (subject_id)",
         "CREATE INDEX idempotency_by_age ON idempotency (created)",
@@ -151,7 +108,7 @@ def m002_nothing_erased_stays(connection: sqlite3.Connection, target: Target) ->
 
 def m003_mark_acknowledged_changes(connection: sqlite3.Connection, target: Target) -> None:
     """From here on a store has a mark: the file is there before this step is committed."""
-    row = read_gallery(connection)
+    row = rows.read_gallery(connection)
     make_mark(mark_path(target.path), Reached(row.uid, row.revision))
 
 
@@ -174,9 +131,9 @@ def migrate(connection: sqlite3.Connection, target: Target) -> bool:
         try:
             step(connection, target)
         except ValueError as error:  # a date, a UUID or a JSON text of the first schema, which had no checksums on them
-            raise Damage(f"a row cannot be read ({error})") from error
+            raise rows.Damage(f"a row cannot be read ({error})") from error
         if number >= 2:
-            write_gallery(connection, replace(read_gallery(connection), layout=layout(connection)))
+            rows.write_gallery(connection, replace(rows.read_gallery(connection), layout=rows.layout(connection)))
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {number}")
         connection.execute("COMMIT")
@@ -187,40 +144,34 @@ def _carry_over(connection: sqlite3.Connection, target: Target) -> None:
     """The rows of the first schema into the tables of the second, and the gallery's row."""
     old = connection.execute("SELECT subjects, samples, revision, created FROM galleries").fetchone()
     subjects, samples, revision, created = old or (0, 0, 0, None)
-    secret, checksums = secrets.token_bytes(32), [NOTHING]
-
-    def sealed(rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-        for *values, seal, last in rows:
-            checksums[0] = xor((checksums[0], seal))
-            yield (*values, seal, last)
-
-    connection.executemany("INSERT INTO subjects VALUES (?, ?, ?, ?, ?)", sealed(_old_subjects(connection, secret)))
+    secret = secrets.token_bytes(32)
+    connection.execute("INSERT INTO subjects VALUES (?, NULL, 0, x'', x'')", (rows.NOBODY,))
+    connection.executemany("INSERT INTO subjects VALUES (?, ?, ?, ?, ?)", _old_subjects(connection, secret))
     connection.executemany(
         "INSERT INTO samples (subject_id, created, sample_id, checksum, vector) VALUES (?, ?, ?, ?, ?)",
-        sealed(_old_samples(connection)),
+        _old_samples(connection),
     )
     connection.executemany("INSERT INTO idempotency VALUES (?, ?, ?, ?, ?)", _old_outcomes(connection, secret))
-    write_gallery(
-        connection,
-        GalleryRow(
-            uid=secrets.token_bytes(16),
-            secret=secret,
-            model_id=target.model_id,
-            dimension=target.dimension,
-            subjects=subjects,
-            samples=samples,
-            revision=revision,
-            content=checksums[0],
-            layout=NOTHING,
-            created=_milliseconds(created) if created else target.now,
-        ),
+    seals = "SELECT checksum FROM subjects WHERE id <> ? UNION ALL SELECT checksum FROM samples"
+    row = rows.GalleryRow(
+        uid=secrets.token_bytes(16),
+        secret=secret,
+        model_id=target.model_id,
+        dimension=target.dimension,
+        subjects=subjects,
+        samples=samples,
+        revision=revision,
+        content=rows.xor(seal for (seal,) in connection.execute(seals, (rows.NOBODY,))),
+        layout=rows.NOTHING,
+        created=_milliseconds(created) if created else target.now,
     )
+    rows.write_gallery(connection, row)
 
 
 def _old_subjects(connection: sqlite3.Connection, secret: bytes) -> Iterator[tuple[Any, ...]]:
     for number, name, text in connection.execute("SELECT id, external_id, created FROM old_subjects ORDER BY id"):
-        values = (NOBODY + number, digest(secret, b"name", name.encode()), _milliseconds(text))
-        yield (*values, checksum(*values, name.encode()), name.encode())
+        values = (rows.NOBODY + number, rows.name_digest(secret, name), _milliseconds(text))
+        yield (*values, rows.checksum(*values, name.encode()), name.encode())
 
 
 def _old_samples(connection: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:
@@ -228,25 +179,15 @@ def _old_samples(connection: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:
         "SELECT subject_id, external_id, sample_id, vector, checksum, old_samples.created "
         "FROM old_samples CROSS JOIN old_subjects ON old_subjects.id = subject_id ORDER BY old_samples.id"
     ):
-        if was != _old_checksum(name, sample_id, vector):
-            raise Damage(f"sample '{sample_id}' does not have its checksum")
-        values = (NOBODY + number, _milliseconds(text), uuid.UUID(sample_id).bytes)
-        yield (*values, checksum(*values, name.encode(), vector), vector)
+        if was != hashlib.blake2b(f"{name}\0{sample_id}\0".encode() + vector, digest_size=16).digest():
+            raise rows.Damage(f"sample '{sample_id}' does not have its checksum")
+        values = (rows.NOBODY + number, _milliseconds(text), uuid.UUID(sample_id).bytes)
+        yield (*values, rows.checksum(*values, name.encode(), vector), vector)
 
 
 def _old_outcomes(connection: sqlite3.Connection, secret: bytes) -> Iterator[tuple[Any, ...]]:
-    for key, request, outcome, text in connection.execute("SELECT key, request, outcome, created FROM old_idempotency"):
-        values = (
-            digest(secret, b"key", key.encode()),
-            digest(secret, b"request", request),
-            outcome_text(json.loads(outcome)),
-            _milliseconds(text),
-        )
-        yield (*values, checksum(*values))
-
-
-def _old_checksum(name: str, sample_id: str, vector: bytes) -> bytes:
-    return hashlib.blake2b(f"{name}\0{sample_id}\0".encode() + vector, digest_size=16).digest()
+    for key, request, answer, text in connection.execute("SELECT key, request, outcome, created FROM old_idempotency"):
+        yield rows.outcome(secret, key, request, json.loads(answer), _milliseconds(text))
 
 
 def _milliseconds(text: str) -> int:

@@ -1,10 +1,11 @@
-"""The service's JSON: requests that carry embeddings, and all answers."""
+"""The service's JSON, requests that carry embeddings and all answers, and what the OpenAPI page says beside it."""
 
-from typing import Annotated, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from serving.subject_id import PATTERN
+from serving.parsing import PATTERN
 
 SubjectId = Annotated[
     str,
@@ -13,10 +14,6 @@ SubjectId = Annotated[
         "look the same only the NFKC form is enrolled",
         json_schema_extra={"pattern": PATTERN},
     ),
-]
-ModelId = Annotated[
-    str | None,
-    Field(max_length=64, description="the model that made the embeddings; checked against the service's if given"),
 ]
 Embedding = Annotated[
     list[Annotated[float, Field(allow_inf_nan=False)]],
@@ -28,10 +25,6 @@ Embedding = Annotated[
     ),
 ]
 TopK = Annotated[int, Field(ge=1, le=100, description="subjects to return")]
-
-BelowThreshold = Annotated[
-    bool, Field(description="return candidates below the threshold too, where the service allows it")
-]
 
 # Shown on the documentation page.
 _MODEL: dict[str, JsonValue] = {"model_id": "803e48540b005d3ce4213a2d2cecdf57", "request_id": "0f1e2d3c4b5a"}
@@ -65,6 +58,10 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
+    model_id: str | None = Field(
+        None, max_length=64, description="the model that made the embeddings; checked against the service's if given"
+    )
+
 
 class VerifyRequest(Request):
     """Two embeddings, or one and an enrolled subject."""
@@ -72,7 +69,6 @@ class VerifyRequest(Request):
     probe: Embedding
     reference: Embedding | None = None
     subject_id: SubjectId | None = None
-    model_id: ModelId = None
 
     @model_validator(mode="after")
     def _one_reference(self) -> "VerifyRequest":
@@ -86,21 +82,19 @@ class IdentifyRequest(Request):
 
     embedding: Embedding
     top_k: TopK = 5
-    below_threshold: BelowThreshold = False
-    model_id: ModelId = None
+    below_threshold: bool = Field(
+        False, description="return candidates below the threshold too, where the service allows it"
+    )
 
 
 class EnrolRequest(Request):
     """Embeddings of one subject."""
 
     embeddings: Annotated[list[Embedding], Field(min_length=1, max_length=1000, fail_fast=True)]
-    model_id: ModelId = None
 
 
 class Answer(BaseModel):
     """What every answer carries."""
-
-    model_config = ConfigDict(frozen=True, protected_namespaces=())
 
     model_id: str = Field(description="digest of the model that made the vectors")
     request_id: str
@@ -191,8 +185,6 @@ class EmbedAnswer(Answer):
 class ReadyAnswer(BaseModel):
     """The service can answer. What it holds is told to those who have the key."""
 
-    model_config = ConfigDict(frozen=True, protected_namespaces=())
-
     status: Literal["ready"] = "ready"
     gallery_size: int | None = None
     samples: int | None = None
@@ -220,3 +212,88 @@ class ErrorAnswer(BaseModel):
 
     error: ErrorBody
     request_id: str
+
+
+DESCRIPTION = """\
+Verify (1:1) and identify (1:N) by embeddings, with a calibrated open-set threshold.
+
+* **Images** go as `multipart/form-data`, **embeddings** as `application/json`.
+* Every **decision** comes with its score, the threshold, and where the threshold came from. Scores at or above the
+  threshold match.
+* Every **error** is `{"error": {"code", "message", "details"}, "request_id"}`.
+* `X-Request-ID` is taken over if sent, and always returned.
+* `Idempotency-Key` on enrolment and `DELETE`: the same request under the same key is done once and answered alike.
+* Candidates **below the threshold** are left out of an identification unless it asks for them, where that is allowed.
+
+```
+curl -F images=@alice.png http://127.0.0.1:8000/v1/subjects/alice/samples
+curl -F image=@someone.png http://127.0.0.1:8000/v1/identify
+```
+"""
+
+_STATUS = {
+    400: "Not JSON, a form that cannot be read, or a Host that is not this service's",
+    401: "No key was sent, or a wrong one",
+    403: "Candidates below the threshold are not shown here, or a web page of another site asks",
+    404: "No such subject or route",
+    408: "The body came too slowly",
+    409: "Embeddings of another model, a reused idempotency key, or too many samples",
+    413: "The body or an image is too large",
+    415: "Not an image in an allowed format, or another content type",
+    422: "A value that is not allowed",
+    429: "Too many requests",
+    500: "A fault of the service",
+    503: "Loading, overloaded or stopping, or the store cannot be reached",
+}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": text} for status, text in _STATUS.items()
+}
+_IMAGE = {"type": "string", "format": "binary", "description": "PNG, JPEG, WebP, TIFF, BMP, PGM …"}
+
+
+@dataclass(frozen=True)
+class Body:
+    """The body of a request, which the service reads itself: a form with files and fields, or embeddings as JSON.
+
+    Attributes:
+        files: names of the parts with images; the first is needed.
+        fields: the form's other fields, with their schemas.
+        model: of the JSON; None where only images are taken.
+        example: of the JSON.
+        many: as many images or embeddings as the service allows; otherwise one a part.
+    """
+
+    files: tuple[str, ...]
+    fields: dict[str, Any] = field(default_factory=dict)
+    model: type[Request] | None = None
+    example: dict[str, Any] | None = None
+    many: bool = False
+
+    def openapi(self) -> dict[str, Any]:
+        """What the OpenAPI page shows of it."""
+        image = {"type": "array", "items": _IMAGE, "minItems": 1} if self.many else _IMAGE
+        form = {"type": "object", "properties": dict.fromkeys(self.files, image) | self.fields}
+        content: dict[str, Any] = {"multipart/form-data": {"schema": form | {"required": [self.files[0]]}}}
+        if self.model is not None:
+            content["application/json"] = {"schema": self.model.model_json_schema(), "example": self.example}
+        return {"requestBody": {"required": True, "content": content}}
+
+
+_SHORT = [0.6, 0.8]  # examples are in two dimensions to stay readable
+VERIFY = Body(
+    ("probe", "reference"),
+    {"subject_id": {"type": "string", "description": "instead of reference"}},
+    VerifyRequest,
+    {"probe": _SHORT, "subject_id": "alice"},
+)
+IDENTIFY = Body(
+    ("image",),
+    {
+        "top_k": {"type": "integer", "minimum": 1, "maximum": 100, "default": 5},
+        "below_threshold": {"type": "boolean", "default": False},
+    },
+    IdentifyRequest,
+    {"embedding": _SHORT, "top_k": 5},
+)
+ENROL = Body(("images",), model=EnrolRequest, example={"embeddings": [_SHORT]}, many=True)
+EMBED = Body(("images",), many=True)

@@ -7,29 +7,25 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
-import json
 import logging
 import re
 import secrets
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Callable
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.errors import ApiError, stopping
 from serving.metrics import Metrics
 from serving.settings import Settings
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
 log = logging.getLogger("hypersphere.serving")
 ASSETS = "/docs-assets"  # the script and the style sheet of /docs
-# Neither key nor limits: they cost nothing and say nothing about anybody. With a key, /readyz says more.
+# Neither key nor limits: they cost nothing and say nothing about anybody. With a key, /readyz says more; the others do
+# not look at it, so that an orchestrator with a wrong key does not take a living service for a dead one.
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
 REQUEST_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 UNANSWERED: int = 0  # in place of a status
@@ -48,7 +44,7 @@ class KeyCheck:
     def __init__(self, key: str, wrong_a_minute: int) -> None:
         self._secret = secrets.token_bytes(32)
         self._digest = self._hash(key.encode())
-        self._wrong = RateLimit(wrong_a_minute / 60, wrong_a_minute)
+        self._wrong = RateLimit(wrong_a_minute / 60, wrong_a_minute, of="wrong keys")
 
     def _hash(self, key: bytes) -> bytes:
         return hmac.digest(self._secret, key, hashlib.sha256)
@@ -76,10 +72,12 @@ def sent_key(headers: dict[bytes, bytes]) -> bytes:
 
 
 class RateLimit:
-    """A token bucket per client address: `burst` requests at once, then `rate` a second."""
+    """A token bucket per client address: `burst` requests at once, then `rate` a second. `of`: what they are called."""
 
-    def __init__(self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._rate, self._burst, self._clock = rate, burst, clock
+    def __init__(
+        self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic, of: str = "requests"
+    ) -> None:
+        self._rate, self._burst, self._clock, self._of = rate, burst, clock, of
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tokens, and when they were counted
 
     def check(self, client: str) -> None:
@@ -94,19 +92,16 @@ class RateLimit:
             self._buckets.popitem(last=False)  # the one that has been quiet for longest
         if not allowed:
             wait = max(1, round((1 - tokens) / self._rate + 0.5))
-            raise ApiError(
-                429,
-                "too_many_requests",
-                f"more than {self._rate:g} requests a second came from this address; wait {wait} s",
-                {"limit_per_second": self._rate},
-                {"retry-after": str(wait)},
-            )
+            many = f"more than {self._burst} {self._of} at once, or {self._rate:.3g} a second"
+            facts = {"limit_per_second": self._rate}
+            told = f"{many}, came from this address; wait {wait} s"
+            raise ApiError(429, "too_many_requests", told, facts, {"retry-after": str(wait)})
 
 
 class Guard:
     """ASGI middleware: gives each request its id, refuses what is not allowed, and counts what was answered."""
 
-    def __init__(self, app: App, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
         key = settings.api_key.get_secret_value() if settings.api_key else None
         self._key = KeyCheck(key, settings.wrong_keys_a_minute) if key else None
@@ -132,17 +127,19 @@ class Guard:
             await send(message)
 
         body = _Body(receive, self._settings.body_timeout_s)
-        self._under_way += 1
+        # Whoever has no key must not be able to fill the room of those who have.
+        counts = not _is_open(scope["path"])
+        self._under_way += counts
         try:
             scope["state"]["trusted"] = self._admit(scope, headers)
             await self._app(scope, lambda: self._receive(body), answer)
         except ApiError as error:
-            await _send(answer, error, request_id)
+            await as_response(error, request_id)(scope, receive, answer)
         except asyncio.CancelledError:  # the time for finishing after SIGTERM is over
             if status == UNANSWERED:
-                await _send(answer, stopping(), request_id)
+                await as_response(stopping(), request_id)(scope, receive, answer)
         finally:
-            self._under_way -= 1
+            self._under_way -= counts
             self._buffered -= body.received
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.answered(route, scope["method"], status or 500, time.perf_counter() - start)
@@ -150,8 +147,8 @@ class Guard:
     def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> bool:
         """Whether whoever asks may know about the gallery. Raises ApiError where a request is refused unread."""
         client = scope["client"][0] if scope.get("client") else ""
-        if scope["path"] in OPEN_PATHS or scope["path"].startswith(f"{ASSETS}/"):
-            if self._key is not None and sent_key(headers):
+        if _is_open(scope["path"]):
+            if self._key is not None and scope["path"] == "/readyz" and sent_key(headers):
                 self._key.check(headers, client)
                 return True
             return self._key is None
@@ -159,13 +156,11 @@ class Guard:
             self._rate.check(client)
         if self._key is not None:
             self._key.check(headers, client)
+        else:
+            _refuse_other_sites(headers)
         if self._under_way > self._settings.max_requests:
-            raise ApiError(
-                503,
-                "overloaded",
-                f"{self._settings.max_requests} requests are under way, as many as are allowed; try again",
-                headers={"retry-after": "1"},
-            )
+            message = f"{self._settings.max_requests} requests are under way, as many as are allowed; try again"
+            raise ApiError(503, "overloaded", message, headers={"retry-after": "1"})
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self._settings.max_body_bytes:
             raise self._too_large()
@@ -180,23 +175,15 @@ class Guard:
         if body.received > self._settings.max_body_bytes:
             raise self._too_large()
         if self._buffered > self._settings.max_buffered_bytes:
-            raise ApiError(
-                503,
-                "overloaded",
-                f"requests under way hold {self._settings.max_buffered_bytes} bytes, as many as are allowed; try again",
-                headers={"retry-after": "1", "connection": "close"},
-            )
+            most = self._settings.max_buffered_bytes
+            told = f"requests under way hold {most} bytes, as many as are allowed; try again"
+            raise ApiError(503, "overloaded", told, headers={"retry-after": "1", "connection": "close"})
         return message
 
     def _too_large(self) -> ApiError:
         limit = self._settings.max_body_bytes
-        return ApiError(
-            413,
-            "body_too_large",
-            f"the request has more than {limit} bytes; send fewer or smaller images",
-            {"max_bytes": limit},
-            {"connection": "close"},
-        )
+        message = f"the request has more than {limit} bytes; send fewer or smaller images"
+        return ApiError(413, "body_too_large", message, {"max_bytes": limit}, {"connection": "close"})
 
 
 class _Body:
@@ -216,24 +203,42 @@ class _Body:
             async with asyncio.timeout(self._deadline - time.monotonic()):
                 message = await self._receive()
         except TimeoutError as error:
-            raise ApiError(
-                408,
-                "body_late",
-                f"the request had not arrived whole after {self._seconds:g} s; send it again",
-                headers={"connection": "close"},
-            ) from error
+            told = f"the request had not arrived whole after {self._seconds:g} s; send it again"
+            raise ApiError(408, "body_late", told, headers={"connection": "close"}) from error
         self._complete = not message.get("more_body", False)
         return message
 
 
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(f"{ASSETS}/")
+
+
+def _refuse_other_sites(headers: dict[bytes, bytes]) -> None:
+    """Without a key, refuse what a web page of another site sends.
+
+    A browser lets any page post a form to this machine, under this machine's own Host, though the page cannot read the
+    answer; it says in Origin where the page is from (Fetch standard, "HTTP extensions"). Other clients send no Origin.
+    """
+    origin = headers.get(b"origin")
+    if origin is not None and _host_name(origin) != _host_name(headers.get(b"host", b"")):
+        told = "a web page of another site sent this, and without a key only pages of this service may; "
+        raise ApiError(403, "other_site", f"{told}open /docs here, or have the operator set a key")
+
+
+def _host_name(origin: bytes) -> bytes:
+    return re.sub(rb":\d+$", b"", origin.rpartition(b"//")[2]).lower()
+
+
 def _network(client: str) -> str:
     """What one client has to itself: an IPv4 address, or 64 bits of IPv6."""
-    return str(ipaddress.IPv6Interface(f"{client}/64").network) if ":" in client and "%" not in client else client
+    if ":" not in client or "%" in client:
+        return client
+    try:
+        return str(ipaddress.IPv6Interface(f"{client}/64").network)
+    except ValueError:  # what a trusted proxy calls an address need not be one
+        return client
 
 
-async def _send(send: Send, error: ApiError, request_id: str) -> None:
-    body = json.dumps(error.body(request_id)).encode()
-    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
-    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})
+def as_response(error: ApiError, request_id: str) -> JSONResponse:
+    """The answer to what was refused."""
+    return JSONResponse(error.body(request_id), error.status, error.headers)

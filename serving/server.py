@@ -18,8 +18,10 @@ from serving.service import Service
 from serving.settings import Settings
 from trainer.errors import UserError
 
+log = logging.getLogger("hypersphere.serving")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-SPARE_FILES = 64  # descriptors for all but connections: store, pipes to the decoders, logs
+SPARE_FILES = 64  # descriptors for all but connections and decoders: store, logs, libraries
+FILES_A_WORKER = 4  # its decoder's pipes: three, and one while it is started
 LINES_A_MINUTE = 20  # of one kind
 SECONDS_TO_CLOSE = 2  # of `shutdown_s`, kept for closing the store after the last answer
 
@@ -43,12 +45,15 @@ def run(settings: Settings, host: str, port: int) -> None:
         service: Service = app.state.service
         opened.callback(service.close)
         server = uvicorn.Server(_config(app, settings))
-        address = f"http://[{host}]" if ":" in host else f"http://{host}"
-        address += f":{listener.getsockname()[1]}"
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         state = service.gallery.enrolled()
         print(f"Model {service.gallery.model_id}: {state.subjects} subjects with {state.samples} samples", end=" ")
+        if settings.restored:
+            log.warning(
+                "the store is taken as it is, at change %d; the next start goes without --restored", state.revision
+            )
         print(f"in {settings.store}\nServing on {address}; documentation: {address}/docs", flush=True)
-        with _signals_taken():
+        with _signals_taken(server):
             server.run(sockets=[listener])
     if faults:
         raise faults[0]
@@ -57,6 +62,8 @@ def run(settings: Settings, host: str, port: int) -> None:
 def host_names(settings: Settings, host: str) -> list[str]:
     """The Host headers that are answered at `host`. Without a key only this machine is served, unless it is said.
 
+    A proxy on this machine serves others, so where one is trusted the loopback needs a key as well.
+
     A web page that a user opens can send requests to this machine under a name of its own (DNS rebinding), but neither
     a Host of this machine nor a key: that is what the Host header is checked for.
 
@@ -64,13 +71,15 @@ def host_names(settings: Settings, host: str) -> list[str]:
         UserError: `host` reaches beyond this machine and there is neither a key nor `anonymous`.
     """
     named = [name.strip() for name in settings.allowed_hosts.split(",") if name.strip()]
-    if host in LOOPBACK:
+    alone = host in LOOPBACK and not settings.trusted_proxies
+    if host in LOOPBACK and (alone or settings.api_key is not None):
         return named or [*LOOPBACK, "[::1]"]
     if settings.api_key is not None:
         return named or ["*"]
     if not settings.anonymous:
+        at = f"{host} behind a proxy" if settings.trusted_proxies else host
         raise UserError(
-            f"serving at {host} without a key would let whoever reaches it search and erase the gallery; "
+            f"serving at {at} without a key would let whoever reaches it search and erase the gallery; "
             "set HYPERSPHERE_API_KEY, serve at 127.0.0.1, or add --anonymous to serve everybody"
         )
     if not named:
@@ -90,14 +99,15 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(1024)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the second: a name that cannot be one
         listener.close()
-        raise UserError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port") from error
+        reason = error.strerror if isinstance(error, OSError) else "this is not a host name"
+        raise UserError(f"cannot listen on {host}:{port}: {reason}; choose another --host or --port") from error
     return listener
 
 
 def _config(app: Any, settings: Settings) -> uvicorn.Config:
-    room = Room(_connections(settings.max_connections), settings.head_timeout_s, settings.body_timeout_s)
+    room = Room(_connections(settings), settings.head_timeout_s, settings.body_timeout_s)
     connection: Any = functools.partial(Connection, room=room)  # uvicorn calls it as it would the class
     return uvicorn.Config(
         app,
@@ -114,14 +124,15 @@ def _config(app: Any, settings: Settings) -> uvicorn.Config:
     )
 
 
-def _connections(most: int) -> int:
+def _connections(settings: Settings) -> int:
     """As many connections as asked for, or as the process may have descriptors for; the soft limit is raised."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = most + SPARE_FILES
+    most, spare = settings.max_connections, SPARE_FILES + FILES_A_WORKER * settings.workers
+    wanted = most + spare
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        return max(8, min(most, soft - SPARE_FILES))
+        return max(8, min(most, soft - spare))
     return most
 
 
@@ -146,24 +157,30 @@ class Sparing(logging.Filter):
 
 
 def _logs() -> dict[str, Any]:
-    handler = {"class": "logging.StreamHandler", "formatter": "line", "filters": ["sparing"]}
-    loggers = {
-        name: {"handlers": ["stderr"], "level": "INFO", "propagate": False} for name in ("uvicorn", "hypersphere")
-    }
+    levels = {"uvicorn": "INFO", "hypersphere": "INFO", "asyncio": "WARNING"}
     return {
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(message)s"}},
         "filters": {"sparing": {"()": Sparing}},
-        "handlers": {"stderr": handler},
-        "loggers": loggers | {"asyncio": {"handlers": ["stderr"], "level": "WARNING", "propagate": False}},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line", "filters": ["sparing"]}},
+        "loggers": {
+            name: {"handlers": ["stderr"], "level": level, "propagate": False} for name, level in levels.items()
+        },
     }
 
 
 @contextlib.contextmanager
-def _signals_taken() -> Iterator[None]:
-    """uvicorn raises the signal that stopped it once more when it is done; here it has been obeyed by then."""
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+def _signals_taken(server: uvicorn.Server) -> Iterator[None]:
+    """uvicorn raises the signal that stopped it once more when it is done; here it has been obeyed by then.
+
+    A signal that comes before uvicorn listens to signals stops it, too.
+    """
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

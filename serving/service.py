@@ -9,40 +9,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
+from serving import schemas
 from serving.decoding import Decoders, DecodersClosed, ImageRefused, Limits
-from serving.errors import ApiError, stopping
+from serving.errors import ApiError, invalid, stopping
 from serving.gallery import Gallery, Stopped
 from serving.index import NORM_TOLERANCE
 from serving.metrics import Metrics
-from serving.parsing import (
-    Form,
-    Sent,
-    idempotency_key,
-    invalid,
-    read_cursor,
-    read_flag,
-    read_json,
-    read_top_k,
-    write_cursor,
-)
-from serving.schemas import (
-    CandidateAnswer,
-    EmbedAnswer,
-    EnrolAnswer,
-    EnrolRequest,
-    IdentifyAnswer,
-    IdentifyRequest,
-    ReadyAnswer,
-    SampleAnswer,
-    SubjectAnswer,
-    SubjectsAnswer,
-    VerifyAnswer,
-    VerifyRequest,
-)
+from serving.parsing import Sent, enrollable, idempotency_key, known, read_cursor, read_field, read_json, write_cursor
 from serving.settings import Settings
-from serving.store import Enrolment, Store, StoreError
-from serving.subject_id import enrollable, known
+from serving.store import Store, StoreError
 from serving.threshold import rules
 from trainer.embedder import Embedder
 from trainer.errors import UserError
@@ -50,6 +27,8 @@ from trainer.errors import UserError
 WATCH_EVERY_S = 1.0
 WATCH_LATE_S = 10.0  # a store that has not answered for so long is not ready
 Vectors = NDArray[np.float32]
+_TOP_K: TypeAdapter[int] = TypeAdapter(schemas.TopK)
+_FLAG: TypeAdapter[bool] = TypeAdapter(bool)
 
 
 class Service:
@@ -65,9 +44,8 @@ class Service:
         self.embedder = Embedder.open(settings.embedder, settings.threads)
         manifest = self.embedder.manifest
         verify, identify = rules(manifest, settings.verify_threshold, settings.identify_threshold)
-        store = Store(
-            settings.store, manifest.model_id, manifest.dimension, settings.idempotency_hours, settings.restored
-        )
+        model = manifest.model_id, manifest.dimension
+        store = Store(settings.store, *model, settings.idempotency_hours, settings.restored)
         self.gallery = Gallery(store, verify, identify, settings.threads, settings.max_samples)
         limits = Limits(seconds=settings.decode_cpu_s, pixels=settings.max_pixels)
         self._decoders = Decoders(self.embedder.preprocessing, settings.workers, limits)
@@ -107,27 +85,24 @@ class Service:
             self._fault = str(error)
         self._watched = time.monotonic()
 
-    def identify(self, sent: Sent, request_id: str) -> IdentifyAnswer:
-        if isinstance(sent, Form):
-            top_k, below = read_top_k(sent.fields.get("top_k", "5")), read_flag(sent.fields, "below_threshold")
-            below = self._may_see_below(below)
+    def identify(self, sent: Sent, request_id: str) -> schemas.IdentifyAnswer:
+        if sent.document is None:
+            top_k = read_field(sent, "top_k", _TOP_K, "5", "not a whole number from 1 to 100")
+            below = self._may_see_below(read_field(sent, "below_threshold", _FLAG, "false", "neither true nor false"))
             (probe_D,) = self._embed(sent, "image")
         else:
-            body = read_json(IdentifyRequest, sent)
+            body = read_json(schemas.IdentifyRequest, sent.document)
             top_k, below = body.top_k, self._may_see_below(body.below_threshold)
             (probe_D,) = self._vectors([body.embedding], body.model_id, "embedding")
-        with self.metrics.searching():
+        with self.metrics.searching.time():
             found = self.gallery.identify(probe_D, top_k)
-        self.metrics.decided("identify", found.decision)
+        self.metrics.decisions.labels("identify", found.decision).inc()
         if found.candidates:
-            self.metrics.scored(found.candidates[0].score)
+            self.metrics.scores.observe(found.candidates[0].score)
         rule = self.gallery.identify_rule
-        return IdentifyAnswer(
-            candidates=[
-                CandidateAnswer(**vars(candidate))
-                for candidate in found.candidates
-                if below or rule.matches(candidate.score)
-            ],
+        shown = [candidate for candidate in found.candidates if below or rule.matches(candidate.score)]
+        return schemas.IdentifyAnswer(
+            candidates=[schemas.CandidateAnswer(**vars(candidate)) for candidate in shown],
             decision=found.decision,
             threshold=rule.value,
             threshold_source=rule.explain(found.gallery_size),
@@ -140,14 +115,14 @@ class Service:
             request_id=request_id,
         )
 
-    def verify(self, sent: Sent, request_id: str) -> VerifyAnswer:
-        if isinstance(sent, Form):
+    def verify(self, sent: Sent, request_id: str) -> schemas.VerifyAnswer:
+        if sent.document is None:
             subject_id = sent.fields.get("subject_id")
             if (subject_id is None) != ("reference" in sent.files):
-                raise invalid("give either a 'reference' image or a 'subject_id'", "reference")
+                raise invalid(("reference", "give either a 'reference' image or a 'subject_id'"))
             vectors = self._embed(sent, "probe", "reference")
         else:
-            body = read_json(VerifyRequest, sent)
+            body = read_json(schemas.VerifyRequest, sent.document)
             subject_id = body.subject_id
             both = [body.probe] if body.reference is None else [body.probe, body.reference]
             vectors = self._vectors(both, body.model_id, "probe and reference")
@@ -156,9 +131,9 @@ class Service:
         else:
             subject_id = known(subject_id)
             found = self.gallery.verify_subject(vectors[0], subject_id)
-        self.metrics.decided("verify", found.decision)
+        self.metrics.decisions.labels("verify", found.decision).inc()
         rule = self.gallery.verify_rule
-        return VerifyAnswer(
+        return schemas.VerifyAnswer(
             score=found.score,
             decision=found.decision,
             threshold=rule.value,
@@ -171,49 +146,52 @@ class Service:
             request_id=request_id,
         )
 
-    def enrol(self, subject_id: str, sent: Sent, key: str | None, request_id: str) -> tuple[EnrolAnswer, bool]:
+    def enrol(self, subject_id: str, sent: Sent, key: str | None, request_id: str) -> tuple[schemas.EnrolAnswer, bool]:
         """The answer, and whether it is that of an earlier request with the same idempotency key."""
         subject_id = enrollable(subject_id)
-        parts = sent.files["images"] if isinstance(sent, Form) else [sent]
+        parts = sent.files["images"] if sent.document is None else [sent.document]
         once = idempotency_key(key, "PUT", subject_id, parts)
         done = self.gallery.replay(once, subject_id) if once else None  # spares embedding again
         if done is None:
-            if isinstance(sent, Form):
+            if sent.document is None:
                 vectors_BD = self._embed(sent, "images")
             else:
-                body = read_json(EnrolRequest, sent)
+                body = read_json(schemas.EnrolRequest, sent.document)
                 vectors_BD = self._vectors(body.embeddings, body.model_id, "embeddings")
             done = self.gallery.enrol(subject_id, vectors_BD, once)
-        return self._enrolled(done, request_id), done.replayed
+        answer = schemas.EnrolAnswer(
+            subject_id=done.subject_id,
+            samples=[schemas.SampleAnswer(sample_id=sample_id) for sample_id in done.sample_ids],
+            subject_created=done.subject_created,
+            subject_samples=done.subject_samples,
+            gallery_size=done.gallery_size,
+            model_id=self.gallery.model_id,
+            request_id=request_id,
+        )
+        return answer, done.replayed
 
     def delete(self, subject_id: str, key: str | None) -> bool:
         """Whether an earlier request with the same idempotency key did it."""
         subject_id = known(subject_id)
         return self.gallery.delete(subject_id, idempotency_key(key, "DELETE", subject_id, ())).replayed
 
-    def subjects(self, cursor: str | None, limit: int, request_id: str) -> SubjectsAnswer:
+    def subjects(self, cursor: str | None, limit: int, request_id: str) -> schemas.SubjectsAnswer:
         rows = self.gallery.subjects(read_cursor(cursor), limit + 1)  # one more tells whether there is a next page
-        return SubjectsAnswer(
-            subjects=[
-                SubjectAnswer(subject_id=row.subject_id, samples=row.samples, created=row.created)
-                for row in rows[:limit]
-            ],
+        return schemas.SubjectsAnswer(
+            subjects=[schemas.SubjectAnswer.model_validate(row, from_attributes=True) for row in rows[:limit]],
             next_cursor=write_cursor(rows[limit - 1].position) if len(rows) > limit else None,
             gallery_size=self.gallery.size,
             model_id=self.gallery.model_id,
             request_id=request_id,
         )
 
-    def embed(self, sent: Form, request_id: str) -> EmbedAnswer:
-        vectors_BD = self._embed(sent, "images")
-        return EmbedAnswer(
-            embeddings=vectors_BD.tolist(),
-            dimension=self.gallery.dimension,
-            model_id=self.gallery.model_id,
-            request_id=request_id,
+    def embed(self, sent: Sent, request_id: str) -> schemas.EmbedAnswer:
+        rows, dimension = self._embed(sent, "images").tolist(), self.gallery.dimension
+        return schemas.EmbedAnswer(
+            embeddings=rows, dimension=dimension, model_id=self.gallery.model_id, request_id=request_id
         )
 
-    def ready(self, trusted: bool, request_id: str) -> ReadyAnswer:
+    def ready(self, trusted: bool, request_id: str) -> schemas.ReadyAnswer:
         """Whether the service can answer, from memory alone; counts only for those who may know them.
 
         Raises:
@@ -227,8 +205,8 @@ class Service:
             told = fault if trusted and fault else "the store does not answer"
             raise ApiError(503, "store_unavailable", f"{told}; the log says more", headers={"retry-after": "5"})
         if not trusted:
-            return ReadyAnswer(request_id=request_id)
-        return ReadyAnswer(
+            return schemas.ReadyAnswer(request_id=request_id)
+        return schemas.ReadyAnswer(
             gallery_size=self.gallery.size,
             samples=self.gallery.samples,
             revision=self.gallery.revision,
@@ -240,82 +218,59 @@ class Service:
         """Whether an answer shows candidates below the threshold."""
         rule = self.settings.below_threshold
         if asked and rule == "never":
-            raise ApiError(
-                403,
-                "below_threshold_hidden",
-                "this service does not show candidates below the threshold; leave below_threshold out",
-            )
+            message = "this service does not show candidates below the threshold; leave below_threshold out"
+            raise ApiError(403, "below_threshold_hidden", message)
         return asked or rule == "always"
 
-    def _enrolled(self, done: Enrolment, request_id: str) -> EnrolAnswer:
-        return EnrolAnswer(
-            subject_id=done.subject_id,
-            samples=[SampleAnswer(sample_id=sample_id) for sample_id in done.sample_ids],
-            subject_created=done.subject_created,
-            subject_samples=done.subject_samples,
-            gallery_size=done.gallery_size,
-            model_id=self.gallery.model_id,
-            request_id=request_id,
-        )
-
-    def _embed(self, form: Form, *parts: str) -> Vectors:
+    def _embed(self, sent: Sent, *parts: str) -> Vectors:
         """Unit vectors of the image files in these parts, in order; the message of a fault says which file."""
         limit = self.settings.max_image_bytes
-        images = [(part, number, image) for part in parts for number, image in enumerate(form.files.get(part, ()), 1)]
-        names = [part if len(form.files[part]) == 1 else f"{part} {number}" for part, number, _ in images]
+        images = [(part, number, image) for part in parts for number, image in enumerate(sent.files.get(part, ()), 1)]
+        names = [part if len(sent.files[part]) == 1 else f"{part} {number}" for part, number, _ in images]
         for (part, number, image), name in zip(images, names, strict=True):
             if len(image) > limit:
-                raise ApiError(
-                    413,
-                    "image_too_large",
-                    f"image '{name}' has {len(image)} bytes; at most {limit} are allowed: send it smaller",
-                    {"part": part, "number": number, "max_bytes": limit},
-                )
+                message = f"image '{name}' has {len(image)} bytes; at most {limit} are allowed: send it smaller"
+                facts = {"part": part, "number": number, "max_bytes": limit}
+                raise ApiError(413, "image_too_large", message, facts)
         try:
             pixels_BCHW = self._decoders.decode([image for _, _, image in images], names)
         except ImageRefused as error:
             part, number, _ = images[error.number]
             status = 415 if error.code == "not_an_image" else 422
-            raise ApiError(status, error.code, str(error), {"part": part, "number": number}) from error
+            raise ApiError(status, error.code, error.message, {"part": part, "number": number}) from error
         except DecodersClosed as error:
             raise stopping() from error
-        with self.metrics.embedding(len(images)):
-            try:
-                return self.embedder.embed(pixels_BCHW)
-            except UserError as error:
-                raise ApiError(422, "bad_image", str(error), {"parts": list(parts)}) from error
+        try:
+            with self.metrics.embedding.time():
+                vectors_BD = self.embedder.embed(pixels_BCHW)
+        except UserError as error:
+            raise ApiError(422, "bad_image", str(error), {"parts": list(parts)}) from error
+        self.metrics.images.inc(len(images))
+        return vectors_BD
 
     def _vectors(self, embeddings: Sequence[Sequence[float]], model_id: str | None, part: str) -> Vectors:
         """Embeddings that a client sent, checked and brought to length 1 exactly."""
         if model_id is not None and model_id != self.gallery.model_id:
-            raise ApiError(
-                409,
-                "wrong_model",
+            message = (
                 f"the embeddings are of model {model_id}, but this service runs model {self.gallery.model_id}, and "
-                "vectors of two models cannot be compared; make them with POST /v1/embed of this service",
-                {"sent": model_id, "served": self.gallery.model_id},
+                "vectors of two models cannot be compared; make them with POST /v1/embed of this service"
             )
+            raise ApiError(409, "wrong_model", message, {"sent": model_id, "served": self.gallery.model_id})
         if len(embeddings) > self.settings.max_images:
-            raise invalid(f"{len(embeddings)} embeddings were sent; at most {self.settings.max_images} fit one", part)
-        for embedding in embeddings:
-            if len(embedding) != self.gallery.dimension:
-                raise ApiError(
-                    422,
-                    "wrong_dimension",
-                    f"an embedding in '{part}' has {len(embedding)} numbers; model {self.gallery.model_id} has "
-                    f"{self.gallery.dimension}",
-                    {"part": part, "sent": len(embedding), "allowed": self.gallery.dimension},
-                )
+            problem = f"{len(embeddings)} embeddings were sent; at most {self.settings.max_images} fit one"
+            raise invalid((part, problem))
+        allowed = self.gallery.dimension
+        for length in map(len, embeddings):
+            if length != allowed:
+                message = f"an embedding in '{part}' has {length} numbers; model {self.gallery.model_id} has {allowed}"
+                raise ApiError(422, "wrong_dimension", message, {"part": part, "sent": length, "allowed": allowed})
         x_BD = np.asarray(embeddings, np.float64)
         lengths_B = np.linalg.norm(x_BD, axis=1)
         if not (np.abs(lengths_B - 1) <= NORM_TOLERANCE).all():
             worst = float(lengths_B[np.abs(lengths_B - 1).argmax()])
-            raise ApiError(
-                422,
-                "not_a_unit_vector",
-                f"an embedding in '{part}' has length {worst:.4g}; it must be 1: divide it by its length",
-                {"part": part, "length": worst if np.isfinite(worst) else str(worst)},
-            )
+            message = f"an embedding in '{part}' has length {worst:.4g}; it must be 1: divide it by its length"
+            facts = {"part": part, "length": worst if np.isfinite(worst) else str(worst)}
+            raise ApiError(422, "not_a_unit_vector", message, facts)
         unit_BD: Vectors = (x_BD / lengths_B[:, None]).astype(np.float32)
         return unit_BD
 

@@ -1,14 +1,17 @@
 """Everything that decides how the service behaves, in one frozen model. The command line fills it."""
 
+import ipaddress
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
 from trainer.data.image import MAX_BYTES
 from trainer.errors import UserError
 
 MiB = 2**20
+Similarity = Annotated[float | None, Field(ge=-1, le=1.0001)]
 
 
 def _trimmed(key: object) -> object:
@@ -16,20 +19,38 @@ def _trimmed(key: object) -> object:
     return key.strip() if isinstance(key, str) else key
 
 
+def _host_patterns(text: str) -> str:
+    """What Starlette compares with: names without a port, or '*' for the first label or for all."""
+    for name in filter(None, map(str.strip, text.split(","))):
+        if not re.fullmatch(r"\*|(\*\.)?[\w.-]+|\[?[0-9a-f]*:[0-9a-f:]*:[0-9a-f.]*\]?", name, re.ASCII | re.IGNORECASE):
+            raise ValueError(f"'{name}' is no host name; give names like gallery.example.org, without port, or *")
+    return text
+
+
+def _addresses(text: str) -> str:
+    """uvicorn takes what is no address for a name, which no client has, and says nothing."""
+    for address in filter(None, map(str.strip, text.split(","))):
+        if address != "*":
+            ipaddress.ip_network(address)  # raises ValueError that names the address
+    return text.strip()
+
+
+def _named(path: Path) -> Path:
+    if not path.name:
+        raise ValueError(f"'{path}' is a folder; give a file in it")
+    return path
+
+
 class Settings(BaseModel):
     """Options of `hypersphere serve`. `from_values` makes one with readable errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
 
     embedder: Path = Field(description="folder with model.onnx and manifest.json")
-    store: Path = Field(description="SQLite file of the gallery; made if missing")
+    store: Annotated[Path, AfterValidator(_named)] = Field(description="SQLite file of the gallery; made if missing")
     restored: bool = Field(False, description="the store comes from a backup: take it as it is, and say so once")
-    verify_threshold: float | None = Field(
-        None, ge=-1, le=1.0001, description="similarity from which two images are a match; null: from the calibration"
-    )
-    identify_threshold: float | None = Field(
-        None, ge=-1, le=1.0001, description="similarity from which a candidate is a match; null: from the calibration"
-    )
+    verify_threshold: Similarity = Field(None, description="from which two images are a match; null: as calibrated")
+    identify_threshold: Similarity = Field(None, description="from which a candidate is a match; null: as calibrated")
     below_threshold: Literal["never", "on_request", "always"] = Field(
         "on_request", description="when identify shows candidates that are no match"
     )
@@ -40,10 +61,12 @@ class Settings(BaseModel):
         description="key that requests must carry; null: only this machine is served",
     )
     anonymous: bool = Field(False, description="serve every network without a key")
-    allowed_hosts: str = Field(
+    allowed_hosts: Annotated[str, AfterValidator(_host_patterns)] = Field(
         "", description="host names that clients may call the service by, by commas; * for any; empty: see `host_names`"
     )
-    trusted_proxies: str = Field("", description="addresses whose X-Forwarded-For is believed, by commas")
+    trusted_proxies: Annotated[str, AfterValidator(_addresses)] = Field(
+        "", description="addresses or networks whose X-Forwarded-For is believed, by commas"
+    )
     rate_limit: float | None = Field(None, gt=0, description="requests a second from one address; null: no limit")
     rate_burst: int = Field(20, ge=1, description="requests that may come at once before the limit counts")
     wrong_keys_a_minute: int = Field(10, ge=1, description="wrong keys from one address before it has to wait")
@@ -58,12 +81,12 @@ class Settings(BaseModel):
     max_images: int = Field(32, ge=1, le=1000, description="images or embeddings in one request")
     max_pixels: int = Field(16_000_000, ge=1, description="in all images of one request")
     max_samples: int = Field(100, ge=1, le=10_000, description="of one subject")
-    decode_cpu_s: float = Field(1.8, gt=0, description="seconds of CPU to decode the images of a request")
-    head_timeout_s: float = Field(10, gt=0, description="the head of a request must have arrived whole by then")
-    body_timeout_s: float = Field(30, gt=0, description="its body must have arrived whole by then")
-    keep_alive_s: int = Field(75, ge=1, description="an idle connection is kept open for the next request")
-    shutdown_s: int = Field(30, ge=3, description="after SIGTERM the service has ended by then")
-    idempotency_hours: float = Field(24, gt=0, description="how long an Idempotency-Key is remembered")
+    decode_cpu_s: float = Field(1.8, gt=0, le=3600, description="seconds of CPU to decode the images of a request")
+    head_timeout_s: float = Field(10, gt=0, le=3600, description="a request's head must have arrived whole by then")
+    body_timeout_s: float = Field(30, gt=0, le=3600, description="its body must have arrived whole by then")
+    keep_alive_s: int = Field(75, ge=1, le=86_400, description="an idle connection is kept open for the next request")
+    shutdown_s: int = Field(30, ge=3, le=86_400, description="after SIGTERM the service has ended by then")
+    idempotency_hours: float = Field(24, gt=0, le=8784, description="how long an Idempotency-Key is remembered")
 
 
 def from_values(values: dict[str, object]) -> Settings:
@@ -75,5 +98,8 @@ def from_values(values: dict[str, object]) -> Settings:
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        lines = [f"serve: {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        lines = [
+            f"serve: {'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors()
+        ]
         raise UserError("\n".join(lines)) from error

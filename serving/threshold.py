@@ -80,12 +80,11 @@ def _rule(manifest: EmbedderManifest, use: str, by_hand: float | None, calibrate
             f"the {use} threshold was calibrated for model {calibrated.model_id}, but the embedder is model "
             f"{manifest.model_id}; run 'hypersphere calibrate' on this embedder"
         )
-    wanted = "FMR" if use == "verify" else "FPIR"
+    wanted, size = ("FMR", None) if use == "verify" else ("FPIR", calibrated.gallery_size)
     if calibrated.target != wanted:
         raise UserError(
             f"the {use} threshold was calibrated for {calibrated.target}; {use} needs one for {wanted}: "
             "run 'hypersphere calibrate' again"
         )
     source = f"calibrated for {wanted} {calibrated.rate:g}: {calibrated.source}"
-    size = calibrated.gallery_size if use == "identify" else None
     return Rule(calibrated.value, source, calibrated.rate, (calibrated.low, calibrated.high), size)

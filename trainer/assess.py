@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.index import Progress
 from trainer.data.manifest import Manifest, Split
-from trainer.data.reader import Reader, ahead
+from trainer.data.reader import Progress, Reader, ahead
 from trainer.embedder import Embedder
 from trainer.evaluation.calibration import HeldOut, calibrate
 from trainer.evaluation.protocols import evaluate

@@ -97,11 +97,9 @@ def sync(path: Path) -> None:
 
 
 def _check(out: Path, kind: Kind, overwrite: bool) -> None:
-    if not out.exists():
-        return
-    if not out.is_dir():
+    if out.exists() and not out.is_dir():
         raise UserError(f"'{out}' is a file; name a folder that does not exist yet with --out")
-    if not any(out.iterdir()):
+    if not out.exists() or not any(out.iterdir()):
         return
     if not (out / kind.marker).exists():
         raise UserError(f"'{out}' holds other files and is not {kind.name}; choose a new folder with --out")

@@ -56,8 +56,8 @@ def import_(
 @app.command()
 def verify(folder: Annotated[Path, typer.Argument(help="Folder that `data import` wrote.")]) -> None:
     """Read every shard again and compare it with the manifest's digests."""
-    from trainer.data.index import verify as verify_shards
     from trainer.data.manifest import Manifest
+    from trainer.data.reader import verify as verify_shards
 
     with progress() as show:
         verify_shards(folder, Manifest.read(folder), show)

@@ -27,8 +27,9 @@ from PIL import Image
 
 from serving.cli import app
 from trainer.data.image import Preprocessing
+from trainer.data.importers import Sample
+from trainer.data.importers.run import write_shards
 from trainer.data.manifest import Manifest, Split
-from trainer.data.shards import SplitWriter
 from trainer.embedder import MODEL_FILE, EmbedderManifest, model_id, read_manifest, write_manifest
 from trainer.evaluation.report import Calibration, Report, Threshold
 
@@ -220,15 +221,16 @@ def data_set(installed: Installed) -> Path:
     classes = [f"person{number:02d}" for number in range(20)]
     folder = installed.folder / "data"
     folder.mkdir()
-    with SplitWriter(folder, "val") as writer:
-        for label, name in enumerate(classes):
-            face = generator.integers(0, 256, (8, 8))
-            for sample in range(5):
-                pixels = (face + generator.normal(scale=20, size=face.shape)).clip(0, 255).astype(np.uint8)
-                file = io.BytesIO()
-                Image.fromarray(pixels).save(file, "PNG")
-                writer.write(file.getvalue(), "png", label, name, f"{name}/{sample}.png")
-    split = Split(samples=100, classes=classes, class_counts=[5] * 20, shards=writer.entries)
+    samples = []
+    for label, name in enumerate(classes):
+        face = generator.integers(0, 256, (8, 8))
+        for number in range(5):
+            pixels = (face + generator.normal(scale=20, size=face.shape)).clip(0, 255).astype(np.uint8)
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "PNG")
+            samples.append((file.getvalue(), "png", label, Sample(name, f"{name}/{number}.png")))
+    shards = write_shards(folder, "val", samples)
+    split = Split(samples=100, classes=classes, class_counts=[5] * 20, shards=shards)
     Manifest(kind="folder", image_mode="L", splits={"val": split}).write(folder)
     return folder
 

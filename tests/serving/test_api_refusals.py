@@ -64,6 +64,14 @@ BAD_BODIES = {
         415,
         "unsupported_charset",
     ),
+    "a charset behind a space": (
+        {
+            "content": b'--b\r\nContent-Disposition: form-data; name="top_k"\r\n\r\n\xff\r\n--b--\r\n',
+            "headers": {"content-type": "multipart/form-data; boundary=b; charset =undefined"},
+        },
+        415,
+        "unsupported_charset",
+    ),
     "broken form": (
         {"content": b"garbage", "headers": {"content-type": "multipart/form-data; boundary=b"}},
         400,
@@ -241,7 +249,8 @@ def test_the_key_and_the_rate(serve, photos):
     answer = server.http.get("/v1/subjects", headers=key)
     refused(answer, 429, "too_many_requests")
     assert int(answer.headers["retry-after"]) > 0
-    assert server.http.get("/healthz").status_code == 200
+    assert server.http.get("/healthz", headers={"X-API-Key": "wrong"}).status_code == 200  # as for an orchestrator
+    refused(server.http.get("/readyz", headers={"X-API-Key": "wrong"}), 401, "key_wrong")
     assert "correct-horse" not in "".join(server.output)
 
 
@@ -313,3 +322,21 @@ def test_other_hosts_are_refused(server):
         assert "--allowed-hosts" in error["message"]
     for host in ("localhost", "localhost:1234", "LOCALHOST", "[::1]:80"):
         assert server.http.get("/healthz", headers={"host": host}).status_code == 200
+
+
+def test_pages_of_other_sites_change_nothing_without_a_key(server, photos):
+    """A browser lets any page post a form here; only its Origin tells."""
+    for origin in ("https://elsewhere.example", "null", "http://127.0.0.1.elsewhere.example"):
+        refused(enrol(server, "forged", photos(1), headers={"origin": origin}), 403, "other_site")
+    assert "forged" not in server.http.get("/v1/subjects?limit=1000").text
+    assert enrol(server, "own-page", photos(1), headers={"origin": server.url}).status_code == 201
+    server.http.delete("/v1/subjects/own-page")
+
+
+def test_the_methods_of_a_route_are_named_once(server):
+    assert server.http.head("/healthz").headers.get_list("allow") == ["GET"]
+
+
+def test_what_does_not_go_together_is_told_plainly(server):
+    error = refused(server.http.post("/v1/verify", json={"probe": UNIT}), 422, "invalid")
+    assert error["message"].startswith("the request: give either reference or subject_id")

@@ -175,3 +175,64 @@ def test_the_refusal_of_a_large_body_can_be_read(server):
                 for _ in range(400):
                     wire.sendall(b"2710\r\n" + b" " * 10_000 + b"\r\n")
             assert wire.recv(65536).startswith(b"HTTP/1.1 413")
+
+
+UNREAD = b"POST /v1/identify HTTP/1.1\r\nHost: localhost\r\n"
+
+
+def test_whoever_is_answered_makes_room_though_the_body_is_not_here(serve):
+    server = serve(max_connections=8, api_key="a-key-of-this-very-test")
+    server.http.close()
+    with contextlib.ExitStack() as opened:
+        for _ in range(8):
+            wire = opened.enter_context(_connect(server))
+            wire.sendall(UNREAD + b"Content-Length: 100000\r\n\r\n")
+            assert wire.recv(65536).startswith(b"HTTP/1.1 401")
+        assert _alive(opened.enter_context(_connect(server)))
+
+
+def test_whoever_takes_no_answer_makes_room(serve):
+    """And does not count as a request under way where no key is needed."""
+    server = serve(max_connections=8, max_requests=2)
+    script = re.search(r'src="([^"]+\.js)"', server.http.get("/docs").text)[1]
+    ask = f"GET {script} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() * 8
+    server.http.close()
+    with contextlib.ExitStack() as opened:
+        for _ in range(8):
+            wire = opened.enter_context(socket.socket())
+            wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            wire.settimeout(20)
+            wire.connect(_address(server))
+            wire.sendall(ask)
+        time.sleep(1)  # until both kernels' buffers are full
+        assert _alive(opened.enter_context(_connect(server)))
+        with server.client() as http:
+            assert http.get("/v1/subjects").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "around",
+    [b"0\r\n" + b"a:b\r\n" * 500_000, b"1\r\nx\r\n" * 500_000, b"1;" + b"a" * 2**21],
+    ids=["trailers", "chunks of one byte", "an endless extension"],
+)
+def test_what_comes_around_a_body_is_bounded(server, around):
+    part = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+    with _connect(server) as wire:
+        wire.sendall(UNREAD + b"Content-Type: multipart/form-data; boundary=b\r\nTransfer-Encoding: chunked\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            wire.sendall(b"%x\r\n%s\r\n" % (len(part), part) + around)
+        assert "too small pieces" in _error(wire.recv(65536), 400)["message"]
+
+
+def test_trailers_are_no_headers(strict):
+    key = b"Transfer-Encoding: chunked\r\nContent-Type: application/json\r\nX-Request-ID: sent-as-a-header\r\n\r\n"
+    with _connect(strict) as wire:
+        wire.sendall(UNREAD + key + b"0\r\nX-Request-ID: sent-as-a-trailer\r\n\r\n")
+        assert b"sent-as-a-header" in wire.recv(65536)
+
+
+def test_a_target_names_its_host_as_a_header_does(server):
+    for host, status in ((b"[::1]:8000", b"200"), (b"localhost:8000", b"200"), (b"[::2]", b"400")):
+        with _connect(server) as wire:
+            wire.sendall(b"GET http://%s/healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n" % host)
+            assert _until_closed(wire).startswith(b"HTTP/1.1 " + status), host

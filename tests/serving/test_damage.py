@@ -32,7 +32,7 @@ def hasty(monkeypatch):
 
 def _open(path, restored=False, dimension=32):
     gallery = Gallery(Store(path, MODEL, dimension, restored=restored), RULE, RULE)
-    gallery._store._writer.execute("PRAGMA synchronous=OFF")
+    gallery._store._database.writer.execute("PRAGMA synchronous=OFF")
     try:
         gallery.load()
     except UserError:

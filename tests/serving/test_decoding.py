@@ -53,7 +53,7 @@ def decoders(open_decoders: Callable[..., Decoders]) -> Decoders:
 def children(decoders: Decoders) -> list[int]:
     """Process numbers; starts a child if none has been started."""
     decoders.decode([good("PNG")], ["good"])
-    return [child._process.pid for child in decoders._children]
+    return [child._process.pid for child in decoders._children if child._process is not None]
 
 
 class Cost:

@@ -5,7 +5,7 @@ import sqlite3
 import numpy as np
 import pytest
 
-from serving.migrations import NOBODY
+from serving.rows import NOBODY
 from serving.store import IdempotencyKey, Store
 
 MODEL = "a" * 32
@@ -18,7 +18,7 @@ def hasty(monkeypatch):
 
     def open_(path, dimension=32):
         store = Store(path, MODEL, dimension)
-        store._writer.execute("PRAGMA synchronous=OFF")
+        store._database.writer.execute("PRAGMA synchronous=OFF")
         return store
 
     return open_
@@ -62,13 +62,15 @@ def test_nothing_erased_is_left_in_any_file(tmp_path, hasty, seed):
     store.close()
     assert _left(tmp_path, erased) == ([], [])
     store = hasty(tmp_path / "gallery.db", 64)
-    (rows,) = store._reader.execute("SELECT count(*) FROM samples").fetchone()
+    (rows,) = store._database.reader.execute("SELECT count(*) FROM samples").fetchone()
     assert rows == most  # freed places were taken again
     store.verify()
     assert sum(len(piece[0]) for piece in store.samples(settled=True)) == store.state().samples
     for name in list(living):
         store.delete(name)
-    assert store._reader.execute("SELECT count(*) FROM samples WHERE subject_id <> ?", (NOBODY,)).fetchone() == (0,)
+    assert store._database.reader.execute(
+        "SELECT count(*) FROM samples WHERE subject_id <> ?", (NOBODY,)
+    ).fetchone() == (0,)
     store.close()
     assert _left(tmp_path, [*erased, *living.items()]) == ([], [])
 
@@ -93,8 +95,12 @@ def test_two_stores_write_different_digests(tmp_path, vectors):
     for name in ("one.db", "two.db"):
         store = Store(tmp_path / name, MODEL, 32)
         store.enrol("alice", vectors(1), key=IdempotencyKey("k", b"r"))
-        digests |= {value for row in store._reader.execute("SELECT key, request FROM idempotency") for value in row}
-        digests |= set(store._reader.execute("SELECT digest FROM subjects WHERE digest IS NOT NULL").fetchall())
+        digests |= {
+            value for row in store._database.reader.execute("SELECT key, request FROM idempotency") for value in row
+        }
+        digests |= set(
+            store._database.reader.execute("SELECT digest FROM subjects WHERE digest IS NOT NULL").fetchall()
+        )
         store.close()
     assert len(digests) == 6
 

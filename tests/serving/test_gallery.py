@@ -107,7 +107,7 @@ class _Faulty:
 
 
 def _break(gallery):
-    gallery._projection.index = _Faulty(gallery._projection.index)
+    gallery._index = _Faulty(gallery._index)
 
 
 def test_a_change_that_the_index_fails_to_make_is_not_lost(gallery, vectors):
@@ -129,8 +129,9 @@ def test_a_change_that_the_index_fails_to_make_is_not_lost(gallery, vectors):
     assert _mended(gallery).samples == gallery.samples == 1
 
 
-def test_an_answer_is_not_repeated_before_the_index_has_what_it_tells_of(gallery, vectors):
+def test_an_answer_is_not_repeated_before_the_index_has_what_it_tells_of(gallery, vectors, monkeypatch):
     x, key = vectors(1), IdempotencyKey("k", b"digest")
+    permits = _slow_pieces(gallery._store, monkeypatch)
     _break(gallery)
     with pytest.raises(MemoryError):
         gallery.enrol("alice", x, key)
@@ -138,6 +139,7 @@ def test_an_answer_is_not_repeated_before_the_index_has_what_it_tells_of(gallery
         gallery.replay(key, "alice")
     with pytest.raises(GalleryLoading):
         gallery.enrol("alice", x, key)
+    permits.release()
     _mended(gallery)
     assert gallery.replay(key, "alice").replayed
     assert gallery.enrol("alice", x, key).replayed
@@ -148,7 +150,7 @@ def test_an_answer_is_not_repeated_before_the_index_has_what_it_tells_of(gallery
 def test_a_replay_waits_for_an_enrolment_between_store_and_index(gallery, vectors):
     x, key = vectors(1), IdempotencyKey("k", b"digest")
     committed, go_on, answers = threading.Event(), threading.Event(), []
-    index = gallery._projection.index
+    index = gallery._index
     add = index.add
 
     def slow(*arguments):
@@ -197,7 +199,7 @@ def test_an_erased_subject_is_gone_even_where_its_log_cannot_be_folded(gallery, 
     x, store = vectors(2), gallery._store
     gallery.enrol("alice", x[:1])
     gallery.enrol("bob", x[1:])
-    store._writer = failing = _FailingFold(store._writer, error)
+    store._database.writer = failing = _FailingFold(store._database.writer, error)
     try:
         gallery.delete("alice")
     except MemoryError:
@@ -231,9 +233,8 @@ def test_nothing_is_answered_before_loading(tmp_path, vectors):
     assert gallery.verify(x[0], x[0]).decision == "match"
     with pytest.raises(Stopped):
         gallery.load(stopping=lambda: True)
-    told = []
-    gallery.load(progress=lambda done, total: told.append((done, total)))
-    assert (told[0], told[-1]) == ((0, 2), (2, 2))
+    assert gallery.status() == Status("loading", 0, 2)
+    gallery.load()
     assert gallery.status() == Status("ready", 2, 2)
     assert gallery.identify(x[0], 1).decision == "match"
     gallery.close()
@@ -247,7 +248,7 @@ def test_an_index_that_does_not_fit_in_memory_is_told(tmp_path, vectors, monkeyp
         raise MemoryError
 
     gallery = Gallery(store, Rule(0.5, ""), Rule(0.5, ""))
-    monkeypatch.setattr("serving.projection.Index.add", fail)
+    monkeypatch.setattr("serving.gallery.Index.add", fail)
     with pytest.raises(UserError, match="there is not enough memory for the index"):
         gallery.load()
     gallery.close()
@@ -276,7 +277,7 @@ def test_searches_and_changes_go_on_while_an_index_is_built(gallery, vectors, mo
     _break(gallery)
     with pytest.raises(MemoryError):
         gallery.enrol("s8", x[8:9])
-    gallery._projection.index = gallery._projection.index._index  # from here on it can be changed again
+    gallery._index = gallery._index._index  # from here on it can be changed again
     gallery.check()
     for _ in range(4):
         permits.release()
@@ -310,7 +311,7 @@ def test_a_store_that_cannot_be_read_any_more_is_told_and_searches_go_on(gallery
     x = vectors(3)
     gallery.enrol("alice", x[:1])
     gallery.enrol("bob", x[1:2])
-    writer = gallery._store._writer
+    writer = gallery._store._database.writer
     writer.execute("UPDATE samples SET vector = zeroblob(128) WHERE id = 1")
     _break(gallery)
     with pytest.raises(MemoryError):
@@ -359,7 +360,7 @@ def test_a_change_by_another_program_is_seen(gallery, vectors):
 
 def test_a_failing_disk_leaves_both_as_they_were(gallery, vectors):
     x = vectors(400 * 8).reshape(400, 8, 32)
-    writer = gallery._store._writer
+    writer = gallery._store._database.writer
     writer.execute("PRAGMA max_page_count = 20")
     acknowledged = 0
 

@@ -27,7 +27,7 @@ def _first_schema(path, x, stop=None):
     """A store as the first version wrote it: two subjects, one erased, two keys. Returns {subject: sample ids}."""
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("PRAGMA journal_mode=WAL")
-    m001_create_tables(connection, Target(path, MODEL, 32, 0))
+    m001_create_tables(connection, Target(path, path, MODEL, 32, 0))
     connection.execute("PRAGMA application_id = 0x48595053")
     connection.execute("PRAGMA user_version = 1")
     connection.execute(
@@ -160,5 +160,5 @@ def test_an_older_schema_beside_a_mark_has_lost_what_came_after(tmp_path, vector
 def test_nothing_is_done_where_nothing_is_to_do(tmp_path):
     path = tmp_path / "gallery.db"
     store = Store(path, MODEL, 32)
-    assert migrate(store._writer, Target(path, MODEL, 32, 0)) is False
+    assert migrate(store._database.writer, Target(path, path, MODEL, 32, 0)) is False
     store.close()

@@ -57,8 +57,23 @@ def test_a_bucket_empties_and_fills():
         limit.check("a")
 
 
+def test_too_many_wrong_keys_are_called_so():
+    check = KeyCheck(KEY, 1)
+    for told in ("is not one of", "more than 1 wrong keys"):
+        with pytest.raises(ApiError, match=told):
+            check.check({b"x-api-key": b"wrong"}, "10.0.0.1")
+
+
 def test_the_memory_of_clients_is_bounded():
     limit = RateLimit(rate=1, burst=1, clock=lambda: 0.0)
     for number in range(CLIENTS_REMEMBERED + 10):
         limit.check(str(number))
     assert len(limit._buckets) == CLIENTS_REMEMBERED
+
+
+@pytest.mark.parametrize("client", ["a:b:c", "::1", "1:2:3:4:5:6:7:8%eth0", "\xff:", "10.0.0.1", ""])
+def test_whatever_a_proxy_calls_an_address_is_counted(client):
+    limit = RateLimit(rate=1, burst=1, clock=lambda: 0.0)
+    limit.check(client)
+    with pytest.raises(ApiError):
+        limit.check(client)

@@ -2,12 +2,17 @@
 
 import inspect
 import logging
+import os
+import signal
 import socket
 
 import pytest
+import uvicorn
+from typer.testing import CliRunner
 
+from serving.cli import app
 from serving.cli.serve import serve
-from serving.server import LINES_A_MINUTE, Sparing, _listen, host_names, run
+from serving.server import LINES_A_MINUTE, Sparing, _connections, _listen, _signals_taken, host_names, run
 from serving.settings import Settings, from_values
 from trainer.errors import UserError
 
@@ -39,11 +44,42 @@ def test_the_names_that_are_answered(host, values, names):
         ("0.0.0.0", {}, "HYPERSPHERE_API_KEY"),
         ("::", {"api_key": None}, "--anonymous"),
         ("10.0.0.7", {"anonymous": True}, "--allowed-hosts"),
+        ("127.0.0.1", {"trusted_proxies": "127.0.0.1"}, "HYPERSPHERE_API_KEY"),
+        ("127.0.0.1", {"trusted_proxies": "*", "anonymous": True}, "--allowed-hosts"),
     ],
 )
 def test_nobody_else_is_served_by_oversight(host, values, told):
     with pytest.raises(UserError, match=told):
         run(settings(**values), host, 0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({name: value} for name in ("head_timeout_s", "body_timeout_s", "decode_cpu_s") for value in ("inf", 1e12)),
+        *({"idempotency_hours": value} for value in ("inf", 1e13)),
+        *({name: 10**14} for name in ("keep_alive_s", "shutdown_s")),
+        *({"allowed_hosts": value} for value in ("a*b.test", "https://a.test", "a.test:80", "a.test,*.*")),
+        *({"trusted_proxies": value} for value in ("10.0.0.0/33", "proxy.test", "10.0.0.1/8")),
+        {"store": "/"},
+    ],
+    ids=str,
+)
+def test_values_that_would_fail_later_are_refused_at_once(values):
+    with pytest.raises(UserError, match=next(iter(values))):
+        settings(**values)
+
+
+def test_names_and_networks_are_taken():
+    settings(allowed_hosts="a.test, *.b.test,127.0.0.1,[::1], ::1,*", trusted_proxies="10.0.0.0/8, ::1,127.0.0.1")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_loop_runs_is_obeyed(number):
+    server = uvicorn.Server(uvicorn.Config(None))
+    with _signals_taken(server):
+        signal.raise_signal(number)
+    assert server.should_exit
 
 
 @pytest.mark.parametrize("key", ["", " \n", "short", "\n".join(["a" * 20] * 20)])
@@ -63,6 +99,23 @@ def test_the_listener_says_that_it_is_tcp():
         assert listener.proto == socket.IPPROTO_TCP
 
 
+def test_the_key_is_taken_out_of_the_environment(monkeypatch):
+    """Other processes inherit it."""
+    seen = []
+    monkeypatch.setattr("serving.server.run", lambda *taken: seen.append((taken[0], dict(os.environ))))
+    monkeypatch.setenv("HYPERSPHERE_API_KEY", KEY)
+    CliRunner().invoke(app, ["serve", "--embedder", "e"], catch_exceptions=False)
+    ((taken, environment),) = seen
+    assert taken.api_key.get_secret_value() == KEY
+    assert KEY not in str(environment)
+
+
+def test_an_empty_key_is_an_oversight(monkeypatch):
+    monkeypatch.setenv("HYPERSPHERE_API_KEY", "")
+    with pytest.raises(UserError, match="empty"):
+        CliRunner().invoke(app, ["serve", "--embedder", "e"], catch_exceptions=False)
+
+
 def test_every_setting_is_an_option_with_the_same_default():
     options = {name: parameter.default for name, parameter in inspect.signature(serve).parameters.items()}
     fields = Settings.model_fields
@@ -71,6 +124,15 @@ def test_every_setting_is_an_option_with_the_same_default():
     for name, field in fields.items():
         if not field.is_required() and name != "store":
             assert options[name] == field.default, name
+
+
+@pytest.mark.parametrize(("workers", "connections"), [(2, 512), (100, 512), (200, 1024 - 64 - 4 * 200), (256, 8)])
+def test_decoders_leave_descriptors_to_the_connections(workers, connections, monkeypatch):
+    """Without one left, no connection is accepted and no idle one makes room."""
+    limits = [(1024, 1024)]
+    monkeypatch.setattr("resource.getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr("resource.setrlimit", lambda _, both: limits.append(both))
+    assert _connections(settings(workers=workers, max_connections=512)) == connections
 
 
 def test_logs_are_spared_of_repetitions(caplog):

@@ -54,7 +54,7 @@ def test_what_was_enrolled_comes_back_bit_for_bit(tmp_path, vectors):
 
 def test_durability_is_switched_on(opened):
     pragma = {
-        name: opened._writer.execute(f"PRAGMA {name}").fetchone()[0]
+        name: opened._database.writer.execute(f"PRAGMA {name}").fetchone()[0]
         for name in ("journal_mode", "synchronous", "foreign_keys", "secure_delete")
     }
     assert pragma == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "secure_delete": 1}
@@ -92,6 +92,9 @@ def test_a_key_applies_once(opened, vectors):
     gone = IdempotencyKey("k2", b"deletion")
     assert not opened.delete("alice", gone).replayed
     assert opened.delete("alice", gone).replayed
+    for other in (lambda: opened.delete("alice", key), lambda: opened.enrol("alice", vectors(1), key=gone)):
+        with pytest.raises(KeyReused):
+            other()
     # A late repetition of the enrolment does not bring the subject back.
     assert opened.enrol("alice", vectors(2), key=key).replayed
     assert opened.state().subjects == 0
@@ -102,7 +105,7 @@ def test_old_keys_are_forgotten(tmp_path, vectors):
     key = IdempotencyKey("k", b"digest")
     store.enrol("alice", vectors(1), key=key)
     second = store.enrol("alice", vectors(1), key=key)
-    (kept,) = store._reader.execute("SELECT count(*) FROM idempotency").fetchone()
+    (kept,) = store._database.reader.execute("SELECT count(*) FROM idempotency").fetchone()
     store.close()
     assert (second.replayed, second.subject_samples, kept) == (False, 2, 1)
 
@@ -156,7 +159,7 @@ def test_any_name_of_a_file_will_do(tmp_path, vectors, name):
 
 
 def test_a_verification_ends_when_it_is_told_to(tmp_path, vectors, monkeypatch):
-    monkeypatch.setattr("serving.audit.STEPS_A_QUESTION", 100)
+    monkeypatch.setattr("serving.rows.STEPS_A_QUESTION", 100)
     store = Store(tmp_path / "gallery.db", MODEL, 32)
     store.enrol("alice", vectors(90))
     asked = []
@@ -207,7 +210,7 @@ def _questions(store):
 
 def test_a_start_reads_every_row_once(tmp_path, vectors, monkeypatch):
     """The work grows as the gallery does, not as its square; a page of subjects and a change cost the same always."""
-    monkeypatch.setattr("serving.audit.STEPS_A_QUESTION", 100)
+    monkeypatch.setattr("serving.rows.STEPS_A_QUESTION", 100)
     x, costs = vectors(20, dimension=8), []
     store = Store(tmp_path / "gallery.db", MODEL, 8)
     for total in (50, 200):
@@ -215,10 +218,10 @@ def test_a_start_reads_every_row_once(tmp_path, vectors, monkeypatch):
             store.enrol(f"s{number}", x)
         costs.append(
             (
-                _steps(store._reader, lambda: list(store.samples(settled=True))),
+                _steps(store._database.reader, lambda: list(store.samples(settled=True))),
                 _questions(store),
-                _steps(store._reader, lambda: store.subjects(0, 50)),
-                _steps(store._writer, lambda total=total: store.enrol(f"s{total}", x)),
+                _steps(store._database.reader, lambda: store.subjects(0, 50)),
+                _steps(store._database.writer, lambda total=total: store.enrol(f"s{total}", x)),
             )
         )
     (walk, check, page, change), (walk_4, check_4, page_4, change_4) = costs
@@ -231,7 +234,7 @@ def test_a_start_reads_every_row_once(tmp_path, vectors, monkeypatch):
 
 
 def test_samples_are_walked_by_their_numbers_with_a_look_at_their_subject(opened):
-    plan = opened._reader.execute(
+    plan = opened._database.reader.execute(
         f"EXPLAIN QUERY PLAN {SAMPLES} WHERE samples.id > 0 AND subject_id <> 1 ORDER BY samples.id LIMIT 9"
     ).fetchall()
     assert [row[3] for row in plan] == [
@@ -295,7 +298,7 @@ def test_impossible_places_are_refused(tmp_path, place):
 
 def test_a_full_disk_is_an_error_and_loses_nothing(opened, vectors):
     x = vectors(400 * 8).reshape(400, 8, 32)
-    opened._writer.execute("PRAGMA max_page_count = 20")
+    opened._database.writer.execute("PRAGMA max_page_count = 20")
     acknowledged = {}
 
     def fill():
@@ -307,7 +310,7 @@ def test_a_full_disk_is_an_error_and_loses_nothing(opened, vectors):
     found = _all(opened)
     assert {subject_id: list(samples) for subject_id, samples in found.items()} == acknowledged
     assert opened.state().samples == 8 * len(acknowledged) > 10
-    opened._writer.execute("PRAGMA max_page_count = 100000")
+    opened._database.writer.execute("PRAGMA max_page_count = 100000")
     opened.enrol("after", x[0])
     assert "after" in _all(opened)
 

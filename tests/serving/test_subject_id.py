@@ -6,10 +6,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import ApiError
-from serving.subject_id import PATTERN, enrollable, known
+from serving.parsing import PATTERN, enrollable, known
 
 
-@pytest.mark.parametrize("name", ["a", "Ålesund 7", "a.b@c:d", "名前", "x" * 128, "...", "a+b&c=d?e#f", "Ω", "0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a",
+        "Ålesund 7",
+        "a.b@c:d",
+        "名前",
+        "x" * 128,
+        "...",
+        "a+b&c=d?e#f",
+        "Ω",
+        "0",
+        "\u0418\u0432\u0430\u043d\u043e\u0432 A. 2B",
+        "\u03b1-particle",
+    ],
+)
 def test_names_that_people_use(name):
     assert enrollable(name) == name
     assert re.search(PATTERN, name)
@@ -23,7 +38,9 @@ def test_names_that_people_use(name):
         "\uff21lice",  # full-width A
         "\ufb01n",  # a ligature
         "a\u200bb", "a\u202eb", "\u2066a", "a\ufeff", "a\u00adb",  # unseen, or turning the direction
+        "\u0430lice", "Alic\u0435", "\u039fslo", "a  b",  # Cyrillic and Greek letters among Latin ones
         "a\ue000", "a\u0085b", "\U000e0041a",
+        "a\u034f", "a\ufe0f", "\u1160", "a\u2800", "a\u17b4b", "a\U000e0100",  # marks, letters and symbols not seen
     ],
 )  # fmt: skip
 def test_names_that_look_like_others(name):

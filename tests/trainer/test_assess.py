@@ -47,7 +47,7 @@ def test_every_sample_has_its_vector(images, data, embedder):
     vectors_ND, labels_N = embed_split(embedder, data, split, lambda *step: told.append(step))
     files = sorted(images.rglob("*.png"))
     assert [split.classes[label] for label in labels_N] == [file.parent.name for file in files]
-    pixels = np.stack([load_image(file, embedder.preprocessing) for file in files])
+    pixels = np.stack([load_image(file.read_bytes(), embedder.preprocessing) for file in files])
     np.testing.assert_allclose(vectors_ND, embedder.embed(pixels), atol=1e-6)
     assert told == [("embed", 256, 300), ("embed", 300, 300)]
 

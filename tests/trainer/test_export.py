@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from trainer.backbones import build, vit
+from trainer.backbones import build, networks
 from trainer.config import BackboneConfig
 from trainer.data.image import Preprocessing
 from trainer.embedder import MANIFEST_FILE, MODEL_FILE, read_manifest
@@ -71,7 +71,7 @@ class Flat(nn.Module):
 def test_onnx_equals_torch_at_any_batch_size(
     name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vit, "DEPTH", 2)  # ten more blocks of the same kind would only take longer
+    monkeypatch.setattr(networks, "VIT_DEPTH", 2)  # ten more blocks of the same kind would only take longer
     preprocessing = Preprocessing(mode=mode, height=28, width=36)
     backbone = trained(name, preprocessing)
     manifest = export(backbone, preprocessing, tmp_path / "embedder", drawings(8, preprocessing), {"step": "7"})

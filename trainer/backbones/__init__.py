@@ -1,20 +1,15 @@
 """Networks from pixels to embeddings, made by their name in the config."""
 
 import difflib
-import importlib
 from typing import Any
 
 from torch import nn
 
-from trainer.backbones.convnet import ConvNet
-from trainer.backbones.iresnet import UNITS, IResNet
-from trainer.backbones.mobilefacenet import MobileFaceNet
-from trainer.backbones.vit import VisionTransformer
+from trainer.backbones.networks import UNITS, ConvNet, IResNet, MobileFaceNet, VisionTransformer
 from trainer.config import BackboneConfig
 from trainer.errors import UserError
 
 NAMES = ("convnet", *UNITS, "mobilefacenet", "vit", "timm:<name>")
-TIMM = "timm:"
 
 
 def build(config: BackboneConfig, channels: int, height: int, width: int) -> nn.Module:
@@ -31,20 +26,18 @@ def build(config: BackboneConfig, channels: int, height: int, width: int) -> nn.
             f"images of {height} x {width} pixels are too small for a backbone; "
             "set data.height and data.width to 16 or more"
         )
-    if config.name.startswith(TIMM):
-        return _from_timm(config.name.removeprefix(TIMM), config, channels, height, width)
+    D, dropout = config.dimension, config.dropout
     match config.name:
         case "convnet":
-            return ConvNet(
-                channels, height, width, dimension=config.dimension, first=config.width, dropout=config.dropout
-            )
+            return ConvNet(channels, height, width, dimension=D, first=config.width, dropout=dropout)
         case "mobilefacenet":
-            return MobileFaceNet(channels, height, width, config.dimension, config.dropout)
+            return MobileFaceNet(channels, height, width, D, dropout)
         case "vit":
-            return VisionTransformer(channels, height, width, config.dimension, config.dropout)
+            return VisionTransformer(channels, height, width, D, dropout)
         case name if name in UNITS:
-            units, D = UNITS[name], config.dimension
-            return IResNet(units, channels, height, width, dimension=D, dropout=config.dropout)
+            return IResNet(UNITS[name], channels, height, width, dimension=D, dropout=dropout)
+        case name if name.startswith("timm:"):
+            return _from_timm(name.removeprefix("timm:"), config, channels, height, width)
         case name:
             close = difflib.get_close_matches(name, NAMES, 1)
             hint = f"did you mean '{close[0]}'? " if close else ""
@@ -54,7 +47,7 @@ def build(config: BackboneConfig, channels: int, height: int, width: int) -> nn.
 def _from_timm(name: str, config: BackboneConfig, channels: int, height: int, width: int) -> nn.Module:
     """A timm network without its classifier, and a linear layer with batch norm to D."""
     try:
-        timm = importlib.import_module("timm")
+        import timm
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
         raise UserError(
             f"backbone.name 'timm:{name}' needs timm, which cannot be imported here ({error}); "

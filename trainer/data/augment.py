@@ -7,6 +7,7 @@ Legend: B slots of this rank, G slots of the global batch, C channels, H height,
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -47,12 +48,13 @@ def to_float(images_BCHW: torch.Tensor) -> torch.Tensor:
     return images_BCHW.to(torch.float32, copy=True).div_(127.5).sub_(1.0)
 
 
+@dataclass(frozen=True, slots=True)
 class Augment:
     """Changes as `config` says: turned, zoomed, sheared, shifted (one resampling), mirrored, partly erased, lightened.
 
     Areas moved in from outside repeat the border's pixels, so that white paper stays white.
 
-    Args:
+    Attributes:
         seed: of the run.
         classes: of the data set. With `quarter_turns` an image turned by t x 90 degrees has label + t x classes: the
             head then has 4 x classes.
@@ -60,11 +62,10 @@ class Augment:
             of an identity stay samples of one.
     """
 
-    def __init__(self, config: AugmentConfig, seed: int, classes: int, together: int = 1) -> None:
-        self._config = config
-        self._together = together
-        self._seed = seed
-        self._classes = classes
+    config: AugmentConfig
+    seed: int
+    classes: int
+    together: int = 1
 
     def __call__(self, batch: Batch, epoch: int, step: int, global_batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Float images [B, C, H, W] in -1..1, on the device of the batch, and labels [B]; padding keeps `PADDING`.
@@ -79,26 +80,25 @@ class Augment:
         """
         draws = self._draw(batch, epoch, step, global_batch)
         images_BCHW, labels_B = batch.images_BCHW, batch.labels_B
-        if self._config.quarter_turns:
+        if self.config.quarter_turns:
             turns_B = (draws["turn"] * 4).long().clamp_(max=3)
             images_BCHW = _quarter_turned(images_BCHW, turns_B)
-            labels_B = torch.where(labels_B == PADDING, labels_B, labels_B + turns_B * self._classes)
-        images_BCHW = to_float(images_BCHW)
-        images_BCHW = self._move(images_BCHW, draws)
+            labels_B = torch.where(labels_B == PADDING, labels_B, labels_B + turns_B * self.classes)
+        images_BCHW = self._move(to_float(images_BCHW), draws)
         images_BCHW = self._erase(images_BCHW, draws)
         return self._shade(images_BCHW, draws), labels_B
 
     def _draw(self, batch: Batch, epoch: int, step: int, global_batch: int) -> dict[str, torch.Tensor]:
-        random = np.random.default_rng([self._seed, epoch, step, 0xA06])
+        random = np.random.default_rng([self.seed, epoch, step, 0xA06])
         table_GN = torch.from_numpy(random.random((global_batch, len(_COLUMNS)), dtype=np.float32))
         turn = _COLUMNS.index("turn")
-        table_GN[:, turn] = table_GN[torch.arange(global_batch) // self._together * self._together, turn]
+        table_GN[:, turn] = table_GN[torch.arange(global_batch) // self.together * self.together, turn]
         table_BN = table_GN[batch.rows_B.cpu()].to(batch.images_BCHW.device)
         return dict(zip(_COLUMNS, table_BN.unbind(1), strict=True))
 
     def _move(self, images_BCHW: torch.Tensor, draws: dict[str, torch.Tensor]) -> torch.Tensor:
         """Rotation, zoom, shear, shift and mirroring in one bilinear resampling."""
-        config = self._config
+        config = self.config
         moves = (config.rotate_degrees, config.scale, config.shear_degrees, config.translate)
         if not any(moves):
             if config.flip:
@@ -116,21 +116,21 @@ class Augment:
         Written for square pixels as A = rotation . shear / zoom; on an image that is not square x and y have different
         units, hence the factors `aspect` = width / height off the diagonal.
         """
-        config = self._config
+        config = self.config
         angle_B = _symmetric(draws["rotate"]) * math.radians(config.rotate_degrees)
         zoom_B = 1 + _symmetric(draws["scale"]) * config.scale
         slope_B = torch.tan(_symmetric(draws["shear"]) * math.radians(config.shear_degrees))
         mirror_B = torch.where(draws["flip"] < 0.5, -1.0, 1.0) if config.flip else torch.ones_like(angle_B)
         cos_B, sin_B = torch.cos(angle_B) / zoom_B, torch.sin(angle_B) / zoom_B
-        row_x = [cos_B * mirror_B, (cos_B * slope_B - sin_B) / aspect, _symmetric(draws["translate_x"])]
-        row_y = [sin_B * mirror_B * aspect, sin_B * slope_B + cos_B, _symmetric(draws["translate_y"])]
         # the image is 2 units wide: a shift by its whole side would be 2
-        row_x[2], row_y[2] = row_x[2] * 2 * config.translate, row_y[2] * 2 * config.translate
+        shift_x_B, shift_y_B = (2 * config.translate * _symmetric(draws[f"translate_{axis}"]) for axis in "xy")
+        row_x = [cos_B * mirror_B, (cos_B * slope_B - sin_B) / aspect, shift_x_B]
+        row_y = [sin_B * mirror_B * aspect, sin_B * slope_B + cos_B, shift_y_B]
         return torch.stack([torch.stack(row_x, 1), torch.stack(row_y, 1)], 1)
 
     def _erase(self, images_BCHW: torch.Tensor, draws: dict[str, torch.Tensor]) -> torch.Tensor:
         """Fill a rectangle with the image's mean: random erasing (Zhong et al., 2020)."""
-        if not self._config.erase:
+        if not self.config.erase:
             return images_BCHW
         height, width = images_BCHW.shape[-2:]
         low, high = _ERASED_AREA
@@ -139,16 +139,16 @@ class Augment:
         ratio_B = torch.exp(low + (high - low) * draws["erase_ratio"])
         inside_BH = _interval(torch.sqrt(area_B * ratio_B), draws["erase_y"], height)
         inside_BW = _interval(torch.sqrt(area_B / ratio_B), draws["erase_x"], width)
-        chosen_B = draws["erase"] < self._config.erase
+        chosen_B = draws["erase"] < self.config.erase
         erased_B1HW = (inside_BH[:, :, None] & inside_BW[:, None, :] & chosen_B[:, None, None]).unsqueeze(1)
         return torch.where(erased_B1HW, images_BCHW.mean((2, 3), keepdim=True), images_BCHW)
 
     def _shade(self, images_BCHW: torch.Tensor, draws: dict[str, torch.Tensor]) -> torch.Tensor:
         """Contrast about the image's mean, then brightness; the result stays in -1..1."""
-        if not (self._config.brightness or self._config.contrast):
+        if not (self.config.brightness or self.config.contrast):
             return images_BCHW
-        factor_B111 = (1 + _symmetric(draws["contrast"]) * self._config.contrast)[:, None, None, None]
-        shift_B111 = (2 * _symmetric(draws["brightness"]) * self._config.brightness)[:, None, None, None]
+        factor_B111 = (1 + _symmetric(draws["contrast"]) * self.config.contrast)[:, None, None, None]
+        shift_B111 = (2 * _symmetric(draws["brightness"]) * self.config.brightness)[:, None, None, None]
         mean_B111 = images_BCHW.mean((1, 2, 3), keepdim=True)
         return ((images_BCHW - mean_B111) * factor_B111 + mean_B111 + shift_B111).clamp_(-1.0, 1.0)
 

@@ -10,16 +10,17 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.Image import Transpose
 from pydantic import Field
 
 from trainer.errors import UserError
@@ -35,33 +36,16 @@ MAX_SCANNED = 1_000_000_000  # scans x pixels: each scan of a progressive JPEG p
 FORMATS = ("PNG", "JPEG", "PPM", "BMP", "GIF", "TIFF", "WEBP", "JPEG2000", "PCX", "SGI")
 # What Pillow's readers raise on damaged input. `Warning` is among them for callers who turn warnings into errors.
 _DAMAGED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    RuntimeError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    Warning,
-)
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError, OverflowError,
+    RuntimeError, MemoryError, struct.error, zlib.error, Warning,
+)  # fmt: skip
 _STRIP = 2**20  # pixels that are converted at a time, where a whole picture in between would cost too much memory
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # neither an escaped FF, nor padding, nor a restart
 _JPEG_START, _JPEG_END, _JPEG_SCAN = 0xD8, 0xD9, 0xDA
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_UPRIGHT = {  # by EXIF orientation
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 class Preprocessing(Strict):
@@ -100,16 +84,16 @@ class Decoded:
     plain: bool
 
 
-def load_image(source: bytes | Path, preprocessing: Preprocessing, name: str | None = None) -> NDArray[np.uint8]:
-    """Read an image as the model sees it: uint8 [channels, height, width].
+def load_image(data: bytes, preprocessing: Preprocessing, name: str | None = None) -> NDArray[np.uint8]:
+    """Read an image file as the model sees it: uint8 [channels, height, width].
 
     The image is stretched to height and width (its aspect ratio is not kept) with an antialiasing bicubic filter.
-    Transparent pixels are laid on white. `name` is what messages call the image; by default its path.
+    Transparent pixels are laid on white. `name` is what messages call the image.
 
     Raises:
         UserError: more than 10 MiB or 40 megapixels, a format that is not allowed, or damaged content.
     """
-    return as_pixels(decode(source, name).image, preprocessing)
+    return as_pixels(decode(data, name).image, preprocessing)
 
 
 def as_pixels(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
@@ -125,36 +109,34 @@ def as_pixels(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.ui
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def decode(source: bytes | Path, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Decoded:
+def decode(data: bytes, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Decoded:
     """Decode a whole image at its own size. Of several frames the first is taken.
 
     Args:
-        source: a file, or what is in it.
-        name: as for `load_image`.
+        data, name: as for `load_image`.
         max_pixels: width x height that is allowed.
 
     Raises:
-        TooManyPixels: more than `max_pixels`.
-        OutOfMemory: there is not enough memory.
-        UserError: as `load_image`.
+        UserError: as `load_image`; `TooManyPixels` and `OutOfMemory` are two of its kinds.
     """
-    label = _label(source, name)
-    data = source if isinstance(source, bytes) else read_file(source, name)
+    label = "the image" if name is None else f"image '{name}'"
     if len(data) > MAX_BYTES:
         raise UserError(f"{label} has {len(data)} bytes; at most {MAX_BYTES} are read: store it smaller")
     if not data:
         raise UserError(f"{label} is empty (0 bytes); give an image file")
     image = _open(data, label, max_pixels)
-    _guard(label, max_pixels, image.load)
-    format, turn = image.format or "", _UPRIGHT.get(_orientation(image))
-    plain = image.mode in ("1", "L", "RGB") and not image.has_transparency_data and turn is None
-    image = _guard(label, max_pixels, partial(_flatten, image))  # the name is used again to free the image as it was
-    return Decoded(image if turn is None else image.transpose(turn), format, plain)
+    with _guard(label, max_pixels):
+        image.load()
+        format, turn = image.format or "", _UPRIGHT.get(_orientation(image))
+        plain = image.mode in ("1", "L", "RGB") and not image.has_transparency_data and turn is None
+        image = _flatten(image)  # the name is used again to free the image as it was
+        return Decoded(image if turn is None else image.transpose(turn), format, plain)
 
 
 def _open(data: bytes, label: str, max_pixels: int) -> Image.Image:
     """Read the headers and check what they promise."""
-    image: Image.Image = _guard(label, max_pixels, lambda: Image.open(BytesIO(data), formats=FORMATS))
+    with _guard(label, max_pixels):
+        image: Image.Image = Image.open(BytesIO(data), formats=FORMATS)
     width, height = image.size
     if width * height > max_pixels:
         raise TooManyPixels(label, f"{width} x {height} pixels", width * height, max_pixels)
@@ -191,13 +173,7 @@ def _jpeg_scans(data: bytes) -> int:
     return scans
 
 
-def _label(source: bytes | Path, name: str | None) -> str:
-    if name is not None:
-        return f"image '{name}'"
-    return "the image" if isinstance(source, bytes) else f"image '{source}'"
-
-
-def read_file(path: Path, name: str | None = None) -> bytes:
+def read_file(path: Path, name: str) -> bytes:
     """The bytes of an image file; at most one more than `decode` allows.
 
     Raises:
@@ -207,13 +183,14 @@ def read_file(path: Path, name: str | None = None) -> bytes:
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)  # one byte more than allowed: enough to see that it is too long
     except OSError as error:
-        raise UserError(f"{_label(path, name)} cannot be read: {error.strerror}; give a readable image file") from error
+        raise UserError(f"image '{name}' cannot be read: {error.strerror}; give a readable image file") from error
 
 
-def _guard(label: str, max_pixels: int, step: Callable[[], Any]) -> Any:
-    """Run one step of Pillow's and say in one sentence what is wrong with the image."""
+@contextmanager
+def _guard(label: str, max_pixels: int) -> Iterator[None]:
+    """Say in one sentence what Pillow finds wrong with the image."""
     try:
-        return step()
+        yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooManyPixels(label, "far too many pixels", math.inf, max_pixels) from error
     except UnidentifiedImageError as error:
@@ -238,12 +215,10 @@ def _flatten(image: Image.Image) -> Image.Image:
     """Any mode of Pillow's to "L" or "RGB"; grey stays grey."""
     if image.mode == "F" or image.mode.startswith("I"):
         return _from_wide(image)
+    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
     if image.has_transparency_data:
-        grey = image.mode in ("1", "L", "LA", "La")
-        return _on_white(image, "L" if grey else "RGB")
-    if image.mode in ("L", "RGB"):
-        return image
-    return image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
+        return _on_white(image, mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _on_white(image: Image.Image, mode: str) -> Image.Image:

@@ -43,10 +43,8 @@ class Split(Strict):
             raise ValueError(f"{len(self.classes)} classes, but {len(self.class_counts)} class_counts")
         if min(self.class_counts) < 1:
             raise ValueError(f"class '{self.classes[self.class_counts.index(min(self.class_counts))]}' has no sample")
-        for what, total in (
-            ("class_counts", sum(self.class_counts)),
-            ("shards", sum(shard.samples for shard in self.shards)),
-        ):
+        totals = {"class_counts": sum(self.class_counts), "shards": sum(shard.samples for shard in self.shards)}
+        for what, total in totals.items():
             if total != self.samples:
                 raise ValueError(f"the {what} sum to {total}, but samples is {self.samples}")
         return self

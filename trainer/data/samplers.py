@@ -9,8 +9,7 @@ needs the labels: 4 + 8 bytes a sample (1.2 GB there) and 12 bytes a group of K 
 """
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Protocol
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,66 +20,50 @@ from trainer.errors import UserError
 _SHARDS, _WINDOW, _GROUPS, _CLASS = range(4)  # keep the streams of random numbers apart
 
 
-class Sampler(Protocol):
-    """Positions of samples: sample i is the i-th of the split, in the manifest's order of shards."""
-
-    @property
-    def steps_per_epoch(self) -> int: ...
-
-    def positions(self, epoch: int, step: int) -> NDArray[np.int64]:
-        """Positions of the samples of one global batch; fewer than batch_size only in the last one of an epoch."""
-        ...
-
-
 class SequentialSampler:
     """The order in which the samples lie in the shards."""
 
     def __init__(self, samples: int, batch_size: int) -> None:
         self._samples = samples
         self._batch_size = batch_size
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-self._samples // self._batch_size)
+        self.steps_per_epoch = -(-samples // batch_size)
 
     def positions(self, epoch: int, step: int) -> NDArray[np.int64]:
+        """Positions, in the manifest's order of shards, of the samples of one global batch.
+
+        They are fewer than batch_size only in the last one of an epoch.
+        """
         start = step * self._batch_size
         return np.arange(start, min(start + self._batch_size, self._samples))
 
 
-class ShuffledSampler:
+class ShuffledSampler(SequentialSampler):
     """Shards in random order, laid end to end, and cut into windows; inside a window samples are in random order.
 
     Every sample comes once an epoch. The shards in which the samples of a batch lie are those of one or two windows.
     """
 
     def __init__(self, shard_samples: list[int], batch_size: int, window: int, seed: int) -> None:
-        self._counts = np.array(shard_samples, dtype=np.int64)
+        super().__init__(sum(shard_samples), batch_size)
+        self._counts = np.array(shard_samples)
         self._starts = np.cumsum(self._counts) - self._counts
-        self._samples = int(self._counts.sum())
-        self._batch_size = batch_size
         self._window = window
         self._seed = seed
         self._shards = lru_cache(2)(self._shuffle_shards)
         self._inside = lru_cache(2)(self._shuffle_window)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-self._samples // self._batch_size)
-
     def positions(self, epoch: int, step: int) -> NDArray[np.int64]:
-        start = step * self._batch_size
-        stop = min(start + self._batch_size, self._samples)
-        places = np.arange(start, stop)
-        for window in range(start // self._window, (stop - 1) // self._window + 1):
+        places = super().positions(epoch, step)
+        windows = places // self._window
+        for window in np.unique(windows).tolist():
+            inside = windows == window
             first = window * self._window
-            inside = (places >= first) & (places < first + self._window)
-            # `places` is written to only where `inside`, and a shuffled place never leaves its window
-            places[inside] = first + self._inside(epoch, window)[np.arange(start, stop)[inside] - first]
+            places[inside] = first + self._inside(epoch, window)[places[inside] - first]
         order, ends = self._shards(epoch)
         rank = np.searchsorted(ends, places, side="right")
         shard = order[rank]
-        return self._starts[shard] + places - (ends[rank] - self._counts[shard])
+        positions: NDArray[np.int64] = self._starts[shard] + places - (ends[rank] - self._counts[shard])
+        return positions
 
     def _shuffle_shards(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         order = np.random.default_rng([self._seed, epoch, _SHARDS]).permutation(len(self._counts))
@@ -116,48 +99,43 @@ class PKSampler:
         self._check(split)
         self._groups = self._counts // self._k
         self._rounds = int(np.sort(self._groups)[-self._p])  # rounds 0 to this one have P classes or more
+        self.steps_per_epoch = -(-int(np.minimum(self._groups, self._rounds).sum()) // self._p)
         self._epoch = lru_cache(2)(self._deal)
-        self._members: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-int(np.minimum(self._groups, self._rounds).sum()) // self._p)
 
     def positions(self, epoch: int, step: int) -> NDArray[np.int64]:
-        classes, rounds = self._epoch(epoch)
         batch = slice(step * self._p, (step + 1) * self._p)
-        return np.concatenate(
-            [self._group(epoch, int(c), int(j)) for c, j in zip(classes[batch], rounds[batch], strict=True)]
-        )
+        classes, rounds = (dealt[batch].tolist() for dealt in self._epoch(epoch))
+        return np.concatenate([self._group(epoch, c, j) for c, j in zip(classes, rounds, strict=True)])
 
     def _check(self, split: Split) -> None:
-        p, k = self._p, self._k
-        if len(self._counts) < p:
+        p, k, classes = self._p, self._k, len(split.classes)
+        if classes < p:
             raise UserError(
-                f"data.identities_per_batch {p} is more than the {len(self._counts)} classes of the split; "
-                f"give at most {len(self._counts)}"
+                f"data.identities_per_batch {p} is more than the {classes} classes of the split; give at most {classes}"
             )
         small = np.flatnonzero(self._counts < k)
         if len(small):
             first = int(small[0])
             raise UserError(
                 f"a batch takes K = {k} samples of each identity, but class '{split.classes[first]}' has "
-                f"{split.class_counts[first]} and {len(small)} of {len(self._counts)} classes have fewer than {k}; "
+                f"{split.class_counts[first]} and {len(small)} of {classes} classes have fewer than {k}; "
                 f"raise data.identities_per_batch, lower data.batch_size, or import with --min-samples {k}"
             )
 
+    @cached_property
+    def _members(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Positions of the samples ordered by class, and where each class begins among them."""
+        labels = self._labels()
+        counts = np.bincount(labels, minlength=len(self._counts))
+        if not np.array_equal(counts, self._counts):
+            wrong = int(np.flatnonzero(counts != self._counts)[0])
+            raise UserError(
+                f"the shards hold {counts[wrong]} samples of class {wrong}, but the manifest says "
+                f"{self._counts[wrong]}; import the data again"
+            )
+        return np.argsort(labels, kind="stable"), np.cumsum(counts) - counts
+
     def _group(self, epoch: int, label: int, group: int) -> NDArray[np.int64]:
-        if self._members is None:
-            labels = self._labels()
-            by_class = np.argsort(labels, kind="stable")
-            counts = np.bincount(labels, minlength=len(self._counts))
-            if not np.array_equal(counts, self._counts):
-                wrong = int(np.flatnonzero(counts != self._counts)[0])
-                raise UserError(
-                    f"the shards hold {counts[wrong]} samples of class {wrong}, but the manifest says "
-                    f"{self._counts[wrong]}; import the data again"
-                )
-            self._members = by_class, np.cumsum(counts) - counts
         by_class, starts = self._members
         dealt = np.random.default_rng([self._seed, epoch, _CLASS, label]).permutation(self._counts[label])
         chosen: NDArray[np.int64] = by_class[starts[label] + dealt[group * self._k : (group + 1) * self._k]]

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from trainer.data.image import Preprocessing
 from trainer.data.manifest import Manifest
 from trainer.data.reader import Reader, ahead
-from trainer.data.samplers import PKSampler, Sampler, SequentialSampler, ShuffledSampler
+from trainer.data.samplers import PKSampler, SequentialSampler, ShuffledSampler
 from trainer.errors import UserError
 from trainer.strict import Strict
 
@@ -125,10 +125,7 @@ class Stream:
             keep_indexes=shards if config.identities_per_batch else windows,
         )
         self._sampler = self._make_sampler(config, seed, shuffle)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self._sampler.steps_per_epoch
+        self.steps_per_epoch = self._sampler.steps_per_epoch
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from `start_step` on, prepared in a background thread.
@@ -147,7 +144,7 @@ class Stream:
         with self._reader.pool() as pool:
             return self._batch(epoch, step, pool)
 
-    def _make_sampler(self, config: DataConfig, seed: int, shuffle: bool) -> Sampler:
+    def _make_sampler(self, config: DataConfig, seed: int, shuffle: bool) -> SequentialSampler | PKSampler:
         split, p = self._split, config.identities_per_batch
         if not shuffle:
             return SequentialSampler(split.samples, config.batch_size)

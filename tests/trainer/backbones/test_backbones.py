@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.backbones import build, vit
+from trainer.backbones import build, networks
 from trainer.config import BackboneConfig
 from trainer.errors import UserError
 
@@ -71,7 +71,7 @@ def test_a_gradient_reaches_every_parameter(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_in_eval_an_embedding_does_not_depend_on_its_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vit, "DEPTH", 2)  # ten more blocks of the same kind would only take longer
+    monkeypatch.setattr(networks, "VIT_DEPTH", 2)  # ten more blocks of the same kind would only take longer
     backbone = build(BackboneConfig(name=name, dimension=32, width=16, dropout=0.5), 1, 28, 28)
     images_BCHW = torch.rand(6, 1, 28, 28) * 2 - 1
     with torch.no_grad():

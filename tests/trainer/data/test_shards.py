@@ -8,16 +8,18 @@ from pathlib import Path
 import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from trainer.data.importers import Sample
+from trainer.data.importers.run import write_shards
 from trainer.data.manifest import Manifest
-from trainer.data.shards import SplitWriter
 
 
 def write(folder: Path, samples: int, per_shard: int = 4) -> list:
     folder.mkdir()
-    with SplitWriter(folder, "train", per_shard) as writer:
-        for i in range(samples):
-            writer.write(b"pixels %d" % i, "jpg" if i % 2 else "png", i % 3, f"who {i % 3}", f"ä/{i}.png")
-    return writer.entries
+    made = (
+        (b"pixels %d" % i, "jpg" if i % 2 else "png", i % 3, Sample(f"who {i % 3}", f"ä/{i}.png"))
+        for i in range(samples)
+    )
+    return write_shards(folder, "train", made, per_shard)
 
 
 def test_same_samples_give_the_same_bytes(tmp_path: Path):

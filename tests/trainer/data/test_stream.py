@@ -1,3 +1,4 @@
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -8,8 +9,10 @@ import torch
 from PIL import Image
 
 from trainer.data.image import load_image
+from trainer.data.importers import Sample
+from trainer.data.importers.run import write_shards
 from trainer.data.manifest import Manifest
-from trainer.data.shards import SplitWriter
+from trainer.data.reader import Reader
 from trainer.data.stream import PADDING, Batch, DataConfig, Stream, preprocessing
 from trainer.errors import UserError
 
@@ -39,7 +42,10 @@ def test_an_epoch_gives_each_image_once_with_its_label(
 ):
     split = manifest.splits["train"]
     expected = sorted(
-        (load_image(path, preprocessing(manifest, config)).tobytes(), split.classes.index(path.parent.name))
+        (
+            load_image(path.read_bytes(), preprocessing(manifest, config)).tobytes(),
+            split.classes.index(path.parent.name),
+        )
         for path in image_folder.rglob("*.png")
     )
     stream = Stream(data_set, manifest, "train", config, seed=1)
@@ -201,9 +207,8 @@ def test_damaged_image_is_named_with_key_and_shard(
 
 def test_label_outside_the_classes_is_named(tmp_path: Path, noise, config: DataConfig):
     noise(1).save(tmp_path / "x.png")
-    with SplitWriter(tmp_path, "train") as writer:
-        for label in (0, 1, 7):
-            writer.write((tmp_path / "x.png").read_bytes(), "png", label, "who", "x.png")
+    image = (tmp_path / "x.png").read_bytes()
+    shards = write_shards(tmp_path, "train", [(image, "png", label, Sample("who", "x.png")) for label in (0, 1, 7)])
     tree = {
         "kind": "folder",
         "image_mode": "L",
@@ -212,7 +217,7 @@ def test_label_outside_the_classes_is_named(tmp_path: Path, noise, config: DataC
                 "samples": 3,
                 "classes": ["a", "b"],
                 "class_counts": [1, 2],
-                "shards": [entry.model_dump() for entry in writer.entries],
+                "shards": [entry.model_dump() for entry in shards],
             }
         },
     }
@@ -230,16 +235,16 @@ def test_leaving_an_epoch_early_ends_its_threads(data_set: Path, manifest: Manif
     assert threading.active_count() == before
 
 
-def test_many_shards_keep_few_files_open(
-    data_set: Path, manifest: Manifest, config: DataConfig, monkeypatch: pytest.MonkeyPatch
-):
-    reference = list(Stream(data_set, manifest, "train", with_(config, cache="none")).batches(0))
-    monkeypatch.setattr("trainer.data.reader._OPEN_SHARDS", 1)
-    stream = Stream(data_set, manifest, "train", with_(config, cache="none"))
-    stream._reader._keep_indexes = 1
-    for a, b in zip(stream.batches(0), reference, strict=True):
-        assert_equal(a, b)
-    assert len(stream._reader._files) == len(stream._reader._indexes) == 1
+def test_few_indexes_are_kept_and_no_file_stays_open(data_set: Path, manifest: Manifest, config: DataConfig):
+    split, pixels = manifest.splits["train"], preprocessing(manifest, config)
+    positions = np.arange(46, -1, -3)  # in all five shards
+    few, many = (Reader(data_set, split, pixels, keep_indexes=keep) for keep in (1, 8))
+    with few.pool() as pool:
+        for a, b in zip(few.read(positions, pool), many.read(positions, pool), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert [reader._index.cache_info().currsize for reader in (few, many)] == [1, 5]
+        open_files = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert not [name for name in open_files if name.endswith(".tar")]
 
 
 def test_two_epochs_at_a_time_do_not_disturb_each_other(data_set: Path, manifest: Manifest, config: DataConfig):

@@ -7,7 +7,6 @@ import threading
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -69,7 +68,6 @@ def open_glyphs(holdout_share: float, seed: int) -> Iterator[Source]:
     samples = [Sample(_identity(code), f"U+{code:04X}/{face}/{j:02d}") for code, face, j in jobs]
     held_out = hold_out_share([_identity(code) for code, _ in characters], holdout_share, seed)
     yield Source(
-        kind="glyphs",
         samples=samples,
         read=lambda row: _draw(fonts, *jobs[row], seed),
         held_out=held_out,
@@ -163,9 +161,8 @@ def _draw(fonts: _Fonts, code: int, face: str, number: int, seed: int) -> bytes:
     ink = fonts.ink(code, face)
     if ink is None:
         raise UserError(f"U+{code:04X} leaves no ink in {face}; report this font")
-    warped = _warp(ink, _Distortion.draw(random), random)
     # The width of the stroke: blur, then cut at a level below (thicker) or above (thinner) the edge's middle.
-    soft = warped.filter(ImageFilter.GaussianBlur(random.uniform(0.8, 1.8)))
+    soft = _warp(ink, random).filter(ImageFilter.GaussianBlur(random.uniform(0.8, 1.8)))
     level, steepness = random.uniform(0.25, 0.5), random.uniform(3, 8)
     paper = soft.point((255 * np.clip((level - _GREYS) * steepness + 0.5, 0, 1)).astype(int).tolist())
     buffer = BytesIO()
@@ -173,40 +170,20 @@ def _draw(fonts: _Fonts, code: int, face: str, number: int, seed: int) -> bytes:
     return buffer.getvalue()
 
 
-@dataclass(frozen=True, slots=True)
-class _Distortion:
-    """An affine map; lengths in pixels of the sample, angles in radians."""
-
-    size: float
-    stretch: float
-    angle: float
-    shear: float
-    shift: tuple[float, float]
-    elastic: float
-
-    @classmethod
-    def draw(cls, random: np.random.Generator) -> "_Distortion":
-        return cls(
-            size=random.uniform(52, 82),
-            stretch=random.uniform(0.85, 1.18),
-            angle=np.deg2rad(random.uniform(-12, 12)),
-            shear=random.uniform(-0.25, 0.25),
-            shift=(random.uniform(-8, 8), random.uniform(-8, 8)),
-            elastic=random.uniform(1.0, 3.5),
-        )
-
-
-def _warp(ink: Image.Image, distortion: _Distortion, random: np.random.Generator) -> Image.Image:
-    """Resample the ink on the sample's grid, cell by cell of a bent mesh."""
-    zoom = max(ink.size) / distortion.size
+def _warp(ink: Image.Image, random: np.random.Generator) -> Image.Image:
+    """Resample the ink on the sample's grid, cell by cell of a bent mesh; lengths are in pixels of the sample."""
+    size, stretch = random.uniform(52, 82), random.uniform(0.85, 1.18)
+    angle, shear = np.deg2rad(random.uniform(-12, 12)), random.uniform(-0.25, 0.25)
+    shift_x, shift_y = random.uniform(-8, 8), random.uniform(-8, 8)
+    elastic = random.uniform(1.0, 3.5)
+    zoom = max(ink.size) / size
     nodes = np.linspace(0, SIDE, _CELLS + 1)
     y, x = np.meshgrid(nodes - SIDE / 2, nodes - SIDE / 2, indexing="ij")
-    x = x - distortion.shift[0] + distortion.elastic * _smooth_field(random)
-    y = y - distortion.shift[1] + distortion.elastic * _smooth_field(random)
-    cos, sin = np.cos(distortion.angle), np.sin(distortion.angle)
-    turned_x, turned_y = cos * x + sin * y, cos * y - sin * x
-    from_x = (turned_x + distortion.shear * turned_y) * zoom * distortion.stretch + ink.width / 2
-    from_y = turned_y * zoom / distortion.stretch + ink.height / 2
+    x = x - shift_x + elastic * _smooth_field(random)
+    y = y - shift_y + elastic * _smooth_field(random)
+    turned_x, turned_y = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    from_x = (turned_x + shear * turned_y) * zoom * stretch + ink.width / 2
+    from_y = turned_y * zoom / stretch + ink.height / 2
     # shrinking needs an average over the pixels that fall together; the frame of paper is what lies outside
     soft = ImageOps.expand(ink, _FRAME).filter(ImageFilter.BoxBlur(max(0.0, (zoom - 1) / 2)))
     from_xy = (np.stack([from_x, from_y], axis=-1) + _FRAME).tolist()

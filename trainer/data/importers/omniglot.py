@@ -19,7 +19,7 @@ from typing import BinaryIO
 from trainer.atomic import fresh_file
 from trainer.data.image import MAX_BYTES, read_file
 from trainer.data.importers import Sample, Source, choose
-from trainer.data.index import Progress
+from trainer.data.reader import Progress
 from trainer.errors import UserError
 
 URL = "https://github.com/brendenlake/omniglot/raw/master/python/images_background.zip"
@@ -72,17 +72,18 @@ def open_omniglot(
 
 def _default(progress: Progress | None) -> Path:
     named = os.environ.get(VARIABLE)
-    if named:
-        if not Path(named).exists():
-            raise UserError(f"{VARIABLE}='{named}' does not exist; name Omniglot's images_background.zip, or unset it")
-        return Path(named)
-    return fetch(URL, MD5, "omniglot-images_background.zip", progress)
+    if not named:
+        return fetch(URL, MD5, progress)
+    if not Path(named).exists():
+        raise UserError(f"{VARIABLE}='{named}' does not exist; name Omniglot's images_background.zip, or unset it")
+    return Path(named)
 
 
 def _source(
     path: Path, names: list[str], read: Callable[[str], bytes], holdout_alphabets: int | None, seed: int
 ) -> Source:
-    kept, samples, roots = [], [], dict[str, str]()
+    samples: list[Sample] = []
+    roots: dict[str, str] = {}
     for name in names:
         match = _LAYOUT.fullmatch(name)
         if match is None or any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
@@ -93,7 +94,6 @@ def _source(
                 f"the alphabet '{alphabet}' is in '{roots[alphabet]}' and in '{root}' of SOURCE '{path}'; "
                 "give a source that holds each alphabet once"
             )
-        kept.append(name)
         samples.append(Sample(f"{alphabet}/{match['character']}", name))
     if not samples:
         raise UserError(
@@ -102,9 +102,8 @@ def _source(
         )
     held = _held_out(roots, holdout_alphabets, seed)
     return Source(
-        kind="omniglot",
         samples=samples,
-        read=lambda row: read(kept[row]),
+        read=lambda row: read(samples[row].name),
         held_out=frozenset(sample.identity for sample in samples if sample.identity.split("/")[0] in held),
         provenance={"source": path.name, "held_out_alphabets": ", ".join(sorted(held)), "licence": "MIT, B. Lake"},
     )
@@ -116,9 +115,7 @@ def _held_out(roots: dict[str, str], count: int | None, seed: int) -> set[str]:
         return evaluation
     count = min(HOLDOUT_ALPHABETS, len(roots) - 1) if count is None else count
     if not 0 <= count <= len(roots):
-        raise UserError(
-            f"--holdout-alphabets {count} is not allowed; SOURCE has {len(roots)} alphabets: give 0 to that"
-        )
+        raise UserError(f"--holdout-alphabets {count} is not allowed; give 0 to the {len(roots)} alphabets of SOURCE")
     return set(choose(list(roots), count, seed))
 
 
@@ -138,38 +135,36 @@ def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
         raise UserError(f"image '{name}' cannot be unpacked ({error}); pack the archive again") from error
 
 
-def cache_folder() -> Path:
-    """Where downloads are kept: `$XDG_CACHE_HOME/hypersphere`, by default `~/.cache/hypersphere`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hypersphere"
-
-
-def fetch(url: str, md5: str, name: str, progress: Progress | None = None) -> Path:
+def fetch(url: str, md5: str, progress: Progress | None = None) -> Path:
     """Download once into the cache folder, whole or not at all; a kept file is checked again.
 
-    MD5 is what the publisher gives: it finds damage, and the connection (HTTPS) speaks for the origin.
+    The folder is `$XDG_CACHE_HOME/hypersphere`, by default `~/.cache/hypersphere`. MD5 is what the publisher gives: it
+    finds damage, and the connection (HTTPS) speaks for the origin.
 
     Raises:
         UserError: no network, or the file is not the published one.
     """
-    path = cache_folder() / name
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = caches / "hypersphere" / "omniglot-images_background.zip"
     if path.exists() and _md5(path) == md5:
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with fresh_file(path) as file:
-            found = _download(url, file, progress)
+            _download(url, file, progress)
+            file.flush()
+            found = _md5(Path(file.name))
             if found != md5:
                 raise UserError(f"'{url}' has MD5 {found}, not the published {md5}; try again, or give the file itself")
     except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise UserError(
-            f"cannot download '{url}' ({reason}); get the file elsewhere and name it as SOURCE or in OMNIGLOT_ZIP"
+            f"cannot download '{url}' ({reason}); get the file elsewhere and name it as SOURCE or in {VARIABLE}"
         ) from error
     return path
 
 
-def _download(url: str, file: BinaryIO, progress: Progress | None) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
+def _download(url: str, file: BinaryIO, progress: Progress | None) -> None:
     with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:
         total = int(answer.headers.get("Content-Length") or 0)
         done = 0
@@ -177,11 +172,9 @@ def _download(url: str, file: BinaryIO, progress: Progress | None) -> str:
             done += len(chunk)
             if done > _MAX_DOWNLOAD:
                 raise UserError(f"'{url}' sends more than {_MAX_DOWNLOAD} bytes; name the file itself as SOURCE")
-            digest.update(chunk)
             file.write(chunk)
             if progress is not None:
                 progress("download", done, max(total, done))
-    return digest.hexdigest()
 
 
 def _md5(path: Path) -> str:

@@ -1,30 +1,32 @@
-"""Import: from a Source of any kind to a finished data set."""
+"""Import: from a Source of any kind to a finished data set, WebDataset tars and their manifest."""
 
 import hashlib
+import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import PIL
+from webdataset import TarWriter
 
 from trainer.atomic import Kind, fresh_folder
 from trainer.data.image import decode
-from trainer.data.importers import Source
-from trainer.data.importers.folder import open_folder
+from trainer.data.importers import Sample, Source, open_folder
 from trainer.data.importers.glyphs import open_glyphs
 from trainer.data.importers.omniglot import open_omniglot
-from trainer.data.index import Progress
 from trainer.data.manifest import MANIFEST_FILE, BadSample, Manifest, ShardEntry, Split
-from trainer.data.reader import ahead
-from trainer.data.shards import SAMPLES_PER_SHARD, SplitWriter
+from trainer.data.reader import Progress, ahead
 from trainer.errors import UserError
 
-KINDS = ("omniglot", "folder", "glyphs")
+# Enough for reading in long runs (120 MB of 112 x 112 faces as JPEG), few enough to deal shards out evenly.
+SAMPLES_PER_SHARD = 10_000
+MAX_SHARD_BYTES = 2**30
 _KEPT = {"PNG": "png", "JPEG": "jpg"}  # formats whose bytes go into the shard as they are
 _SHUFFLE = 0x5A0F
 _THREADS = min(4, os.cpu_count() or 1)
@@ -74,7 +76,7 @@ def run_import(
     """
     options = options or ImportOptions()
     with fresh_folder(out, _DATA_SET, options.overwrite) as folder, _open(kind, source, options, progress) as opened:
-        manifest = _Import(opened, folder, options, progress).run()
+        manifest = _Import(opened, folder, options, progress).run(kind)
         manifest.write(folder)
     return manifest
 
@@ -82,31 +84,14 @@ def run_import(
 def _open(
     kind: str, source: Path | None, options: ImportOptions, progress: Progress | None
 ) -> AbstractContextManager[Source]:
-    if kind == "omniglot":
-        return open_omniglot(source, options.holdout_alphabets, options.seed, progress)
-    if kind == "folder":
-        return open_folder(source, options.holdout_share, options.seed)
-    if kind == "glyphs":
-        return open_glyphs(options.holdout_share, options.seed)
-    raise UserError(f"--kind {kind} is not known; allowed: {', '.join(KINDS)}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Checked:
-    """A file that was read whole, in the form in which it is stored."""
-
-    data: bytes
-    suffix: str
-    grey: bool
-
-
-@dataclass(slots=True)
-class _Tally:
-    """What one pass over the samples found."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    grey: bool = True
-    duplicates: int = 0
+    match kind:
+        case "omniglot":
+            return open_omniglot(source, options.holdout_alphabets, options.seed, progress)
+        case "folder":
+            return open_folder(source, options.holdout_share, options.seed)
+        case "glyphs":
+            return open_glyphs(options.holdout_share, options.seed)
+    raise UserError(f"--kind {kind} is not known; allowed: omniglot, folder, glyphs")
 
 
 class _Import:
@@ -118,23 +103,23 @@ class _Import:
         self._options = options
         self._progress = progress
         self._bad: dict[int, str] = {}
-        self._done = 0  # samples of this pass that were read, for the progress
+        # of the present pass over the samples
+        self._counts = Counter(sample.identity for sample in source.samples)
+        self._done = self._duplicates = 0
+        self._grey = True
 
-    def run(self) -> Manifest:
+    def run(self, kind: str) -> Manifest:
         """Write the splits; again, without them, if identities turn out to have too few readable images."""
-        counts = Counter(sample.identity for sample in self._source.samples)
         left_out: set[str] = set()
         while True:
-            left_out |= {name for name, count in counts.items() if count < self._options.min_samples}
-            kept = sorted(counts.keys() - left_out)
+            left_out |= {name for name, count in self._counts.items() if count < self._options.min_samples}
+            kept = sorted(self._counts.keys() - left_out)
             classes = self._split_classes(kept)
-            self._done = len(self._bad)
-            tally = _Tally(Counter(dict.fromkeys(kept, 0)))
-            shards = {name: self._write_split(name, chosen, tally) for name, chosen in classes.items() if chosen}
-            counts = tally.counts
-            if min(counts.values()) >= self._options.min_samples:
-                splits = {name: _split(classes[name], counts, entries) for name, entries in shards.items()}
-                return self._manifest(splits, tally, len(left_out))
+            self._counts = Counter(dict.fromkeys(kept, 0))
+            self._done, self._duplicates, self._grey = len(self._bad), 0, True
+            splits = {name: self._write_split(name, chosen) for name, chosen in classes.items() if chosen}
+            if min(self._counts.values()) >= self._options.min_samples:
+                return self._manifest(kind, splits, len(left_out))
             for path in self._folder.iterdir():
                 path.unlink()
 
@@ -152,29 +137,32 @@ class _Import:
                 )
         return classes
 
-    def _write_split(self, split: str, classes: list[str], tally: _Tally) -> list[ShardEntry]:
+    def _write_split(self, split: str, classes: list[str]) -> tuple[list[str], list[ShardEntry]]:
         labels = {name: label for label, name in enumerate(classes)}
         rows = [i for i, sample in enumerate(self._source.samples) if sample.identity in labels]
         if split == "train":
             order = np.random.default_rng([self._options.seed, _SHUFFLE]).permutation(len(rows))
             rows = [rows[i] for i in order]
-        seen: set[tuple[int, bytes]] = set()
-        with SplitWriter(self._folder, split, self._options.samples_per_shard) as writer:
-            for row, checked in self._read_all(rows):
-                sample = self._source.samples[row]
-                label = labels[sample.identity]
-                if self._source.drop_duplicates:
-                    digest = (label, hashlib.sha256(checked.data).digest())
-                    if digest in seen:
-                        tally.duplicates += 1
-                        continue
-                    seen.add(digest)
-                writer.write(checked.data, checked.suffix, label, sample.identity, sample.name)
-                tally.counts[sample.identity] += 1
-                tally.grey &= checked.grey
-        return writer.entries
+        samples = self._stored(rows, labels)
+        return classes, write_shards(self._folder, split, samples, self._options.samples_per_shard)
 
-    def _read_all(self, rows: list[int]) -> Iterator[tuple[int, _Checked]]:
+    def _stored(self, rows: list[int], labels: dict[str, int]) -> Iterator[tuple[bytes, str, int, Sample]]:
+        """What `write_shards` takes of the readable images, without duplicates; counts what it finds."""
+        seen: set[tuple[int, bytes]] = set()
+        for row, (data, suffix, grey) in self._read_all(rows):
+            sample = self._source.samples[row]
+            label = labels[sample.identity]
+            if self._source.drop_duplicates:
+                digest = (label, hashlib.sha256(data).digest())
+                if digest in seen:
+                    self._duplicates += 1
+                    continue
+                seen.add(digest)
+            self._counts[sample.identity] += 1
+            self._grey &= grey
+            yield data, suffix, label, sample
+
+    def _read_all(self, rows: list[int]) -> Iterator[tuple[int, tuple[bytes, str, bool]]]:
         """The readable images of the rows, in order; the others go to the list of bad ones."""
         total = len(self._source.samples)
         rows = [row for row in rows if row not in self._bad]
@@ -189,20 +177,19 @@ class _Import:
             if self._progress is not None and (self._done % 64 == 0 or self._done == total):
                 self._progress("import", self._done, total)
 
-    def _check(self, row: int) -> _Checked | str:
-        """Decode one image wholly; an image that cannot be used comes back as the reason."""
-        sample = self._source.samples[row]
+    def _check(self, row: int) -> tuple[bytes, str, bool] | str:
+        """Decode one image wholly: the bytes to store, their suffix, is it grey; or why it cannot be used."""
         try:
             data = self._source.read(row)
-            decoded = decode(data, sample.name)
+            decoded = decode(data, self._source.samples[row].name)
         except UserError as error:
             return str(error)
         grey = decoded.image.mode == "L"
         if decoded.plain and decoded.format in _KEPT:
-            return _Checked(data, _KEPT[decoded.format], grey)
+            return data, _KEPT[decoded.format], grey
         buffer = BytesIO()
         decoded.image.save(buffer, format="PNG")
-        return _Checked(buffer.getvalue(), "png", grey)
+        return buffer.getvalue(), "png", grey
 
     def _note_bad(self, row: int, reason: str) -> None:
         self._bad[row] = reason
@@ -214,24 +201,54 @@ class _Import:
                 f"{self._options.max_bad:g} that is allowed ({first}); mend or remove them, or raise --max-bad"
             )
 
-    def _manifest(self, splits: dict[str, Split], tally: _Tally, left_out: int) -> Manifest:
-        samples = self._source.samples
-        provenance = {
-            **self._source.provenance,
-            "seed": str(self._options.seed),
-            "pillow": PIL.__version__,
-            "duplicates_left_out": str(tally.duplicates),
-            "identities_left_out": f"{left_out} with fewer than {self._options.min_samples} readable images",
-        }
+    def _manifest(self, kind: str, splits: dict[str, tuple[list[str], list[ShardEntry]]], left_out: int) -> Manifest:
+        counts = {name: [self._counts[identity] for identity in classes] for name, (classes, _) in splits.items()}
         return Manifest(
-            kind=self._source.kind,
-            image_mode="L" if tally.grey else "RGB",
-            splits=splits,
-            bad=[BadSample(name=samples[row].name, reason=self._bad[row]) for row in sorted(self._bad)],
-            provenance=provenance,
+            kind=kind,
+            image_mode="L" if self._grey else "RGB",
+            splits={
+                name: Split(samples=sum(counts[name]), classes=classes, class_counts=counts[name], shards=shards)
+                for name, (classes, shards) in splits.items()
+            },
+            bad=[BadSample(name=self._source.samples[row].name, reason=self._bad[row]) for row in sorted(self._bad)],
+            provenance={
+                **self._source.provenance,
+                "seed": str(self._options.seed),
+                "pillow": PIL.__version__,
+                "duplicates_left_out": str(self._duplicates),
+                "identities_left_out": f"{left_out} with fewer than {self._options.min_samples} readable images",
+            },
         )
 
 
-def _split(classes: list[str], counts: Counter[str], shards: list[ShardEntry]) -> Split:
-    class_counts = [counts[name] for name in classes]
-    return Split(samples=sum(class_counts), classes=classes, class_counts=class_counts, shards=shards)
+def write_shards(
+    folder: Path,
+    split: str,
+    samples: Iterable[tuple[bytes, str, int, Sample]],
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+) -> list[ShardEntry]:
+    """Write `<split>-000000.tar`, `<split>-000001.tar`, ... into a folder, each with a sample or more.
+
+    A sample is three files: `<key>.cls` (the label, decimal), `<key>.json` (name of its source and its identity) and
+    `<key>.png` or `<key>.jpg`. The key is the sample's number in the split. Times, owners and modes are fixed, members
+    are in order of their names, and JSON is canonical: the same samples give the same bytes.
+
+    Args:
+        samples: file of the image, its suffix ("png" or "jpg"), label, source.
+    """
+    entries: list[ShardEntry] = []
+    numbered = enumerate(samples)
+    for first in numbered:
+        path = folder / f"{split}-{len(entries):06d}.tar"
+        # `encoder=False`: we hand over bytes, and no encoder (one of them pickles) may touch them.
+        with path.open("wb") as file, TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
+            for written, (number, (image, suffix, label, sample)) in enumerate(chain([first], numbered), 1):
+                description = {"identity": sample.identity, "name": sample.name}
+                text = json.dumps(description, sort_keys=True, separators=(",", ":"))
+                tar.write({"__key__": f"{number:09d}", "cls": b"%d" % label, "json": text.encode(), suffix: image})
+                if written == samples_per_shard or file.tell() >= MAX_SHARD_BYTES:
+                    break
+        with path.open("rb") as shard:
+            digest = hashlib.file_digest(shard, "sha256").hexdigest()
+        entries.append(ShardEntry(name=path.name, samples=written, bytes=path.stat().st_size, sha256=digest))
+    return entries

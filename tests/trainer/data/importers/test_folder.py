@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data.importers.folder import open_folder
+from trainer.data.importers import open_folder
 from trainer.errors import UserError
 
 

@@ -14,10 +14,10 @@ import pytest
 from PIL import ExifTags, Image
 
 from trainer.data.image import decode
-from trainer.data.importers.folder import open_folder
+from trainer.data.importers import open_folder
 from trainer.data.importers.run import ImportOptions, run_import
-from trainer.data.index import verify
 from trainer.data.manifest import Manifest
+from trainer.data.reader import verify
 from trainer.errors import UserError
 
 WHOLE = ImportOptions(holdout_share=0, samples_per_shard=10)
@@ -177,7 +177,7 @@ def test_what_is_kept_and_what_is_stored_anew(tmp_path: Path):
     assert kept == {"a/grey.png", "a/bits.png", "a/photo.jpeg"}
     assert {name: suffix for name, (suffix, _, _) in found.items() if suffix == "jpg"} == {"a/photo.jpeg": "jpg"}
     for name, (_, _, data) in found.items():
-        again, original = decode(data), decode(tmp_path / "in" / name)
+        again, original = decode(data), decode((tmp_path / "in" / name).read_bytes())
         assert again.plain
         np.testing.assert_array_equal(np.asarray(again.image), np.asarray(original.image))
 
@@ -219,7 +219,7 @@ def test_unknown_kind(tmp_path: Path):
 KILLED = """
 import os, sys, time
 from pathlib import Path
-from trainer.data.importers.folder import open_folder
+from trainer.data.importers import open_folder
 from trainer.data.importers.run import ImportOptions, run_import
 
 def wait(stage, done, total):

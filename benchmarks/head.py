@@ -28,7 +28,7 @@ from torch import Tensor, multiprocessing
 
 from benchmarks.head_contenders import MARGIN, SCALE, Contender, Floor, Ours, Problem, contenders
 from trainer.distributed import Group
-from trainer.head.memory import free_memory
+from trainer.head.matmul import free_memory
 
 NAMES = ["floor", "store", "recompute", "dense", "pml", "insightface_ops"]
 CHUNK = 16384  # classes of the float64 reference at once

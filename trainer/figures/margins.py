@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.losses import all_margins
-from trainer.losses.margins.base import Case, Margin, PanelName, Positives
+from trainer.losses.margins import Case, Margin, PanelName, Positives
 
 RAW_LENGTH = 30.0  # |x| |w| for losses on embeddings as they are
 CLASSES = 10_000  # C, for the gradient: the other C - 1 centres are at right angles to the sample

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from trainer.distributed import Gatherer, Group, RowRange, own_slice, replicated, stack_over_ranks, sum_over_ranks
 from trainer.errors import UserError
-from trainer.head.memory import Workspace, free_memory
-from trainer.head.rows import GradientSink, Own, Rows, RowSink, own_centres, sample_classes
+from trainer.head.matmul import Workspace, free_memory
+from trainer.head.rows import GradientSink, Own, Rows, own_centres, sample_classes
 from trainer.head.settings import HeadConfig
 from trainer.head.tiles import Reweight, TilePlan, fixed_shift, negatives
-from trainer.losses.margins.base import Margin, Positives
+from trainer.losses.margins import Margin, Positives
 
 INIT_BLOCK = 1024  # classes whose first values come from one seed, so that W does not depend on the number of ranks
 STORE_SHARE = 0.25  # of the free memory that P may take for `algorithm: auto` to keep it
@@ -39,17 +39,16 @@ class Head(nn.Module):
     backward gives x the exact gradient of that mean by this rank's samples (see `distributed.sum_not_mean` for engines
     that average over ranks), and writes this rank's rows of `weight.grad`:
 
-    - where the margin has unit rows and `config.rows` is "unit", the rows of `weight` are kept at length 1 by
-      `HeadOptimizer`, and the gradient's part along the row has no meaning; the optimizer removes it.
+    - of `unit_rows` the gradient's part along the row has no meaning; the optimizer removes it.
     - with sampling it is a sparse tensor over the sampled rows.
     - its memory is used again in the next step; copy what must last.
 
-    Call `head.set_progress(step, warmup)` before each step: the margin's warmup, class sampling and random margins
-    follow it.
+    Call `set_progress` before each step: the margin's warmup, class sampling and random margins follow it.
 
     Attributes:
         rows: the classes of this rank.
         weight: [R, D], row k of class c at (c - rows.start) * K + k.
+        unit_rows: whether the rows of `weight` are unit vectors, to be kept so by the optimizer.
         bias: [classes of this rank], or None.
         scalars: the margin's learnable numbers, held by every rank.
         group: the ranks, with `group.traffic` counting what is sent.
@@ -86,28 +85,21 @@ class Head(nn.Module):
         self._gather = Gatherer(classes, dimension, self.group, "head")
         self.rows = RowRange.of(classes, self.group.rank, self.group.size)
         self.centres = self.margin.centres_per_class()
-        self.normalise = self.margin.unit_rows and self.config.rows == "free"
+        self.unit_rows = self.margin.unit_rows and self.config.rows == "unit"
         self._make_parameters(torch.device(device))
-        self._class_values = self._per_class(class_counts, torch.device(device))
-        self.sink: RowSink = GradientSink(self.weight)
+        self._class_values = self._per_class(class_counts)
+        self.sink = GradientSink(self.weight)
         self._memory = Workspace()
         self._step, self._warmup = 0, 1.0
 
     def _make_parameters(self, device: torch.device) -> None:
         dtype = torch.bfloat16 if self.config.param_dtype == "bf16" else torch.float32
         self.weight = nn.Parameter(self._first_rows(dtype, device))
-        zeros = torch.zeros(len(self.rows), device=device)
-        self.bias = nn.Parameter(zeros) if self.margin.bias else None
-        self.scalars = nn.ParameterDict(
-            {name: nn.Parameter(torch.tensor(value, device=device)) for name, value in self.margin.learnables().items()}
-        )
+        self.bias = nn.Parameter(torch.zeros(len(self.rows), device=device)) if self.margin.bias else None
+        learnables = self.margin.learnables().items()
+        self.scalars = nn.ParameterDict({name: nn.Parameter(torch.tensor(v, device=device)) for name, v in learnables})
         for name, value in self.margin.buffers().items():
             self.register_buffer(name, torch.tensor(value, device=device))
-
-    @property
-    def unit_rows(self) -> bool:
-        """Whether the rows of `weight` are unit vectors, to be kept so by the optimizer."""
-        return self.margin.unit_rows and not self.normalise
 
     def set_progress(self, step: int, warmup: float = 1.0) -> None:
         """Where the run is: the number of the step, and how far the margin's warmup has come, in [0, 1]."""
@@ -141,14 +133,14 @@ class Head(nn.Module):
     ) -> TilePlan:
         """How this step's tiles are computed, for `slots` samples of all ranks and the classes that take part."""
         dtype = torch.bfloat16 if self.config.compute_dtype == "bf16" and wide == torch.float32 else wide
-        bound = margin.bound()
-        shift = None if bound is None else fixed_shift(*bound, self.classes, wide)
+        shift = None if (bound := margin.bound()) is None else fixed_shift(*bound, self.classes, wide)
         store = self.config.algorithm == "store"
         if self.config.algorithm == "auto":
             size = slots * classes * self.centres * dtype.itemsize
-            spare = 0 if self._memory.spare is None else self._memory.spare.numel() * self._memory.spare.element_size()
+            spare = 0 if self._memory.spare is None else self._memory.spare.nbytes
             store = size <= STORE_SHARE * (free_memory(self.weight.device) + spare)
-        return TilePlan(classes, self.centres, self.config.tile, store, dtype, shift, self.normalise, reweight)
+        normalise = self.margin.unit_rows and not self.unit_rows
+        return TilePlan(classes, self.centres, self.config.tile, store, dtype, shift, normalise, reweight)
 
     def _first_rows(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Random directions; each block of `INIT_BLOCK` classes from its own seed, whichever rank holds it."""
@@ -157,14 +149,14 @@ class Head(nn.Module):
         generator = torch.Generator()
         for block in range(self.rows.start // INIT_BLOCK, math.ceil(self.rows.stop / INIT_BLOCK)):
             generator.manual_seed(mixed_seed(self.seed, block, _INIT))
-            first, last = block * INIT_BLOCK, min((block + 1) * INIT_BLOCK, self.rows.stop)
             values = nn.functional.normalize(torch.randn(INIT_BLOCK * K, D, generator=generator))
-            begin = max(first, self.rows.start)
-            part = values[(begin - first) * K : (last - first) * K]
-            weight[(begin - self.rows.start) * K : (last - self.rows.start) * K] = part.to(device, dtype)
+            first = block * INIT_BLOCK
+            begin, end = max(first, self.rows.start), min(first + INIT_BLOCK, self.rows.stop)
+            part = values[(begin - first) * K : (end - first) * K]
+            weight[(begin - self.rows.start) * K : (end - self.rows.start) * K] = part.to(device, dtype)
         return weight
 
-    def _per_class(self, counts: Sequence[int] | Tensor | None, device: torch.device) -> Tensor | None:
+    def _per_class(self, counts: Sequence[int] | Tensor | None) -> Tensor | None:
         """The margin's number for each of all C classes: 4 bytes a class, on every rank."""
         if counts is not None and len(counts) != self.classes:
             raise UserError(f"class_counts has {len(counts)} numbers for {self.classes} classes; give one a class")
@@ -172,16 +164,15 @@ class Head(nn.Module):
             return None
         if counts is None:
             raise UserError(f"{self.margin.name} depends on how many samples each class has; give class_counts")
-        counts_C = torch.as_tensor(counts)
-        values = self.margin.per_class(counts_C)
-        return None if values is None else values.to(device)
+        values = self.margin.per_class(torch.as_tensor(counts))
+        return None if values is None else values.to(self.weight.device)
 
 
 _INIT, _NOISE, _SAMPLING = 1, 2, 3  # what random numbers are for: no two uses share a seed
 
 
 def mixed_seed(seed: int, position: int, use: int) -> int:
-    """A seed for the generator of one use at one position (a step or a block of rows)."""
+    """A seed for one use at one position (a step or a block of rows)."""
     return (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + use * 0x2545F4914F6CDD1D) % 2**63
 
 
@@ -211,24 +202,21 @@ class Step:
 
     def _rows(self) -> tuple[Rows, Own]:
         """The classes that take part, and where among them each sample's own class is."""
-        head, (start, stop) = self.head, (self.head.rows.start, self.head.rows.stop)
-        mask_B = (self.labels_B >= start) & (self.labels_B < stop)
-        place_B = (self.labels_B - start).clamp(0, max(stop - start - 1, 0))
-        chosen = None
+        head, own, chosen = self.head, Own.of(self.labels_B, self.head.rows), None
+        start, stop = head.rows.start, head.rows.stop
         if head.training and head.config.sample_rate < 1:
             seed = mixed_seed(head.seed, head._step, _SAMPLING)
-            sampled = sample_classes(start, stop, head.config.sample_rate, seed, mask_B.device) - start
-            chosen = torch.cat([sampled, place_B[mask_B]]).unique()  # type: ignore[no-untyped-call]
-            place_B = torch.searchsorted(chosen, place_B).clamp(0, max(chosen.shape[0] - 1, 0))
-        return Rows(head.weight, head.bias, chosen, head.centres), Own(mask_B, place_B)
+            sampled = sample_classes(start, stop, head.config.sample_rate, seed, self.labels_B.device) - start
+            chosen = torch.cat([sampled, own.place_B[own.mask_B]]).unique()  # type: ignore[no-untyped-call]
+            place_B = torch.searchsorted(chosen, own.place_B).clamp(0, max(chosen.shape[0] - 1, 0))
+            own = replace(own, place_B=place_B)
+        return Rows(head.weight, head.bias, chosen, head.centres), own
 
     def loss(self) -> Tensor:
         """The mean over the valid samples of all ranks."""
-        head, margin = self.head, self.margin
-        sums_B, targets_B, shift = self.parts()
-        negatives_B, targets_B = self._exchange(sums_B, targets_B, shift)
-        losses_B = margin.per_sample(negatives_B, targets_B, self._class_values())
-        extra_B = margin.regularizer(own_slice(self.norms_B, head.group))
+        negatives_B, targets_B = self._exchange(*self.parts())
+        losses_B = self.margin.per_sample(negatives_B, targets_B, self._class_values())
+        extra_B = self.margin.regularizer(own_slice(self.norms_B, self.head.group))
         if extra_B is not None:
             losses_B = losses_B + extra_B.to(losses_B)
         return torch.where(self.valid_B, losses_B, 0).sum() / self.valid_B.sum().clamp_min(1)
@@ -237,8 +225,7 @@ class Step:
         """What this rank knows: its part of the denominator (its logarithm where the shift, which comes third, is
         None), and the targets' logits, 0 where another rank owns the class."""
         head, margin, rows = self.head, self.margin, self.rows
-        reweight = self._observe()
-        plan = head.plan(margin, self.labels_B.shape[0], len(rows), self.e_BD.dtype, reweight)
+        plan = head.plan(margin, len(self.labels_B), len(rows), self.e_BD.dtype, self._observe())
         sums_B, centres_BKD, bias_B = negatives(self.e_BD, rows, self.own, plan, sink=head.sink, memory=head._memory)
         targets_B = margin.target(self._positives(centres_BKD, bias_B))
         return sums_B, torch.where(self.own.mask_B, targets_B, 0).to(sums_B), plan.shift
@@ -247,13 +234,12 @@ class Step:
     def _observe(self) -> Reweight | None:
         """Bring the margin's running statistics up to date; for margins that re-weight, fetch all targets' cosines."""
         head, margin = self.head, self.margin
-        positives = None
+        positives, cos_B = None, None
         if margin.reweights:
-            positives = self._positives(*own_centres(self.rows, self.own, self.e_BD.dtype))
-            own_cos_B = torch.where(self.own.mask_B, positives.cos_B, 0)
-            positives = replace(positives, cos_B=head.group.all_reduce(own_cos_B))
+            mine = self._positives(*own_centres(self.rows, self.own, self.e_BD.dtype))
+            cos_B = head.group.all_reduce(torch.where(self.own.mask_B, mine.cos_B, 0))
+            positives = replace(mine, cos_B=cos_B)
         if head.training:
-            cos_B = None if positives is None else positives.cos_B
             self.observed = margin.observe(self.norms_B, cos_B, self.valid_B, self.values)
             self.values |= self.observed
         if positives is None:
@@ -291,21 +277,12 @@ class Step:
         else:
             lengths_B = lengths_B * norms_BK[:, 0]
             dots_B = (centres_BKD[:, 0] * self.exact_BD).sum(dim=1)
+        noise_B = None
+        if self.margin.noisy:
+            noise_B = step_noise(self.head.seed, self.head._step, len(bias_B)).to(self.e_BD.device)
         return Positives(
-            cos_B,
-            dots_B + bias_B,
-            lengths_B,
-            self.norms_B,
-            self.labels_B,
-            self.values,
-            self._noise(),
-            self._class_values(),
+            cos_B, dots_B + bias_B, lengths_B, self.norms_B, self.labels_B, self.values, noise_B, self._class_values()
         )
-
-    def _noise(self) -> Tensor | None:
-        if not self.margin.noisy:
-            return None
-        return step_noise(self.head.seed, self.head._step, self.labels_B.shape[0]).to(self.e_BD.device)
 
     def _class_values(self) -> Tensor | None:
         table_C = self.head._class_values

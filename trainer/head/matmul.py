@@ -6,15 +6,45 @@ Product 1 makes logits, so its result must be wide: a logit of 60 in bf16 is off
 into fp32 results. A CPU has no such product by its types, but oneDNN rounds fp32 operands to bf16 on the way where it
 is asked to and the processor can (else product 1 stays fp32). Products 2 and 3 make gradients; on a CPU their tiles'
 results are rounded to bf16 before they are added up in fp32.
+
+Buffers live from step to step: to ask the system for hundreds of megabytes anew costs up to a tenth of a product.
 """
 
+import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from trainer.head.memory import Workspace
+
+@dataclass(slots=True)
+class Workspace:
+    """Keeps the buffer given back last, and hands it out again where it fits; and small ones by name."""
+
+    spare: Tensor | None = None
+    scratches: dict[str, Tensor] = field(default_factory=dict)
+
+    def take(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor; whoever takes it owns it until `give_back`."""
+        spare, self.spare = self.spare, None
+        size = shape[0] * shape[1]
+        if spare is not None and spare.dtype == dtype and spare.device == device and spare.numel() >= size:
+            return spare.view(-1)[:size].view(shape)
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def give_back(self, buffer: Tensor) -> None:
+        self.spare = buffer if buffer._base is None else buffer._base
+
+    def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor, valid until the next request for this name."""
+        found, size = self.scratches.get(name), math.prod(shape)
+        if found is None or found.numel() < size or found.dtype != dtype or found.device != device:
+            found = self.scratches[name] = torch.empty(size, dtype=dtype, device=device)
+        return found[:size].view(shape)
 
 
 class Products:
@@ -34,18 +64,16 @@ class Products:
         """The values in the narrow type; the copy, if one is needed, lives until the next with this name."""
         if values.dtype == self.narrow:
             return values
-        copy = self.memory.scratch(name, values.shape[0], values.shape[1], self.narrow, values.device)
-        return copy.copy_(values)
+        return self.memory.scratch(name, values.shape, self.narrow, values.device).copy_(values)
 
     def logits(self, w_RD: Tensor, out: Tensor | None) -> Tensor:
         """Product 1: W E^T, wide; in `out` if given, else in memory that lives until the next call."""
         if self.mixed:
             return torch.mm(self.operand(w_RD, "w"), self.e_DB, out_dtype=self.wide)
         if out is None:
-            out = self.memory.scratch("z", w_RD.shape[0], self.e_DB.shape[1], self.wide, w_RD.device)
+            out = self.memory.scratch("z", (len(w_RD), self.e_DB.shape[1]), self.wide, w_RD.device)
         if w_RD.dtype != self.wide:
-            shape = w_RD.shape[0], w_RD.shape[1]
-            w_RD = self.memory.scratch("wide", *shape, self.wide, w_RD.device).copy_(w_RD)
+            w_RD = self.memory.scratch("wide", w_RD.shape, self.wide, w_RD.device).copy_(w_RD)
         if self.wide == self.narrow:
             return torch.mm(w_RD, self.e_DB, out=out)
         with _operands_rounded_to_bf16():
@@ -69,7 +97,7 @@ class Products:
         elif self.mixed and not add and out.dtype == self.wide:
             torch.mm(q_RB, re_BD, out_dtype=self.wide, out=out)
         else:
-            product_RD = self.memory.scratch("product", out.shape[0], out.shape[1], self.narrow, out.device)
+            product_RD = self.memory.scratch("product", out.shape, self.narrow, out.device)
             torch.mm(q_RB, re_BD, out=product_RD)
             if add:
                 out.add_(product_RD)
@@ -87,3 +115,22 @@ def _operands_rounded_to_bf16() -> Iterator[None]:
         yield
     finally:
         setting.fp32_precision = before
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):  # with what the page cache would give back
+            free = int(line.split()[1]) * 1024
+    limit, used = (_lines(Path("/sys/fs/cgroup", name)) for name in ("memory.max", "memory.current"))
+    if limit and used and limit[0].isdigit():  # of a container
+        free = min(free, max(0, int(limit[0]) - int(used[0])))
+    return free
+
+
+def _lines(path: Path) -> list[str]:
+    """Of a file of the system's that may not be there."""
+    return path.read_text().splitlines() if path.is_file() else []

@@ -23,8 +23,8 @@ from torch import Tensor
 from trainer.errors import UserError
 from trainer.head.head import Head, mixed_seed
 from trainer.head.rounding import Noise, RowState, block_size, to_bf16
-from trainer.head.rows import Rows
-from trainer.losses.margins.base import MAX_SCALE
+from trainer.head.rows import GradientSink, Rows
+from trainer.losses.margins import MAX_SCALE
 
 EPS = 1e-8
 LEAST_SCALE = 1e-3
@@ -33,22 +33,19 @@ _FIRST, _SECOND, _WEIGHT = 0, 1, 2  # uses of the rounding's random bits
 
 
 class HeadOptimizer:
-    """SGD with momentum or AdamW for a `Head`: `prepare(lr)` before the backward, `step(lr)` after it, `zero_grad()`.
+    """SGD with momentum or AdamW for a `Head`, by `head.config.optimizer`: `step(lr)` after a backward, `zero_grad()`.
 
-    The settings are `head.config.optimizer`. With `HeadConfig.fused` the rows are stepped during the backward, tile by
-    tile, so that their gradient is never stored; `prepare` then must be called before each backward, and `step` updates
-    what is left. Otherwise `prepare` does nothing.
+    With `HeadConfig.fused` the rows are stepped during the backward, tile by tile, so that their gradient is never
+    stored; `prepare(lr)` then must be called before each backward, and `step` updates what is left.
     """
 
     def __init__(self, head: Head) -> None:
-        self.head, self.config = head, head.config.optimizer
-        config = self.config
-        weight = head.weight
-        count, dimension = weight.shape
-        self.first = RowState(count, dimension, config.state_dtype, weight.device)
-        adam = config.name == "adamw"
-        self.second = RowState(count, dimension, config.state_dtype, weight.device) if adam else None
-        self.steps_R1 = torch.zeros(count, 1, dtype=torch.int32, device=weight.device) if adam else None
+        config = head.config.optimizer
+        self.head, self.config = head, config
+        weight, adam = head.weight, config.name == "adamw"
+        self.first = RowState(weight, config.state_dtype)
+        self.second = RowState(weight, config.state_dtype) if adam else None
+        self.steps_R1 = torch.zeros(len(weight), 1, dtype=torch.int32, device=weight.device) if adam else None
         self.count = torch.zeros((), dtype=torch.int64)
         self.small = {name: p for name, p in head.named_parameters() if p is not weight}
         self.small_first = {name: torch.zeros_like(p) for name, p in self.small.items()}
@@ -61,7 +58,7 @@ class HeadOptimizer:
             head.sink = _StepSink(self)
 
     def prepare(self, lr: float) -> None:
-        """The learning rate of the coming backward, for a fused head."""
+        """The learning rate of the coming backward, for a fused head; else it does nothing."""
         if self.head.config.fused:
             self._begin()
             self.armed = lr
@@ -88,7 +85,9 @@ class HeadOptimizer:
     def state_dict(self) -> dict[str, Tensor]:
         """Plain tensors. `rows.*` have a row for each row of `head.weight`, `classes.bias.*` a number a class of this
         rank, `shared.*` are equal on all ranks."""
-        state = {f"rows.{name}": tensor for name, tensor in self._row_tensors().items()}
+        state = self.first.tensors("rows.first")
+        if self.second is not None and self.steps_R1 is not None:
+            state |= self.second.tensors("rows.second") | {"rows.steps": self.steps_R1}
         for kind, tensors in (("first", self.small_first), ("second", self.small_second)):
             for name, tensor in tensors.items():
                 state[f"{'classes' if name == 'bias' else 'shared'}.{name}.{kind}"] = tensor
@@ -111,12 +110,6 @@ class HeadOptimizer:
                 )
         for name, tensor in own.items():
             tensor.copy_(state[name])
-
-    def _row_tensors(self) -> dict[str, Tensor]:
-        tensors = self.first.tensors("first")
-        if self.second is not None and self.steps_R1 is not None:
-            tensors |= self.second.tensors("second") | {"steps": self.steps_R1}
-        return tensors
 
     def _begin(self) -> None:
         """A new step: new random bits for rounding."""
@@ -147,14 +140,12 @@ class HeadOptimizer:
         if self._noise is None:
             return None
         first = self._first_row
-        if isinstance(rows, slice):
-            return self._noise(slice(rows.start + first, rows.stop + first), use)
-        return self._noise(rows + first, use)
+        shifted = slice(rows.start + first, rows.stop + first) if isinstance(rows, slice) else rows + first
+        return self._noise(shifted, use)
 
     def _step_block(self, rows: slice | Tensor, gradient_nD: Tensor, lr: float) -> None:
         weight, config, unit = self.head.weight, self.config, self.head.unit_rows
-        stored_nD = weight[rows]
-        w_nD = stored_nD.float()
+        w_nD = weight[rows].float()
         if config.name == "sgd":
             if not unit and config.weight_decay:
                 gradient_nD = gradient_nD.float().add(w_nD, alpha=config.weight_decay)
@@ -207,16 +198,15 @@ class HeadOptimizer:
         if gradient.is_sparse:
             gradient = gradient.coalesce()
             where, gradient = gradient.indices()[0], gradient.values()
-        if parameter.ndim == 0:
-            where = slice(None)
-        value, first = parameter.data.view(-1), self.small_first[name].view(-1)
-        gradient = gradient.view(-1)
+        value, first, gradient = parameter.data.view(-1), self.small_first[name].view(-1), gradient.view(-1)
         if self.config.name == "sgd":
             u = first[where] * self.config.momentum + gradient
             first[where] = u
         else:
             beta1, beta2 = self.config.momentum, self.config.beta2
-            count = self._steps_of(name, where)
+            count: int | Tensor = int(self.count)
+            if name == "bias" and self.steps_R1 is not None:
+                count = self.steps_R1[where, 0]  # a class' bias is stepped when its row is
             second = self.small_second[name].view(-1)
             m, q = first[where].lerp(gradient, 1 - beta1), second[where].lerp(gradient.square(), 1 - beta2)
             first[where], second[where] = m, q
@@ -225,44 +215,31 @@ class HeadOptimizer:
         if name.startswith("scalars."):  # a length given to embeddings: outside, the loss would turn or overflow
             value.clamp_(LEAST_SCALE, MAX_SCALE)
 
-    def _steps_of(self, name: str, where: Tensor | slice) -> int | Tensor:
-        """How often AdamW has stepped these numbers: a class' bias is stepped when its row is."""
-        if name != "bias" or self.steps_R1 is None:
-            return int(self.count)
-        return self.steps_R1[where, 0]
 
-
-class _StepSink:
+class _StepSink(GradientSink):
     """Uses each tile of the rows' gradient up at once; see `HeadOptimizer.prepare`."""
 
     keeps = False
 
     def __init__(self, optimizer: HeadOptimizer) -> None:
+        super().__init__(optimizer.head.weight)
         self.optimizer = optimizer
-        self.rows: Rows | None = None
-        self.tile_TD = torch.empty(0)
 
     def begin(self, rows: Rows) -> bool:
         if self.optimizer.armed is None:
             raise RuntimeError("a fused head needs HeadOptimizer.prepare(lr) before each backward")
-        self.rows = rows
         return False
 
     def tile(self, start: int, stop: int) -> Tensor:
-        if self.tile_TD.shape[0] < stop - start:
-            weight = self.optimizer.head.weight
-            self.tile_TD = torch.empty(stop - start, weight.shape[1], device=weight.device)
-        return self.tile_TD[: stop - start]
+        if self.gradient_RD.shape[0] < stop - start:
+            self.gradient_RD = self.weight.new_empty(stop - start, self.weight.shape[1], dtype=torch.float32)
+        return self.gradient_RD[: stop - start]
 
-    def finished(self, start: int, stop: int, gradient: Tensor) -> None:
-        assert self.rows is not None
+    def finished(self, places: slice | Tensor, gradient: Tensor) -> None:
         assert self.optimizer.armed is not None
-        chosen = self.rows.taking_part()
-        self.optimizer.step_rows(
-            slice(start, stop) if chosen is None else chosen[start:stop], gradient, self.optimizer.armed
-        )
+        self.optimizer.step_rows(places, gradient, self.optimizer.armed)
 
-    def end(self) -> None:
+    def end(self, rows: Rows) -> None:
         self.optimizer.armed = None
 
 

@@ -5,17 +5,15 @@ Legend: R rows of this rank, D dimension, n rows of a block.
 A value that lies between two representable ones goes up or down with probabilities that make its mean exact. Rounding
 to nearest would lose every change smaller than half a step: at a learning rate of 1e-3 a bf16 centre would never move.
 
-The random numbers of a step are one block of [BLOCK, D], indexed by the row's number among all ranks' rows, so that
-the result does not depend on the number of ranks; blocks further on use the same numbers, shifted where all rows take
-part. Rows that share numbers are rounded alike, which leaves each one's mean exact.
+The random numbers of a step are one block of [n, D], indexed by the row's number among all ranks' rows, so that the
+result does not depend on the number of ranks; further blocks use the same numbers, shifted where all rows take part.
+Rows that share numbers are rounded alike, which leaves each one's mean exact.
 """
 
 from typing import Literal
 
 import torch
 from torch import Tensor
-
-StateType = Literal["fp32", "bf16", "int8"]
 
 
 def block_size(device: torch.device) -> int:
@@ -51,16 +49,16 @@ def to_bf16(values: Tensor, bits: Tensor) -> Tensor:
 
 
 class RowState:
-    """[R, D] numbers in fp32, bf16 or int8 with a scale a row, read and written in fp32 by blocks of rows.
+    """Numbers in the shape of `weight_RD`, in fp32, bf16 or int8, read and written in fp32 by blocks of rows.
 
     Args:
         kind: fp32 4 bytes, bf16 2 bytes, int8 1 byte a number + 4 bytes a row (the greatest magnitude of the row).
     """
 
-    def __init__(self, rows: int, dimension: int, kind: StateType, device: torch.device) -> None:
+    def __init__(self, weight_RD: Tensor, kind: Literal["fp32", "bf16", "int8"]) -> None:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[kind]
-        self.values_RD = torch.zeros(rows, dimension, dtype=dtype, device=device)
-        self.scale_R1 = torch.zeros(rows, 1, device=device) if kind == "int8" else None
+        self.values_RD = torch.zeros_like(weight_RD, dtype=dtype)
+        self.scale_R1 = torch.zeros(len(weight_RD), 1, device=weight_RD.device) if kind == "int8" else None
 
     def read(self, rows: Tensor | slice) -> Tensor:
         """fp32; a copy unless the state is fp32 and `rows` a slice."""

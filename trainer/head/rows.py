@@ -4,10 +4,11 @@ Legend: B samples of all ranks, R rows of this rank (its classes x K centres), D
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from trainer.distributed import RowRange
 
 SAMPLING_BLOCK = 1024  # classes; a power of two
 
@@ -33,19 +34,20 @@ class Rows:
         return self.weight_RD.shape[0] // self.centres if self.chosen is None else self.chosen.shape[0]
 
     def tile(self, start: int, stop: int) -> Tensor:
-        """The rows of the participating classes [start, stop); a view where all take part."""
-        if self.chosen is None:
-            return self.weight_RD[start * self.centres : stop * self.centres]
-        return self.weight_RD.index_select(0, rows_of(self.chosen[start:stop], self.centres))
+        """A view where all take part."""
+        places = self.places(start, stop)
+        return self.weight_RD[places] if isinstance(places, slice) else self.weight_RD.index_select(0, places)
 
     def bias(self, start: int, stop: int) -> Tensor | None:
         if self.bias_C is None:
             return None
         return self.bias_C[start:stop] if self.chosen is None else self.bias_C[self.chosen[start:stop]]
 
-    def taking_part(self) -> Tensor | None:
-        """Positions in `weight_RD`, or None for all."""
-        return None if self.chosen is None else rows_of(self.chosen, self.centres)
+    def places(self, start: int, stop: int) -> slice | Tensor:
+        """Where the rows of the participating classes [start, stop) are in `weight_RD`."""
+        if self.chosen is None:
+            return slice(start * self.centres, stop * self.centres)
+        return rows_of(self.chosen[start:stop], self.centres)
 
 
 def rows_of(classes: Tensor, centres: int) -> Tensor:
@@ -67,6 +69,12 @@ class Own:
     mask_B: Tensor
     place_B: Tensor
 
+    @classmethod
+    def of(cls, labels_B: Tensor, rows: RowRange) -> "Own":
+        """Among all classes of this rank."""
+        mask_B = (labels_B >= rows.start) & (labels_B < rows.stop)
+        return cls(mask_B, (labels_B - rows.start).clamp(0, max(len(rows) - 1, 0)))
+
 
 def own_centres(rows: Rows, own: Own, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The centres of each sample's class, [B, K, D], and its bias, [B]; zeros where this rank has no class at all."""
@@ -80,33 +88,14 @@ def own_centres(rows: Rows, own: Own, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return centres_BKD, centres_BKD.new_zeros(B) if bias_C is None else bias_C[place_B].to(dtype)
 
 
-class RowSink(Protocol):
-    """Where the gradient of the rows goes, tile by tile: a buffer, or an optimizer that uses it up at once.
+class GradientSink:
+    """Where the gradient of the rows goes, tile by tile: here `weight.grad`, in memory kept for the next step.
+
+    It is dense where all rows take part, else a sparse tensor of the rows that do. The fused optimizer's own sink uses
+    each tile up at once.
 
     Attributes:
         keeps: the tiles are parts of one buffer, which `tile(0, all)` returns also after the last tile.
-    """
-
-    @property
-    def keeps(self) -> bool: ...
-
-    def begin(self, rows: Rows) -> bool:
-        """Called before the first tile; True: add to what `tile` returns, False: write over it."""
-
-    def tile(self, start: int, stop: int) -> Tensor:
-        """Memory for the gradient of rows [start, stop), counted among the rows that take part."""
-
-    def finished(self, start: int, stop: int, gradient: Tensor) -> None:
-        """The gradient of these rows is complete; the rows are not read again in this backward."""
-
-    def end(self) -> None:
-        """Called after the last tile."""
-
-
-class GradientSink:
-    """Writes to `weight.grad`: dense where all rows take part, else a sparse tensor of the rows that do.
-
-    The memory is kept for the next step.
     """
 
     keeps = True
@@ -115,10 +104,9 @@ class GradientSink:
         self.weight = weight
         self.spare: Tensor | None = None
         self.gradient_RD: Tensor = weight.new_empty(0)
-        self.rows: Rows | None = None
 
     def begin(self, rows: Rows) -> bool:
-        self.rows = rows
+        """Called before the first tile; True: add to what `tile` returns, False: write over it."""
         if rows.chosen is None and self.weight.grad is not None:
             if self.weight.grad.is_sparse:  # of an earlier backward with sampling
                 self.weight.grad = self.weight.grad.to_dense()
@@ -126,31 +114,31 @@ class GradientSink:
             return True
         if self.weight.grad is not None:
             self.spare = None  # a sparse gradient of an earlier backward, which still uses it
-        self.gradient_RD = self._buffer(len(rows) * rows.centres)
-        return False
-
-    def _buffer(self, count: int) -> Tensor:
-        """[count, D], from the memory of the step before where it suffices."""
-        spare = self.spare
+        count, spare = len(rows) * rows.centres, self.spare
         if spare is None or spare.shape[0] < count or spare.dtype != self.weight.dtype:
             slack = 0 if count == self.weight.shape[0] else count // 16  # a sample's size varies a little
             spare = self.spare = self.weight.new_empty(count + slack, self.weight.shape[1])
-        return spare[:count]
+        self.gradient_RD = spare[:count]
+        return False
 
     def tile(self, start: int, stop: int) -> Tensor:
+        """Memory for the gradient of rows [start, stop), counted among the rows that take part."""
         return self.gradient_RD[start:stop]
 
-    def finished(self, start: int, stop: int, gradient: Tensor) -> None:
-        """Nothing is left to do: the tile is a part of the gradient."""
+    def finished(self, places: slice | Tensor, gradient: Tensor) -> None:
+        """The gradient of the rows at these places is complete; they are not read again in this backward."""
 
-    def end(self) -> None:
-        assert self.rows is not None
-        chosen = self.rows.taking_part()
-        if chosen is None:
+    def end(self, rows: Rows) -> None:
+        """Called after the last tile."""
+        if rows.chosen is None:
             self.weight.grad = self.gradient_RD
             return
         gradient = torch.sparse_coo_tensor(
-            chosen[None], self.gradient_RD, self.weight.shape, is_coalesced=True, check_invariants=False
+            rows_of(rows.chosen, rows.centres)[None],
+            self.gradient_RD,
+            self.weight.shape,
+            is_coalesced=True,
+            check_invariants=False,
         )
         self.weight.grad = gradient if self.weight.grad is None else self.weight.grad + gradient
 

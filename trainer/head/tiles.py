@@ -20,15 +20,15 @@ is log S, and the ranks' results are joined by logsumexp. P is never rescaled: t
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from trainer.head.matmul import Products
-from trainer.head.memory import Workspace
-from trainer.head.rows import Own, Rows, RowSink, own_centres, rows_of
+from trainer.head.matmul import Products, Workspace
+from trainer.head.rows import GradientSink, Own, Rows, own_centres, rows_of
 
 EMPTY = -1e30  # log S of a rank that has no class but the target's; finite, so that no difference of two is nan
 
@@ -41,13 +41,12 @@ class TilePlan:
     """How `negatives` computes; the same for forward and backward.
 
     Attributes:
-        classes: C, those that take part.
-        centres: K.
-        tile: T.
+        classes, centres, tile: C that take part, K and T.
         store: keep P for the backward.
         dtype: of the products' operands and of P; row sums and products' results are fp32 (fp64 where x is).
         shift: the constant shift, or None for row maxima.
         normalise: divide each row of W by its length.
+        reweight: what a margin does to the logits of hard negatives.
     """
 
     classes: int
@@ -84,19 +83,13 @@ def fixed_shift(least: float, greatest: float, classes: int, dtype: torch.dtype)
     return min(max(0.0, from_above), from_below)
 
 
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """What the forward leaves to the backward.
+class Tile(NamedTuple):
+    """The classes [start, stop) of those that take part, their rows of W, and 1/|w| where the plan divides by |w|."""
 
-    Attributes:
-        q_RB: P times dz/d(e.w) of all tiles, where the plan stores it.
-        shifts: each tile's row maxima, where there is no fixed shift.
-        result_B: S, or log S.
-    """
-
-    q_RB: Tensor | None
-    shifts: list[Tensor]
-    result_B: Tensor
+    start: int
+    stop: int
+    w_RD: Tensor
+    inverse_R1: Tensor | None
 
 
 class _Negatives(torch.autograd.Function):
@@ -105,102 +98,101 @@ class _Negatives(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
-        e_BD: Tensor,
-        weight_RD: Tensor,
-        bias_C: Tensor | None,
-        own: Own,
-        rows: Rows,
-        plan: TilePlan,
-        sink: RowSink,
-        memory: Workspace,
+        ctx: FunctionCtx, e_BD: Tensor, weight_RD: Tensor, bias_C: Tensor | None, tiles: "Tiles", keep: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        maker = TileMaker(e_BD, rows, plan, own, memory)
-        keep = plan.store and any(ctx.needs_input_grad[:3])  # type: ignore[attr-defined]
-        B = e_BD.shape[0]
-        kept = memory.take((plan.classes * plan.centres, B), plan.dtype, e_BD.device) if keep else None
-        shifts: list[Tensor] = []
-        sums: list[Tensor] = []
-        for start, stop in plan.tiles():
-            out = None if kept is None else kept[start * plan.centres : stop * plan.centres]
-            sum_B, shift_B = maker.forward(start, stop, out)
-            sums.append(sum_B)
-            if shift_B is not None:
-                shifts.append(shift_B)
-        result_B = maker.join(sums, shifts)
-        centres_BKD, own_bias_B = own_centres(rows, own, maker.wide)
-        # A clone, since an output kept here would be a cycle that keeps P alive.
-        ctx.state = (maker, Saved(kept, shifts, result_B.clone()), sink, memory)  # type: ignore[attr-defined]
+        ctx.tiles = tiles  # type: ignore[attr-defined]
         ctx.save_for_backward(weight_RD)  # notices a weight changed before the backward
-        return result_B, centres_BKD, own_bias_B
+        result_B = tiles.forward(keep and any(ctx.needs_input_grad[:3]))  # type: ignore[attr-defined]
+        return result_B, *own_centres(tiles.rows, tiles.own, tiles.wide)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         ctx.saved_tensors  # type: ignore[attr-defined]  # noqa: B018
-        state = ctx.state  # type: ignore[attr-defined]
-        if state is None:
+        tiles: Tiles | None = ctx.tiles  # type: ignore[attr-defined]
+        if tiles is None:
             raise RuntimeError("a second backward through a loss of the head: its P is gone, compute the loss again")
-        maker, saved, sink, memory = state
-        dsum_B, dcentres_BKD, dbias_B = gradients
-        de_BD, dbias_C = maker.backward(saved, dsum_B, dcentres_BKD, sink)
-        if saved.q_RB is not None:
-            ctx.state = None  # type: ignore[attr-defined]
-            memory.give_back(saved.q_RB)
-        if dbias_C is not None:
-            dbias_C = maker.add_own_bias(dbias_C, dbias_B)
-        return de_BD, None, dbias_C, None, None, None, None, None
+        if tiles.kept_RB is not None:
+            ctx.tiles = None  # type: ignore[attr-defined]
+        return *tiles.backward(*gradients), None, None
 
 
-class TileMaker:
-    """One step's tiles."""
+class Tiles:
+    """One step's tiles, from the forward to the backward; see `negatives`.
 
-    def __init__(self, e_BD: Tensor, rows: Rows, plan: TilePlan, own: Own, memory: Workspace) -> None:
-        self.e_BD, self.rows, self.plan, self.own = e_BD, rows, plan, own
+    Attributes:
+        kept_RB: P times dz/d(e.w) of all tiles, where it is stored for the backward.
+        shifts: each tile's row maxima, where there is no fixed shift.
+        result_B: S, or log S.
+    """
+
+    def __init__(
+        self, e_BD: Tensor, rows: Rows, own: Own, plan: TilePlan, *, sink: GradientSink, memory: Workspace
+    ) -> None:
+        self.e_BD, self.rows, self.own, self.plan, self.sink, self.memory = e_BD, rows, own, plan, sink, memory
         self.products = Products(e_BD, plan.dtype, memory)
         self.wide = e_BD.dtype
         self.columns = torch.arange(e_BD.shape[0], device=e_BD.device)
+        self.kept_RB: Tensor | None = None
+        self.shifts: list[Tensor] = []
 
-    def _logits(self, start: int, stop: int, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """z_RB of the tile's rows, with W and the inverse lengths of its rows."""
-        w_RD = self.rows.tile(start, stop)
-        z_RB = self.products.logits(w_RD, out)
-        inverse_R1 = self._inverse_lengths(w_RD)
-        if inverse_R1 is not None:
-            z_RB.mul_(inverse_R1)
-        bias_T = self.rows.bias(start, stop)
-        if bias_T is not None:
-            z_RB.add_(bias_T[:, None])
-        return z_RB, w_RD, inverse_R1
+    def forward(self, keep: bool) -> Tensor:
+        """S_B or log S_B of all tiles."""
+        plan, K = self.plan, self.plan.centres
+        if keep:
+            self.kept_RB = self.memory.take((plan.classes * K, len(self.columns)), plan.dtype, self.e_BD.device)
+        sums: list[Tensor] = []
+        for start, stop in plan.tiles():
+            tile = self._tile(start, stop)
+            out = None if self.kept_RB is None else self.kept_RB[start * K : stop * K]
+            p_TB, q_RB = self._probabilities(tile, None, out if plan.dtype == self.wide else None)
+            sums.append(p_TB.sum(dim=0))
+            if out is not None:
+                if tile.inverse_R1 is not None:
+                    q_RB = q_RB.mul_(tile.inverse_R1)
+                if q_RB.data_ptr() != out.data_ptr():
+                    out.copy_(q_RB)
+        result_B = self._join(sums)
+        self.result_B = result_B.clone()  # the output itself would be a cycle that keeps P alive
+        return result_B
 
-    def _hide_targets(self, z_TB: Tensor, start: int, stop: int) -> None:
-        """-inf at each sample's own class, where it is in this tile; shapes do not depend on the data."""
+    def _tile(self, start: int, stop: int) -> Tile:
+        w_RD, inverse_R1 = self.rows.tile(start, stop), None
+        if self.plan.normalise:
+            lengths_R1: Tensor = torch.linalg.vector_norm(w_RD.to(self.wide), dim=1, keepdim=True)
+            inverse_R1 = lengths_R1.clamp_min(1e-12).reciprocal()
+        return Tile(start, stop, w_RD, inverse_R1)
+
+    def _logits(self, tile: Tile, out: Tensor | None) -> Tensor:
+        z_RB = self.products.logits(tile.w_RD, out)
+        if tile.inverse_R1 is not None:
+            z_RB.mul_(tile.inverse_R1)
+        bias_T = self.rows.bias(tile.start, tile.stop)
+        return z_RB if bias_T is None else z_RB.add_(bias_T[:, None])
+
+    def _own_rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Whether each sample's own class is among [start, stop), and where; shapes do not depend on the data."""
         inside_B = self.own.mask_B & (self.own.place_B >= start) & (self.own.place_B < stop)
-        row_B = (self.own.place_B - start).clamp(0, stop - start - 1)
-        hidden_B = torch.where(inside_B, -math.inf, z_TB[row_B, self.columns])
-        z_TB.index_put_((row_B, self.columns), hidden_B)
+        return inside_B, (self.own.place_B - start).clamp(0, stop - start - 1)
 
-    def probabilities(
-        self, start: int, stop: int, shift_B: Tensor | None, out: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    def _probabilities(self, tile: Tile, shift_B: Tensor | None, out: Tensor | None) -> tuple[Tensor, Tensor]:
         """The tile's P_TB, and what the backward multiplies with: Q_RB = P x dz/d(e.w) per row of W.
 
-        Returns P, Q (the same memory where they are equal), the row maxima if no shift was given, W, inverse lengths.
+        They share memory where they are equal. Without a shift, given or fixed, the row maxima go to `shifts`.
         """
-        K, T = self.plan.centres, stop - start
-        usable = out if out is not None and out.dtype == self.wide else None
-        z_RB, w_RD, inverse_R1 = self._logits(start, stop, usable)
+        K, T = self.plan.centres, tile.stop - tile.start
+        z_TB = z_RB = self._logits(tile, out)
         best_TB: Tensor | None = None
-        z_TB = z_RB
         if K > 1:
             z_TB, best_TB = z_RB.view(T, K, -1).max(dim=1)
         slope_TB: Tensor | None = None
         if self.plan.reweight is not None:
             z_TB, slope_TB = self.plan.reweight(z_TB)
-        self._hide_targets(z_TB, start, stop)
-        maxima_B = None
+        inside_B, row_B = self._own_rows(tile.start, tile.stop)  # the targets are left out
+        z_TB.index_put_((row_B, self.columns), torch.where(inside_B, -math.inf, z_TB[row_B, self.columns]))
         if shift_B is None and self.plan.shift is None:
             maxima_B = z_TB.amax(dim=0)
-            shift_B = maxima_B = torch.where(maxima_B == -math.inf, 0, maxima_B)
+            shift_B = torch.where(maxima_B == -math.inf, 0, maxima_B)
+            self.shifts.append(shift_B)
         if shift_B is not None:
             z_TB.sub_(shift_B)
         elif self.plan.shift:
@@ -209,91 +201,65 @@ class TileMaker:
         q_RB = p_TB if slope_TB is None else p_TB * slope_TB
         if best_TB is not None:
             q_RB = z_RB.zero_().view(T, K, -1).scatter_(1, best_TB[:, None], q_RB[:, None]).view(T * K, -1)
-        return p_TB, q_RB, maxima_B, w_RD, inverse_R1
+        return p_TB, q_RB
 
-    def forward(self, start: int, stop: int, out: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Row sums of a tile in fp32, and its row maxima where there is no fixed shift; Q goes to `out`."""
-        p_TB, q_RB, maxima_B, _, inverse_R1 = self.probabilities(start, stop, None, out)
-        sum_B = p_TB.sum(dim=0)
-        if out is not None:
-            if inverse_R1 is not None:
-                q_RB = q_RB.mul_(inverse_R1)
-            if q_RB.data_ptr() != out.data_ptr():
-                out.copy_(q_RB)
-        return sum_B, maxima_B
-
-    def join(self, sums: list[Tensor], shifts: list[Tensor]) -> Tensor:
+    def _join(self, sums: list[Tensor]) -> Tensor:
         """S_B of all tiles with a fixed shift, else log S_B. Tiles are added in fp64: there may be thousands."""
         if not sums:
             return self.e_BD.new_full((self.e_BD.shape[0],), 0.0 if self.plan.shift is not None else EMPTY)
         stacked = torch.stack(sums).double()
         if self.plan.shift is not None:
             return stacked.sum(dim=0).to(self.wide)
-        return torch.logsumexp(stacked.log() + torch.stack(shifts).double(), dim=0).clamp_min(EMPTY).to(self.wide)
+        return torch.logsumexp(stacked.log() + torch.stack(self.shifts).double(), dim=0).clamp_min(EMPTY).to(self.wide)
 
-    def backward(
-        self, saved: Saved, dresult_B: Tensor, dcentres_BKD: Tensor, sink: RowSink
-    ) -> tuple[Tensor, Tensor | None]:
-        """Products 2 and 3 of every tile; returns dE and the negatives' part of the bias' gradient."""
-        plan, K = self.plan, self.plan.centres
+    def backward(self, dresult_B: Tensor, dcentres_BKD: Tensor, down_B: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        """Products 2 and 3 of every tile; returns the gradients of E, W (that of W is the sink's) and the bias."""
+        plan, K, sink, fixed = self.plan, self.plan.centres, self.sink, self.plan.shift is not None
         add = sink.begin(self.rows)
         de_BD = torch.zeros_like(self.e_BD)
         dbias: list[Tensor] = []
-        empty_B = saved.result_B <= EMPTY
-        finite_B, dresult_B = torch.where(empty_B, 0, saved.result_B), torch.where(empty_B, 0, dresult_B)
+        empty_B = self.result_B <= EMPTY
+        finite_B, dresult_B = torch.where(empty_B, 0, self.result_B), torch.where(empty_B, 0, dresult_B)
         r_B = dresult_B
         re_BD = (self.e_BD * r_B[:, None]).to(plan.dtype)
         for number, (start, stop) in enumerate(plan.tiles()):
-            if saved.q_RB is not None and plan.shift is None:
-                r_B = dresult_B * (saved.shifts[number] - finite_B).exp()
+            if self.kept_RB is not None and not fixed:
+                r_B = dresult_B * (self.shifts[number] - finite_B).exp()
                 re_BD = (self.e_BD * r_B[:, None]).to(plan.dtype)
-            q_RB, w_RD, inverse_R1 = self._factors(saved, start, stop, finite_B)
-            narrow_RD = self.products.operand(w_RD, "w")
-            self.products.add_embeddings(de_BD, q_RB, narrow_RD, r_B if plan.shift is None else None)
+            tile = self._tile(start, stop)
+            q_RB = self._factors(tile, None if fixed else finite_B)
+            self.products.add_embeddings(de_BD, q_RB, self.products.operand(tile.w_RD, "w"), None if fixed else r_B)
             gradient = sink.tile(start * K, stop * K)
-            self._row_gradient(gradient, q_RB, re_BD, add, w_RD=w_RD, inverse_R1=inverse_R1)
+            self._row_gradient(gradient, q_RB, re_BD, add, tile)
             if not sink.keeps:
                 self._add_own(gradient, dcentres_BKD, start, stop)
             if self.rows.bias_C is not None:
                 dbias.append(torch.mv(q_RB.to(self.wide), r_B))
-            sink.finished(start * K, stop * K, gradient)
+            sink.finished(self.rows.places(start, stop), gradient)
         if sink.keeps and plan.classes:
             self._add_own(sink.tile(0, plan.classes * K), dcentres_BKD, 0, plan.classes)
-        sink.end()
-        if plan.shift is not None:
-            de_BD.mul_(dresult_B[:, None])
-        if self.rows.bias_C is None:
-            return de_BD, None
-        return de_BD, torch.cat(dbias) if dbias else self.e_BD.new_zeros(0)
+        sink.end(self.rows)
+        if self.kept_RB is not None:
+            self.memory.give_back(self.kept_RB)
+        return de_BD.mul_(dresult_B[:, None]) if fixed else de_BD, None, self._bias_gradient(dbias, down_B)
 
-    def _factors(self, saved: Saved, start: int, stop: int, finite_B: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Q of the tile, saved or made again, with W and the inverse lengths of its rows."""
-        if saved.q_RB is not None:
-            w_RD = self.rows.tile(start, stop)
-            K = self.plan.centres
-            return saved.q_RB[start * K : stop * K], w_RD, self._inverse_lengths(w_RD)
-        shift_B = finite_B if self.plan.shift is None else None
-        _, q_RB, _, w_RD, inverse_R1 = self.probabilities(start, stop, shift_B, None)
-        if inverse_R1 is not None:
-            q_RB = q_RB.mul_(inverse_R1)
-        return self.products.operand(q_RB, "q"), w_RD, inverse_R1
+    def _factors(self, tile: Tile, shift_B: Tensor | None) -> Tensor:
+        """Q of the tile, saved or made again."""
+        if self.kept_RB is not None:
+            return self.kept_RB[tile.start * self.plan.centres : tile.stop * self.plan.centres]
+        _, q_RB = self._probabilities(tile, shift_B, None)
+        if tile.inverse_R1 is not None:
+            q_RB = q_RB.mul_(tile.inverse_R1)
+        return self.products.operand(q_RB, "q")
 
-    def _inverse_lengths(self, w_RD: Tensor) -> Tensor | None:
-        if not self.plan.normalise:
-            return None
-        lengths_R1: Tensor = torch.linalg.vector_norm(w_RD.to(self.wide), dim=1, keepdim=True)
-        return lengths_R1.clamp_min(1e-12).reciprocal()
-
-    def _row_gradient(
-        self, out: Tensor, q_RB: Tensor, re_BD: Tensor, add: bool, *, w_RD: Tensor, inverse_R1: Tensor | None
-    ) -> None:
+    def _row_gradient(self, out: Tensor, q_RB: Tensor, re_BD: Tensor, add: bool, tile: Tile) -> None:
         """Product 3 into `out`; for rows that are divided by their length, times the Jacobian (I - u u^T) / |w|."""
-        if inverse_R1 is None:
+        if tile.inverse_R1 is None:
             self.products.rows(q_RB, re_BD, out, add)
             return
-        gradient = torch.empty_like(w_RD, dtype=self.wide)
+        gradient = torch.empty_like(tile.w_RD, dtype=self.wide)
         self.products.rows(q_RB, re_BD, gradient, False)
-        unit_RD = w_RD.to(self.wide) * inverse_R1
+        unit_RD = tile.w_RD.to(self.wide) * tile.inverse_R1
         gradient.sub_(unit_RD * (gradient * unit_RD).sum(dim=1, keepdim=True))
         if add:
             out.add_(gradient)
@@ -302,24 +268,25 @@ class TileMaker:
 
     def _add_own(self, gradient: Tensor, dcentres_BKD: Tensor, start: int, stop: int) -> None:
         """The target logits' own, sparse part: dW[y_i] += d t_i / d w. It is 0 where the sample is not this rank's."""
-        inside_B = self.own.mask_B & (self.own.place_B >= start) & (self.own.place_B < stop)
-        row_B = (self.own.place_B - start).clamp(0, stop - start - 1)
+        inside_B, row_B = self._own_rows(start, stop)
         added_BKD = dcentres_BKD * inside_B[:, None, None]
         gradient.index_add_(0, rows_of(row_B, self.plan.centres), added_BKD.flatten(0, 1).to(gradient.dtype))
 
-    def add_own_bias(self, dbias: Tensor, down_B: Tensor) -> Tensor:
-        """The whole gradient of the bias, [C] of this rank; sparse where not all classes took part."""
+    def _bias_gradient(self, parts: list[Tensor], down_B: Tensor) -> Tensor | None:
+        """[C] of this rank, from the tiles' parts and the targets' own; sparse where not all classes took part."""
+        if self.rows.bias_C is None:
+            return None
+        dbias = torch.cat(parts) if parts else self.e_BD.new_zeros(0)
         if self.plan.classes:
             dbias = dbias.index_add(0, self.own.place_B, torch.where(self.own.mask_B, down_B, 0))
         if self.rows.chosen is None:
             return dbias
-        assert self.rows.bias_C is not None
         shape = self.rows.bias_C.shape
         return torch.sparse_coo_tensor(self.rows.chosen[None], dbias, shape, is_coalesced=True, check_invariants=False)
 
 
 def negatives(
-    e_BD: Tensor, rows: Rows, own: Own, plan: TilePlan, *, sink: RowSink, memory: Workspace
+    e_BD: Tensor, rows: Rows, own: Own, plan: TilePlan, *, sink: GradientSink, memory: Workspace
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's part of the denominator, and the centres of each sample's own class.
 
@@ -330,9 +297,9 @@ def negatives(
         centres_BKD, the K centres of each sample's class; rows of some other class where it is not this rank's.
         bias_B of each sample's class; 0 without bias.
     """
-    if not torch.is_grad_enabled():  # which the function itself cannot see
-        plan = replace(plan, store=False)
+    tiles = Tiles(e_BD.detach(), rows, own, plan, sink=sink, memory=memory)
+    keep = plan.store and torch.is_grad_enabled()  # which the function itself cannot see
     result: tuple[Tensor, Tensor, Tensor] = _Negatives.apply(  # type: ignore[no-untyped-call]
-        e_BD, rows.weight_RD, rows.bias_C, own, rows, plan, sink, memory
+        e_BD, rows.weight_RD, rows.bias_C, tiles, keep
     )
     return result

@@ -2,9 +2,8 @@
 
 Legend: b samples of this rank, B = world_size x b samples of all ranks, D dimension, K kinds of terms.
 
-Every loss of this kind is a mean over terms - pairs, triplets, identities - or a sum of a few such means:
-L = sum_k mix_k (total_k / count_k). A rank computes the terms whose *anchor* is one of its own samples, against all B
-samples; on one process b = B. `objective.batch` joins the ranks' parts.
+Every such loss is a mean over pairs, triplets or identities, or a sum of a few means: sum_k mix_k total_k / count_k. A
+rank computes the terms whose *anchor* is one of its own samples, against all B; `objective.sharded` joins the parts.
 """
 
 from collections.abc import Mapping
@@ -19,21 +18,17 @@ from trainer.losses.base import Family, LossSpec
 
 @dataclass(frozen=True, slots=True)
 class GlobalBatch:
-    """All ranks' samples, of which `start` to `stop` are this rank's anchors.
+    """All ranks' samples.
 
     Attributes:
         x_BD: embeddings as the backbone gave them.
         labels_B: classes, or -1 for a slot that only fills the batch up.
+        own: those that are this rank's anchors.
     """
 
     x_BD: Tensor
     labels_B: Tensor
-    start: int
-    stop: int
-
-    @property
-    def own(self) -> slice:
-        return slice(self.start, self.stop)
+    own: slice
 
     @property
     def valid_B(self) -> Tensor:
@@ -41,9 +36,8 @@ class GlobalBatch:
 
     def positives_bB(self) -> Tensor:
         """Where another sample is of the anchor's identity; never the anchor itself."""
-        own_b = torch.arange(self.start, self.stop, device=self.labels_B.device)
         same_bB = (self.labels_B[self.own, None] == self.labels_B) & self.valid_B[self.own, None]
-        same_bB[torch.arange(len(own_b), device=own_b.device), own_b] = False
+        same_bB[:, self.own].fill_diagonal_(False)
         return same_bB
 
     def negatives_bB(self) -> Tensor:
@@ -59,8 +53,8 @@ class Terms:
     Attributes:
         totals_K: sums of terms, differentiable.
         counts_K: how many terms a mean divides by.
-        found_J: how many there are of what the loss lives on (triplets, say). A step in which, over all ranks, one of
-            them is 0 is counted as empty.
+        found_J: how many there are of what the loss lives on (triplets, say). A step without one of them, over all
+            ranks, is counted as empty.
     """
 
     totals_K: Tensor
@@ -111,51 +105,19 @@ def squared_distances(x_ND: Tensor, y_MD: Tensor) -> Tensor:
     return (square_N[:, None] + square_M - 2 * x_ND @ y_MD.T).clamp_min(0)
 
 
-def distances(squared: Tensor) -> Tensor:
-    """The root, with derivative 0 at 0, where the direction in which two equal points should part is not defined."""
-    some = squared > 0
-    return torch.where(some, torch.where(some, squared, 1).sqrt(), 0)
-
-
-def groups(labels_B: Tensor) -> Tensor:
-    """Each sample's identity as a number from 0 among those of the batch, in ascending order of the labels."""
-    ordered_B, order_B = torch.sort(labels_B, stable=True)
-    number_B = torch.zeros_like(labels_B)
-    number_B[1:] = (ordered_B[1:] != ordered_B[:-1]).cumsum(0)
-    return torch.zeros_like(labels_B).scatter(0, order_B, number_B)
-
-
 def members(labels_B: Tensor) -> tuple[Tensor, Tensor]:
     """Who belongs to whom, in B slots, of which the first are the identities of the batch and the others are empty.
 
     Returns:
-        slot_B: the slot of each sample; the slot of padding is empty.
+        slot_B: the slot of each sample, in ascending order of the labels; the slot of padding is empty.
         member_SB: True where a valid sample belongs to the slot's identity.
     """
-    slot_B = groups(labels_B)
+    ordered_B, order_B = torch.sort(labels_B, stable=True)
+    number_B = torch.zeros_like(labels_B)
+    number_B[1:] = (ordered_B[1:] != ordered_B[:-1]).cumsum(0)
+    slot_B = torch.zeros_like(labels_B).scatter(0, order_B, number_B)
     slots_S = torch.arange(labels_B.shape[0], device=labels_B.device)
     return slot_B, (slots_S[:, None] == slot_B) & (labels_B >= 0)
-
-
-def orthogonal_rows(rows: int, dimension: int, seed: int) -> Tensor:
-    """[rows, D] orthonormal rows, rows <= D, drawn evenly from all such matrices; fp32."""
-    generator = torch.Generator().manual_seed(seed)
-    square, upper = torch.linalg.qr(torch.randn(dimension, rows, generator=generator, dtype=torch.float64))
-    rows_nD: Tensor = (square * upper.diagonal().sign()).T.float()
-    return rows_nD.contiguous()
-
-
-def principal_rows(x_BD: Tensor, valid_B: Tensor, rows: int) -> Tensor:
-    """[rows, D] the directions of greatest variance of the valid samples, orthonormal, by falling variance.
-
-    Where the samples span fewer dimensions, the rest is some orthonormal completion.
-    """
-    x_BD = x_BD.double() * valid_B[:, None]
-    count = valid_B.sum().clamp_min(1)
-    centred_BD = (x_BD - x_BD.sum(dim=0) / count) * valid_B[:, None]
-    _, vectors_DD = torch.linalg.eigh(centred_BD.T @ centred_BD)  # by rising variance
-    rows_nD: Tensor = vectors_DD.flip(1)[:, :rows].T.float()
-    return rows_nD.contiguous()
 
 
 def count(mask: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ identity of the batch, and the two identities nearest to each other.
 Legend: B samples of all ranks, S slots for identities (S = B), D dimension, k distances of an identity.
 
 The centres of the first two are no parameters: no gradient reaches them and no optimizer steps them. They move by the
-papers' rule; `objective.centres` keeps them, sharded over the ranks.
+papers' rule; `objective.sharded` keeps them, sharded over the ranks.
 """
 
 from collections.abc import Mapping
@@ -30,9 +30,7 @@ class Center(LossSpec):
 
     An auxiliary: alone it is least where all embeddings are equal. The paper adds it to softmax with the weight 0.003.
     It draws embeddings as they are, so that beside a head on the cosine, which leaves |x| free, it also shortens them;
-    `unit` draws unit vectors instead.
-
-    A batch of padding alone has loss 0 and moves nothing.
+    `unit` draws unit vectors instead. A batch of padding alone has loss 0 and moves nothing.
     """
 
     family = "centre"
@@ -40,6 +38,7 @@ class Center(LossSpec):
     source = "Wen et al. 2016, A discriminative feature learning approach, eq. 2 to 4"
     title = "softmax + centre"
     beside_softmax = 0.1
+    holds_lengths: ClassVar[bool] = False  # there is an `extra` loss on the lengths of the centres
 
     name: Literal["center"] = "center"
     alpha: Annotated[float, Within(ge=0, le=1)] = 0.5  # how far a centre follows; 0: not at all
@@ -49,13 +48,10 @@ class Center(LossSpec):
     def on_directions(self) -> bool:
         return self.unit
 
-    def extra(self, squares_B: Tensor, mean: Tensor) -> Tensor | None:
-        """A further loss of each sample, from |c_y|^2 and the mean of |c|^2 over all classes."""
-        return None
-
-    def extra_slope(self, squares_B: Tensor, mean: Tensor) -> Tensor | None:
-        """The derivative of `extra` by c_y is this times c_y; the mean counts as a constant."""
-        return None
+    def extra(self, squares_B: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """A further loss of each sample, from |c_y|^2 and the mean of |c|^2 over all classes; and
+        what times c_y is its derivative by c_y. The mean counts as a constant."""
+        raise NotImplementedError
 
 
 class CenterInvariant(Center):
@@ -71,19 +67,16 @@ class CenterInvariant(Center):
     formula = "|x - c_y|^2 / 2 + gamma/4 (|c_y|^2 - mean_k |c_k|^2)^2"
     source = "Wu et al. 2017, Deep face recognition with center invariant loss"
     title = "softmax + centre-invariant"
-    # The default leaves ten centres nearly where centre loss has them: in the plane the deviation of their lengths is
-    # 0.27 of the mean after 600 steps, with centre loss 0.3. With this gamma it is less than 0.04, and
-    # alpha gamma |c|^2 is at most 0.4, well below the 1 at which it becomes unstable.
+    # The default leaves ten centres nearly where centre loss has them: in the plane their lengths deviate by 0.27 of
+    # the mean after 600 steps, with centre loss by 0.3. With this gamma it is below 0.04, and alpha gamma |c|^2 <= 0.4.
     demo: ClassVar = {"gamma": 5e-3}
+    holds_lengths = True
 
     name: Literal["center_invariant"] = "center_invariant"  # type: ignore[assignment]
     gamma: Annotated[float, Within(ge=0)] = 1e-4
 
-    def extra(self, squares_B: Tensor, mean: Tensor) -> Tensor:
-        return self.gamma / 4 * (squares_B - mean) ** 2
-
-    def extra_slope(self, squares_B: Tensor, mean: Tensor) -> Tensor:
-        return self.gamma * (squares_B - mean)
+    def extra(self, squares_B: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        return self.gamma / 4 * (squares_B - mean) ** 2, self.gamma * (squares_B - mean)
 
 
 # Two equal images: far below any distance that a fp32 product tells from 0, yet its square is a normal fp32 number.
@@ -139,11 +132,10 @@ class Range(BatchLoss):
         own_S[batch.own] = True
         own_S = own_S & some_S
         hinge, pairs = self._nearest_centres(x_BD, member_SB)
-        first = float(batch.start == 0)
+        first = float(batch.own.start == 0)
         totals = torch.stack([torch.where(own_S, means_S, 0).sum(), first * hinge])
-        return Terms(
-            totals, torch.stack([count(own_S), totals.new_full((), first).double()]), torch.stack([count(own_S), pairs])
-        )
+        counts = torch.stack([count(own_S), totals.new_full((), first).double()])
+        return Terms(totals, counts, torch.stack([count(own_S), pairs]))
 
     def _harmonic_means(self, x_BD: Tensor, labels_B: Tensor, slot_B: Tensor) -> tuple[Tensor, Tensor]:
         """H of each slot's identity, and whether it has one."""

@@ -8,7 +8,7 @@ Binary targets differ by loss, as in the literature: cross entropy and focal tak
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,28 +17,18 @@ from torch.nn.functional import binary_cross_entropy, cross_entropy, huber_loss,
 
 
 def hinge_loss(z_N: Tensor, t_N: Tensor) -> Tensor:
-    """mean of max(0, 1 - t z), t in {-1, +1}; dL/dz = -t / N where t z < 1, else 0.
-
-    It is what torch's `hinge_embedding_loss` makes of negative pairs at the distance t z. Source: Cortes and Vapnik
-    1995, Support-vector networks.
-    """
+    """What torch's `hinge_embedding_loss` makes of negative pairs at the distance t z."""
     return functional.hinge_embedding_loss(t_N * z_N, -torch.ones_like(z_N))
 
 
 def exponential_loss(z_N: Tensor, t_N: Tensor) -> Tensor:
-    """mean of exp(-t z), t in {-1, +1}; dL/dz = -t exp(-t z) / N.
-
-    Source: Freund and Schapire 1997, A decision-theoretic generalization of on-line learning (AdaBoost).
-    """
     return (-t_N * z_N).exp().mean()
 
 
 def focal_loss(z_N: Tensor, t_N: Tensor, gamma: float = 2.0, balance: float = 0.25) -> Tensor:
-    """mean of -a_t (1 - p_t)^gamma log p_t on logits, t in {0, 1}: p_t = sigmoid(z) for t = 1, else 1 - sigmoid(z);
-    a_t = balance for t = 1, else 1 - balance.
+    """On logits: p_t = sigmoid(z) and a_t = balance for t = 1, else 1 - sigmoid(z) and 1 - balance.
 
-    dL/dp_t = a_t (gamma (1 - p_t)^(gamma-1) log p_t - (1 - p_t)^gamma / p_t) / N. Computed from log p_t, so that
-    neither end loses digits. Source: Lin et al. 2017, Focal loss for dense object detection, eq. 5.
+    Computed from log p_t, so that neither end loses digits.
     """
     signed_N = z_N * (2 * t_N - 1)
     weight_N = balance * t_N + (1 - balance) * (1 - t_N)
@@ -47,16 +37,11 @@ def focal_loss(z_N: Tensor, t_N: Tensor, gamma: float = 2.0, balance: float = 0.
 
 
 def l2_regularized_softmax(x_ND: Tensor, w_CD: Tensor, bias_C: Tensor, labels_N: Tensor, decay: float) -> Tensor:
-    """Softmax regression: cross entropy of x W^T + bias, plus decay / 2 |W|^2 (the bias is not held down).
-
-    dL/dW = (p - onehot)^T x / N + decay W. Source: Bishop 2006, Pattern recognition and machine learning, 4.3.4 and
-    3.1.4.
-    """
+    """Softmax regression: cross entropy of x W^T + bias, plus decay / 2 |W|^2 (the bias is not held down)."""
     return cross_entropy(functional.linear(x_ND, w_CD, bias_C), labels_N) + decay / 2 * w_CD.square().sum()
 
 
-@dataclass(frozen=True)
-class Elementary:
+class Elementary(NamedTuple):
     """A row of the table of elementary losses.
 
     Attributes:

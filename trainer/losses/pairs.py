@@ -13,17 +13,14 @@ import torch
 from torch import Tensor
 
 from trainer.checked import Within
-from trainer.losses.batch import (
-    BatchLoss,
-    GlobalBatch,
-    Terms,
-    count,
-    distances,
-    members,
-    squared_distances,
-    unit_vectors,
-)
+from trainer.losses.batch import BatchLoss, GlobalBatch, Terms, count, members, squared_distances, unit_vectors
 from trainer.losses.bounds import coco_scale, positive_scale
+
+
+def distances(squared: Tensor) -> Tensor:
+    """The root, with derivative 0 at 0, where the direction in which two equal points should part is not defined."""
+    some = squared > 0
+    return torch.where(some, torch.where(some, squared, 1).sqrt(), 0)
 
 
 class Contrastive(BatchLoss):
@@ -33,8 +30,8 @@ class Contrastive(BatchLoss):
     dL/da = (a - b) for y = 1; -(m - d) (a - b)/d for another identity and d < m, 0 at d = 0.
 
     With `balanced` the loss is half the mean over the pairs of one identity plus half the mean over the others, as if
-    genuine and impostor pairs were drawn equally often, as in the paper's experiments; without it the plain mean over
-    all pairs, of which in a batch of P identities x K samples only (K - 1) / (P K - 1) are of one identity.
+    both were drawn equally often, as in the paper's experiments; without it the plain mean over all pairs, of which in
+    a batch of P identities x K samples only (K - 1) / (P K - 1) are of one identity.
 
     A batch with one identity, or without two samples of one, has only the other half; it counts as an empty step.
     """

@@ -3,10 +3,9 @@
 Legend: b anchors of this rank, B samples of all ranks, D dimension of the embedding, n of a projection.
 
 Of a batch with B samples there are up to B^3 / 4 triplets. None is ever made: with d_ap and d_an the squared distances
-of an anchor to its positives and negatives, and h_ap = d_ap + alpha, the sum over the selected triplets that violate
-the margin is
+of an anchor to its positives and negatives, the sum over the selected triplets that violate the margin is
 
-    sum over (p, n) of (h_ap - d_an)  =  sum_p k_ap h_ap - sum_n m_an d_an,
+    sum over (p, n) of (d_ap + alpha - d_an)  =  sum_p k_ap (d_ap + alpha) - sum_n m_an d_an,
 
 where k_ap counts the negatives that p forms such a triplet with, and m_an the positives that n does. Both counts come
 from binary searches in the anchor's sorted distances: B^2 log B time, [b, B] memory. The counts do not change within a
@@ -24,16 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.checked import Within
 from trainer.errors import UserError
-from trainer.losses.batch import (
-    BatchLoss,
-    GlobalBatch,
-    Terms,
-    count,
-    orthogonal_rows,
-    principal_rows,
-    squared_distances,
-    unit_vectors,
-)
+from trainer.losses.batch import BatchLoss, GlobalBatch, Terms, count, squared_distances, unit_vectors
 
 # The literature also writes the two with a hyphen.
 Mining = Literal["all", "easy", "semi_hard", "hard", "batch_hard", "semi-hard", "batch-hard"]
@@ -56,11 +46,9 @@ class Triplet(BatchLoss):
       batch_hard  for each anchor its furthest positive and its nearest negative
     easy, semi_hard and hard share all triplets out among them.
 
-    With `average: active` the mean is over the selected triplets that violate the margin; it makes a difference for
-    `all` and `batch_hard`, whose mean otherwise fades as triplets become easy.
-
-    A step without a selected triplet (one identity in the batch, no two samples of one, none of that kind) has loss 0
-    and counts as empty.
+    With `average: active` the mean is over the selected triplets that violate the margin: that of `all` and
+    `batch_hard` otherwise fades as triplets become easy. A step without a selected triplet (one identity in the batch,
+    no two samples of one, none of that kind) has loss 0 and counts as empty.
     """
 
     formula = "max(0, |a - p|^2 - |a - n|^2 + alpha)"
@@ -68,7 +56,6 @@ class Triplet(BatchLoss):
         "Schroff et al. 2015, FaceNet, eq. 1 to 4; "
         "batch_hard: Hermans et al. 2017, In defense of the triplet loss, eq. 5"
     )
-
     title = "triplet"
 
     name: Literal["triplet"] = "triplet"
@@ -105,25 +92,15 @@ def sum_over_kind(
     d_bB: Tensor, same_bB: Tensor, other_bB: Tensor, alpha: float, kind: Mining
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Over the triplets of a kind (not batch_hard): the sum of max(0, d_ap - d_an + alpha), how many triplets there
-    are, and how many of them have a loss; for any d, also negative ones."""
-    per_positive_bB, per_negative_bB, selected = _counts(d_bB.detach(), same_bB, other_bB, alpha, kind)
-    reach_bB = per_positive_bB.to(d_bB.dtype) * (d_bB + alpha)
-    total = (reach_bB - per_negative_bB.to(d_bB.dtype) * d_bB).sum(dtype=torch.float64)
-    return total, selected, per_positive_bB.sum(dtype=torch.float64)
-
-
-def _counts(
-    d_bB: Tensor, same_bB: Tensor, other_bB: Tensor, alpha: float, kind: Mining
-) -> tuple[Tensor, Tensor, Tensor]:
-    """k_ap (0 where p is no positive), m_an (0 where n is no negative), and how many triplets are selected."""
-    reach_bB = d_bB + alpha
-    negatives_bB = torch.where(other_bB, d_bB, torch.inf).sort(dim=1).values
-    positives_bB = torch.where(same_bB, d_bB, -torch.inf).sort(dim=1).values
+    are, and how many of them have a loss; for any d, also negative ones. See k_ap and m_an above."""
+    fixed_bB = d_bB.detach()  # the counts have no gradient
+    negatives_bB = torch.where(other_bB, fixed_bB, torch.inf).sort(dim=1).values
+    positives_bB = torch.where(same_bB, fixed_bB, -torch.inf).sort(dim=1).values
     # violating: d_an < d_ap + alpha, counted for each positive and for each negative; hard: d_an <= d_ap
-    violating_p_bB = torch.searchsorted(negatives_bB, reach_bB)
-    hard_p_bB = torch.searchsorted(negatives_bB, d_bB, right=True)
-    violating_n_bB = d_bB.shape[1] - torch.searchsorted(positives_bB + alpha, d_bB, right=True)
-    hard_n_bB = d_bB.shape[1] - torch.searchsorted(positives_bB, d_bB)
+    violating_p_bB = torch.searchsorted(negatives_bB, fixed_bB + alpha)
+    hard_p_bB = torch.searchsorted(negatives_bB, fixed_bB, right=True)
+    violating_n_bB = d_bB.shape[1] - torch.searchsorted(positives_bB + alpha, fixed_bB, right=True)
+    hard_n_bB = d_bB.shape[1] - torch.searchsorted(positives_bB, fixed_bB)
     available_b1 = other_bB.sum(dim=1, keepdim=True)
     of_p_bB, of_n_bB, selected_bB = {
         "all": (violating_p_bB, violating_n_bB, available_b1.expand_as(d_bB)),
@@ -131,8 +108,31 @@ def _counts(
         "semi_hard": (violating_p_bB - hard_p_bB, violating_n_bB - hard_n_bB, violating_p_bB - hard_p_bB),
         "hard": (hard_p_bB, hard_n_bB, hard_p_bB),
     }[kind]
+    of_p_bB, of_n_bB = torch.where(same_bB, of_p_bB, 0), torch.where(other_bB, of_n_bB, 0)
+    total = (of_p_bB.to(d_bB.dtype) * (d_bB + alpha) - of_n_bB.to(d_bB.dtype) * d_bB).sum(dtype=torch.float64)
     selected = torch.where(same_bB, selected_bB, 0).sum(dtype=torch.float64)
-    return torch.where(same_bB, of_p_bB, 0), torch.where(other_bB, of_n_bB, 0), selected
+    return total, selected, of_p_bB.sum(dtype=torch.float64)
+
+
+def orthogonal_rows(rows: int, dimension: int, seed: int) -> Tensor:
+    """[rows, D] orthonormal rows, rows <= D, drawn evenly from all such matrices; fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    square, upper = torch.linalg.qr(torch.randn(dimension, rows, generator=generator, dtype=torch.float64))
+    rows_nD: Tensor = (square * upper.diagonal().sign()).T.float()
+    return rows_nD.contiguous()
+
+
+def principal_rows(x_BD: Tensor, valid_B: Tensor, rows: int) -> Tensor:
+    """[rows, D] the directions of greatest variance of the valid samples, orthonormal, by falling variance.
+
+    Where the samples span fewer dimensions, the rest is some orthonormal completion.
+    """
+    x_BD = x_BD.double() * valid_B[:, None]
+    count = valid_B.sum().clamp_min(1)
+    centred_BD = (x_BD - x_BD.sum(dim=0) / count) * valid_B[:, None]
+    _, vectors_DD = torch.linalg.eigh(centred_BD.T @ centred_BD)  # by rising variance
+    rows_nD: Tensor = vectors_DD.flip(1)[:, :rows].T.float()
+    return rows_nD.contiguous()
 
 
 class ProjectedTriplet(BatchLoss):
@@ -140,19 +140,17 @@ class ProjectedTriplet(BatchLoss):
 
     S(a, b) = (T a-hat) . (T b-hat), with a-hat = a/|a|: not a cosine, its size belongs to the loss. T [n, D] is held by
     every rank, stepped by the objective with the optimizer of the head, and kept in the checkpoint. What is compared
-    afterwards is T x: `objective.geometry.Projected` puts T behind the backbone for evaluation and export. Triplets are
-    every anchor and positive of the global batch, with the negative most similar to the anchor, or with every negative.
+    afterwards is T x (`objective.geometry.Projected`). Triplets are every anchor and positive of the global batch, with
+    the negative most similar to the anchor, or with every negative.
 
-    The first T has orthonormal rows. `pca`: the n directions of greatest variance of the first batch's unit embeddings,
-    as in the papers, taken once in the first step of a run; where they span fewer dimensions, the rest is some
-    orthonormal completion. `orthogonal`: random directions from the run's seed.
+    The first T has orthonormal rows. `pca`: `principal_rows` of the first batch's unit embeddings, as in the papers,
+    taken once in the first step of a run. `orthogonal`: random directions from the run's seed.
 
     `negatives: hardest` is the papers' choice, for embeddings that are good already: of ones that still have to be
     learned, the hardest negatives draw everything together. `all` is for those; its mean is over all triplets.
 
-    With `frozen` T learns from the embeddings as they are, and the backbone gets no gradient from this loss: beside
-    another loss, which trains the backbone. Alone it is refused: weight decay and the statistics of batch norms would
-    go on changing a backbone that nothing teaches.
+    With `frozen` the backbone gets no gradient from this loss: beside another loss, which trains the backbone. Alone it
+    is refused: weight decay and the statistics of batch norms would go on changing a backbone that nothing teaches.
 
     A step without an anchor that has both a positive and a negative has loss 0 and counts as empty.
     """
@@ -164,7 +162,7 @@ class ProjectedTriplet(BatchLoss):
     dimension: Annotated[int, Within(ge=1)] | None = None  # n, rows of T; null: 128 as in the papers, or D if less
     init: Literal["pca", "orthogonal"] = "pca"
     negatives: Literal["hardest", "all"] = "hardest"
-    frozen: bool = False  # learn T alone, beside a loss that trains the network: no gradient to the embeddings
+    frozen: bool = False  # learn T alone, without a gradient to the embeddings
 
     @property
     def trains_backbone(self) -> bool:
@@ -221,7 +219,6 @@ class TSE(ProjectedTriplet):
 
     formula = "max(0, alpha + S(a, n) - S(a, p)), S(a, b) = (T a).(T b)"
     source = "Sankaranarayanan et al. 2016, Triplet similarity embedding for face verification"
-
     title = "softmax, then TSE"
 
     name: Literal["tse"] = "tse"
@@ -231,9 +228,7 @@ class TSE(ProjectedTriplet):
         return (self.alpha + difference).clamp_min(0)
 
     def over_all(self, s_bB: Tensor, same_bB: Tensor, other_bB: Tensor) -> tuple[Tensor, Tensor]:
-        """By counting, as in `triplets`."""
-        total, selected, _ = sum_over_kind(-s_bB, same_bB, other_bB, self.alpha, "all")
-        return total, selected
+        return sum_over_kind(-s_bB, same_bB, other_bB, self.alpha, "all")[:2]
 
 
 class TPE(ProjectedTriplet):
@@ -245,7 +240,6 @@ class TPE(ProjectedTriplet):
 
     formula = "-log(e^S(a,p) / (e^S(a,p) + e^S(a,n))), S(a, b) = (T a).(T b)"
     source = "Sankaranarayanan et al. 2016, Triplet probabilistic embedding for face verification and clustering"
-
     title = "softmax, then TPE"
 
     name: Literal["tpe"] = "tpe"

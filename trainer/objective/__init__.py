@@ -26,7 +26,6 @@ class Objective:
         config: `loss` and `auxiliary` name the losses.
         classes: C.
         class_counts: training samples of each class, for losses that weigh by them.
-        device: where this rank computes.
 
     Raises:
         UserError: a loss that this problem's size does not allow, or losses that make no sense together.
@@ -36,7 +35,6 @@ class Objective:
         specs = (config.loss, *config.auxiliary)
         _check_together(specs)
         self._members = {spec.name: make_member(spec, config, classes, class_counts, device) for spec in specs}
-        self._weights = {spec.name: spec.weight for spec in specs}
         self._told: dict[str, float] = {}
 
     def set_progress(self, step: int, warmup: float) -> None:
@@ -47,8 +45,8 @@ class Objective:
     def __call__(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, and by name its parts without their weights (where there is more than one) and their
         further numbers."""
-        losses = {name: member(x_bD, labels_b, keys) for name, member in self._members.items()}
-        total = torch.stack([self._weights[name] * loss for name, loss in losses.items()]).sum()
+        losses = {name: member.module(x_bD, labels_b, keys) for name, member in self._members.items()}
+        total = torch.stack([self._members[name].spec.weight * loss for name, loss in losses.items()]).sum()
         named = {"loss": total.detach()}
         if len(losses) > 1:
             named |= {f"loss/{name}": loss.detach() for name, loss in losses.items()}
@@ -57,10 +55,8 @@ class Objective:
         return total, named
 
     def notes(self, values: Mapping[str, float]) -> list[str]:
-        """What a user should read of reported numbers: losses that found nothing to learn from in some steps.
-
-        Each is told when it first happens, and again whenever it has happened twice as often.
-        """
+        """What a user should read of reported numbers: losses that found nothing to learn from in some steps, told when
+        it first happens, and again whenever it has happened twice as often."""
         notes = []
         for key, count in values.items():
             if key.startswith("empty_steps/") and count >= max(1, 2 * self._told.get(key, 0)):
@@ -96,22 +92,13 @@ class Objective:
 
 
 def embedder_of(config: Config, checkpoint: Checkpoint, backbone: nn.Module) -> nn.Module:
-    """As `LossGeometry.embedder`, from a checkpoint alone: what is to be exported.
-
-    Args:
-        config: the one that the checkpoint was trained with.
-        backbone: with the checkpoint's weights.
-    """
+    """As `LossGeometry.embedder`, of the config and weights of a checkpoint alone: what is to be exported."""
     projection_nD = read_projection((config.loss, *config.auxiliary), checkpoint)
     return LossGeometry(projection_nD=projection_nD).embedder(backbone)
 
 
 def _check_together(specs: Sequence[LossSpec]) -> None:
-    """Refuse losses that cannot stand beside one another, or one that cannot stand alone.
-
-    Raises:
-        UserError: a loss named twice, two projections, or nothing that trains the network.
-    """
+    """Refuse, with a UserError, a loss named twice, two projections, or nothing that trains the network."""
     names = [spec.name for spec in specs]
     if doubled := {name for name in names if names.count(name) > 1}:
         raise UserError(f"the losses {sorted(doubled)} are named twice; name each loss once and set its weight")

@@ -64,8 +64,7 @@ class LossGeometry:
     Attributes:
         on_directions: the first loss compares unit vectors.
         projection_nD: what a loss has learned to put behind the backbone.
-        centres: of a margin, for the classes asked for; None where no loss is one. A collective: every rank asks for
-            the same classes.
+        centres: of a margin, for the classes asked for. A collective: every rank asks for the same classes.
         followed: the centres that a centre loss lets follow its samples, [c, D], among the embeddings; likewise.
     """
 
@@ -99,7 +98,7 @@ class LossGeometry:
 
 
 def of_length(x_ND: Matrix, length: float | None) -> Matrix:
-    """Embeddings of one length, where there is one; else as they are."""
+    """Embeddings of one length; as they are where it is None."""
     if length is None:
         return x_ND
     return np.asarray(length * x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-12))

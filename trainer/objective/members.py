@@ -15,23 +15,18 @@ from trainer.config import Config
 from trainer.distributed import Group, RowRange
 from trainer.errors import UserError
 from trainer.head import Head, HeadOptimizer
+from trainer.head.rows import Own
 from trainer.losses.base import LossSpec
 from trainer.losses.batch import BatchLoss
 from trainer.losses.centres import Center
-from trainer.losses.margins.base import Margin
+from trainer.losses.margins import Margin
 from trainer.losses.triplets import PROJECTION
-from trainer.objective.batch import BatchLossModule
-from trainer.objective.centres import CentreModule
 from trainer.objective.geometry import ClassCentres, LossGeometry
+from trainer.objective.sharded import BatchLossModule, CentreModule, check_share
 
 
 class Member:
-    """One loss of the weighted sum.
-
-    Args:
-        spec: the loss as the config writes it.
-        module: what computes it on this rank.
-    """
+    """One loss of the weighted sum: `spec` as the config writes it, and the `module` that computes it on this rank."""
 
     module: nn.Module
 
@@ -40,11 +35,6 @@ class Member:
 
     def set_progress(self, step: int, warmup: float) -> None:
         """Where the run is, for losses that change with the steps."""
-
-    def __call__(self, x_bD: Tensor, labels_b: Tensor, keys: Sequence[str]) -> Tensor:
-        """The loss of the global batch, equal on every rank, with the exact gradient to this rank's samples."""
-        loss: Tensor = self.module(x_bD, labels_b, keys)
-        return loss
 
     def geometry(self) -> LossGeometry:
         """What the loss compares."""
@@ -70,20 +60,14 @@ class Member:
         raise NotImplementedError
 
 
-def make_member(
-    spec: LossSpec, config: Config, classes: int, class_counts: Sequence[int], device: torch.device
-) -> Member:
-    """The member that a loss of the config needs.
-
-    Raises:
-        UserError: a loss that this problem's size does not allow, or that finds no pairs in such batches.
-    """
+def make_member(spec: LossSpec, config: Config, classes: int, counts: Sequence[int], device: torch.device) -> Member:
+    """The member that a loss of the config needs; a UserError where the problem's size or the batches forbid it."""
     if isinstance(spec, Margin):
-        return HeadMember(spec, config, classes, class_counts, device)
+        return HeadMember(spec, config, classes, counts, device)
     if isinstance(spec, Center):
-        return CentreMember(spec, config, classes, device)
+        return CentreMember(spec, CentreModule(spec, classes, config.backbone.dimension, device=device))
     if isinstance(spec, BatchLoss):
-        return BatchMember(spec, config, classes, class_counts, device)
+        return BatchMember(spec, config, classes, counts, device)
     raise TypeError(f"{type(spec).__name__} is no loss of the config")
 
 
@@ -92,19 +76,11 @@ class HeadMember(Member):
 
     module: Head
 
-    def __init__(
-        self, spec: Margin, config: Config, classes: int, class_counts: Sequence[int], device: torch.device
-    ) -> None:
+    def __init__(self, spec: Margin, config: Config, classes: int, counts: Sequence[int], device: torch.device) -> None:
         group = Group.current()
-        dimension = config.backbone.dimension
-        if classes < group.size:
-            raise UserError(
-                f"{classes} classes cannot be shared by {group.size} workers; set scaling.workers to {classes} or less"
-            )
-        settings, seed = config.head, config.run.seed
-        head = Head(
-            spec, classes, dimension, settings, seed=seed, class_counts=class_counts, device=device, group=group
-        )
+        check_share(classes, group)
+        seed, dimension = config.run.seed, config.backbone.dimension
+        head = Head(spec, classes, dimension, config.head, seed=seed, class_counts=counts, device=device, group=group)
         super().__init__(spec, head)
         self._optimizer = HeadOptimizer(head)
 
@@ -125,13 +101,11 @@ class HeadMember(Member):
     def _centres(self, classes_c: Tensor) -> ClassCentres:
         """On every rank. A collective: one all-reduce of [c, K D + 1]."""
         head, margin = self.module, self.module.margin
-        classes_c = classes_c.to(head.weight.device)
-        own_c = (classes_c >= head.rows.start) & (classes_c < head.rows.stop)
-        place_c = (classes_c - head.rows.start).clamp(0, len(head.rows) - 1)
-        bias_c = torch.zeros_like(place_c, dtype=torch.float32) if head.bias is None else head.bias[place_c].float()
-        rows_cX = head.weight.view(len(head.rows), -1)[place_c].float()
-        message_cX = torch.where(own_c[:, None], torch.cat([rows_cX, bias_c[:, None]], dim=1), 0)
-        message_cX = head.group.all_reduce(message_cX)
+        own = Own.of(classes_c.to(head.weight.device), head.rows)
+        rows_cX = head.weight.view(len(head.rows), -1)[own.place_B].float()
+        bias_c = rows_cX.new_zeros(len(rows_cX)) if head.bias is None else head.bias[own.place_B].float()
+        mine_cX = torch.where(own.mask_B[:, None], torch.cat([rows_cX, bias_c[:, None]], dim=1), 0)
+        message_cX = head.group.all_reduce(mine_cX)
         rows_cKD = message_cX[:, :-1].reshape(len(classes_c), head.centres, head.dimension)
         if margin.unit_rows:
             rows_cKD = functional.normalize(rows_cKD, dim=2)
@@ -146,21 +120,15 @@ class HeadMember(Member):
         return {rows_file(self.spec.name, self.module.rows): state}
 
     def load(self, checkpoint: Checkpoint) -> None:
-        parts: dict[str, dict[str, Tensor]] = {"head": {}, "optimizer": {}}
-        for name, tensor in checkpoint.read(rows_file(self.spec.name, self.module.rows)).items():
-            owner, _, key = name.partition(".")
-            parts[owner][key] = tensor
-        self.module.load_state_dict(parts["head"])
-        self._optimizer.load_state_dict(parts["optimizer"])
+        state = checkpoint.read(rows_file(self.spec.name, self.module.rows))
+        self.module.load_state_dict(_under("head.", state))
+        self._optimizer.load_state_dict(_under("optimizer.", state))
 
 
 class CentreMember(Member):
     """Centres that follow their samples by the paper's rule; the learning rate has no say in it."""
 
     module: CentreModule
-
-    def __init__(self, spec: Center, config: Config, classes: int, device: torch.device) -> None:
-        super().__init__(spec, CentreModule(spec, classes, config.backbone.dimension, device=device))
 
     def geometry(self) -> LossGeometry:
         return LossGeometry(self.spec.on_directions, followed=lambda c: self.module.of(c).double().cpu().numpy())
@@ -184,13 +152,14 @@ class BatchMember(Member):
     module: BatchLossModule
 
     def __init__(
-        self, spec: BatchLoss, config: Config, classes: int, class_counts: Sequence[int], device: torch.device
+        self, spec: BatchLoss, config: Config, classes: int, counts: Sequence[int], device: torch.device
     ) -> None:
         if spec.needs_positives:
-            _check_positives(spec.name, config, class_counts)
+            _check_positives(spec.name, config, counts)
         module = BatchLossModule(spec, classes, config.backbone.dimension, seed=config.run.seed, device=device)
         super().__init__(spec, module)
         self._optimizer = _optimizer(module, config) if len(module.values) else None
+        self._state = {} if self._optimizer is None else self._optimizer.state
 
     def geometry(self) -> LossGeometry:
         return LossGeometry(self.spec.on_directions, dict(self.module.values).get(PROJECTION))
@@ -212,24 +181,22 @@ class BatchMember(Member):
             return {}
         state = {f"loss.{name}": tensor for name, tensor in self.module.state_dict().items()}
         for name, parameter in self.module.named_parameters():
-            assert self._optimizer is not None
-            for key, value in self._optimizer.state[parameter].items():
-                state[f"optimizer.{name}.{key}"] = value
-        return {batch_file(self.spec.name): state}
+            state |= {f"optimizer.{name}.{key}": value for key, value in self._state[parameter].items()}
+        return {f"{self.spec.name}.safetensors": state}
 
     def load(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.read(batch_file(self.spec.name))
-        self.module.load_state_dict(
-            {name.removeprefix("loss."): value for name, value in state.items() if name.startswith("loss.")}
-        )
+        state = checkpoint.read(f"{self.spec.name}.safetensors")
+        self.module.load_state_dict(_under("loss.", state))
         for name, parameter in self.module.named_parameters():
-            prefix = f"optimizer.{name}."
-            assert self._optimizer is not None
-            self._optimizer.state[parameter] = {
-                key.removeprefix(prefix): value if key.endswith(".step") else value.to(parameter.device)
-                for key, value in state.items()
-                if key.startswith(prefix)
+            self._state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device)
+                for key, value in _under(f"optimizer.{name}.", state).items()
             }
+
+
+def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, without that beginning."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def rows_file(name: str, rows: RowRange) -> str:
@@ -237,27 +204,18 @@ def rows_file(name: str, rows: RowRange) -> str:
     return f"{name}-rows-{rows.start:010d}-{rows.stop:010d}.safetensors"
 
 
-def batch_file(name: str) -> str:
-    """A file of what every rank holds alike."""
-    return f"{name}.safetensors"
-
-
 def read_projection(specs: Sequence[LossSpec], checkpoint: Checkpoint) -> Tensor | None:
     """The projection T that a checkpoint's losses learned, [n, D]; None where none of them learns one."""
     for spec in specs:
         if spec.learns_projection:
-            return checkpoint.read(batch_file(spec.name))[f"loss.values.{PROJECTION}"]
+            return checkpoint.read(f"{spec.name}.safetensors")[f"loss.values.{PROJECTION}"]
     return None
 
 
-def _check_positives(name: str, config: Config, class_counts: Sequence[int]) -> None:
-    """Refuse a run whose batches hold no two samples of one identity.
-
-    Raises:
-        UserError: fewer than two samples an identity, in the data set or in a batch, or too rarely by chance.
-    """
-    data, total = config.data, sum(class_counts)
-    if max(class_counts, default=0) < 2:
+def _check_positives(name: str, config: Config, counts: Sequence[int]) -> None:
+    """Refuse, with a UserError, a run whose batches never or too rarely hold two samples of one identity."""
+    data, total = config.data, sum(counts)
+    if max(counts, default=0) < 2:
         raise UserError(f"{name} needs two samples of an identity, but every identity of the data set has only one")
     if data.identities_per_batch is not None:
         if data.batch_size // data.identities_per_batch < 2:
@@ -266,7 +224,7 @@ def _check_positives(name: str, config: Config, class_counts: Sequence[int]) -> 
                 f"{data.identities_per_batch} with data.batch_size={data.batch_size} gives one; lower the first"
             )
         return
-    alike = sum(count * (count - 1) for count in class_counts) / max(1, total * (total - 1))
+    alike = sum(count * (count - 1) for count in counts) / max(1, total * (total - 1))
     pairs = alike * math.comb(min(data.batch_size, total), 2)
     if pairs < 1:
         raise UserError(

@@ -18,7 +18,7 @@ from trainer.figures.digits import Trained
 from trainer.figures.plot_geometry import geometry_figure
 from trainer.losses.centres import Center
 from trainer.objective import members
-from trainer.objective.centres import CentreModule
+from trainer.objective.sharded import CentreModule
 
 RUNNER = CliRunner()
 

@@ -30,7 +30,6 @@ from trainer.losses import (
     SubCenterArcFace,
     WeightedSoftmax,
 )
-from trainer.losses.margins.multiple import MultipleAngle
 
 CLASSES, DIMENSION, STEP = 13, 6, 40
 MARGINS: dict[str, Margin] = {
@@ -151,7 +150,7 @@ def solve(margin: Margin, config: HeadConfig, given: Problem, classes: int) -> t
         step_noise(whole.seed, STEP, len(given.labels_B)).double(),
         {key: value.detach().clone().requires_grad_() for key, value in whole.scalars.items()},
         RUNNING,
-        margin.relaxation(STEP) if isinstance(margin, MultipleAngle) else 0.0,
+        getattr(margin.at(STEP, 1.0), "lambda_min", 0.0),
     )
     expected = mean_loss(whole.margin, world)
     expected.backward()

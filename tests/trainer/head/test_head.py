@@ -14,11 +14,11 @@ from tests.trainer.head.cases import DIMENSION, MARGINS, compare, make_head, pro
 from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.head.head import Head, Step
-from trainer.head.memory import free_memory
+from trainer.head.matmul import free_memory
 from trainer.head.settings import HeadConfig
 from trainer.head.tiles import fixed_shift
 from trainer.losses import AdaFace, ArcFace, CosFace, CurricularFace, DynamicMargin, NormFace
-from trainer.losses.margins.base import Margin, Positives, Scale, angle
+from trainer.losses.margins import Margin, Positives, Scale, angle
 
 Algorithm = Literal["store", "recompute"]
 ALGORITHMS: tuple[Algorithm, ...] = ("store", "recompute")

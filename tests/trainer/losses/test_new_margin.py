@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from trainer.losses.margins.base import Margin, Positives, Scale, angle
+from trainer.losses.margins import Margin, Positives, Scale, angle
 
 
 class Slanted(Margin):
@@ -70,7 +70,7 @@ def checkout(tmp_path: Path) -> Path:
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "trainer/losses/margins/slanted.py").write_text(FILE)
     listed = tmp_path / "trainer/losses/__init__.py"
-    text = listed.read_text().replace("    Range,\n)", "    Range,\n    Slanted,\n)")
+    text = listed.read_text().replace(" Range),\n)", " Range),\n    Slanted,\n)")
     listed.write_text(
         text.replace("\n# In the order", "from trainer.losses.margins.slanted import Slanted\n\n# In the order", 1)
     )

@@ -11,8 +11,7 @@ from trainer.distributed import Group
 from trainer.losses import TPE, TSE, Center, CenterInvariant, CoCo, Contrastive, LossSpec, Marginal, Range, Triplet
 from trainer.losses.batch import BatchLoss
 from trainer.losses.triplets import PROJECTION
-from trainer.objective.batch import BatchLossModule
-from trainer.objective.centres import CentreModule
+from trainer.objective.sharded import BatchLossModule, CentreModule
 
 CLASSES, DIMENSION, SLOTS = 9, 5, 24  # slots divide by 1, 2 and 3 ranks
 # Four samples, three, two and one of an identity; padding within and at the end; none of class 8.

@@ -25,10 +25,9 @@ from trainer.config import from_tree, load
 from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.losses import TPE, TSE, Center, CoCo, Contrastive, Range, Triplet
-from trainer.losses.batch import groups, members
+from trainer.losses.batch import members
 from trainer.losses.triplets import PROJECTION
-from trainer.objective.batch import BatchLossModule
-from trainer.objective.centres import CentreModule
+from trainer.objective.sharded import BatchLossModule, CentreModule
 
 ALONE = Group()
 
@@ -290,7 +289,7 @@ def test_k_largest_ranges_of_an_identity_are_found_wherever_they_lie() -> None:
 
 def test_groups_number_the_identities_of_a_batch() -> None:
     labels = torch.tensor([7, -1, 3, 7, 3, 900])
-    assert groups(labels).tolist() == [2, 0, 1, 2, 1, 3]
+    assert members(labels)[0].tolist() == [2, 0, 1, 2, 1, 3]
     slots, member = members(labels)
     assert member.sum(dim=1).tolist() == [0, 2, 2, 1, 0, 0]
     assert slots[1] == 0  # padding's slot is empty

@@ -25,8 +25,7 @@ from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.losses import TPE, Center, CenterInvariant, LossSpec, Triplet
 from trainer.losses.triplets import PROJECTION
-from trainer.objective.batch import BatchLossModule
-from trainer.objective.centres import CentreModule
+from trainer.objective.sharded import BatchLossModule, CentreModule
 
 # Every rank lacks some identity in the first list, rank 2 of 3 has padding alone in the second.
 BATCHES = [LABELS, [*LABELS[:16], *[-1] * 8], ONE_IDENTITY]

@@ -1,6 +1,5 @@
 """Margins that follow the sample or the training: AdaFace, MagFace, CurricularFace and MV-softmax."""
 
-from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
@@ -9,12 +8,13 @@ from torch import Tensor
 from trainer.checked import Within
 from trainer.errors import UserError
 from trainer.losses.bounds import check_cosine_margin
-from trainer.losses.margins.base import (
+from trainer.losses.margins import (
     AdditiveAngle,
     Case,
     Margin,
     Positives,
     Scale,
+    Values,
     angle_boundary,
     cosine_boundary,
     monotone_cosine,
@@ -55,9 +55,7 @@ class AdaFace(Margin):
     def buffers(self) -> dict[str, float]:
         return {"norm_mean": 20.0, "norm_std": 100.0}
 
-    def observe(
-        self, norms_B: Tensor, cos_B: Tensor | None, valid_B: Tensor, values: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def observe(self, norms_B: Tensor, cos_B: Tensor | None, valid_B: Tensor, values: Values) -> dict[str, Tensor]:
         """Fewer than two valid samples have no deviation, and change nothing."""
         norms_B, count = norms_B.clamp(1e-3, 100), valid_B.sum()
         mean = torch.where(valid_B, norms_B, 0).sum() / count.clamp_min(1)
@@ -158,9 +156,7 @@ class CurricularFace(Margin):
     def buffers(self) -> dict[str, float]:
         return {"t": 0.0}
 
-    def observe(
-        self, norms_B: Tensor, cos_B: Tensor | None, valid_B: Tensor, values: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def observe(self, norms_B: Tensor, cos_B: Tensor | None, valid_B: Tensor, values: Values) -> dict[str, Tensor]:
         assert cos_B is not None
         count = valid_B.sum()
         mean = torch.where(valid_B, cos_B, 0).sum() / count.clamp_min(1)
@@ -174,7 +170,7 @@ class CurricularFace(Margin):
     def target(self, positives: Positives) -> Tensor:
         return self.scale_of({}) * monotone_cosine(positives.cos_B, 1.0, self.margin)
 
-    def reweight(self, cos_TB: Tensor, hard_TB: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def reweight(self, cos_TB: Tensor, hard_TB: Tensor, values: Values) -> tuple[Tensor, Tensor]:
         t = values["t"].to(cos_TB.dtype)
         return torch.where(hard_TB, cos_TB * (t + cos_TB), cos_TB), torch.where(hard_TB, t + 2 * cos_TB, 1)
 
@@ -225,6 +221,6 @@ class MVSoftmax(Margin):
             return self.scale_of({}) * (positives.cos_B - self.margin)
         return self.scale_of({}) * monotone_cosine(positives.cos_B, 1.0, self.margin)
 
-    def reweight(self, cos_TB: Tensor, hard_TB: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def reweight(self, cos_TB: Tensor, hard_TB: Tensor, values: Values) -> tuple[Tensor, Tensor]:
         changed_TB = self.emphasis * cos_TB + (self.emphasis - 1)
         return torch.where(hard_TB, changed_TB, cos_TB), (self.emphasis - 1) * hard_TB.to(cos_TB) + 1

@@ -6,7 +6,6 @@ dpsi/dc. None of them costs communication beyond the head's own.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -16,14 +15,14 @@ from torch import Tensor
 from trainer.checked import Within
 from trainer.errors import UserError
 from trainer.losses.bounds import auto_scale, check_cosine_margin
-from trainer.losses.margins.base import (
+from trainer.losses.margins import (
     AdditiveAngle,
-    AutoScale,
     Case,
     Margin,
     Positives,
     Probability,
     Scale,
+    Values,
     angle_boundary,
     cosine_boundary,
     monotone_cosine,
@@ -41,8 +40,7 @@ def set_margin(spec: Margin, margin: float) -> None:
 class NormFace(Margin):
     """Softmax on the cosine: s cos(theta). dpsi/dc = 1.
 
-    With `learnable` the scale is a parameter that starts at `scale`; `auto` is the least scale at which a perfect
-    embedding reaches the posterior `probability` (`bounds.cosface_scale`).
+    With `learnable` the scale is a parameter that starts at `scale`; for `auto` see `bounds.cosface_scale`.
     """
 
     formula = "s cos(theta)"
@@ -55,19 +53,17 @@ class NormFace(Margin):
     eased = ()
 
     name: Literal["normface"] = "normface"
-    scale: AutoScale = 30.0
+    scale: Scale | Literal["auto"] = 30.0
     learnable: bool = False  # learn the scale, from its value here
     probability: Probability = 0.9  # for scale: auto
 
     def resolve(self, classes: int, dimension: int) -> Self:
-        if self.scale != "auto":
-            return self
-        return replace(self, scale=auto_scale(self.name, classes, self.probability))
+        return replace(self, scale=auto_scale(self.name, self.scale, classes, self.probability))
 
     def learnables(self) -> dict[str, float]:
         return {"scale": float(super().scale_of({}))} if self.learnable else {}
 
-    def scale_of(self, values: Mapping[str, Tensor]) -> float | Tensor:
+    def scale_of(self, values: Values) -> float | Tensor:
         return values["scale"] if self.learnable else super().scale_of(values)
 
     def target(self, positives: Positives) -> Tensor:
@@ -77,8 +73,8 @@ class NormFace(Margin):
 class CosFace(Margin):
     """Additive cosine margin: s (cos(theta) - m). dpsi/dc = 1.
 
-    `auto` is the least scale at which a perfect embedding reaches the posterior `probability`. A margin that no
-    arrangement of the centres allows is refused (`bounds.cosine_margin`).
+    For the scale `auto` see `bounds.cosface_scale`. A margin that no arrangement of the centres allows is refused
+    (`bounds.cosine_margin`).
     """
 
     formula = "s (cos(theta) - m)"
@@ -92,15 +88,13 @@ class CosFace(Margin):
     boundary = cosine_boundary("s", r"\cos\theta_1-m", "cos(theta_1) - m")
 
     name: Literal["cosface"] = "cosface"
-    scale: AutoScale = 64.0
+    scale: Scale | Literal["auto"] = 64.0
     margin: Annotated[float, Within(ge=0)] = 0.35
     probability: Probability = 0.9  # for scale: auto
 
     def resolve(self, classes: int, dimension: int) -> Self:
         check_cosine_margin(self.name, self.margin, classes, dimension)
-        if self.scale != "auto":
-            return self
-        return replace(self, scale=auto_scale(self.name, classes, self.probability))
+        return replace(self, scale=auto_scale(self.name, self.scale, classes, self.probability))
 
     def target(self, positives: Positives) -> Tensor:
         return self.scale_of({}) * (positives.cos_B - self.margin)
@@ -228,8 +222,7 @@ class DynamicMargin(Margin):
         return ((rarity_C - least) / (greatest - least)).float()
 
     def target(self, positives: Positives) -> Tensor:
-        if positives.class_values_B is None:
-            raise UserError("dynamic: the margin depends on how many samples each class has; give class_counts")
+        assert positives.class_values_B is not None, "from `per_class`"
         margin_B = self.least + (self.greatest - self.least) * positives.class_values_B.to(positives.cos_B.dtype)
         return self.scale_of({}) * monotone_cosine(positives.cos_B, 1.0, margin_B)
 
@@ -268,8 +261,7 @@ class ElasticFace(Margin):
         return self
 
     def target(self, positives: Positives) -> Tensor:
-        if positives.noise_B is None:
-            raise ValueError("ElasticFace.target needs noise_B")
+        assert positives.noise_B is not None, "of a `noisy` margin"
         margin_B = self.margin + self.sigma * positives.noise_B.to(positives.cos_B.dtype)
         if self.kind == "cos":
             return self.scale_of({}) * (positives.cos_B - margin_B)

@@ -1,24 +1,23 @@
-"""The softmax family without an angular margin: plain, weighted, focal, modified and L2-constrained softmax.
+"""The softmax family: plain, weighted, focal, modified, L2-constrained and large-margin softmax, and SphereFace.
 
 Notation: z_j the logits, p = softmax(z), y the label. dL/dz_j = p_j - [j = y] unless a docstring says otherwise.
 Centres and biases of these losses are ordinary parameters; all ranks' logits are joined through their maxima, since
 nothing bounds them.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from trainer.checked import Within
-from trainer.errors import UserError
 from trainer.losses.bounds import l2_softmax_scale, positive_scale
-from trainer.losses.margins.base import Case, Margin, Positives, Probability, Scale, cosine_boundary
+from trainer.losses.margins import Case, Margin, Positives, Probability, Scale, Values, cosine_boundary, monotone_cosine
 
-_EQUAL = r"$\Vert w_1\Vert=\Vert w_2\Vert$, $b_1=b_2$"
+_LENGTHS = r"$\Vert w_1\Vert=\Vert w_2\Vert$"
+_EQUAL = rf"{_LENGTHS}, $b_1=b_2$"
 
 
 class Softmax(Margin):
@@ -63,10 +62,7 @@ class WeightedSoftmax(Softmax):
         return (weights_C * n_C.sum() / (weights_C * n_C).sum()).float()
 
     def per_sample(self, negatives_B: Tensor, targets_B: Tensor, class_values_B: Tensor | None) -> Tensor:
-        if class_values_B is None:
-            raise UserError(
-                "weighted_softmax: the weights depend on how many samples each class has; give class_counts"
-            )
+        assert class_values_B is not None, "from `per_class`"
         return class_values_B.to(targets_B.dtype) * functional.softplus(negatives_B - targets_B)
 
 
@@ -111,8 +107,8 @@ class ModifiedSoftmax(Margin):
 class L2Softmax(Margin):
     """Softmax on embeddings of constant length: z_j = alpha x/|x| . w_j + b_j.
 
-    `alpha` fixed, learnable from its value here, or `auto`: the lower bound log(p (C - 2) / (1 - p)) above which a
-    perfect embedding reaches the posterior `probability`. dL/d alpha = sum_j dL/dz_j (x/|x| . w_j).
+    `alpha` fixed, learnable from its value here, or `auto` (`bounds.l2_softmax_scale`).
+    dL/d alpha = sum_j dL/dz_j (x/|x| . w_j).
     """
 
     family = "softmax"
@@ -120,6 +116,7 @@ class L2Softmax(Margin):
     source = "Ranjan et al. 2017, L2-constrained softmax loss, eq. 3 and 6"
     title = "$L_2$-softmax"
     demo: ClassVar = {"alpha": 16.0}
+    scale_field = "alpha"
     unit_rows = False
     bias = True
     eased = ()
@@ -135,20 +132,93 @@ class L2Softmax(Margin):
     def resolve(self, classes: int, dimension: int) -> Self:
         if self.alpha != "auto":
             return self
-        alpha = l2_softmax_scale(classes, self.probability)
-        alpha = positive_scale(f"{self.name}: alpha", alpha, classes, f"probability {self.probability}")
-        return replace(self, alpha=alpha)
+        alpha, goal = l2_softmax_scale(classes, self.probability), f"probability {self.probability}"
+        return replace(self, alpha=positive_scale(f"{self.name}: alpha", alpha, classes, goal))
 
     def learnables(self) -> dict[str, float]:
-        return {"alpha": self._number()} if self.learnable else {}
+        return {"alpha": float(super().scale_of({}))} if self.learnable else {}
 
-    def scale_of(self, values: Mapping[str, Tensor]) -> float | Tensor:
-        return values["alpha"] if self.learnable else self._number()
-
-    def _number(self) -> float:
-        if self.alpha == "auto":
-            raise UserError("the alpha of l2_softmax is still 'auto'; call resolve(classes, dimension) first")
-        return self.alpha
+    def scale_of(self, values: Values) -> float | Tensor:
+        return values["alpha"] if self.learnable else super().scale_of(values)
 
     def target(self, positives: Positives) -> Tensor:
         return positives.dots_B
+
+
+class MultipleAngle(Margin):
+    """What L-Softmax and A-Softmax share: the target's angle times m, on embeddings as they are.
+
+    psi(theta) = (-1)^k cos(m theta) - 2k for theta in [k pi / m, (k+1) pi / m], a polynomial of cos(theta) by
+    Chebyshev's recurrence, so that value and derivative are exact on the whole circle:
+    dpsi/dcos = (-1)^k m sin(m theta) / sin(theta), which is m^2 at theta = 0 and at theta = pi.
+
+    Training with m > 1 from the start does not converge on large sets, so the target is eased by lambda, which falls
+    from a large value: (lambda cos(theta) + psi(theta)) / (1 + lambda),
+    lambda = max(lambda_min, lambda_start (1 + gamma step)^-power). `at` puts the step's lambda in lambda_min.
+    """
+
+    unit_embedding = False
+    eased = ()
+    panel = "multiple"
+
+    margin: Annotated[int, Within(ge=1, le=4)] = 4  # m
+    lambda_start: Annotated[float, Within(ge=0)] = 1000.0
+    lambda_gamma: Annotated[float, Within(ge=0)] = 0.12  # per step
+    lambda_power: Annotated[float, Within(ge=0)] = 1.0
+    lambda_min: Annotated[float, Within(ge=0)] = 5.0
+
+    @classmethod
+    def demo_constants(cls, dimension: int, steps: int) -> dict[str, Any]:
+        """lambda = 100 (1 + 8 step / steps)^-4, which ends at 0.015."""
+        easing = {"lambda_start": 100.0, "lambda_gamma": 8 / steps, "lambda_power": 4.0}
+        return super().demo_constants(dimension, steps) | easing
+
+    def at(self, step: int, warmup: float) -> Self:
+        falling: float = (1 + self.lambda_gamma * step) ** -self.lambda_power
+        return replace(self, lambda_min=max(self.lambda_min, self.lambda_start * falling))
+
+    def target(self, positives: Positives) -> Tensor:
+        psi_B = monotone_cosine(positives.cos_B, float(self.margin))
+        return positives.lengths_B * (self.lambda_min * positives.cos_B + psi_B) / (1 + self.lambda_min)
+
+
+class LSoftmax(MultipleAngle):
+    """Large-margin softmax: |x| |w_y| psi(theta) for the target, x . w_j for the other classes.
+
+    The lengths of the centres are parameters too: dt/d|w_y| = |x| psi(theta).
+    """
+
+    formula = "|x| |w| psi(theta), psi = (-1)^k cos(m theta) - 2k"
+    source = "Liu et al. 2016, Large-margin softmax loss, eq. 4 to 7"
+    title = "L-Softmax"
+    demo: ClassVar = {"margin": 4}
+    cases = (
+        Case(curve="L-Softmax, $m = 1$", constants={"margin": 1}),
+        *(Case(curve=f"L-Softmax, $m = {m}$", row=f"$m={m}$, {_LENGTHS}", constants={"margin": m}) for m in (2, 3, 4)),
+    )
+    boundary = (
+        r"\Vert x\Vert(\Vert w_1\Vert\cos m\theta_1-\Vert w_2\Vert\cos\theta_2)=0",
+        "|x| (|w_1| cos(m theta_1) - |w_2| cos(theta_2)) = 0",
+    )
+    unit_rows = False
+
+    name: Literal["l_softmax"] = "l_softmax"
+    lambda_gamma: Annotated[float, Within(ge=0)] = 0.000025  # per step
+    lambda_power: Annotated[float, Within(ge=0)] = 35.0
+    lambda_min: Annotated[float, Within(ge=0)] = 0.0
+
+
+class ASoftmax(MultipleAngle):
+    """SphereFace: unit centres, |x| psi(theta) for the target, |x| cos(theta_j) for the other classes."""
+
+    formula = "|x| psi(theta), psi = (-1)^k cos(m theta) - 2k"
+    source = "Liu et al. 2017, SphereFace, eq. 6 and 7"
+    title = "A-Softmax"
+    demo: ClassVar = {"margin": 4, "lambda_min": 0.0}
+    cases = (
+        Case(curve="A-Softmax, $m = 4$", row="$m=4$", constants={"lambda_min": 0.0}),
+        Case(curve=r"A-Softmax, $m = 4$, $\lambda = 5$"),
+    )
+    boundary = cosine_boundary(r"\Vert x\Vert", r"\cos m\theta_1", "cos(m theta_1)")
+
+    name: Literal["a_softmax"] = "a_softmax"

@@ -34,7 +34,7 @@ from trainer.losses import (
     by_name,
 )
 from trainer.losses.bounds import cosface_scale, l2_softmax_scale
-from trainer.losses.margins.base import (
+from trainer.losses.margins import (
     SINE_GUARD,
     Positives,
     angle,
@@ -300,10 +300,10 @@ def test_the_warmup_starts_without_margin() -> None:
 
 def test_lambda_falls_by_its_schedule() -> None:
     margin = ASoftmax()
-    assert margin.relaxation(0) == 1000
-    assert margin.relaxation(100) == pytest.approx(1000 / 13)
-    assert margin.relaxation(10**6) == 5
-    assert LSoftmax().relaxation(10**7) == pytest.approx(0, abs=1e-50)
+    assert margin.at(0, 1.0).lambda_min == 1000
+    assert margin.at(100, 1.0).lambda_min == pytest.approx(1000 / 13)
+    assert margin.at(10**6, 1.0).lambda_min == 5
+    assert LSoftmax().at(10**7, 1.0).lambda_min == pytest.approx(0, abs=1e-50)
     cos = ANGLES.cos()
     start, end = margin.at(0, 1.0).target(plain(cos)), margin.at(10**9, 1.0).target(plain(cos))
     torch.testing.assert_close(start, (1000 * cos + monotone_cosine(cos, 4.0)) / 1001)

@@ -102,7 +102,7 @@ def enrollable(subject_id: str) -> str:
     if "  " in subject_id:
         raise _refused("two spaces in a row look like one; send one")
     for word in re.findall(r"[^\W\d_]+", subject_id):
-        scripts = {unicodedata.name(letter).partition(" ")[0] for letter in word} & _ALIKE
+        scripts = {unicodedata.name(letter, "").partition(" ")[0] for letter in word} & _ALIKE
         if len(scripts) > 1:
             told = " and ".join(sorted(script.capitalize() for script in scripts))
             raise _refused(f"'{word[:40]}' mixes {told} letters, which look alike; write it in one script")

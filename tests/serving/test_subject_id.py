@@ -23,6 +23,7 @@ from serving.parsing import PATTERN, enrollable, known
         "0",
         "\u0418\u0432\u0430\u043d\u043e\u0432 A. 2B",
         "\u03b1-particle",
+        "\U00017000\U00017001",
     ],
 )
 def test_names_that_people_use(name):

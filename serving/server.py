@@ -47,12 +47,12 @@ def run(settings: Settings, host: str, port: int) -> None:
         server = uvicorn.Server(_config(app, settings))
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         state = service.gallery.enrolled()
-        print(f"Model {service.gallery.model_id}: {state.subjects} subjects with {state.samples} samples", end=" ")
         if settings.restored:
-            log.warning(
-                "the store is taken as it is, at change %d; the next start goes without --restored", state.revision
-            )
-        print(f"in {settings.store}\nServing on {address}; documentation: {address}/docs", flush=True)
+            told = "the store is taken as it is, at change %d; the next start goes without --restored"
+            log.warning(told, state.revision)
+        held = f"{state.subjects} subjects with {state.samples} samples in {settings.store}"
+        print(f"Model {service.gallery.model_id}: {held}")
+        print(f"Serving on {address}; documentation: {address}/docs", flush=True)
         with _signals_taken(server):
             server.run(sockets=[listener])
     if faults:

@@ -150,7 +150,7 @@ class Service:
         """The answer, and whether it is that of an earlier request with the same idempotency key."""
         subject_id = enrollable(subject_id)
         parts = sent.files["images"] if sent.document is None else [sent.document]
-        once = idempotency_key(key, "PUT", subject_id, parts)
+        once = idempotency_key(key, "PUT", subject_id, parts)  # for POST, too: both verbs are one request
         done = self.gallery.replay(once, subject_id) if once else None  # spares embedding again
         if done is None:
             if sent.document is None:

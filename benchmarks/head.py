@@ -3,12 +3,14 @@
     python benchmarks/head.py --classes 200000 --batch 256 --dim 512 --ranks 1 --device cpu --dtype fp32 --json F
 
 All contenders run in one process (a rank), one step of each in turn, so that a busy machine slows all of them alike.
-Large blocks of memory are asked for in huge pages, which spares the contenders that allocate theirs anew in every step
-a third of their time.
+A CUDA device's memory is kept by torch's allocator from step to step. So that those who allocate theirs anew in every
+step are not charged with the system's page faults on the CPU either, `--memory kept` (the default) tells the C library
+to keep what is freed; `--memory fresh` shows what that is worth, with huge pages, which spare a third of it.
 Needs torch and numpy alone.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -26,11 +28,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing
 
-from benchmarks.head_contenders import MARGIN, SCALE, Contender, Floor, Ours, Problem, contenders
+from benchmarks.head_contenders import MAKERS, MARGIN, SCALE, Contender, Floor, Ours, Problem, contenders
 from trainer.distributed import Group
 from trainer.head.matmul import free_memory
 
-NAMES = ["floor", "store", "recompute", "dense", "pml", "insightface_ops"]
+NAMES = {  # what is compared unless --only says otherwise
+    "cpu": ["floor", "store", "recompute", "dense", "pml", "insightface_ops"],
+    "cuda": [name for name in MAKERS if name != "insightface"],
+}
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 CHUNK = 16384  # classes of the float64 reference at once
 
 
@@ -44,9 +50,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int, default=2, help="of all ranks together, on the CPU")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps, after one for warmup")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--only", nargs="+", choices=MAKERS, help="default: what suits the device")
+    parser.add_argument("--memory", choices=["kept", "fresh"], default="kept", help="of freed blocks, on the CPU")
+    parser.add_argument("--insightface", type=Path, help="folder of its partial_fc_v2.py and losses.py; needs CUDA")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    options.only = options.only or NAMES[options.device] + ["insightface"] * (options.insightface is not None)
     if options.classes % options.ranks or options.batch % options.ranks:
         parser.error(f"--ranks {options.ranks} must divide --classes {options.classes} and --batch {options.batch}")
     return options
@@ -68,7 +77,8 @@ def make_problem(options: argparse.Namespace, group: Group) -> Problem:
         part.normal_(generator=generator)
         part.div_(part.norm(dim=1, keepdim=True))
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
-    return Problem(x_BD[mine].to(device), labels_B[mine].to(device), rows_RD, options.classes, dtype, group)
+    x_bD, labels_b = x_BD[mine].to(device), labels_B[mine].to(device)
+    return Problem(x_bD, labels_b, rows_RD, options.classes, dtype, group, options.insightface)
 
 
 class Reference:
@@ -250,6 +260,10 @@ def agree(row: dict[str, Any]) -> None:
 
 
 def run(rank: int, options: argparse.Namespace, port: int) -> None:
+    if options.memory == "kept" and options.device == "cpu":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     torch.set_num_threads(max(1, options.threads // options.ranks))
     if options.ranks > 1:
         backend = "cpu:gloo,cuda:nccl" if options.device == "cuda" else "gloo"
@@ -284,7 +298,7 @@ def report(
         shares = ", ".join(f"{row['contender']} {row['step_s'] / floor_fp32:.2f}" for row in rows)
         print(f"times the floor in fp32, {floor_fp32:.4f} s: {shares}")
     if options.json:
-        config = {key: value for key, value in vars(options).items() if key != "json"} | {"torch": torch.__version__}
+        config = {key: value for key, value in vars(options).items() if key not in ("json", "insightface")} | {"torch": torch.__version__}
         options.json.write_text(
             json.dumps({"config": config, "rows": rows, "floor_fp32_s": floor_fp32}, indent=2) + "\n"
         )

@@ -1,4 +1,4 @@
-"""What `benchmarks/head.py` compares: six ways to compute the same ArcFace loss, s = 64, m = 0.5, and its gradients.
+"""What `benchmarks/head.py` compares: ways to compute the same ArcFace loss, s = 64, m = 0.5, and its gradients.
 
 Legend: b samples of this rank, B of all ranks, C classes, R rows of this rank, D dimension. The sharded ways (floor,
 store, recompute, insightface_ops) hold R = C / ranks rows; the others hold all of W and add up dW over the ranks.
@@ -6,8 +6,10 @@ store, recompute, insightface_ops) hold R = C / ranks rows; the others hold all 
 
 import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,7 +27,8 @@ SCALE, MARGIN, MOMENTUM, LEARNING_RATE = 64.0, 0.5, 0.9, 1e-4
 
 @dataclass
 class Problem:
-    """Attributes: x_bD, labels_b of this rank; rows_RD: this rank's unit rows, shared by all contenders."""
+    """Attributes: x_bD, labels_b of this rank; rows_RD: this rank's unit rows, shared by all contenders; insightface:
+    folder of its `partial_fc_v2.py`, where somebody has it."""
 
     x_bD: Tensor
     labels_b: Tensor
@@ -33,6 +36,7 @@ class Problem:
     classes: int
     dtype: torch.dtype
     group: Group
+    insightface: Path | None = None
 
     @property
     def start(self) -> int:
@@ -123,12 +127,12 @@ class Floor(Base):
 class Ours(Base):
     """The head of this project."""
 
-    def __init__(self, problem: Problem, algorithm: str, fused: bool) -> None:
+    def __init__(self, problem: Problem, algorithm: str, fused: bool = False, kernels: str = "auto") -> None:
         super().__init__(problem)
-        self.name = algorithm
+        self.name = algorithm if kernels == "auto" else f"{algorithm}_{kernels}"
         kind = "bf16" if problem.dtype == torch.bfloat16 else "fp32"
         settings = HeadOptimizerConfig(momentum=MOMENTUM)
-        config = HeadConfig(algorithm=algorithm, compute_dtype=kind, fused=fused, optimizer=settings)  # type: ignore[arg-type]
+        config = HeadConfig(algorithm=algorithm, compute_dtype=kind, fused=fused, kernels=kernels, optimizer=settings)  # type: ignore[arg-type]
         D, device = problem.x_bD.shape[1], problem.x_bD.device
         self.head = Head(ArcFace(scale=SCALE, margin=MARGIN), problem.group.size * 2, D, config, device=device)
         self._adopt(problem)
@@ -218,6 +222,55 @@ class Dense(Base):
         self.w_CD.grad = self.x_bD.grad = None
 
 
+class Compiled(Dense):
+    """The same through torch.compile."""
+
+    name = "dense_compiled"
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self._eager, self._loss = self._loss, torch.compile(self._loss)  # type: ignore[method-assign]
+
+
+class WithoutMargin(Dense):
+    """A fused linear layer and cross entropy of others, on unit vectors: no margin, so their gradients differ."""
+
+    def __init__(self, problem: Problem, name: str, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__(problem)
+        self.name, self._of = name, loss
+
+    def _loss(self) -> Tensor:
+        x, w = functional.normalize(self.x_bD) * SCALE, functional.normalize(self.w_CD)
+        return self._of(x.to(self.problem.dtype), w.to(self.problem.dtype), self.problem.labels_b)
+
+    def rows_gradient(self) -> Tensor | None:
+        return None
+
+
+def cut_cross_entropy(problem: Problem) -> Contender:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return WithoutMargin(problem, "cut_cross_entropy", lambda x, w, labels: linear_cross_entropy(x, w, labels))
+
+
+def cut_cross_entropy_exact(problem: Problem) -> Contender:
+    """Without its filter, which leaves out every gradient below 2^-12: at the start of training all negatives'."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    def loss(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+        found: Tensor = linear_cross_entropy(x, w, labels, filter_eps=None)
+        return found
+
+    return WithoutMargin(problem, "cut_cross_entropy_exact", loss)
+
+
+def liger(problem: Problem) -> Contender:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    kernel = LigerFusedLinearCrossEntropyLoss()
+    return WithoutMargin(problem, "liger", lambda x, w, labels: kernel(w, x, labels))
+
+
 class MetricLearning(Dense):
     """pytorch-metric-learning's ArcFaceLoss."""
 
@@ -235,7 +288,10 @@ class MetricLearning(Dense):
 
     def step(self) -> None:
         self.messages, self.bytes = 0, 0.0
-        self.loss(self.x_bD, self.problem.labels_b).backward()
+        narrow = self.problem.dtype != torch.float32
+        with torch.autocast(self.x_bD.device.type, self.problem.dtype, enabled=narrow):
+            loss = self.loss(self.x_bD, self.problem.labels_b)
+        loss.backward()
         self._share(self.loss.W)
         self.dx_bD = self._scaled()
 
@@ -286,7 +342,8 @@ class InsightfaceOps(Base):
         labels_B = self._all_gather(problem.labels_b) - problem.start
         own_B = (labels_B >= 0) & (labels_B < self.w_RD.shape[0])
         row, label = own_B.nonzero()[:, 0], labels_B[own_B]
-        cos_BR = functional.linear(functional.normalize(x_BD), functional.normalize(self.w_RD)).clamp(-1, 1)
+        x_unit, w_unit = functional.normalize(x_BD), functional.normalize(self.w_RD)
+        cos_BR = functional.linear(x_unit.to(problem.dtype), w_unit.to(problem.dtype)).float().clamp(-1, 1)
         logits_BR = self._with_margin(cos_BR, row, label)
         gradient_BR = self._softmax_gradient(logits_BR.detach(), row, label)
         logits_BR.backward(gradient_BR)
@@ -334,15 +391,67 @@ class InsightfaceOps(Base):
         self.w_RD.grad = None
 
 
+class Insightface(Base):
+    """Its own file, unchanged, where a user has it; it asks for CUDA and a process group."""
+
+    name = "insightface"
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        assert problem.insightface is not None
+        if not dist.is_initialized():
+            dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+        head = _module(problem.insightface / "partial_fc_v2.py")
+        margin = _module(problem.insightface / "losses.py").ArcFace(SCALE, MARGIN)
+        narrow = problem.dtype != torch.float32
+        self.loss = head.PartialFC_V2(margin, problem.x_bD.shape[1], problem.group.size, 1.0, narrow)
+        self.loss.num_local, self.loss.class_start = problem.rows_RD.shape[0], problem.start
+        self.loss.weight = torch.nn.Parameter(problem.rows_RD.detach())
+        self.x_bD = problem.x_bD.clone().requires_grad_()
+
+    def step(self) -> None:
+        self.loss(self.x_bD, self.problem.labels_b.clone()).backward()
+        self.dx_bD = None if self.x_bD.grad is None else self.x_bD.grad / self.problem.group.size
+
+    def optimize(self) -> None:
+        self._sgd(self.loss.weight, self.loss.weight.grad)
+
+    def rows_gradient(self) -> Tensor | None:
+        gradient: Tensor | None = self.loss.weight.grad
+        return gradient
+
+    def clear(self) -> None:
+        super().clear()
+        self.loss.weight.grad = self.x_bD.grad = None
+
+
+def _module(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# name -> how to make it, and what must be installed for it
+MAKERS: dict[str, tuple[Callable[[Problem], Contender], str | None]] = {
+    "floor": (Floor, None),
+    "store": (lambda problem: Ours(problem, "store"), None),
+    "recompute": (lambda problem: Ours(problem, "recompute"), None),
+    "store_torch": (lambda problem: Ours(problem, "store", kernels="torch"), None),
+    "dense": (Dense, None),
+    "dense_compiled": (Compiled, None),
+    "pml": (MetricLearning, "pytorch_metric_learning"),
+    "insightface_ops": (InsightfaceOps, None),
+    "insightface": (Insightface, None),
+    "cut_cross_entropy": (cut_cross_entropy, "cut_cross_entropy"),
+    "cut_cross_entropy_exact": (cut_cross_entropy_exact, "cut_cross_entropy"),
+    "liger": (liger, "liger_kernel"),
+}
+
+
 def contenders(problem: Problem, only: list[str]) -> tuple[list[Contender], list[str]]:
     """The contenders asked for, and the names of those that are not installed."""
-    missing = [] if importlib.util.find_spec("pytorch_metric_learning") else ["pml"]
-    makers = {
-        "floor": lambda: Floor(problem),
-        "store": lambda: Ours(problem, "store", fused=False),
-        "recompute": lambda: Ours(problem, "recompute", fused=False),
-        "dense": lambda: Dense(problem),
-        "pml": lambda: MetricLearning(problem),
-        "insightface_ops": lambda: InsightfaceOps(problem),
-    }
-    return [make() for name, make in makers.items() if name in only and name not in missing], missing
+    missing = [name for name in only if (needs := MAKERS[name][1]) and not importlib.util.find_spec(needs)]
+    return [MAKERS[name][0](problem) for name in only if name not in missing], missing

@@ -300,10 +300,14 @@ class Gathered:
     def raise_if_bad(self) -> None:
         """The same error on every rank, in which the rank that holds the sample adds its name.
 
+        A step that is being captured in a CUDA graph has no values yet: it is not looked at.
+
         Raises:
             UserError: a label is no class, or an embedding is not finite.
         """
         if self._event is not None:
+            if torch.cuda.is_current_stream_capturing():
+                return
             self._event.synchronize()
         if self._good:
             return

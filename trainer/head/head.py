@@ -25,11 +25,14 @@ from trainer.errors import UserError
 from trainer.head.matmul import Workspace, free_memory
 from trainer.head.rows import GradientSink, Own, Rows, own_centres, sample_classes
 from trainer.head.settings import HeadConfig
-from trainer.head.tiles import Reweight, TilePlan, fixed_shift, negatives
+from trainer.head.softening import Hardening, uses_kernels
+from trainer.head.tiles import TilePlan, fixed_shift, negatives
 from trainer.losses.margins import Margin, Positives
 
 INIT_BLOCK = 1024  # classes whose first values come from one seed, so that W does not depend on the number of ranks
 STORE_SHARE = 0.25  # of the free memory that P may take for `algorithm: auto` to keep it
+# Classes a tile: on a CPU what its cache holds of z; on a GPU enough to fill it, little enough to need no memory.
+TILE = {"cpu": 8192, "cuda": 131_072}
 
 
 class Head(nn.Module):
@@ -91,6 +94,8 @@ class Head(nn.Module):
         self.sink = GradientSink(self.weight)
         self._memory = Workspace()
         self._step, self._warmup = 0, 1.0
+        self._store: bool | None = None
+        self.uses_kernels = uses_kernels(self.config.kernels, self.weight.device)
 
     def _make_parameters(self, device: torch.device) -> None:
         dtype = torch.bfloat16 if self.config.param_dtype == "bf16" else torch.float32
@@ -129,31 +134,44 @@ class Head(nn.Module):
         return loss
 
     def plan(
-        self, margin: Margin, slots: int, classes: int, wide: torch.dtype, reweight: Reweight | None = None
+        self, margin: Margin, slots: int, classes: int, wide: torch.dtype, hardening: Hardening | None = None
     ) -> TilePlan:
         """How this step's tiles are computed, for `slots` samples of all ranks and the classes that take part."""
         dtype = torch.bfloat16 if self.config.compute_dtype == "bf16" and wide == torch.float32 else wide
         shift = None if (bound := margin.bound()) is None else fixed_shift(*bound, self.classes, wide)
-        store = self.config.algorithm == "store"
-        if self.config.algorithm == "auto":
-            size = slots * classes * self.centres * dtype.itemsize
-            spare = 0 if self._memory.spare is None else self._memory.spare.nbytes
-            store = size <= STORE_SHARE * (free_memory(self.weight.device) + spare)
+        tile = self.config.tile or TILE.get(self.weight.device.type, TILE["cuda"])
         normalise = self.margin.unit_rows and not self.unit_rows
-        return TilePlan(classes, self.centres, self.config.tile, store, dtype, shift, normalise, reweight)
+        copied = self.dimension if self.weight.is_cuda and dtype != self.weight.dtype else 0
+        store = self._stores((slots + copied) * classes * self.centres * dtype.itemsize)
+        return TilePlan(classes, self.centres, tile, store, dtype, shift, normalise, hardening, self.uses_kernels)
+
+    def _stores(self, size: int) -> bool:
+        """Whether P, of so many bytes, is kept for the backward; with `algorithm: auto` decided once, in the first step
+        with a gradient. What is yet to be allocated for the rows' gradient is left free, and the optimizer's state is
+        there already."""
+        if self.config.algorithm != "auto":
+            return self.config.algorithm == "store"
+        if self._store is None:
+            gradient = 0 if self.config.fused or self.weight.grad is not None else self.weight.nbytes
+            store = size <= STORE_SHARE * (free_memory(self.weight.device) - gradient)
+            if not torch.is_grad_enabled():
+                return store
+            self._store = store
+        return self._store
 
     def _first_rows(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Random directions; each block of `INIT_BLOCK` classes from its own seed, whichever rank holds it."""
+        """Random directions; each block of `INIT_BLOCK` classes from its own seed, whichever rank holds it. They are
+        drawn on the device (10M rows on a CPU take minutes), so a GPU's differ from a CPU's."""
         K, D = self.centres, self.dimension
         weight = torch.empty(len(self.rows) * K, D, dtype=dtype, device=device)
-        generator = torch.Generator()
+        generator = torch.Generator(device)
         for block in range(self.rows.start // INIT_BLOCK, math.ceil(self.rows.stop / INIT_BLOCK)):
             generator.manual_seed(mixed_seed(self.seed, block, _INIT))
-            values = nn.functional.normalize(torch.randn(INIT_BLOCK * K, D, generator=generator))
+            values = nn.functional.normalize(torch.randn(INIT_BLOCK * K, D, generator=generator, device=device))
             first = block * INIT_BLOCK
             begin, end = max(first, self.rows.start), min(first + INIT_BLOCK, self.rows.stop)
             part = values[(begin - first) * K : (end - first) * K]
-            weight[(begin - self.rows.start) * K : (end - self.rows.start) * K] = part.to(device, dtype)
+            weight[(begin - self.rows.start) * K : (end - self.rows.start) * K] = part
         return weight
 
     def _per_class(self, counts: Sequence[int] | Tensor | None) -> Tensor | None:
@@ -231,7 +249,7 @@ class Step:
         return sums_B, torch.where(self.own.mask_B, targets_B, 0).to(sums_B), plan.shift
 
     @torch.no_grad()
-    def _observe(self) -> Reweight | None:
+    def _observe(self) -> Hardening | None:
         """Bring the margin's running statistics up to date; for margins that re-weight, fetch all targets' cosines."""
         head, margin = self.head, self.margin
         positives, cos_B = None, None
@@ -244,15 +262,10 @@ class Step:
             self.values |= self.observed
         if positives is None:
             return None
-        scale, values = float(margin.scale_of(self.values)), self.values
+        scale = margin.scale_of(self.values)
         least_B = (margin.target(positives) / scale).to(self.e_BD)
-
-        def reweight(z_TB: Tensor) -> tuple[Tensor, Tensor]:
-            cos_TB = z_TB / scale
-            changed_TB, slope_TB = margin.reweight(cos_TB, cos_TB > least_B, values)
-            return changed_TB.mul_(scale), slope_TB
-
-        return reweight
+        numbers = [least_B.new_zeros(()) + number for number in (scale, *margin.hard_cosine(self.values))]
+        return Hardening(torch.stack(numbers), least_B)
 
     def _exchange(self, sums_B: Tensor, targets_B: Tensor, shift: float | None) -> tuple[Tensor, Tensor]:
         """N and t of every sample, from each rank's part: one message of [B, 2]."""

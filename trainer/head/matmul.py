@@ -23,21 +23,26 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class Workspace:
-    """Keeps the buffer given back last, and hands it out again where it fits; and small ones by name."""
+    """Buffers by name: one that was given back is handed out again where it fits; scratches are lent for a moment."""
 
-    spare: Tensor | None = None
+    spares: dict[str, Tensor] = field(default_factory=dict)
     scratches: dict[str, Tensor] = field(default_factory=dict)
 
-    def take(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised tensor; whoever takes it owns it until `give_back`."""
-        spare, self.spare = self.spare, None
-        size = shape[0] * shape[1]
-        if spare is not None and spare.dtype == dtype and spare.device == device and spare.numel() >= size:
-            return spare.view(-1)[:size].view(shape)
-        return torch.empty(shape, dtype=dtype, device=device)
+    def take(self, name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor; whoever takes it owns it until `give_back`.
 
-    def give_back(self, buffer: Tensor) -> None:
-        self.spare = buffer if buffer._base is None else buffer._base
+        Where the spare one does not fit it is freed first, and one with some slack takes its place: with class sampling
+        the sizes of two steps differ a little.
+        """
+        spare, size = self.spares.pop(name, None), shape[0] * shape[1]
+        if spare is None or spare.dtype != dtype or spare.device != device or spare.numel() < size:
+            slack = 0 if spare is None else size // 16
+            del spare
+            spare = torch.empty(size + slack, dtype=dtype, device=device)
+        return spare[:size].view(shape)
+
+    def give_back(self, name: str, buffer: Tensor) -> None:
+        self.spares[name] = buffer if buffer._base is None else buffer._base
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised tensor, valid until the next request for this name."""
@@ -59,6 +64,11 @@ class Products:
         self.wide, self.narrow, self.memory = e_BD.dtype, narrow, memory
         self.mixed = e_BD.is_cuda and narrow != self.wide
         self.e_DB = (e_BD.to(narrow) if self.mixed else e_BD).t()
+
+    @property
+    def narrow_e_BD(self) -> Tensor:
+        """The embeddings as an operand."""
+        return self.e_DB.t().to(self.narrow)
 
     def operand(self, values: Tensor, name: str) -> Tensor:
         """The values in the narrow type; the copy, if one is needed, lives until the next with this name."""
@@ -118,9 +128,10 @@ def _operands_rounded_to_bf16() -> Iterator[None]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated."""
+    """Bytes that can still be allocated, with what torch's allocator holds and nobody uses."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for line in _lines(Path("/proc/meminfo")):
         if line.startswith("MemAvailable:"):  # with what the page cache would give back

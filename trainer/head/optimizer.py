@@ -52,7 +52,8 @@ class HeadOptimizer:
         self.small_second = {name: torch.zeros_like(p) for name, p in self.small.items()} if adam else {}
         self._first_row = head.rows.start * head.centres
         self._noise: Noise | None = None
-        self._rounds = config.state_dtype != "fp32" or weight.dtype == torch.bfloat16
+        self._by_kernel = head.uses_kernels and not adam
+        self._rounds = not self._by_kernel and (config.state_dtype != "fp32" or weight.dtype == torch.bfloat16)
         self.armed: float | None = None
         if head.config.fused:
             head.sink = _StepSink(self)
@@ -119,9 +120,20 @@ class HeadOptimizer:
             self._noise = Noise(seed, self.head.dimension, self.head.weight.device)
 
     def step_rows(self, rows: slice | Tensor, gradient_nD: Tensor, lr: float) -> None:
-        """Step these rows of this rank, in blocks."""
+        """Step these rows of this rank: by one kernel, or in blocks."""
+        if self._by_kernel:
+            self._step_by_kernel(rows, gradient_nD, lr)
+            return
         for block, part in self._blocks(rows):
             self._step_block(block, gradient_nD[part], lr)
+
+    def _step_by_kernel(self, rows: slice | Tensor, gradient_nD: Tensor, lr: float) -> None:
+        from trainer.head import kernels
+
+        config, unit = self.config, self.head.unit_rows
+        seed = mixed_seed(self.head.seed, int(self.count), _ROUNDING)
+        step = kernels.SgdStep(lr, config.momentum, config.weight_decay, unit, seed, self._first_row)
+        kernels.step_rows(self.head.weight, gradient_nD, self.first.values_RD, self.first.scale_R1, rows, step)
 
     def _blocks(self, rows: slice | Tensor) -> Iterator[tuple[slice | Tensor, slice]]:
         """Blocks of rows, and where they are in the gradient; slices end where a block of all ranks' rows does."""

@@ -75,6 +75,11 @@ class Own:
         mask_B = (labels_B >= rows.start) & (labels_B < rows.stop)
         return cls(mask_B, (labels_B - rows.start).clamp(0, max(len(rows) - 1, 0)))
 
+    def within(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Whether each sample's class is among [start, stop), and where; shapes do not depend on the data."""
+        inside_B = self.mask_B & (self.place_B >= start) & (self.place_B < stop)
+        return inside_B, (self.place_B - start).clamp(0, stop - start - 1)
+
 
 def own_centres(rows: Rows, own: Own, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The centres of each sample's class, [B, K, D], and its bias, [B]; zeros where this rank has no class at all."""

@@ -26,6 +26,8 @@ class HeadConfig(Checked):
     # Centres of margins on the cosine: unit = kept at length 1; free = divided by their length.
     rows: Literal["unit", "free"] = "unit"
     fused: bool = False  # step the centres inside the backward, so that their gradient is never stored
-    tile: Annotated[int, Within(ge=1)] = 8192  # classes a tile
+    # auto: Triton's kernels on a GPU, where they are installed; torch's operations elsewhere.
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    tile: Annotated[int, Within(ge=1)] | None = None  # classes a tile; null: as many as suit the device
     sample_rate: Annotated[float, Within(gt=0, le=1)] = 1.0  # share of the negative classes used in a step (PartialFC)
     optimizer: HeadOptimizerConfig = HeadOptimizerConfig()

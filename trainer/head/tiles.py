@@ -19,9 +19,7 @@ is log S, and the ranks' results are joined by logsumexp. P is never rescaled: t
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,11 +27,9 @@ from torch.autograd.function import FunctionCtx
 
 from trainer.head.matmul import Products, Workspace
 from trainer.head.rows import GradientSink, Own, Rows, own_centres, rows_of
+from trainer.head.softening import Hardening, Softening, Tile, TorchSoftening, TritonSoftening
 
 EMPTY = -1e30  # log S of a rank that has no class but the target's; finite, so that no difference of two is nan
-
-# logits z_TB of a tile -> changed logits, and their derivative by z
-Reweight = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +42,8 @@ class TilePlan:
         dtype: of the products' operands and of P; row sums and products' results are fp32 (fp64 where x is).
         shift: the constant shift, or None for row maxima.
         normalise: divide each row of W by its length.
-        reweight: what a margin does to the logits of hard negatives.
+        hardening: what a margin does to the logits of hard negatives.
+        kernels: compute P by the Triton kernels.
     """
 
     classes: int
@@ -56,7 +53,8 @@ class TilePlan:
     dtype: torch.dtype
     shift: float | None
     normalise: bool = False
-    reweight: Reweight | None = None
+    hardening: Hardening | None = None
+    kernels: bool = False
 
     def tiles(self) -> list[tuple[int, int]]:
         return [(start, min(start + self.tile, self.classes)) for start in range(0, self.classes, self.tile)]
@@ -81,15 +79,6 @@ def fixed_shift(least: float, greatest: float, classes: int, dtype: torch.dtype)
     if from_above > from_below:
         return None
     return min(max(0.0, from_above), from_below)
-
-
-class Tile(NamedTuple):
-    """The classes [start, stop) of those that take part, their rows of W, and 1/|w| where the plan divides by |w|."""
-
-    start: int
-    stop: int
-    w_RD: Tensor
-    inverse_R1: Tensor | None
 
 
 class _Negatives(torch.autograd.Function):
@@ -121,6 +110,7 @@ class Tiles:
 
     Attributes:
         kept_RB: P times dz/d(e.w) of all tiles, where it is stored for the backward.
+        narrow_RD: beside it the rows in the operands' type, where a GPU has to make a copy of them.
         shifts: each tile's row maxima, where there is no fixed shift.
         result_B: S, or log S.
     """
@@ -131,77 +121,41 @@ class Tiles:
         self.e_BD, self.rows, self.own, self.plan, self.sink, self.memory = e_BD, rows, own, plan, sink, memory
         self.products = Products(e_BD, plan.dtype, memory)
         self.wide = e_BD.dtype
-        self.columns = torch.arange(e_BD.shape[0], device=e_BD.device)
+        kind = TritonSoftening if plan.kernels and self.wide == torch.float32 else TorchSoftening
+        self.soften: Softening = kind(self.products, rows, own, shift=plan.shift, hardening=plan.hardening)
         self.kept_RB: Tensor | None = None
+        self.narrow_RD: Tensor | None = None
         self.shifts: list[Tensor] = []
 
     def forward(self, keep: bool) -> Tensor:
         """S_B or log S_B of all tiles."""
         plan, K = self.plan, self.plan.centres
         if keep:
-            self.kept_RB = self.memory.take((plan.classes * K, len(self.columns)), plan.dtype, self.e_BD.device)
+            self.kept_RB = self.memory.take("P", (plan.classes * K, len(self.e_BD)), plan.dtype, self.e_BD.device)
+            if self.products.mixed and not plan.normalise and self.rows.weight_RD.dtype != plan.dtype:
+                shape = plan.classes * K, self.e_BD.shape[1]
+                self.narrow_RD = self.memory.take("W", shape, plan.dtype, self.e_BD.device)
         sums: list[Tensor] = []
         for start, stop in plan.tiles():
-            tile = self._tile(start, stop)
             out = None if self.kept_RB is None else self.kept_RB[start * K : stop * K]
-            p_TB, q_RB = self._probabilities(tile, None, out if plan.dtype == self.wide else None)
-            sums.append(p_TB.sum(dim=0))
-            if out is not None:
-                if tile.inverse_R1 is not None:
-                    q_RB = q_RB.mul_(tile.inverse_R1)
-                if q_RB.data_ptr() != out.data_ptr():
-                    out.copy_(q_RB)
+            if self.narrow_RD is not None:
+                self.narrow_RD[start * K : stop * K] = self.rows.tile(start, stop)
+            sum_B, maxima_B = self.soften(self._tile(start, stop), None, out)
+            sums.append(sum_B)
+            if maxima_B is not None:
+                self.shifts.append(maxima_B)
         result_B = self._join(sums)
         self.result_B = result_B.clone()  # the output itself would be a cycle that keeps P alive
         return result_B
 
     def _tile(self, start: int, stop: int) -> Tile:
+        if self.narrow_RD is not None:
+            return Tile(start, stop, self.narrow_RD[start * self.plan.centres : stop * self.plan.centres], None)
         w_RD, inverse_R1 = self.rows.tile(start, stop), None
         if self.plan.normalise:
             lengths_R1: Tensor = torch.linalg.vector_norm(w_RD.to(self.wide), dim=1, keepdim=True)
             inverse_R1 = lengths_R1.clamp_min(1e-12).reciprocal()
         return Tile(start, stop, w_RD, inverse_R1)
-
-    def _logits(self, tile: Tile, out: Tensor | None) -> Tensor:
-        z_RB = self.products.logits(tile.w_RD, out)
-        if tile.inverse_R1 is not None:
-            z_RB.mul_(tile.inverse_R1)
-        bias_T = self.rows.bias(tile.start, tile.stop)
-        return z_RB if bias_T is None else z_RB.add_(bias_T[:, None])
-
-    def _own_rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Whether each sample's own class is among [start, stop), and where; shapes do not depend on the data."""
-        inside_B = self.own.mask_B & (self.own.place_B >= start) & (self.own.place_B < stop)
-        return inside_B, (self.own.place_B - start).clamp(0, stop - start - 1)
-
-    def _probabilities(self, tile: Tile, shift_B: Tensor | None, out: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The tile's P_TB, and what the backward multiplies with: Q_RB = P x dz/d(e.w) per row of W.
-
-        They share memory where they are equal. Without a shift, given or fixed, the row maxima go to `shifts`.
-        """
-        K, T = self.plan.centres, tile.stop - tile.start
-        z_TB = z_RB = self._logits(tile, out)
-        best_TB: Tensor | None = None
-        if K > 1:
-            z_TB, best_TB = z_RB.view(T, K, -1).max(dim=1)
-        slope_TB: Tensor | None = None
-        if self.plan.reweight is not None:
-            z_TB, slope_TB = self.plan.reweight(z_TB)
-        inside_B, row_B = self._own_rows(tile.start, tile.stop)  # the targets are left out
-        z_TB.index_put_((row_B, self.columns), torch.where(inside_B, -math.inf, z_TB[row_B, self.columns]))
-        if shift_B is None and self.plan.shift is None:
-            maxima_B = z_TB.amax(dim=0)
-            shift_B = torch.where(maxima_B == -math.inf, 0, maxima_B)
-            self.shifts.append(shift_B)
-        if shift_B is not None:
-            z_TB.sub_(shift_B)
-        elif self.plan.shift:
-            z_TB.sub_(self.plan.shift)
-        p_TB = z_TB.exp_()
-        q_RB = p_TB if slope_TB is None else p_TB * slope_TB
-        if best_TB is not None:
-            q_RB = z_RB.zero_().view(T, K, -1).scatter_(1, best_TB[:, None], q_RB[:, None]).view(T * K, -1)
-        return p_TB, q_RB
 
     def _join(self, sums: list[Tensor]) -> Tensor:
         """S_B of all tiles with a fixed shift, else log S_B. Tiles are added in fp64: there may be thousands."""
@@ -240,17 +194,18 @@ class Tiles:
             self._add_own(sink.tile(0, plan.classes * K), dcentres_BKD, 0, plan.classes)
         sink.end(self.rows)
         if self.kept_RB is not None:
-            self.memory.give_back(self.kept_RB)
+            self.memory.give_back("P", self.kept_RB)
+        if self.narrow_RD is not None:
+            self.memory.give_back("W", self.narrow_RD)
         return de_BD.mul_(dresult_B[:, None]) if fixed else de_BD, None, self._bias_gradient(dbias, down_B)
 
     def _factors(self, tile: Tile, shift_B: Tensor | None) -> Tensor:
         """Q of the tile, saved or made again."""
         if self.kept_RB is not None:
             return self.kept_RB[tile.start * self.plan.centres : tile.stop * self.plan.centres]
-        _, q_RB = self._probabilities(tile, shift_B, None)
-        if tile.inverse_R1 is not None:
-            q_RB = q_RB.mul_(tile.inverse_R1)
-        return self.products.operand(q_RB, "q")
+        q_RB = self.memory.scratch("q", (len(tile.w_RD), len(self.e_BD)), self.plan.dtype, self.e_BD.device)
+        self.soften(tile, shift_B, q_RB)
+        return q_RB
 
     def _row_gradient(self, out: Tensor, q_RB: Tensor, re_BD: Tensor, add: bool, tile: Tile) -> None:
         """Product 3 into `out`; for rows that are divided by their length, times the Jacobian (I - u u^T) / |w|."""
@@ -268,7 +223,7 @@ class Tiles:
 
     def _add_own(self, gradient: Tensor, dcentres_BKD: Tensor, start: int, stop: int) -> None:
         """The target logits' own, sparse part: dW[y_i] += d t_i / d w. It is 0 where the sample is not this rank's."""
-        inside_B, row_B = self._own_rows(start, stop)
+        inside_B, row_B = self.own.within(start, stop)
         added_BKD = dcentres_BKD * inside_B[:, None, None]
         gradient.index_add_(0, rows_of(row_B, self.plan.centres), added_BKD.flatten(0, 1).to(gradient.dtype))
 

@@ -220,15 +220,15 @@ def test_without_gradient_nothing_is_kept() -> None:
     x_BD, labels_B = torch.randn(4, DIMENSION, generator=torch.Generator().manual_seed(0)), torch.arange(4)
     with torch.no_grad():
         loss = head(x_BD, labels_B)
-    assert head._memory.spare is None
+    assert head._memory.spares == {}
     kept: list[tuple[int, int]] = []
     take = head._memory.take
 
-    def spy(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def spy(name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         kept.append(shape)
-        return take(shape, dtype, device)
+        return take(name, shape, dtype, device)
 
-    head._memory = SimpleNamespace(take=spy, scratch=head._memory.scratch, spare=None)  # type: ignore[assignment]
+    head._memory = SimpleNamespace(take=spy, scratch=head._memory.scratch)  # type: ignore[assignment]
     with torch.no_grad():
         head(x_BD, labels_B)
     assert kept == []
@@ -318,11 +318,22 @@ def test_the_first_rows_do_not_depend_on_where_they_lie() -> None:
     torch.testing.assert_close(whole.weight.norm(dim=1), torch.ones(2500))
 
 
-def test_auto_keeps_p_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("free", "stores"), [(10**9, True), (10**5, False)])
+def test_auto_keeps_p_where_it_fits_and_decides_once(
+    free: int, stores: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     head = Head(ArcFace(), 1000, DIMENSION)
-    for free, store in ((10**9, True), (10**5, False)):
-        monkeypatch.setattr("trainer.head.head.free_memory", lambda device, free=free: free)
-        assert head.plan(head.margin, 256, 1000, torch.float32).store is store
+    for now in (free, 10**12, 0):  # what others allocate later changes nothing
+        monkeypatch.setattr("trainer.head.head.free_memory", lambda device, now=now: now)
+        assert head.plan(head.margin, 256, 1000, torch.float32).store is stores
+
+
+def test_auto_leaves_room_for_the_gradient_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 256 * 1000 * 4
+    for fused, stores in ((False, False), (True, True)):
+        head = Head(ArcFace(), 1000, 512, HeadConfig(fused=fused))  # whose gradient is twice as large as P
+        monkeypatch.setattr("trainer.head.head.free_memory", lambda device: 4 * size)
+        assert head.plan(head.margin, 256, 1000, torch.float32).store is stores
 
 
 def test_the_margin_grows_during_the_warmup() -> None:

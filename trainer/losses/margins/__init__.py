@@ -194,6 +194,13 @@ class Margin(LossSpec):
 
     def reweight(self, cos_TB: Tensor, hard_TB: Tensor, values: Values) -> tuple[Tensor, Tensor]:
         """The changed cosines of other classes, and their derivative; `hard_TB`: where cos > target / s."""
+        a, b, c = self.hard_cosine(values)
+        changed_TB = a + (b + c * cos_TB) * cos_TB
+        return torch.where(hard_TB, changed_TB, cos_TB), torch.where(hard_TB, b + 2 * c * cos_TB, 1)
+
+    def hard_cosine(self, values: Values) -> tuple[float | Tensor, float | Tensor, float | Tensor]:
+        """(a, b, c): the cosine of a hard negative, one above the target's with its margin, becomes
+        a + b cos + c cos^2; only for margins with `reweights`."""
         raise NotImplementedError
 
     def per_sample(self, negatives_B: Tensor, targets_B: Tensor, class_values_B: Tensor | None) -> Tensor:

@@ -170,9 +170,8 @@ class CurricularFace(Margin):
     def target(self, positives: Positives) -> Tensor:
         return self.scale_of({}) * monotone_cosine(positives.cos_B, 1.0, self.margin)
 
-    def reweight(self, cos_TB: Tensor, hard_TB: Tensor, values: Values) -> tuple[Tensor, Tensor]:
-        t = values["t"].to(cos_TB.dtype)
-        return torch.where(hard_TB, cos_TB * (t + cos_TB), cos_TB), torch.where(hard_TB, t + 2 * cos_TB, 1)
+    def hard_cosine(self, values: Values) -> tuple[float, Tensor, float]:
+        return 0.0, values["t"], 1.0
 
 
 class MVSoftmax(Margin):
@@ -221,6 +220,5 @@ class MVSoftmax(Margin):
             return self.scale_of({}) * (positives.cos_B - self.margin)
         return self.scale_of({}) * monotone_cosine(positives.cos_B, 1.0, self.margin)
 
-    def reweight(self, cos_TB: Tensor, hard_TB: Tensor, values: Values) -> tuple[Tensor, Tensor]:
-        changed_TB = self.emphasis * cos_TB + (self.emphasis - 1)
-        return torch.where(hard_TB, changed_TB, cos_TB), (self.emphasis - 1) * hard_TB.to(cos_TB) + 1
+    def hard_cosine(self, values: Values) -> tuple[float, float, float]:
+        return self.emphasis - 1, self.emphasis, 0.0

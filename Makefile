@@ -1,4 +1,4 @@
-# make demo | test | hostile | lint | bench: each makes .venv and installs what it needs, once.
+# make demo | test | hostile | lint | bench | gpu: each makes .venv and installs what it needs, once.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3.11
@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test hostile lint bench clean help
+.PHONY: demo test hostile lint bench gpu clean help
 
 help: ## what there is to make
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -39,6 +39,11 @@ lint: $(STAMP) ## ruff, mypy in strict mode, import contracts
 
 bench: $(STAMP) ## the head against its peers; see benchmarks/README.md
 	$(BIN)/python benchmarks/head.py --classes 200000 --batch 256 --dim 512 --ranks 1 --device cpu --dtype fp32
+
+gpu: $(STAMP) ## on a machine with a GPU: the head's kernels tested and measured
+	$(BIN)/python -m pytest tests/trainer/head/test_kernels.py
+	$(BIN)/python benchmarks/head.py --device cuda --classes 1000000 --batch 1024 --dtype bf16
+	$(BIN)/python benchmarks/head_scale.py --device cuda --classes 1000000 --batch 1024 --dtype bf16 --algorithm store --unfused --graph
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

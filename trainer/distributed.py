@@ -291,7 +291,7 @@ class Gathered:
         self._known_B = (labels_B >= -1) & (labels_B < gatherer.classes)
         self._good = good = (self._finite_B & self._known_B).all()
         self._event: torch.cuda.Event | None = None
-        if good.is_cuda:
+        if good.is_cuda and not torch.cuda.is_current_stream_capturing():
             self._good = torch.empty((), dtype=torch.bool, pin_memory=True)
             self._good.copy_(good, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -306,9 +306,9 @@ class Gathered:
             UserError: a label is no class, or an embedding is not finite.
         """
         if self._event is not None:
-            if torch.cuda.is_current_stream_capturing():
-                return
             self._event.synchronize()
+        elif self._good.is_cuda:
+            return
         if self._good:
             return
         slot = int((~(self._finite_B & self._known_B)).nonzero()[0])

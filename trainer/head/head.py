@@ -31,8 +31,9 @@ from trainer.losses.margins import Margin, Positives
 
 INIT_BLOCK = 1024  # classes whose first values come from one seed, so that W does not depend on the number of ranks
 STORE_SHARE = 0.25  # of the free memory that P may take for `algorithm: auto` to keep it
-# Classes a tile: on a CPU what its cache holds of z; on a GPU enough to fill it, little enough to need no memory.
-TILE = {"cpu": 8192, "cuda": 131_072}
+# Classes a tile. On a CPU what its cache holds of z; on a GPU enough to fill it. Where nothing but the result is of the
+# tile's size, larger ones save launches.
+CPU_TILE, GPU_TILE, BARE_TILE = 8192, 131_072, 1_048_576
 
 
 class Head(nn.Module):
@@ -95,7 +96,6 @@ class Head(nn.Module):
         self._memory = Workspace()
         self._step, self._warmup = 0, 1.0
         self._store: bool | None = None
-        self.uses_kernels = uses_kernels(self.config.kernels, self.weight.device)
 
     def _make_parameters(self, device: torch.device) -> None:
         dtype = torch.bfloat16 if self.config.param_dtype == "bf16" else torch.float32
@@ -105,6 +105,11 @@ class Head(nn.Module):
         self.scalars = nn.ParameterDict({name: nn.Parameter(torch.tensor(v, device=device)) for name, v in learnables})
         for name, value in self.margin.buffers().items():
             self.register_buffer(name, torch.tensor(value, device=device))
+
+    @property
+    def uses_kernels(self) -> bool:
+        """Whether Triton's kernels compute; on the device where the head is now."""
+        return uses_kernels(self.config.kernels, self.weight.device)
 
     def set_progress(self, step: int, warmup: float = 1.0) -> None:
         """Where the run is: the number of the step, and how far the margin's warmup has come, in [0, 1]."""
@@ -139,11 +144,16 @@ class Head(nn.Module):
         """How this step's tiles are computed, for `slots` samples of all ranks and the classes that take part."""
         dtype = torch.bfloat16 if self.config.compute_dtype == "bf16" and wide == torch.float32 else wide
         shift = None if (bound := margin.bound()) is None else fixed_shift(*bound, self.classes, wide)
-        tile = self.config.tile or TILE.get(self.weight.device.type, TILE["cuda"])
         normalise = self.margin.unit_rows and not self.unit_rows
         copied = self.dimension if self.weight.is_cuda and dtype != self.weight.dtype else 0
         store = self._stores((slots + copied) * classes * self.centres * dtype.itemsize)
-        return TilePlan(classes, self.centres, tile, store, dtype, shift, normalise, hardening, self.uses_kernels)
+        tile = self.config.tile or (self._gpu_tile(store, dtype) if self.weight.is_cuda else CPU_TILE)
+        tf32 = self.config.compute_dtype == "tf32"
+        return TilePlan(classes, self.centres, tile, store, dtype, shift, normalise, hardening, self.uses_kernels, tf32)
+
+    def _gpu_tile(self, store: bool, dtype: torch.dtype) -> int:
+        bare = store and self.uses_kernels and dtype == torch.bfloat16 and not self.config.fused
+        return BARE_TILE if bare else GPU_TILE
 
     def _stores(self, size: int) -> bool:
         """Whether P, of so many bytes, is kept for the backward; with `algorithm: auto` decided once, in the first step
@@ -194,9 +204,11 @@ def mixed_seed(seed: int, position: int, use: int) -> int:
     return (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + use * 0x2545F4914F6CDD1D) % 2**63
 
 
-def step_noise(seed: int, step: int, batch: int) -> Tensor:
-    """The standard normal numbers of a step's samples, [B], by place in the global batch: on any number of ranks."""
-    return torch.randn(batch, generator=torch.Generator().manual_seed(mixed_seed(seed, step, _NOISE)))
+def step_noise(seed: int, step: int, batch: int, device: torch.device | str = "cpu") -> Tensor:
+    """The standard normal numbers of a step's samples, [B], by place in the global batch: on any number of ranks. They
+    are drawn on the device, so a GPU's differ from a CPU's."""
+    generator = torch.Generator(device).manual_seed(mixed_seed(seed, step, _NOISE))
+    return torch.randn(batch, generator=generator, device=device)
 
 
 class Step:
@@ -292,7 +304,7 @@ class Step:
             dots_B = (centres_BKD[:, 0] * self.exact_BD).sum(dim=1)
         noise_B = None
         if self.margin.noisy:
-            noise_B = step_noise(self.head.seed, self.head._step, len(bias_B)).to(self.e_BD.device)
+            noise_B = step_noise(self.head.seed, self.head._step, len(bias_B), self.e_BD.device)
         return Positives(
             cos_B, dots_B + bias_B, lengths_B, self.norms_B, self.labels_B, self.values, noise_B, self._class_values()
         )

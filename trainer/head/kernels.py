@@ -77,7 +77,11 @@ def _logits(
     return tl.where((t < T)[:, None] & (t[:, None] != own[None, :]), z, float("-inf")), slope
 
 
-@triton.jit
+# Else Triton compiles anew for numbers that are 1 or multiples of 16.
+_CHANGING = ("start", "seed", "first_row", "count", "T")
+
+
+@triton.jit(do_not_specialize=_CHANGING)
 def _product_kernel(
     w_desc, e_desc, q_desc, sums_ptr, own_ptr, shift_ptr, inverse_ptr, bias_ptr, hard_ptr, least_ptr, shift, start, T,
     B, D: tl.constexpr, SHIFTS: tl.constexpr, INVERSE: tl.constexpr, BIAS: tl.constexpr, HARD: tl.constexpr,
@@ -107,7 +111,7 @@ def _product_kernel(
         q_desc.store([down * HEIGHT, along * WIDTH], p.to(q_desc.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_CHANGING)
 def _pass_kernel(
     z_ptr, q_ptr, sums_ptr, own_ptr, shift_ptr, inverse_ptr, bias_ptr, hard_ptr, least_ptr, shift, start, T,
     B, K: tl.constexpr, SHIFTS: tl.constexpr, INVERSE: tl.constexpr, BIAS: tl.constexpr, HARD: tl.constexpr,
@@ -225,7 +229,7 @@ def _rounded(values, bits):
     return cut.to(tl.float32, bitcast=True).to(tl.bfloat16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_CHANGING)
 def _sgd_kernel(
     w_ptr, g_ptr, m_ptr, scale_ptr, rows_ptr, count, first_row, seed, lr, momentum, decay,
     D: tl.constexpr, WIDE: tl.constexpr, CHOSEN: tl.constexpr, UNIT: tl.constexpr, STATE: tl.constexpr,

@@ -6,6 +6,7 @@ Legend: as in `tiles`: B samples, C classes, K centres a class, T classes and R 
 import importlib.util
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
@@ -160,10 +161,9 @@ def uses_kernels(choice: Kernels, device: torch.device) -> bool:
     """
     if choice == "torch" or (choice == "auto" and device.type != "cuda"):
         return False
-    installed = importlib.util.find_spec("triton") is not None
     if choice == "auto":
-        return installed
-    if not installed:
+        return _installed()
+    if not _installed():
         raise UserError("head.kernels=triton, but Triton is not installed; pip install 'hypersphere[gpu]' or use auto")
     if device.type != "cuda":
         import triton
@@ -171,3 +171,8 @@ def uses_kernels(choice: Kernels, device: torch.device) -> bool:
         if not triton.knobs.runtime.interpret:
             raise UserError(f"head.kernels=triton cannot run on {device.type}; use auto, which takes torch there")
     return True
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from trainer.head.matmul import Products, Workspace
+from trainer.head.matmul import Products, Workspace, tensor_cores
 from trainer.head.rows import GradientSink, Own, Rows, own_centres, rows_of
 from trainer.head.softening import Hardening, Softening, Tile, TorchSoftening, TritonSoftening
 
@@ -44,6 +44,7 @@ class TilePlan:
         normalise: divide each row of W by its length.
         hardening: what a margin does to the logits of hard negatives.
         kernels: compute P by the Triton kernels.
+        tf32: let a GPU round the operands of fp32 products.
     """
 
     classes: int
@@ -55,6 +56,7 @@ class TilePlan:
     normalise: bool = False
     hardening: Hardening | None = None
     kernels: bool = False
+    tf32: bool = False
 
     def tiles(self) -> list[tuple[int, int]]:
         return [(start, min(start + self.tile, self.classes)) for start in range(0, self.classes, self.tile)]
@@ -91,7 +93,8 @@ class _Negatives(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.tiles = tiles  # type: ignore[attr-defined]
         ctx.save_for_backward(weight_RD)  # notices a weight changed before the backward
-        result_B = tiles.forward(keep and any(ctx.needs_input_grad[:3]))  # type: ignore[attr-defined]
+        with tensor_cores(tiles.plan.tf32):
+            result_B = tiles.forward(keep and any(ctx.needs_input_grad[:3]))  # type: ignore[attr-defined]
         return result_B, *own_centres(tiles.rows, tiles.own, tiles.wide)
 
     @staticmethod
@@ -102,7 +105,8 @@ class _Negatives(torch.autograd.Function):
             raise RuntimeError("a second backward through a loss of the head: its P is gone, compute the loss again")
         if tiles.kept_RB is not None:
             ctx.tiles = None  # type: ignore[attr-defined]
-        return *tiles.backward(*gradients), None, None
+        with tensor_cores(tiles.plan.tf32):
+            return *tiles.backward(*gradients), None, None
 
 
 class Tiles:

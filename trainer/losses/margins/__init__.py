@@ -278,15 +278,18 @@ def monotone_cosine(cos: Tensor, factor: float = 1.0, offset: float | Tensor = 0
     and exact at theta = 0 and pi (where it is factor^2); an offset brings the pole that `sine_of` guards.
     """
     with torch.no_grad():
-        turns = torch.as_tensor(offset, dtype=cos.dtype, device=cos.device) / math.pi
+        turns = offset / math.pi
         branch = torch.floor(factor * torch.atan2(_sine(cos), cos) / math.pi + turns)
-        branch = torch.minimum(branch, torch.ceil(factor + turns) - 1)  # theta = pi belongs to the branch before it
+        # theta = pi belongs to the branch before it
+        last = factor + turns
+        branch = branch.clamp(max=last.ceil() - 1 if isinstance(last, Tensor) else math.ceil(last) - 1)
         sign = 1 - 2 * torch.remainder(branch, 2)
     if factor != round(factor):
         value = torch.cos(factor * angle(cos) + offset)
     else:
         value, sine_ratio = chebyshev(cos, round(factor))
-        if isinstance(offset, Tensor) or offset != 0:
-            turn = torch.as_tensor(offset, dtype=cos.dtype, device=cos.device)
-            value = value * torch.cos(turn) - sine_of(cos) * sine_ratio * torch.sin(turn)
+        if isinstance(offset, Tensor):
+            value = value * offset.cos() - sine_of(cos) * sine_ratio * offset.sin()
+        elif offset:  # a number stays one: a tensor made of it would have to travel to the device in every step
+            value = value * math.cos(offset) - sine_of(cos) * sine_ratio * math.sin(offset)
     return torch.where(branch < 0, 1, sign * value - 2 * branch)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from trainer.distributed import Gatherer, Group, RowRange, own_slice, replicated, stack_over_ranks, sum_over_ranks
 from trainer.errors import UserError
 from trainer.head.matmul import Workspace, free_memory
-from trainer.head.rows import GradientSink, Own, Rows, own_centres, sample_classes
+from trainer.head.rows import GradientSink, Own, Rows, own_centres, sampled_rows, sampled_share
 from trainer.head.settings import HeadConfig
 from trainer.head.tiles import Reweight, TilePlan, fixed_shift, negatives
 from trainer.losses.margins import Margin, Positives
@@ -133,7 +133,11 @@ class Head(nn.Module):
     ) -> TilePlan:
         """How this step's tiles are computed, for `slots` samples of all ranks and the classes that take part."""
         dtype = torch.bfloat16 if self.config.compute_dtype == "bf16" and wide == torch.float32 else wide
-        shift = None if (bound := margin.bound()) is None else fixed_shift(*bound, self.classes, wide)
+        shift = None
+        if bound := margin.bound():
+            corrected = self.config.sample_correction and self.config.sample_rate < 1
+            more = -math.log(sampled_share(self.config.sample_rate)) if corrected else 0.0
+            shift = fixed_shift(bound[0], bound[1] + more, self.classes, wide)
         store = self.config.algorithm == "store"
         if self.config.algorithm == "auto":
             size = slots * classes * self.centres * dtype.itemsize
@@ -202,15 +206,12 @@ class Step:
 
     def _rows(self) -> tuple[Rows, Own]:
         """The classes that take part, and where among them each sample's own class is."""
-        head, own, chosen = self.head, Own.of(self.labels_B, self.head.rows), None
-        start, stop = head.rows.start, head.rows.stop
-        if head.training and head.config.sample_rate < 1:
-            seed = mixed_seed(head.seed, head._step, _SAMPLING)
-            sampled = sample_classes(start, stop, head.config.sample_rate, seed, self.labels_B.device) - start
-            chosen = torch.cat([sampled, own.place_B[own.mask_B]]).unique()  # type: ignore[no-untyped-call]
-            place_B = torch.searchsorted(chosen, own.place_B).clamp(0, max(chosen.shape[0] - 1, 0))
-            own = replace(own, place_B=place_B)
-        return Rows(head.weight, head.bias, chosen, head.centres), own
+        head, config = self.head, self.head.config
+        rows, own = Rows(head.weight, head.bias, None, head.centres), Own.of(self.labels_B, head.rows)
+        if not head.training or config.sample_rate == 1:
+            return rows, own
+        seed = mixed_seed(head.seed, head._step, _SAMPLING)
+        return sampled_rows(rows, own, head.rows.start, config.sample_rate, seed, config.sample_correction)
 
     def loss(self) -> Tensor:
         """The mean over the valid samples of all ranks."""

@@ -28,4 +28,5 @@ class HeadConfig(Checked):
     fused: bool = False  # step the centres inside the backward, so that their gradient is never stored
     tile: Annotated[int, Within(ge=1)] = 8192  # classes a tile
     sample_rate: Annotated[float, Within(gt=0, le=1)] = 1.0  # share of the negative classes used in a step (PartialFC)
+    sample_correction: bool = False  # let the sampled negatives stand for the others, too: see `head.rows`
     optimizer: HeadOptimizerConfig = HeadOptimizerConfig()

@@ -164,10 +164,7 @@ class Tiles:
 
     def _logits(self, tile: Tile, out: Tensor | None) -> Tensor:
         z_RB = self.products.logits(tile.w_RD, out)
-        if tile.inverse_R1 is not None:
-            z_RB.mul_(tile.inverse_R1)
-        bias_T = self.rows.bias(tile.start, tile.stop)
-        return z_RB if bias_T is None else z_RB.add_(bias_T[:, None])
+        return z_RB if tile.inverse_R1 is None else z_RB.mul_(tile.inverse_R1)
 
     def _own_rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Whether each sample's own class is among [start, stop), and where; shapes do not depend on the data."""
@@ -187,6 +184,9 @@ class Tiles:
         slope_TB: Tensor | None = None
         if self.plan.reweight is not None:
             z_TB, slope_TB = self.plan.reweight(z_TB)
+        bias_T = self.rows.bias(tile.start, tile.stop)  # only now: what is re-weighted are cosines
+        if bias_T is not None:
+            z_TB = z_TB.add_(bias_T[:, None])
         inside_B, row_B = self._own_rows(tile.start, tile.stop)  # the targets are left out
         z_TB.index_put_((row_B, self.columns), torch.where(inside_B, -math.inf, z_TB[row_B, self.columns]))
         if shift_B is None and self.plan.shift is None:

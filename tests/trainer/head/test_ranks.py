@@ -106,7 +106,7 @@ def training_is_the_same_on_one_rank(group: Group) -> None:
         HeadOptimizerConfig(name="adamw", state_dtype="bf16"),
     ):
         for config in (
-            HeadConfig(sample_rate=0.2, tile=64),
+            HeadConfig(sample_rate=0.2, sample_correction=True, tile=64),
             HeadConfig(param_dtype="bf16", fused=True, tile=64),
             HeadConfig(sample_rate=0.3, fused=True),
         ):

@@ -26,6 +26,7 @@ from trainer.head.matmul import Workspace, free_memory
 from trainer.head.rows import GradientSink, Own, Rows, own_centres, sampled_rows, sampled_share
 from trainer.head.settings import HeadConfig
 from trainer.head.tiles import Reweight, TilePlan, fixed_shift, negatives
+from trainer.losses.batch import widened
 from trainer.losses.margins import Margin, Positives
 
 INIT_BLOCK = 1024  # classes whose first values come from one seed, so that W does not depend on the number of ranks
@@ -192,15 +193,16 @@ class Step:
         self.head, self.margin, self.labels_B, self.values = head, margin, labels_B, values
         self.valid_B = labels_B >= 0
         self.observed: dict[str, Tensor] = {}
+        self.batch_cos_B: Tensor | None = None
         # Targets are B numbers: they are computed in fp64, since 1 - cos^2 of a fp32 cosine near 1 has few digits left.
-        self.exact_BD = x_BD.double()
+        self.exact_BD = widened(x_BD)
         self.norms_B, inverse_B = _length(self.exact_BD)
         self.unit_BD = self.exact_BD * inverse_B[:, None]
         self.e_BD, self.lengths_B = x_BD, self.norms_B
         if margin.unit_embedding:
             scale = margin.scale_of(values)
-            self.e_BD = x_BD * (inverse_B * scale).to(x_BD)[:, None]
             self.exact_BD = self.unit_BD * scale
+            self.e_BD = self.exact_BD.to(x_BD.dtype)
             self.lengths_B = torch.ones_like(self.norms_B) * scale
         self.rows, self.own = self._rows()
 
@@ -236,17 +238,18 @@ class Step:
         """Bring the margin's running statistics up to date; for margins that re-weight, fetch all targets' cosines."""
         head, margin = self.head, self.margin
         positives, cos_B = None, None
-        if margin.reweights:
+        if margin.compares_samples:
             mine = self._positives(*own_centres(self.rows, self.own, self.e_BD.dtype))
             cos_B = head.group.all_reduce(torch.where(self.own.mask_B, mine.cos_B, 0))
             positives = replace(mine, cos_B=cos_B)
+            self.batch_cos_B = cos_B
         if head.training:
             self.observed = margin.observe(self.norms_B, cos_B, self.valid_B, self.values)
             self.values |= self.observed
-        if positives is None:
+        if positives is None or not margin.reweights:
             return None
         scale, values = float(margin.scale_of(self.values)), self.values
-        least_B = (margin.target(positives) / scale).to(self.e_BD)
+        least_B = margin.hard_from(positives).to(self.e_BD)
 
         def reweight(z_TB: Tensor) -> tuple[Tensor, Tensor]:
             cos_TB = z_TB / scale
@@ -282,7 +285,8 @@ class Step:
         if self.margin.noisy:
             noise_B = step_noise(self.head.seed, self.head._step, len(bias_B)).to(self.e_BD.device)
         return Positives(
-            cos_B, dots_B + bias_B, lengths_B, self.norms_B, self.labels_B, self.values, noise_B, self._class_values()
+            *(cos_B, dots_B + bias_B, lengths_B, self.norms_B, self.labels_B, self.values),
+            *(noise_B, self._class_values(), self.batch_cos_B),
         )
 
     def _class_values(self) -> Tensor | None:

@@ -9,7 +9,7 @@ One step, on every rank:
   3. ONE all-reduce of [B, 2]: the denominator's sum, and t (a rank that does not own a target puts 0)
   4. the loss from both, the same on every rank
 and in the backward one reduce-scatter of the embeddings' gradient: three messages. More are sent by margins that
-re-weight hard negatives (all targets' cosines, [B], between 1 and 2) and by learnable scalars (4 bytes, backward).
+compare samples (all targets' cosines, [B], between 1 and 2) and by learnable scalars (4 bytes, backward).
 Where logits have no bound, message 3 is an all-gather of [B, 2] with log sums.
 """
 
@@ -235,7 +235,7 @@ class Step:
 
     @torch.no_grad()
     def _observe(self) -> Reweight | None:
-        """Bring the margin's running statistics up to date; for margins that re-weight, fetch all targets' cosines."""
+        """Bring the margin's running statistics up to date; for those that compare samples, fetch all their cosines."""
         head, margin = self.head, self.margin
         positives, cos_B = None, None
         if margin.compares_samples:

@@ -185,7 +185,8 @@ class Combined(Margin):
 class SubCenterArcFace(ArcFace):
     """ArcFace with K centres a class: cos(theta_j) = max over k of cos(theta_jk), for the target and all others.
 
-    The gradient goes to the nearest centre alone. Outliers of a noisy class gather at centres of their own.
+    The gradient goes to the nearest centre alone. Outliers of a noisy class gather at centres of their own. Beyond
+    theta + m = pi as ArcFace.
     """
 
     formula = "s cos(theta + m), cos(theta_j) = max_k cos(theta_jk)"
@@ -208,7 +209,7 @@ class SubCenterArcFace(ArcFace):
 class DynamicMargin(Margin):
     """ArcFace with a margin a class: m_c = a n_c^(-power) + b, a and b such that m_c spans [least, greatest].
 
-    Rare classes get the greatest margin. dpsi/dc = sin(theta + m_c) / sin(theta).
+    Rare classes get the greatest margin. dpsi/dc = sin(theta + m_c) / sin(theta); beyond theta + m_c = pi as ArcFace.
     """
 
     formula = "s cos(theta + m_c), m_c = a n_c^(-1/4) + b in [0.05, 0.5]"

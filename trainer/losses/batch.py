@@ -90,6 +90,10 @@ class BatchLoss(LossSpec):
         raise NotImplementedError
 
 
+# The greatest number of bf16, which a gradient of fp32 may still become on its way back through the network.
+LARGEST = torch.finfo(torch.bfloat16).max
+
+
 class _Widened(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
@@ -98,16 +102,14 @@ class _Widened(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> Tensor:
-        dtype = ctx.dtype  # type: ignore[attr-defined]
-        limits = torch.finfo(dtype)
-        return gradients[0].clamp(limits.min, limits.max).to(dtype)
+        return gradients[0].clamp(-LARGEST, LARGEST).to(ctx.dtype)  # type: ignore[attr-defined]
 
 
 def widened(x: Tensor) -> Tensor:
     """x in fp64, for what must hold at any length that fp32 can write: 1e-45 to 3e38, whose squares it cannot.
 
-    The gradient by a direction grows as 1/|x|. Where it is beyond the numbers of x's type (for |x| below about 1e-36)
-    it is the greatest of them, not infinite.
+    The gradient by a direction grows as 1/|x|. Where it is beyond the numbers of fp32 and bf16 (for |x| below about
+    1e-36) it is the greatest of them, not infinite.
     """
     wide: Tensor = x if x.dtype == torch.float64 else _Widened.apply(x)  # type: ignore[no-untyped-call]
     return wide

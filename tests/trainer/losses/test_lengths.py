@@ -15,13 +15,13 @@ from tests.trainer.objective.cases import CASES, CLASSES, DIMENSION, LABELS, pro
 from trainer.distributed import Group
 from trainer.head import Head
 from trainer.losses import Center, LossSpec
-from trainer.losses.batch import BatchLoss, unit_vectors, widened
+from trainer.losses.batch import LARGEST, BatchLoss, unit_vectors, widened
 from trainer.losses.margins import Margin
 from trainer.objective.sharded import BatchLossModule, CentreModule
 
 SHORT = (1e-44, 1e-40, 1e-37, 1e-30, 1e-21)  # the first two are subnormal, the last has a square that is none
 LONG = (1e17, 1e21, 1e37)  # from 2e19 on the square is infinite
-LARGEST = torch.finfo(torch.float32).max
+INFINITE = torch.finfo(torch.float32).max  # beyond it
 
 
 def module_of(spec: LossSpec) -> nn.Module:
@@ -53,7 +53,7 @@ def check(spec: LossSpec, length: float) -> None:
     assert x_single.grad is not None
     assert x_exact.grad is not None
     wanted = float(expected.detach())
-    assert float(found.detach()) == (pytest.approx(wanted, rel=2e-4, abs=1e-6) if wanted < LARGEST else math.inf)
+    assert float(found.detach()) == (pytest.approx(wanted, rel=2e-4, abs=1e-6) if wanted < INFINITE else math.inf)
     assert bool(x_single.grad.isfinite().all())
     limited = x_exact.grad.clamp(-LARGEST, LARGEST)
     unit = limited.abs().amax().clamp_min(1e-300)  # the norm's squares would leave fp64
@@ -81,11 +81,29 @@ def test_losses_on_embeddings(name: str, length: float) -> None:
     check(CASES[name][0], length)
 
 
-def test_a_gradient_beyond_the_numbers_is_the_greatest_of_them() -> None:
-    x = torch.tensor([[1e-42, 0.0]], requires_grad=True)
-    (100 * unit_vectors(x)[0, 1]).backward()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_beyond_the_numbers_is_the_greatest_of_them(dtype: torch.dtype) -> None:
+    """Also in a network in bf16, whose embeddings the losses get in fp32."""
+    x = torch.tensor([[1e-38, 0.0]], dtype=dtype, requires_grad=True)
+    (100 * unit_vectors(x.float())[0, 1]).backward()
     assert x.grad is not None
     assert x.grad[0].tolist() == [0, LARGEST]
+
+
+def test_short_embeddings_of_a_network_in_bf16() -> None:
+    head = Head(MARGINS["arcface"], HEAD_CLASSES, HEAD_DIMENSION, seed=3)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.rand(4, HEAD_DIMENSION, generator=generator)
+    direction = (1 + drawn) * (drawn - 0.5).sign()  # no number below 1, so that none is subnormal
+    losses = []
+    for length in (1.0, 2.0**-126):  # a power of two, so that both are the same directions in 8 bits
+        x = (direction * length).bfloat16().requires_grad_()
+        loss = head(x, torch.arange(4))
+        loss.backward()
+        assert x.grad is not None
+        assert bool(x.grad.isfinite().all())
+        losses.append(float(loss.detach()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
 def test_a_null_embedding_stays_one_without_gradient() -> None:

@@ -3,6 +3,7 @@
     python benchmarks/margins.py                     # the ten margins of the ablation
     python benchmarks/margins.py --table losses      # every loss of the project
     python benchmarks/margins.py --table state       # the head's number formats, under ArcFace
+    python benchmarks/margins.py --table sampling    # a share of the negative classes in each step, under ArcFace
 
 Every run is the training loop of `hypersphere train` on one worker with one thread; what differs from run to run is
 the loss, its constants and its learning rate, all of them in this file. The held-out alphabets are evaluated at the
@@ -161,10 +162,19 @@ STATE = [
     recipe("arcface", _FLOOR, *ARCFACE, *ADAMW, "head.optimizer.state_dtype=bf16", name="AdamW, bf16 state"),
     recipe("arcface", _FLOOR, *ARCFACE, *ADAMW, "head.optimizer.state_dtype=int8", name="AdamW, int8 state"),
 ]
+SAMPLING = [
+    recipe("arcface", _FLOOR, *ARCFACE, name="all classes"),
+    *(
+        recipe("arcface", _FLOOR, *ARCFACE, f"head.sample_rate={rate}", f"head.sample_correction={right}", name=name)
+        for rate in (0.5, 0.2, 0.1)
+        for right, name in ((False, f"rate {rate}"), (True, f"rate {rate}, corrected"))
+    ),
+]
 TABLES = {
     "ablation": [one for name in ABLATION for one in LOSSES if one.name == name],
     "losses": LOSSES,
     "state": STATE,
+    "sampling": SAMPLING,
 }
 
 

@@ -46,26 +46,26 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
 
-    embedder: Path = Field(description="folder with model.onnx and manifest.json")
+    embedder: Path = Field(description="folder that `export` wrote")
     store: Annotated[Path, AfterValidator(_named)] = Field(description="SQLite file of the gallery; made if missing")
-    restored: bool = Field(False, description="the store comes from a backup: take it as it is, and say so once")
+    restored: bool = Field(False, description="the store comes from a backup: take it as it is")
     verify_threshold: Similarity = Field(None, description="from which two images are a match; null: as calibrated")
     identify_threshold: Similarity = Field(None, description="from which a candidate is a match; null: as calibrated")
-    below_threshold: Literal["never", "on_request", "always"] = Field(
-        "on_request", description="when identify shows candidates that are no match"
-    )
     api_key: Annotated[SecretStr | None, BeforeValidator(_trimmed)] = Field(
         None,
         min_length=16,
         max_length=256,
-        description="key that requests must carry; null: only this machine is served",
+        description="key that requests must carry, better given as the variable; null: only this machine is served",
     )
     anonymous: bool = Field(False, description="serve every network without a key")
     allowed_hosts: Annotated[str, AfterValidator(_host_patterns)] = Field(
-        "", description="host names that clients may call the service by, by commas; * for any; empty: see `host_names`"
+        "", description="host names that clients call the service by, by commas; * for any"
     )
     trusted_proxies: Annotated[str, AfterValidator(_addresses)] = Field(
         "", description="addresses or networks whose X-Forwarded-For is believed, by commas"
+    )
+    below_threshold: Literal["never", "on_request", "always"] = Field(
+        "on_request", description="when identify shows candidates that are no match"
     )
     rate_limit: float | None = Field(None, gt=0, description="requests a second from one address; null: no limit")
     rate_burst: int = Field(20, ge=1, description="requests that may come at once before the limit counts")

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from serving.cli import data, embedder, losses
-from serving.cli.serve import serve
+from serving.cli.serve import PASSED_ON, serve
 from serving.cli.terminal import fail
 from trainer.errors import UserError
 
@@ -24,8 +24,9 @@ app = typer.Typer(
     "The order of a first use: `data import`, `train`, `export`, `evaluate`, `calibrate`, `serve`.",
 )
 app.add_typer(data.app, name="data")
-for command in (embedder.train, embedder.submit, embedder.export, embedder.evaluate, embedder.calibrate, serve):
+for command in (embedder.train, embedder.submit, embedder.export, embedder.evaluate, embedder.calibrate):
     app.command()(command)
+app.command(context_settings=PASSED_ON, add_help_option=False)(serve)
 app.command("losses")(losses.table)
 app.add_typer(losses.plot, name="plot")
 

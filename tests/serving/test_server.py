@@ -3,6 +3,7 @@
 import inspect
 import logging
 import os
+import re
 import signal
 import socket
 
@@ -116,14 +117,73 @@ def test_an_empty_key_is_an_oversight(monkeypatch):
         CliRunner().invoke(app, ["serve", "--embedder", "e"], catch_exceptions=False)
 
 
-def test_every_setting_is_an_option_with_the_same_default():
-    options = {name: parameter.default for name, parameter in inspect.signature(serve).parameters.items()}
-    fields = Settings.model_fields
-    assert set(options) - set(fields) == {"host", "port"}
-    assert set(fields) - set(options) == set()
-    for name, field in fields.items():
-        if not field.is_required() and name != "store":
-            assert options[name] == field.default, name
+OTHERS = {  # than the defaults; whole numbers are one more
+    **{
+        "embedder": "e",
+        "store": "s.sqlite",
+        "api_key": KEY,
+        "allowed_hosts": "a.example",
+        "trusted_proxies": "10.0.0.1",
+    },
+    **{"below_threshold": "always", "verify_threshold": 0.25, "identify_threshold": 0.5, "rate_limit": 4.0},
+    **{"decode_cpu_s": 2.5, "head_timeout_s": 3.5, "body_timeout_s": 4.5, "idempotency_hours": 5.5},
+    **{"anonymous": True, "restored": True, "max_image_bytes": 2048},
+}
+
+
+@pytest.mark.parametrize("way", ["option", "variable"])
+def test_every_setting_is_an_option_and_a_variable(way, monkeypatch):
+    seen = []
+    monkeypatch.setattr("serving.server.run", lambda *taken: seen.append(taken))
+    given = {name: OTHERS.get(name) or field.default + 1 for name, field in Settings.model_fields.items()}
+    as_options = given if way == "option" else {"restored": True}  # which is for one start
+    line = ["serve", "--host", "::1", "--port", "0"]
+    for name, value in as_options.items():
+        flag = f"--{name.replace('_', '-')}"
+        line += [flag] if value is True else [flag, str(value)]
+    for name in given.keys() - as_options.keys():
+        monkeypatch.setenv(f"HYPERSPHERE_{name.upper()}", str(given[name]))
+    CliRunner().invoke(app, line, catch_exceptions=False)
+    ((taken, host, port),) = seen
+    assert (host, port) == ("::1", 0)
+    assert taken == from_values(given)
+
+
+def test_a_setting_that_is_not_given_has_its_default(monkeypatch):
+    seen = []
+    monkeypatch.setattr("serving.server.run", lambda *taken: seen.append(taken))
+    CliRunner().invoke(app, ["serve", "-e", "e"], catch_exceptions=False)
+    assert seen == [(Settings(embedder="e", store="gallery.sqlite"), "127.0.0.1", 8000)]
+
+
+def test_help_says_what_every_setting_is_for():
+    done = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert done.exit_code == 0
+    assert inspect.getdoc(serve).splitlines()[0] in done.output
+    panels = re.split(r"─ ([A-Z][a-z ]+) ─", done.output)
+    assert panels[1::2] == ["Options", "Who is served", "Limits", "Times"]
+    for name, field in Settings.model_fields.items():
+        (line,) = (line for line in done.output.splitlines() if re.match(rf"│[ *]+--{name.replace('_', '-')} ", line))
+        words = field.description.replace("`", "").partition("null")[0]
+        assert words[1:] in line, name
+    first = panels[2]
+    assert all(f"--{name} " in first for name in ("embedder", "store", "host", "port", "restored", "workers"))
+    assert all(f"--{name} " not in first for name in ("api-key", "max-images", "shutdown-s"))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["serve"], "Missing option '--embedder'"),
+        (["serve", "-e", "e", "--port", "70000"], "--port"),
+        (["serve", "-e", "e", "--max-imges", "3"], "No such option: --max-imges"),
+        (["serve", "-e", "e", "more"], "unexpected extra argument"),
+    ],
+)
+def test_a_command_line_that_is_wrong_ends_with_a_sentence(line, words):
+    done = CliRunner().invoke(app, line, env={"COLUMNS": "200", "TERM": "dumb"})
+    assert done.exit_code == 2
+    assert words in done.output
 
 
 @pytest.mark.parametrize(("workers", "connections"), [(2, 512), (100, 512), (200, 1024 - 64 - 4 * 200), (256, 8)])

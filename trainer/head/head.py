@@ -9,7 +9,7 @@ One step, on every rank:
   3. ONE all-reduce of [B, 2]: the denominator's sum, and t (a rank that does not own a target puts 0)
   4. the loss from both, the same on every rank
 and in the backward one reduce-scatter of the embeddings' gradient: three messages. More are sent by margins that
-re-weight hard negatives (all targets' cosines, [B], between 1 and 2) and by learnable scalars (4 bytes, backward).
+compare samples (all targets' cosines, [B], between 1 and 2) and by learnable scalars (4 bytes, backward).
 Where logits have no bound, message 3 is an all-gather of [B, 2] with log sums.
 """
 
@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from trainer.distributed import Gatherer, Group, RowRange, own_slice, replicated, stack_over_ranks, sum_over_ranks
 from trainer.errors import UserError
 from trainer.head.matmul import Workspace, free_memory
-from trainer.head.rows import GradientSink, Own, Rows, own_centres, sample_classes
+from trainer.head.rows import GradientSink, Own, Rows, own_centres, sampled_rows, sampled_share
 from trainer.head.settings import HeadConfig
 from trainer.head.softening import Hardening, uses_kernels
 from trainer.head.tiles import TilePlan, fixed_shift, negatives
+from trainer.losses.batch import widened
 from trainer.losses.margins import Margin, Positives
 
 INIT_BLOCK = 1024  # classes whose first values come from one seed, so that W does not depend on the number of ranks
@@ -143,7 +144,11 @@ class Head(nn.Module):
     ) -> TilePlan:
         """How this step's tiles are computed, for `slots` samples of all ranks and the classes that take part."""
         dtype = torch.bfloat16 if self.config.compute_dtype == "bf16" and wide == torch.float32 else wide
-        shift = None if (bound := margin.bound()) is None else fixed_shift(*bound, self.classes, wide)
+        shift = None
+        if bound := margin.bound():
+            corrected = self.config.sample_correction and self.config.sample_rate < 1
+            more = -math.log(sampled_share(self.config.sample_rate)) if corrected else 0.0
+            shift = fixed_shift(bound[0], bound[1] + more, self.classes, wide)
         normalise = self.margin.unit_rows and not self.unit_rows
         copied = self.dimension if self.weight.is_cuda and dtype != self.weight.dtype else 0
         store = self._stores((slots + copied) * classes * self.centres * dtype.itemsize)
@@ -218,29 +223,27 @@ class Step:
         self.head, self.margin, self.labels_B, self.values = head, margin, labels_B, values
         self.valid_B = labels_B >= 0
         self.observed: dict[str, Tensor] = {}
+        self.batch_cos_B: Tensor | None = None
         # Targets are B numbers: they are computed in fp64, since 1 - cos^2 of a fp32 cosine near 1 has few digits left.
-        self.exact_BD = x_BD.double()
+        self.exact_BD = widened(x_BD)
         self.norms_B, inverse_B = _length(self.exact_BD)
         self.unit_BD = self.exact_BD * inverse_B[:, None]
         self.e_BD, self.lengths_B = x_BD, self.norms_B
         if margin.unit_embedding:
             scale = margin.scale_of(values)
-            self.e_BD = x_BD * (inverse_B * scale).to(x_BD)[:, None]
             self.exact_BD = self.unit_BD * scale
+            self.e_BD = self.exact_BD.to(x_BD.dtype)
             self.lengths_B = torch.ones_like(self.norms_B) * scale
         self.rows, self.own = self._rows()
 
     def _rows(self) -> tuple[Rows, Own]:
         """The classes that take part, and where among them each sample's own class is."""
-        head, own, chosen = self.head, Own.of(self.labels_B, self.head.rows), None
-        start, stop = head.rows.start, head.rows.stop
-        if head.training and head.config.sample_rate < 1:
-            seed = mixed_seed(head.seed, head._step, _SAMPLING)
-            sampled = sample_classes(start, stop, head.config.sample_rate, seed, self.labels_B.device) - start
-            chosen = torch.cat([sampled, own.place_B[own.mask_B]]).unique()  # type: ignore[no-untyped-call]
-            place_B = torch.searchsorted(chosen, own.place_B).clamp(0, max(chosen.shape[0] - 1, 0))
-            own = replace(own, place_B=place_B)
-        return Rows(head.weight, head.bias, chosen, head.centres), own
+        head, config = self.head, self.head.config
+        rows, own = Rows(head.weight, head.bias, None, head.centres), Own.of(self.labels_B, head.rows)
+        if not head.training or config.sample_rate == 1:
+            return rows, own
+        seed = mixed_seed(head.seed, head._step, _SAMPLING)
+        return sampled_rows(rows, own, head.rows.start, config.sample_rate, seed, config.sample_correction)
 
     def loss(self) -> Tensor:
         """The mean over the valid samples of all ranks."""
@@ -262,22 +265,22 @@ class Step:
 
     @torch.no_grad()
     def _observe(self) -> Hardening | None:
-        """Bring the margin's running statistics up to date; for margins that re-weight, fetch all targets' cosines."""
+        """Bring the margin's running statistics up to date; for those that compare samples, fetch all their cosines."""
         head, margin = self.head, self.margin
         positives, cos_B = None, None
-        if margin.reweights:
+        if margin.compares_samples:
             mine = self._positives(*own_centres(self.rows, self.own, self.e_BD.dtype))
             cos_B = head.group.all_reduce(torch.where(self.own.mask_B, mine.cos_B, 0))
             positives = replace(mine, cos_B=cos_B)
+            self.batch_cos_B = cos_B
         if head.training:
             self.observed = margin.observe(self.norms_B, cos_B, self.valid_B, self.values)
             self.values |= self.observed
-        if positives is None:
+        if positives is None or not margin.reweights:
             return None
-        scale = margin.scale_of(self.values)
-        least_B = (margin.target(positives) / scale).to(self.e_BD)
-        numbers = [least_B.new_zeros(()) + number for number in (scale, *margin.hard_cosine(self.values))]
-        return Hardening(torch.stack(numbers), least_B)
+        least_B = margin.hard_from(positives).to(self.e_BD)
+        numbers = (margin.scale_of(self.values), *margin.hard_cosine(self.values))
+        return Hardening(torch.stack([least_B.new_zeros(()) + number for number in numbers]), least_B)
 
     def _exchange(self, sums_B: Tensor, targets_B: Tensor, shift: float | None) -> tuple[Tensor, Tensor]:
         """N and t of every sample, from each rank's part: one message of [B, 2]."""
@@ -306,7 +309,8 @@ class Step:
         if self.margin.noisy:
             noise_B = step_noise(self.head.seed, self.head._step, len(bias_B), self.e_BD.device)
         return Positives(
-            cos_B, dots_B + bias_B, lengths_B, self.norms_B, self.labels_B, self.values, noise_B, self._class_values()
+            *(cos_B, dots_B + bias_B, lengths_B, self.norms_B, self.labels_B, self.values),
+            *(noise_B, self._class_values(), self.batch_cos_B),
         )
 
     def _class_values(self) -> Tensor | None:

@@ -41,7 +41,7 @@ class Epilogue(NamedTuple):
         centres: K.
         shift: taken from all logits; `shift_B`, if given, from each sample's, too.
         inverse_R1: 1 / |w| of each row, or None; Q is divided by |w|, too.
-        bias_T: of each class, or None.
+        bias_T: added to the logits of each class, after the hardening; or None.
         hardening: of margins that re-weight, or None.
     """
 
@@ -61,8 +61,6 @@ def _logits(
     SHIFTS: tl.constexpr, BIAS: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
     """z = e . w of a block -> the logits, -inf at the targets and outside; and their derivative by z."""
-    if BIAS:
-        z += tl.load(bias_ptr + t, mask=t < T, other=0.0).to(tl.float32)[:, None]
     slope = tl.full(z.shape, 1.0, tl.float32)
     if HARD:
         scale, a = tl.load(hard_ptr), tl.load(hard_ptr + 1)
@@ -71,6 +69,8 @@ def _logits(
         hard = cos > tl.load(least_ptr + b, mask=b < B, other=float("inf"))[None, :]
         slope = tl.where(hard, by + 2 * square * cos, 1.0)
         z = tl.where(hard, (a + (by + square * cos) * cos) * scale, z)
+    if BIAS:  # only now: what is re-weighted are cosines
+        z += tl.load(bias_ptr + t, mask=t < T, other=0.0)[:, None]
     if SHIFTS:
         z -= tl.load(shift_ptr + b, mask=b < B, other=0.0)[None, :]
     own = tl.load(own_ptr + b, mask=b < B, other=-1) - start

@@ -1,9 +1,23 @@
 """The rows of this rank that take part in a step, those of each sample's own class, and where their gradient goes.
 
 Legend: B samples of all ranks, R rows of this rank (its classes x K centres), D dimension.
+
+Sampling. A step of `sample_rate` below 1 takes the classes of the batch, which are always there, and a share q of all
+classes, drawn anew in each step. With S the sum over all other classes of e^z, t the target's logit and 1 - p =
+S / (S + e^t), the loss is log(1 + S e^-t), and a step finds an estimate in place of S:
+
+  without correction  about q S. The loss is too small by up to log(1/q). The target's pull becomes q S / (q S + e^t):
+                      right where S is far above e^t, but only the share q of 1 - p where a sample is learned. So is the
+                      gradient of the other classes on average over the draws, q e^z / (q S + e^t).
+  with correction     log(1/q) is added to the logit of each drawn class that is not of the batch: it counts for 1/q
+                      classes. Given the batch, the estimate's mean over the draws is S. The loss, a concave function of
+                      it, is on average still too small, by about Var / (2 (S + e^t)^2), and the gradient is off by
+                      terms of that order. The price is noise: a class gets its gradient in the share q of the steps,
+                      and then 1/q times as much.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +36,14 @@ class Rows:
         bias_C: of the classes of this rank, or None.
         chosen: the classes that take part in this step, sorted, counted from this rank's first; None: all.
         centres: K.
+        correction: what the sampling adds to the logit of each class of `chosen` as a negative; None: nothing.
     """
 
     weight_RD: Tensor
     bias_C: Tensor | None
     chosen: Tensor | None
     centres: int
+    correction: Tensor | None = None
 
     def __len__(self) -> int:
         """Classes that take part."""
@@ -39,9 +55,11 @@ class Rows:
         return self.weight_RD[places] if isinstance(places, slice) else self.weight_RD.index_select(0, places)
 
     def bias(self, start: int, stop: int) -> Tensor | None:
-        if self.bias_C is None:
-            return None
-        return self.bias_C[start:stop] if self.chosen is None else self.bias_C[self.chosen[start:stop]]
+        """What is added to the logits of the participating classes [start, stop) as negatives: bias and correction."""
+        parts = [] if self.correction is None else [self.correction[start:stop]]
+        if self.bias_C is not None:
+            parts.append(self.bias_C[start:stop] if self.chosen is None else self.bias_C[self.chosen[start:stop]])
+        return sum(parts[1:], start=parts[0]) if parts else None
 
     def places(self, start: int, stop: int) -> slice | Tensor:
         """Where the rows of the participating classes [start, stop) are in `weight_RD`."""
@@ -148,6 +166,29 @@ class GradientSink:
         self.weight.grad = gradient if self.weight.grad is None else self.weight.grad + gradient
 
 
+def sampled_rows(rows: Rows, own: Own, first: int, rate: float, seed: int, corrected: bool) -> tuple[Rows, Own]:
+    """The rows that take part in a sampled step, and the samples' places among them.
+
+    Args:
+        own: places among all classes of this rank.
+        first: the number of this rank's first class.
+        corrected: with `Rows.correction`.
+    """
+    sampled = sample_classes(first, first + len(rows), rate, seed, own.place_B.device) - first
+    of_batch = own.place_B[own.mask_B]
+    chosen = torch.cat([sampled, of_batch]).unique()  # type: ignore[no-untyped-call]
+    correction = None
+    if corrected:  # a class of the batch is there in every draw, and stands for itself alone
+        correction = torch.where(torch.isin(chosen, of_batch), 0.0, -math.log(sampled_share(rate))).double()
+    place_B = torch.searchsorted(chosen, own.place_B).clamp(0, max(chosen.shape[0] - 1, 0))
+    return replace(rows, chosen=chosen, correction=correction), replace(own, place_B=place_B)
+
+
+def sampled_share(rate: float) -> float:
+    """q: the probability with which a class is among `sample_classes`."""
+    return max(1, round(rate * SAMPLING_BLOCK)) / SAMPLING_BLOCK
+
+
 def sample_classes(start: int, stop: int, rate: float, seed: int, device: torch.device) -> Tensor:
     """A random share of the classes [start, stop), sorted: of each block of 1024 round(1024 rate), at least one.
 
@@ -159,7 +200,7 @@ def sample_classes(start: int, stop: int, rate: float, seed: int, device: torch.
         int64 class numbers.
     """
     first, last = start // SAMPLING_BLOCK, -(-stop // SAMPLING_BLOCK)
-    count = max(1, round(rate * SAMPLING_BLOCK))
+    count = round(SAMPLING_BLOCK * sampled_share(rate))
     blocks = torch.arange(first, max(last, first), dtype=torch.int64, device=device)[:, None]
     state = _mixed(blocks * 0x9E3779B1 + seed % 2**31)
     x = torch.arange(count, dtype=torch.int64, device=device)[None, :].expand(blocks.shape[0], -1)

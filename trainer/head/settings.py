@@ -31,4 +31,5 @@ class HeadConfig(Checked):
     kernels: Literal["auto", "torch", "triton"] = "auto"
     tile: Annotated[int, Within(ge=1)] | None = None  # classes a tile; null: as many as suit the device
     sample_rate: Annotated[float, Within(gt=0, le=1)] = 1.0  # share of the negative classes used in a step (PartialFC)
+    sample_correction: bool = False  # let the sampled negatives stand for the others, too: see `head.rows`
     optimizer: HeadOptimizerConfig = HeadOptimizerConfig()

@@ -87,6 +87,9 @@ class TorchSoftening:
         slope_TB: Tensor | None = None
         if self.hardening is not None:
             z_TB, slope_TB = self.hardening(z_TB)
+        bias_T = self.rows.bias(tile.start, tile.stop)  # only now: what is re-weighted are cosines
+        if bias_T is not None:
+            z_TB = z_TB.add_(bias_T[:, None])
         inside_B, row_B = self.own.within(tile.start, tile.stop)  # the targets are left out
         z_TB.index_put_((row_B, self.columns), torch.where(inside_B, -math.inf, z_TB[row_B, self.columns]))
         maxima_B: Tensor | None = None
@@ -110,10 +113,7 @@ class TorchSoftening:
 
     def _logits(self, tile: Tile, out: Tensor | None) -> Tensor:
         z_RB = self.products.logits(tile.w_RD, out if out is not None and out.dtype == self.products.wide else None)
-        if tile.inverse_R1 is not None:
-            z_RB.mul_(tile.inverse_R1)
-        bias_T = self.rows.bias(tile.start, tile.stop)
-        return z_RB if bias_T is None else z_RB.add_(bias_T[:, None])
+        return z_RB if tile.inverse_R1 is None else z_RB.mul_(tile.inverse_R1)
 
 
 class TritonSoftening:
@@ -133,9 +133,10 @@ class TritonSoftening:
         from trainer.head import kernels
 
         maximum = shift_B is None and self.shift is None
+        bias_T = self.rows.bias(tile.start, tile.stop)
         epilogue = kernels.Epilogue(
             self.own_B, tile.start, self.rows.centres, self.shift or 0.0, shift_B, tile.inverse_R1,
-            self.rows.bias(tile.start, tile.stop), self.hardening,
+            None if bias_T is None else bias_T.float(), self.hardening,
         )  # fmt: skip
         if self.at_once and not maximum:
             w_RD, e_BD = self.products.operand(tile.w_RD, "w"), self.products.narrow_e_BD

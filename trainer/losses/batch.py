@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from trainer.losses.base import Family, LossSpec
 
@@ -89,17 +90,44 @@ class BatchLoss(LossSpec):
         raise NotImplementedError
 
 
+# The greatest number of bf16, which a gradient of fp32 may still become on its way back through the network.
+LARGEST = torch.finfo(torch.bfloat16).max
+
+
+class _Widened(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        ctx.dtype = x.dtype  # type: ignore[attr-defined]
+        return x.double()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> Tensor:
+        return gradients[0].clamp(-LARGEST, LARGEST).to(ctx.dtype)  # type: ignore[attr-defined]
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in fp64, for what must hold at any length that fp32 can write: 1e-45 to 3e38, whose squares it cannot.
+
+    The gradient by a direction grows as 1/|x|. Where it is beyond the numbers of fp32 and bf16 (for |x| below about
+    1e-36) it is the greatest of them, not infinite.
+    """
+    wide: Tensor = x if x.dtype == torch.float64 else _Widened.apply(x)  # type: ignore[no-untyped-call]
+    return wide
+
+
 def unit_vectors(x_ND: Tensor) -> Tensor:
-    """x/|x|. An embedding of length 0 has no direction: it stays the null vector and gets no gradient."""
-    square_N = x_ND.square().sum(dim=1)
+    """x/|x|, at any length but 0: that has no direction, stays the null vector and gets no gradient."""
+    wide_ND = widened(x_ND)
+    square_N = wide_ND.square().sum(dim=1)
     some_N = square_N > 0
-    return x_ND * torch.where(some_N, torch.where(some_N, square_N, 1).rsqrt(), 0)[:, None]
+    return (wide_ND * torch.where(some_N, torch.where(some_N, square_N, 1).rsqrt(), 0)[:, None]).to(x_ND.dtype)
 
 
 def squared_distances(x_ND: Tensor, y_MD: Tensor) -> Tensor:
     """|x_n - y_m|^2, [N, M], from products: |x|^2 + |y|^2 - 2 x.y, never negative.
 
     Its rounding error is that of |x|^2 + |y|^2: 1e-7 for unit vectors in fp32, so that distances below 1e-3 are noise.
+    Embeddings that keep their lengths are to be `widened`.
     """
     square_N, square_M = x_ND.square().sum(dim=1), y_MD.square().sum(dim=1)
     return (square_N[:, None] + square_M - 2 * x_ND @ y_MD.T).clamp_min(0)

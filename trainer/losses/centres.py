@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trainer.checked import Within
 from trainer.losses.base import LossSpec
-from trainer.losses.batch import BatchLoss, GlobalBatch, Terms, count, members, squared_distances, unit_vectors
+from trainer.losses.batch import BatchLoss, GlobalBatch, Terms, count, members, squared_distances, unit_vectors, widened
 
 
 class Center(LossSpec):
@@ -79,8 +79,9 @@ class CenterInvariant(Center):
         return self.gamma / 4 * (squares_B - mean) ** 2, self.gamma * (squares_B - mean)
 
 
-# Two equal images: far below any distance that a fp32 product tells from 0, yet its square is a normal fp32 number.
-_LEAST = 1e-12
+# Two equal images: far below any distance that a product tells from 0, yet its square is a normal number; of unit
+# vectors in fp32, and of embeddings of any length in fp64.
+_LEAST, _LEAST_WIDE = 1e-12, 1e-120
 
 
 class Range(BatchLoss):
@@ -125,7 +126,7 @@ class Range(BatchLoss):
     def terms(self, batch: GlobalBatch, values: Mapping[str, Tensor]) -> Terms:
         """Every rank computes all distances and answers for the identities in its share of the slots; the first one
         answers for the pair of centres."""
-        x_BD = unit_vectors(batch.x_BD) if self.unit else batch.x_BD
+        x_BD = unit_vectors(batch.x_BD) if self.unit else widened(batch.x_BD)
         slot_B, member_SB = members(batch.labels_B)
         means_S, some_S = self._harmonic_means(x_BD, batch.labels_B, slot_B)
         own_S = torch.zeros_like(some_S)
@@ -153,7 +154,8 @@ class Range(BatchLoss):
         within_Sk = place_Sk.clamp_max(len(slots_N) - 1)
         kept_Sk = (place_Sk < len(slots_N)) & (slots_N[within_Sk] == slots_S[:, None])
         kept_Sk = kept_Sk & (values_N[within_Sk] != -torch.inf)
-        inverse_Sk = torch.where(kept_Sk, 1 / torch.where(kept_Sk, values_N[within_Sk], 1).clamp_min(_LEAST), 0)
+        least = _LEAST if self.unit else _LEAST_WIDE
+        inverse_Sk = torch.where(kept_Sk, 1 / torch.where(kept_Sk, values_N[within_Sk], 1).clamp_min(least), 0)
         some_S = kept_Sk.any(dim=1)
         return kept_Sk.sum(dim=1) / torch.where(some_S, inverse_Sk.sum(dim=1), 1), some_S
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trainer.checked import Within
-from trainer.losses.batch import BatchLoss, GlobalBatch, Terms, count, members, squared_distances, unit_vectors
+from trainer.losses.batch import BatchLoss, GlobalBatch, Terms, count, members, squared_distances, unit_vectors, widened
 from trainer.losses.bounds import coco_scale, positive_scale
 
 
@@ -57,7 +57,7 @@ class Contrastive(BatchLoss):
         return (0.5, 0.5) if self.balanced else (1.0,)
 
     def terms(self, batch: GlobalBatch, values: Mapping[str, Tensor]) -> Terms:
-        x_BD = unit_vectors(batch.x_BD) if self.unit else batch.x_BD
+        x_BD = unit_vectors(batch.x_BD) if self.unit else widened(batch.x_BD)
         squared_bB = squared_distances(x_BD[batch.own], x_BD)
         same_bB, other_bB = batch.positives_bB(), batch.negatives_bB()
         pull = torch.where(same_bB, squared_bB, 0).sum() / 2
@@ -107,6 +107,11 @@ class CoCo(BatchLoss):
     C identities of the data set; fewer in the batch need less. With a smaller alpha the loss stays above epsilon
     however good the embeddings are.
 
+    The papers average embeddings as they are, so that long ones count for more in a centroid. With `unit_centroids`
+    unit vectors are averaged: in the networks that the authors published (liuyuisanai/coco_loss, net_cocoloss.prototxt)
+    a layer normalises the embedding before anything is compared. Their centres there are a layer's weights, which is
+    NormFace here; neither paper's formula has such weights, and it is the formula that is taken.
+
     A batch with one identity has loss 0 and counts as an empty step.
     """
 
@@ -122,6 +127,7 @@ class CoCo(BatchLoss):
     name: Literal["coco"] = "coco"
     alpha: Annotated[float, Within(gt=0, le=1000)] | Literal["auto"] = "auto"  # auto: from epsilon and C
     epsilon: Annotated[float, Within(gt=0, le=1)] = 1e-4  # for alpha: auto, what the loss shall be able to fall to
+    unit_centroids: bool = False  # centroids of unit vectors; the papers: of embeddings as they are
 
     def resolve(self, classes: int, dimension: int) -> Self:
         if self.alpha != "auto":
@@ -134,8 +140,10 @@ class CoCo(BatchLoss):
         slot_B, member_SB = members(batch.labels_B)
         present_S = member_SB.any(dim=1)
         # A product rather than a scatter: its sum has the same order in every run. Its length cancels in c / |c|.
-        centroids_SD = unit_vectors(member_SB.to(batch.x_BD.dtype) @ batch.x_BD)
-        logits_bS = self.alpha * unit_vectors(batch.x_BD[batch.own]) @ centroids_SD.T
+        x_BD, dtype = widened(batch.x_BD), batch.x_BD.dtype
+        unit_BD = unit_vectors(x_BD)
+        centroids_SD = unit_vectors(member_SB.double() @ (unit_BD if self.unit_centroids else x_BD))
+        logits_bS = self.alpha * unit_BD[batch.own].to(dtype) @ centroids_SD.T.to(dtype)
         # An empty slot's exp is 0; a finite number keeps a batch of padding alone from giving NaN.
         logits_bS = logits_bS.masked_fill(~present_S, -2 * self.alpha - 1000)
         logs_bS = torch.log_softmax(logits_bS, dim=1)

@@ -63,15 +63,22 @@ MARGINS: dict[str, Margin] = {
     "combined times 3": Combined(scale=8.0, m1=3.0, m2=0.2, m3=0.1),
     "sub_center_arcface": SubCenterArcFace(scale=20.0),
     "adaface": AdaFace(scale=20.0),
-    "adaface clipped": AdaFace(scale=20.0, concentration=2.0),
+    "adaface of the batch alone": AdaFace(scale=20.0, momentum=0.0),
+    "adaface clipped": AdaFace(scale=20.0, concentration=2.0, momentum=0.5),
+    "adaface beyond pi": AdaFace(scale=5.0, margin=2.0, momentum=0.0),
     "magface": MagFace(scale=20.0, lower_norm=1.5, upper_norm=3.0),
     "magface clamped": MagFace(scale=20.0, lower_norm=2.5, upper_norm=3.0),
+    "magface easy": MagFace(scale=20.0, lower_norm=1.5, upper_norm=3.0, easy_margin=True),
     "elasticface": ElasticFace(scale=20.0, sigma=0.1),
     "elasticface cos": ElasticFace(kind="cos", scale=20.0, margin=0.35, sigma=0.1),
+    "elasticface plus": ElasticFace(plus=True, scale=20.0, sigma=0.1),
+    "elasticface cos plus": ElasticFace(kind="cos", plus=True, scale=20.0, sigma=0.1),
     "dynamic": DynamicMargin(scale=20.0),
     "curricularface": CurricularFace(scale=10.0),
     "mv_softmax": MVSoftmax(scale=10.0),
     "mv_softmax arc": MVSoftmax(scale=10.0, kind="arc", margin=0.5),
+    "mv_softmax easy": MVSoftmax(scale=10.0, easy_margin=True),
+    "mv_softmax arc easy": MVSoftmax(scale=10.0, kind="arc", easy_margin=True),
 }
 RUNNING = {"norm_mean": 2.0, "norm_std": 1.2, "t": 0.3}
 

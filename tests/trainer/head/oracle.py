@@ -62,9 +62,17 @@ def quality(spec: LossSpec, world: World) -> list[Tensor]:
     valid = [norms[i] for i, label in enumerate(world.labels) if label >= 0]
     mean = sum(valid) / len(valid)
     deviation = (sum((n - mean) ** 2 for n in valid) / (len(valid) - 1)) ** 0.5
-    mean = spec.momentum * mean + (1 - spec.momentum) * world.running["norm_mean"]
-    deviation = spec.momentum * deviation + (1 - spec.momentum) * world.running["norm_std"]
+    mean = spec.momentum * world.running["norm_mean"] + (1 - spec.momentum) * mean
+    deviation = spec.momentum * world.running["norm_std"] + (1 - spec.momentum) * deviation
     return [(spec.concentration * (n - mean) / (deviation + 1e-3)).clamp(-1, 1) for n in norms]
+
+
+def dealt_out(world: World) -> dict[int, Tensor]:
+    """ElasticFace+: the least noise for the sample nearest to its centre, and so on."""
+    valid = [i for i, label in enumerate(world.labels) if label >= 0]
+    noise = sorted((world.noise[i] for i in valid), key=float)
+    valid.sort(key=lambda i: float(cosine(world, i, world.labels[i]).detach()), reverse=True)
+    return dict(zip(valid, noise, strict=True))
 
 
 def logits(spec: LossSpec, world: World, i: int) -> list[Tensor]:
@@ -97,13 +105,16 @@ def logits(spec: LossSpec, world: World, i: int) -> list[Tensor]:
         t = spec.momentum * world.running["t"] + (1 - spec.momentum) * mean
         others = [c * (t + c) if bool(c > target) else c for c in cos]
     if name == "mv_softmax":
-        others = [spec.emphasis * c + spec.emphasis - 1 if bool(c > target) else c for c in cos]
+        margined = cos[y] - spec.margin if spec.kind == "am" else psi(theta, 1, spec.margin)
+        others = [spec.emphasis * c + spec.emphasis - 1 if bool(c > margined) else c for c in cos]
     return [scale * (target if j == y else others[j]) for j in classes]
 
 
 def target_cosine(spec: LossSpec, world: World, i: int, theta: Tensor) -> Tensor:
     """What stands in place of cos(theta) for the target."""
     name, y = spec.name, world.labels[i]
+    if getattr(spec, "easy_margin", False) and bool(theta > math.pi / 2):
+        return torch.cos(theta)
     if name == "normface":
         return torch.cos(theta)
     if name in ("cosface", "mv_softmax"):
@@ -117,7 +128,7 @@ def target_cosine(spec: LossSpec, world: World, i: int, theta: Tensor) -> Tensor
         share = (rarity[y] - min(rarity)) / (max(rarity) - min(rarity))
         return psi(theta, 1, spec.least + share * (spec.greatest - spec.least))
     if name == "elasticface":
-        margin = spec.margin + spec.sigma * world.noise[i]
+        margin = spec.margin + spec.sigma * (dealt_out(world)[i] if spec.plus else world.noise[i])
         return psi(theta, 1, margin) if spec.kind == "arc" else torch.cos(theta) - margin
     if name == "adaface":
         z = quality(spec, world)[i]

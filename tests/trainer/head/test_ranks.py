@@ -13,7 +13,7 @@ from trainer.errors import UserError
 from trainer.head import Head
 from trainer.head.optimizer import HeadOptimizer
 from trainer.head.settings import HeadConfig, HeadOptimizerConfig
-from trainer.losses import ArcFace, CosFace, CurricularFace, NormFace, Softmax
+from trainer.losses import ArcFace, CosFace, CurricularFace, ElasticFace, NormFace, Softmax
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -44,13 +44,15 @@ def more_ranks_than_classes(group: Group) -> None:
 
 
 def messages(group: Group) -> None:
-    """Three a step; one more for learnable scalars, and one for margins that re-weight."""
+    """Three a step; one more for learnable scalars, and one for margins that compare samples."""
     for margin, expected in (
         (ArcFace(), 3),
         (ArcFace(scale=1000.0), 3),
         (Softmax(), 3),
         (NormFace(learnable=True), 4),
         (CurricularFace(), 4),
+        (ElasticFace(), 3),
+        (ElasticFace(plus=True), 4),
     ):
         head = make_head(margin, HeadConfig(), [1] * CLASSES, group)
         x_bD = torch.ones(4, DIMENSION, dtype=torch.float64, requires_grad=True)
@@ -106,7 +108,7 @@ def training_is_the_same_on_one_rank(group: Group) -> None:
         HeadOptimizerConfig(name="adamw", state_dtype="bf16"),
     ):
         for config in (
-            HeadConfig(sample_rate=0.2, tile=64),
+            HeadConfig(sample_rate=0.2, sample_correction=True, tile=64),
             HeadConfig(param_dtype="bf16", fused=True, tile=64),
             HeadConfig(sample_rate=0.3, fused=True),
         ):

@@ -1,6 +1,7 @@
 """Class sampling: which classes, how evenly, and that the others are left alone."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from hypothesis import strategies as st
 
 from trainer.head import Head
 from trainer.head.optimizer import HeadOptimizer
-from trainer.head.rows import SAMPLING_BLOCK, sample_classes
+from trainer.head.rows import SAMPLING_BLOCK, sample_classes, sampled_share
 from trainer.head.settings import HeadConfig, HeadOptimizerConfig
-from trainer.losses import ArcFace, Margin, Softmax, SubCenterArcFace
+from trainer.losses import ArcFace, CurricularFace, Margin, MVSoftmax, NormFace, Softmax, SubCenterArcFace
 
 CPU = torch.device("cpu")
 
@@ -83,6 +84,114 @@ def test_sampled_step_is_the_full_step_on_the_sampled_classes(margin: Margin) ->
     if head.bias is not None and small.bias is not None:
         assert head.bias.grad is not None
         torch.testing.assert_close(head.bias.grad.coalesce().values(), small.bias.grad)
+
+
+@pytest.mark.parametrize("algorithm", ["store", "recompute"])
+@pytest.mark.parametrize(
+    "margin",
+    [
+        *(ArcFace(scale=16.0), ArcFace(scale=1000.0), Softmax(), SubCenterArcFace(scale=16.0, centres=2)),
+        *(CurricularFace(scale=16.0), MVSoftmax(scale=16.0)),
+    ],
+    ids=["arcface", "unbounded", "softmax", "two centres", "curricularface", "mv_softmax"],
+)
+def test_a_corrected_class_counts_for_four_at_the_rate_of_a_quarter(margin: Margin, algorithm: str) -> None:
+    """The step is that of a head without sampling, in which the drawn classes that are not of the batch are there four
+    times each."""
+    classes, D = 1500, 8
+    generator = torch.Generator().manual_seed(0)
+    x_BD = torch.randn(6, D, generator=generator, dtype=torch.float64)
+    labels_B = torch.randint(0, classes, (6,), generator=generator)
+    config = HeadConfig(sample_rate=0.25, sample_correction=True, algorithm=algorithm, tile=64)  # type: ignore[arg-type]
+    head = Head(margin, classes, D, config, seed=1).double()
+    head.set_progress(17)
+    x = x_BD.clone().requires_grad_()
+    loss = head(x, labels_B)
+    loss.backward()
+    rows, gradient = head.weight.grad.coalesce().indices()[0], head.weight.grad.coalesce().values()
+    chosen = (rows // head.centres).unique()
+    copies = torch.where(torch.isin(chosen, labels_B), 1, 4)
+
+    many = chosen.repeat_interleave(copies)
+    large = Head(margin, len(many), D, HeadConfig(tile=64)).double()
+    of_row = (many[:, None] * head.centres + torch.arange(head.centres)).flatten()
+    with torch.no_grad():
+        large.weight.copy_(head.weight[of_row])
+    y = x_BD.clone().requires_grad_()
+    expected = large(y, torch.searchsorted(many, labels_B))
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(x.grad, y.grad)
+    summed = torch.zeros_like(head.weight).index_add_(0, of_row, large.weight.grad)
+    torch.testing.assert_close(gradient, summed[rows])
+    if head.bias is not None:
+        assert large.bias is not None
+        summed = torch.zeros_like(head.bias).index_add_(0, many, large.bias.grad)
+        torch.testing.assert_close(head.bias.grad.coalesce().values(), summed[chosen])
+
+
+def drawn(corrected: bool, draws: int) -> dict[str, torch.Tensor]:
+    """The means over the draws, and what the full softmax has, of one sample that is half learned.
+
+    S: exp(loss) - 1 times e^t. pull: 1 - p. x, w: the gradients.
+    """
+    generator = torch.Generator().manual_seed(0)
+    config = HeadConfig(sample_rate=0.25, sample_correction=corrected)
+    head = Head(NormFace(scale=8.0), SAMPLING_BLOCK, 16, config, seed=1).double()
+    x_BD = (head.weight[:1] + 0.05 * torch.randn(1, 16, generator=generator, dtype=torch.float64)).detach()
+
+    def step() -> list[torch.Tensor]:
+        x, head.weight.grad = x_BD.clone().requires_grad_(), None
+        loss = head(x, torch.tensor([0]))
+        loss.backward()
+        return [loss.detach().expm1(), -(-loss.detach()).expm1(), x.grad, head.weight.grad.to_dense().clone()]
+
+    found = []
+    for number in range(draws):
+        head.set_progress(number)
+        found.append(step())
+    head.eval()
+    names = [f"{name} {kind}" for kind in ("mean", "spread", "full") for name in ("S", "pull", "x", "w")]
+    columns = [torch.stack(column) for column in zip(*found, strict=True)]
+    spread = [column.std(dim=0) / draws**0.5 for column in columns]
+    return dict(zip(names, [*(column.mean(dim=0) for column in columns), *spread, *step()], strict=True))
+
+
+def test_the_correction_makes_the_denominator_right_on_average_and_the_gradient_nearly() -> None:
+    """And without it they are as `head.rows` says: S at the share q, the pull and the gradient as if S were q S."""
+    q, draws = sampled_share(0.25), 250
+    right, plain = drawn(True, draws), drawn(False, draws)
+    assert abs(right["S mean"] - right["S full"]) < 5 * right["S spread"]
+    assert abs(plain["S mean"] - q * plain["S full"]) < 5 * plain["S spread"]
+    S, pull = float(right["S full"]), float(right["pull full"])
+    assert 0.1 < pull < 0.9
+    assert float(right["pull mean"]) == pytest.approx(pull, rel=0.02)
+    assert float(plain["pull mean"]) == pytest.approx(q * S / (q * S + 1), rel=0.02)
+    share = float(plain["pull mean"]) / pull  # of the gradient that is left
+    for name in ("x", "w"):
+        full = right[f"{name} full"]
+        noise = float(right[f"{name} spread"].norm() / full.norm())
+        assert float((right[f"{name} mean"] - full).norm() / full.norm()) < 0.03 + 1.3 * noise
+        assert float((plain[f"{name} mean"] * full).sum() / full.square().sum()) == pytest.approx(share, rel=0.05)
+    assert share < 0.7
+
+
+def test_the_loss_without_correction_is_too_small_and_with_it_almost_right() -> None:
+    """Far from learned, the first misses log(1/q); by Jensen's inequality the second is below the full loss, too."""
+    generator = torch.Generator().manual_seed(0)
+    x_BD, labels_B = torch.randn(8, 16, generator=generator), torch.arange(8)
+    means = []
+    for config in (HeadConfig(sample_rate=0.25), HeadConfig(sample_rate=0.25, sample_correction=True)):
+        head = Head(ArcFace(scale=8.0), SAMPLING_BLOCK, 16, config, seed=1)
+        total = 0.0
+        for number in range(100):
+            head.set_progress(number)
+            total += float(head(x_BD, labels_B).detach())
+        means.append(total / 100)
+    head.eval()
+    full = float(head(x_BD, labels_B).detach())
+    assert means[0] == pytest.approx(full - math.log(4), abs=0.05)
+    assert full - 0.05 < means[1] < full
 
 
 def test_the_sample_follows_the_step_and_evaluation_uses_all() -> None:

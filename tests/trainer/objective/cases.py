@@ -55,6 +55,10 @@ CASES: dict[str, tuple[LossSpec, Formula]] = {
     ),
     "tpe": (TPE(dimension=2), lambda x, labels, t: oracle.projected(x, labels, t[:2], None)),
     "coco": (CoCo(alpha=6.25), lambda x, labels, _: oracle.coco(x, labels, 6.25)),
+    "coco unit": (
+        CoCo(alpha=6.25, unit_centroids=True),
+        lambda x, labels, _: oracle.coco(x, labels, 6.25, unit_centroids=True),
+    ),
     "coco auto": (
         CoCo(epsilon=0.01),
         lambda x, labels, _: oracle.coco(x, labels, oracle.least_coco_scale(CLASSES, 0.01)),

@@ -104,9 +104,10 @@ def projected(x: Tensor, labels: list[int], t: Tensor, alpha: float | None, ever
     return mean(losses, x)
 
 
-def coco(x: Tensor, labels: list[int], alpha: float) -> Tensor:
+def coco(x: Tensor, labels: list[int], alpha: float, unit_centroids: bool = False) -> Tensor:
     identities = sorted({labels[i] for i in valid(labels)})
-    centroids = {k: sum(x[i] for i in valid(labels) if labels[i] == k) / labels.count(k) for k in identities}
+    of = unit(x) if unit_centroids else x
+    centroids = {k: sum(of[i] for i in valid(labels) if labels[i] == k) / labels.count(k) for k in identities}
     losses = []
     for i in valid(labels):
         cos = {k: (x[i] @ c) / torch.sqrt((x[i] @ x[i]) * (c @ c)) for k, c in centroids.items()}

@@ -61,6 +61,7 @@ class Positives:
         values: the margin's learnable scalars and buffers, by name.
         noise_B: standard normal numbers, drawn from (seed, step); for margins with `noisy`.
         class_values_B: what `Margin.per_class` gave the own class; for margins that have it.
+        batch_cos_B: as `cos_B`, but known of all samples, whoever owns their class; for margins that `compare_samples`.
     """
 
     cos_B: Tensor
@@ -71,6 +72,7 @@ class Positives:
     values: Values
     noise_B: Tensor | None = None
     class_values_B: Tensor | None = None
+    batch_cos_B: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +118,7 @@ class Margin(LossSpec):
         scale_field: the field that holds the scale of unit embeddings, if there is one.
         bias: a learnable number is added to each logit.
         noisy: `target` wants `Positives.noise_B`.
-        reweights: hard negatives' logits are changed too (`reweight`); costs one message of [B].
+        reweights: hard negatives' logits are changed too (`reweight`).
         eased: the fields that grow from 0 to their value during the margin's warmup.
         panel: with which other margins its curve is drawn.
         cases: what is drawn of it; none: one curve and one row of the table of boundaries, with its defaults.
@@ -140,6 +142,11 @@ class Margin(LossSpec):
     @property
     def on_directions(self) -> bool:
         return self.unit_embedding
+
+    @property
+    def compares_samples(self) -> bool:
+        """Whether a rank needs the cosines of all samples to their own centres beforehand: one more message of [B]."""
+        return self.reweights
 
     def centres_per_class(self) -> int:
         """K; the logit of a class is its best centre's."""
@@ -183,7 +190,7 @@ class Margin(LossSpec):
         """The new values of the buffers, before `target` is asked; the same on every rank. Without gradient.
 
         Args:
-            cos_B: of all samples to their own centre; only for margins with `reweights`.
+            cos_B: of all samples to their own centre; only for margins that `compare_samples`.
             valid_B: False for padding.
         """
         return {}
@@ -192,15 +199,18 @@ class Margin(LossSpec):
         """The target's logit, [B], differentiable."""
         raise NotImplementedError
 
+    def hard_from(self, positives: Positives) -> Tensor:
+        """The cosine above which another class is hard for a sample, [B]: that of the target with its margin."""
+        return self.target(positives) / self.scale_of(positives.values)
+
     def reweight(self, cos_TB: Tensor, hard_TB: Tensor, values: Values) -> tuple[Tensor, Tensor]:
-        """The changed cosines of other classes, and their derivative; `hard_TB`: where cos > target / s."""
+        """The changed cosines of other classes, and their derivative; `hard_TB`: where cos > `hard_from`."""
         a, b, c = self.hard_cosine(values)
         changed_TB = a + (b + c * cos_TB) * cos_TB
         return torch.where(hard_TB, changed_TB, cos_TB), torch.where(hard_TB, b + 2 * c * cos_TB, 1)
 
     def hard_cosine(self, values: Values) -> tuple[float | Tensor, float | Tensor, float | Tensor]:
-        """(a, b, c): the cosine of a hard negative, one above the target's with its margin, becomes
-        a + b cos + c cos^2; only for margins with `reweights`."""
+        """(a, b, c): the cosine of a hard negative becomes a + b cos + c cos^2; only for margins with `reweights`."""
         raise NotImplementedError
 
     def per_sample(self, negatives_B: Tensor, targets_B: Tensor, class_values_B: Tensor | None) -> Tensor:

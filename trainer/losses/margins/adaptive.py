@@ -19,7 +19,7 @@ from trainer.losses.margins import (
     cosine_boundary,
     monotone_cosine,
 )
-from trainer.losses.margins.cosine import KINDS_OWN, set_margin
+from trainer.losses.margins.cosine import KINDS_OWN, set_constant, spare_far_targets
 
 # Running statistics of AdaFace, and norms 3.1 deviations from their mean, where z = -1 and 1 (h = 0.333).
 _NORMS = {"norm_mean": 20.0, "norm_std": 4.0}
@@ -30,8 +30,15 @@ class AdaFace(Margin):
     """Margin by image quality, for which |x| stands: s (cos(theta - m z) - m (1 + z)).
 
     z = clip(h (|x| - mu) / sigma, -1, 1), with running mean and deviation of the norms of the valid samples of the
-    global batch, mu <- a mu_batch + (1 - a) mu. z is a constant to the gradient, as in the paper:
-    dt/dc = s sin(theta - m z) / sin(theta). Where theta < m z the angle counts as 0 and the target does not change.
+    global batch. z is a constant to the gradient, as in the paper: dt/dc = s sin(theta - m z) / sin(theta).
+
+    mu <- momentum mu + (1 - momentum) mu_batch: a new batch weighs 0.01, as in the authors' code (mk-minchul/AdaFace,
+    config.py, t_alpha). By the letter of the paper's equation it would weigh 0.99, and nothing would be averaged. As in
+    their code the norms are clipped to [0.001, 100], and the statistics start at 20 and 100.
+
+    Beyond the edges: where theta < m z the angle counts as 0, so that the target does not change; the authors' code
+    clips it at 0.001, which is the same. Where theta - m z > pi (z < 0) their code clips at pi - 0.001: the worst
+    samples have no gradient. Here the target goes on falling as ArcFace's does (`monotone_cosine`).
     """
 
     formula = "s (cos(theta - m z) - m (1 + z)), z = clip(h (|x| - mu)/sigma, +-1)"
@@ -50,7 +57,7 @@ class AdaFace(Margin):
     scale: Scale = 64.0
     margin: AdditiveAngle = 0.4
     concentration: Annotated[float, Within(gt=0)] = 0.333  # h
-    momentum: Annotated[float, Within(gt=0, le=1)] = 0.99  # a: share of the new batch in the running statistics
+    momentum: Annotated[float, Within(ge=0, lt=1)] = 0.99  # share of the old value in the running statistics
 
     def buffers(self) -> dict[str, float]:
         return {"norm_mean": 20.0, "norm_std": 100.0}
@@ -62,7 +69,7 @@ class AdaFace(Margin):
         square = torch.where(valid_B, (norms_B - mean) ** 2, 0).sum()
         std = (square / (count - 1).clamp_min(1)).sqrt()
         new = {"norm_mean": mean, "norm_std": std}
-        share = self.momentum * (count > 1)
+        share = (1 - self.momentum) * (count > 1)
         return {name: values[name] + share * (value.to(values[name]) - values[name]) for name, value in new.items()}
 
     def target(self, positives: Positives) -> Tensor:
@@ -79,6 +86,9 @@ class MagFace(Margin):
     m(a) is linear from (lower_norm, lower_margin) to (upper_norm, upper_margin); L += weight_g g(a),
     g(a) = 1/a + a / upper_norm^2. The length learns too: dt/da = -s m'(a) sin(theta + m(a)), and
     dg/da = 1/upper_norm^2 - 1/a^2; both are 0 where |x| is outside the bounds.
+
+    Beyond theta + m = pi as ArcFace. The authors' code (IrvingMeng/MagFace, magface.py) has another rule by default,
+    which the paper does not: no margin, and no lesson for the length, where theta > 90 degrees. That is `easy_margin`.
     """
 
     formula = "s cos(theta + m(|x|)) and + lambda (1/|x| + |x|/u^2)"
@@ -108,6 +118,7 @@ class MagFace(Margin):
     lower_margin: AdditiveAngle = 0.45
     upper_margin: AdditiveAngle = 0.8
     weight_g: Annotated[float, Within(ge=0)] = 35.0  # lambda of g
+    easy_margin: bool = False  # no margin beyond 90 degrees, as in the authors' code
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,7 +132,8 @@ class MagFace(Margin):
         length_B = positives.norms_B.clamp(self.lower_norm, self.upper_norm)
         slope = (self.upper_margin - self.lower_margin) / (self.upper_norm - self.lower_norm)
         margin_B = self.lower_margin + slope * (length_B - self.lower_norm)
-        return self.scale_of({}) * monotone_cosine(positives.cos_B, 1.0, margin_B)
+        psi_B = monotone_cosine(positives.cos_B, 1.0, margin_B)
+        return self.scale_of({}) * (spare_far_targets(positives.cos_B, psi_B) if self.easy_margin else psi_B)
 
     def regularizer(self, norms_B: Tensor) -> Tensor:
         length_B = norms_B.clamp(self.lower_norm, self.upper_norm)
@@ -134,7 +146,8 @@ class CurricularFace(Margin):
     Another class is hard where cos(theta_j) > cos(theta_y + m); its cosine becomes cos(theta_j) (t + cos(theta_j)),
     with slope t + 2 cos(theta_j). t is a running mean of the cosines to the own centre,
     t <- 0.01 mean(cos(theta_y)) + 0.99 t, from 0, over the valid samples of the global batch, and a constant to the
-    gradient. Costs one more message of [B]: every rank needs the target's cosine before its own negatives.
+    gradient. Costs one more message of [B]: every rank needs the target's cosine before its own negatives. Beyond
+    theta + m = pi as ArcFace.
     """
 
     formula = "s cos(theta + m); hard negatives: s cos(theta_j) (t + cos(theta_j))"
@@ -151,7 +164,7 @@ class CurricularFace(Margin):
     name: Literal["curricularface"] = "curricularface"
     scale: Scale = 64.0
     margin: AdditiveAngle = 0.5
-    momentum: Annotated[float, Within(ge=0, lt=1)] = 0.99  # of t
+    momentum: Annotated[float, Within(ge=0, lt=1)] = 0.99  # share of the old value in t
 
     def buffers(self) -> dict[str, float]:
         return {"t": 0.0}
@@ -178,7 +191,11 @@ class MVSoftmax(Margin):
     """Mis-classified vectors count for more: CosFace (or ArcFace), and hard negatives w cos(theta_j) + w - 1.
 
     Another class is hard where its cosine is greater than the target's with margin; the slope is then w. Costs one
-    more message of [B], as CurricularFace does.
+    more message of [B], as CurricularFace does. MV-Arc goes on beyond theta + m = pi as ArcFace.
+
+    The authors' code (xiaoboCASIA/SV-X-Softmax, fc_layers.py) has the scale 32 of the default here, w = 1.2, the margin
+    0.35 for both kinds, and by default a rule for poor targets that the paper does not have: a target at more than 90
+    degrees keeps its plain cosine, while what is hard is still measured with the margin. That is `easy_margin`.
     """
 
     formula = "s (cos(theta) - m); hard negatives: s (w cos(theta_j) + w - 1)"
@@ -198,12 +215,13 @@ class MVSoftmax(Margin):
 
     name: Literal["mv_softmax"] = "mv_softmax"
     kind: Literal["am", "arc"] = "am"
-    scale: Scale = 64.0
+    scale: Scale = 32.0
     margin: AdditiveAngle = KINDS_OWN  # am: 0.35, of the cosine; arc: 0.5, of the angle in radians
     emphasis: Annotated[float, Within(ge=1, le=4)] = 1.12  # w
+    easy_margin: bool = False  # no margin beyond 90 degrees, as in the authors' code
 
     def __post_init__(self) -> None:
-        set_margin(self, 0.35 if self.kind == "am" else 0.5)
+        set_constant(self, "margin", 0.35 if self.kind == "am" else 0.5)
         super().__post_init__()
 
     def resolve(self, classes: int, dimension: int) -> Self:
@@ -215,10 +233,14 @@ class MVSoftmax(Margin):
         scale = float(self.scale_of({}))
         return -scale, scale * (2 * self.emphasis - 1)
 
-    def target(self, positives: Positives) -> Tensor:
+    def hard_from(self, positives: Positives) -> Tensor:
         if self.kind == "am":
-            return self.scale_of({}) * (positives.cos_B - self.margin)
-        return self.scale_of({}) * monotone_cosine(positives.cos_B, 1.0, self.margin)
+            return positives.cos_B - self.margin
+        return monotone_cosine(positives.cos_B, 1.0, self.margin)
+
+    def target(self, positives: Positives) -> Tensor:
+        psi_B = self.hard_from(positives)
+        return self.scale_of({}) * (spare_far_targets(positives.cos_B, psi_B) if self.easy_margin else psi_B)
 
     def hard_cosine(self, values: Values) -> tuple[float, float, float]:
         return self.emphasis - 1, self.emphasis, 0.0

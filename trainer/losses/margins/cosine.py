@@ -28,23 +28,38 @@ from trainer.losses.margins import (
     monotone_cosine,
 )
 
-KINDS_OWN = math.nan  # stands for the margin that the paper gives to the kind
+KINDS_OWN = math.nan  # stands for the constant that the paper gives to the kind
+LEAST_SCALE = 0.01  # of a learned scale
 
 
-def set_margin(spec: Margin, margin: float) -> None:
-    """Give a spec that is being made the margin of its kind, where it was given none."""
-    if getattr(spec, "margin", None) is KINDS_OWN:
-        object.__setattr__(spec, "margin", margin)
+def set_constant(spec: Margin, name: str, value: float) -> None:
+    """Give a spec that is being made the constant of its kind, where it was given none."""
+    if getattr(spec, name, None) is KINDS_OWN:
+        object.__setattr__(spec, name, value)
+
+
+def spare_far_targets(cos_B: Tensor, psi_B: Tensor) -> Tensor:
+    """`easy_margin`: no margin for samples at 90 degrees or more from their centre.
+
+    There the target jumps from psi(90 degrees) up to 0, so that a sample just beyond has a smaller loss than one just
+    before.
+    """
+    return torch.where(cos_B > 0, psi_B, cos_B)
 
 
 class NormFace(Margin):
     """Softmax on the cosine: s cos(theta). dpsi/dc = 1.
 
-    With `learnable` the scale is a parameter that starts at `scale`; for `auto` see `bounds.cosface_scale`.
+    With `learnable` the scale is a parameter that starts at `scale`, as in the authors' network, which starts it at 10.
+    As there it counts as 0.01 where it is less; its gradient goes on. The default is a fixed scale, which sends no
+    message and bounds the logits. For `auto` see `bounds.cosface_scale`.
     """
 
     formula = "s cos(theta)"
-    source = "Wang et al. 2017, NormFace: L2 hypersphere embedding for face verification, eq. 8"
+    source = (
+        "Wang et al. 2017, NormFace: L2 hypersphere embedding for face verification, eq. 8; "
+        "learnable: the authors' happynear/NormFace, prototxt/scaled_cosine_softmax.prototxt"
+    )
     title = "NormFace"
     demo: ClassVar = {"scale": 16.0}
     panel = "softmax"
@@ -64,7 +79,10 @@ class NormFace(Margin):
         return {"scale": float(super().scale_of({}))} if self.learnable else {}
 
     def scale_of(self, values: Values) -> float | Tensor:
-        return values["scale"] if self.learnable else super().scale_of(values)
+        if not self.learnable:
+            return super().scale_of(values)
+        scale = values["scale"]
+        return scale + (scale.clamp_min(LEAST_SCALE) - scale).detach()
 
     def target(self, positives: Positives) -> Tensor:
         return positives.dots_B
@@ -103,8 +121,12 @@ class CosFace(Margin):
 class ArcFace(Margin):
     """Additive angular margin: s cos(theta + m). dpsi/dc = sin(theta + m) / sin(theta).
 
-    The factor is the true derivative, 2.2 at theta = 20 degrees for m = 0.5. Where theta + m > pi the target goes on
-    falling as s (-2 - cos(theta + m)), see `monotone_cosine`: the worse the sample, the greater its loss.
+    The factor is the true derivative, 2.2 at theta = 20 degrees for m = 0.5.
+
+    Beyond theta = pi - m, where the paper says nothing, the target goes on falling as s (-2 - cos(theta + m)), see
+    `monotone_cosine`: the worse the sample, the greater its loss. Published code either leaves cos(theta + m), which
+    rises again there and rewards a sample for moving away, or goes on with cos(theta) - m sin(m), which jumps down by
+    cos(m) + m sin(m) - 1 (0.12 for m = 0.5). Neither is taken.
     """
 
     formula = "s cos(theta + m)"
@@ -163,7 +185,8 @@ class Combined(Margin):
 class SubCenterArcFace(ArcFace):
     """ArcFace with K centres a class: cos(theta_j) = max over k of cos(theta_jk), for the target and all others.
 
-    The gradient goes to the nearest centre alone. Outliers of a noisy class gather at centres of their own.
+    The gradient goes to the nearest centre alone. Outliers of a noisy class gather at centres of their own. Beyond
+    theta + m = pi as ArcFace.
     """
 
     formula = "s cos(theta + m), cos(theta_j) = max_k cos(theta_jk)"
@@ -186,7 +209,7 @@ class SubCenterArcFace(ArcFace):
 class DynamicMargin(Margin):
     """ArcFace with a margin a class: m_c = a n_c^(-power) + b, a and b such that m_c spans [least, greatest].
 
-    Rare classes get the greatest margin. dpsi/dc = sin(theta + m_c) / sin(theta).
+    Rare classes get the greatest margin. dpsi/dc = sin(theta + m_c) / sin(theta); beyond theta + m_c = pi as ArcFace.
     """
 
     formula = "s cos(theta + m_c), m_c = a n_c^(-1/4) + b in [0.05, 0.5]"
@@ -231,7 +254,16 @@ class ElasticFace(Margin):
     """ArcFace (or CosFace) with a margin drawn anew for each sample and step: m_i ~ N(m, sigma).
 
     The numbers come from (seed, step) and the sample's place in the global batch, so they do not depend on the number
-    of ranks. dpsi/dc as in ArcFace (CosFace), with m_i.
+    of ranks. dpsi/dc as in ArcFace (CosFace), with m_i; beyond pi as ArcFace, and where m_i is below 0 and theta below
+    -m_i the angle counts as 0.
+
+    `plus` is ElasticFace+: the margins drawn for a batch are given to its samples by rising cosine, the greatest to the
+    sample that is furthest from its centre. The order is that of the global batch. Costs one more message of [B].
+    The authors' code (fdbtrs/ElasticFace, losses.py) sorts both and then takes the margins by the sorting's own
+    numbers, where their inverse is wanted, so that a sample gets another's margin; taken is what the paper describes.
+
+    sigma: the code's own default is 0.0125, but its config, with which the published models are trained, has 0.05, and
+    for `plus` 0.0175 (arc) and 0.02 (cos). These are the defaults.
     """
 
     formula = "s cos(theta + m_i), m_i ~ N(m, sigma)"
@@ -249,11 +281,18 @@ class ElasticFace(Margin):
     kind: Literal["arc", "cos"] = "arc"
     scale: Scale = 64.0
     margin: AdditiveAngle = KINDS_OWN  # mean; arc: 0.5, radians; cos: 0.35
-    sigma: Annotated[float, Within(ge=0, le=1)] = 0.0125  # standard deviation
+    plus: bool = False  # ElasticFace+: greater margins for samples further from their centre
+    sigma: Annotated[float, Within(ge=0, le=1)] = KINDS_OWN  # standard deviation; 0.05; plus: arc 0.0175, cos 0.02
 
     def __post_init__(self) -> None:
-        set_margin(self, 0.5 if self.kind == "arc" else 0.35)
+        arc = self.kind == "arc"
+        set_constant(self, "margin", 0.5 if arc else 0.35)
+        set_constant(self, "sigma", (0.0175 if arc else 0.02) if self.plus else 0.05)
         super().__post_init__()
+
+    @property
+    def compares_samples(self) -> bool:
+        return self.plus
 
     def resolve(self, classes: int, dimension: int) -> Self:
         if self.kind == "cos":
@@ -262,7 +301,18 @@ class ElasticFace(Margin):
 
     def target(self, positives: Positives) -> Tensor:
         assert positives.noise_B is not None, "of a `noisy` margin"
-        margin_B = self.margin + self.sigma * positives.noise_B.to(positives.cos_B.dtype)
+        noise_B = self._by_distance(positives) if self.plus else positives.noise_B
+        margin_B = self.margin + self.sigma * noise_B.to(positives.cos_B.dtype)
         if self.kind == "cos":
             return self.scale_of({}) * (positives.cos_B - margin_B)
         return self.scale_of({}) * monotone_cosine(positives.cos_B, 1.0, margin_B)
+
+    @staticmethod
+    def _by_distance(positives: Positives) -> Tensor:
+        """The valid samples' noise, dealt out among them: the greatest to the least cosine. Padding keeps its own."""
+        assert positives.noise_B is not None
+        assert positives.batch_cos_B is not None, "of a margin that `compares_samples`"
+        valid_B = positives.labels_B >= 0
+        nearest_first_B = torch.where(valid_B, positives.batch_cos_B, torch.inf).argsort(descending=True, stable=True)
+        rising_B = torch.where(valid_B, positives.noise_B, -torch.inf).argsort(stable=True)  # padding is first in both
+        return torch.empty_like(positives.noise_B).scatter(0, nearest_first_B, positives.noise_B[rising_B])

@@ -1,15 +1,13 @@
 """The margins as functions of the angle: values, derivatives, edges, monotony, bounds, and what they refuse."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
+from tests.trainer.losses.margins.curves import ANGLES, plain, slope
 from trainer.errors import UserError
 from trainer.losses import (
     LOSSES,
@@ -36,7 +34,6 @@ from trainer.losses import (
 from trainer.losses.bounds import cosface_scale, l2_softmax_scale
 from trainer.losses.margins import (
     SINE_GUARD,
-    Positives,
     angle,
     chebyshev,
     monotone_cosine,
@@ -48,38 +45,6 @@ MARGIN_NAMES = [
     *("cosface", "arcface", "combined", "sub_center_arcface", "adaface", "magface", "elasticface", "dynamic"),
     *("curricularface", "mv_softmax"),
 ]
-ANGLES = torch.linspace(0.05, math.pi - 0.05, 61, dtype=torch.float64)
-
-
-def plain(
-    cos_B: Tensor,
-    *,
-    scale: float | Tensor = 1.0,
-    norms_B: Tensor | None = None,
-    values: Mapping[str, Tensor] | None = None,
-    noise_B: Tensor | None = None,
-    class_values_B: Tensor | None = None,
-) -> Positives:
-    """Positives from cosines alone, to look at a margin's curve without a head."""
-    lengths_B = torch.ones_like(cos_B) * scale
-    return Positives(
-        cos_B,
-        lengths_B * cos_B,
-        lengths_B,
-        torch.ones_like(cos_B) if norms_B is None else norms_B,
-        torch.zeros_like(cos_B, dtype=torch.int64),
-        values or {},
-        noise_B,
-        class_values_B,
-    )
-
-
-def slope(function: Any, cos: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and d/dcos."""
-    cos = cos.clone().requires_grad_()
-    values = function(cos)
-    (gradient,) = torch.autograd.grad(values.sum(), cos)
-    return values.detach(), gradient
 
 
 def test_every_margin_of_the_family_can_be_named() -> None:
@@ -161,15 +126,6 @@ def test_a_worse_angle_never_has_a_greater_target(first: float, second: float, f
     assert worse <= better + 1e-9
 
 
-def test_arcface_beyond_pi_is_continuous_and_smooth() -> None:
-    beside = torch.tensor([math.pi - 0.5 - 1e-7, math.pi - 0.5 + 1e-7], dtype=torch.float64)
-    values, gradient = slope(lambda cos: ArcFace(scale=1.0).target(plain(cos)), beside.cos())
-    assert values.tolist() == pytest.approx([-1, -1])
-    assert gradient.tolist() == pytest.approx([0, 0], abs=1e-6)
-    far, _ = slope(lambda cos: ArcFace(scale=1.0).target(plain(cos)), torch.tensor([3.0], dtype=torch.float64).cos())
-    assert far.tolist() == pytest.approx([-2 - math.cos(3.5)])
-
-
 def test_angle_and_sine_near_their_poles() -> None:
     cos = (torch.tensor([0.0, 1e-6, 1e-3, 1.0, math.pi], dtype=torch.float64)).cos()
     values, gradient = slope(angle, cos)
@@ -235,13 +191,6 @@ def test_bounds_on_the_cosine_margin() -> None:
         assert angular.resolve(1000, 3) == angular
 
 
-def test_each_kind_has_its_papers_default() -> None:
-    assert (ElasticFace().margin, ElasticFace(kind="cos").margin) == (0.5, 0.35)
-    assert (MVSoftmax().margin, MVSoftmax(kind="arc").margin) == (0.35, 0.5)
-    assert ElasticFace(kind="cos", margin=0.2).margin == 0.2
-    assert MVSoftmax(kind="arc", margin=0.2).margin == 0.2
-
-
 def test_a_coco_scale_that_would_turn_the_loss_around_is_refused() -> None:
     assert CoCo(epsilon=0.5).resolve(2, 8).alpha > 0
     with pytest.raises(
@@ -267,7 +216,7 @@ def test_a_coco_scale_that_would_turn_the_loss_around_is_refused() -> None:
         (Focal, "gamma", -1.0),
         (SubCenterArcFace, "centres", 0),
         (MVSoftmax, "emphasis", 0.9),
-        (AdaFace, "momentum", 0.0),
+        (AdaFace, "momentum", 1.0),
         (ElasticFace, "sigma", -0.1),
         (WeightedSoftmax, "power", 0.0),
         (L2Softmax, "alpha", 0.0),
@@ -322,16 +271,6 @@ def test_class_weights_have_mean_one_over_the_samples() -> None:
         weights = WeightedSoftmax(power=power).per_class(counts)
         assert float((weights * counts).sum() / counts.sum()) == pytest.approx(1, rel=1e-5)
         assert float(weights[0] / weights[2]) == pytest.approx(100**power, rel=1e-5)
-
-
-def test_adaface_statistics_leave_padding_out() -> None:
-    values = {"norm_mean": torch.tensor(20.0), "norm_std": torch.tensor(100.0)}
-    norms = torch.tensor([3.0, 5.0, 99.0])
-    new = AdaFace(momentum=1.0).observe(norms, None, torch.tensor([True, True, False]), values)
-    assert float(new["norm_mean"]) == pytest.approx(4)
-    assert float(new["norm_std"]) == pytest.approx(2**0.5, rel=1e-5)
-    alone = AdaFace().observe(norms, None, torch.tensor([True, False, False]), values)
-    assert {key: float(value) for key, value in alone.items()} == {"norm_mean": 20.0, "norm_std": 100.0}
 
 
 def test_reweighting_is_its_own_derivative() -> None:

@@ -298,7 +298,9 @@ def report(
         shares = ", ".join(f"{row['contender']} {row['step_s'] / floor_fp32:.2f}" for row in rows)
         print(f"times the floor in fp32, {floor_fp32:.4f} s: {shares}")
     if options.json:
-        config = {key: value for key, value in vars(options).items() if key not in ("json", "insightface")} | {"torch": torch.__version__}
+        config = {key: value for key, value in vars(options).items() if key not in ("json", "insightface")} | {
+            "torch": torch.__version__
+        }
         options.json.write_text(
             json.dumps({"config": config, "rows": rows, "floor_fp32_s": floor_fp32}, indent=2) + "\n"
         )

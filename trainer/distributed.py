@@ -24,6 +24,9 @@ from torch.autograd.function import FunctionCtx
 from trainer.errors import UserError
 
 Map = Callable[[Tensor], Tensor]
+# Before torch 2.13 they had other names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(slots=True)
@@ -62,7 +65,7 @@ class Group:
         if self.size == 1:
             return local
         out = local.new_empty(self.size * local.shape[0], *local.shape[1:])
-        dist.all_gather_single(out, local.contiguous(), group=self.handle)
+        _all_gather(out, local.contiguous(), group=self.handle)
         self.traffic.count((self.size - 1) * local.nbytes)
         return out
 
@@ -80,7 +83,7 @@ class Group:
         if self.size == 1:
             return values
         out = values.new_empty(values.shape[0] // self.size, *values.shape[1:])
-        dist.reduce_scatter_single(out, values.contiguous(), group=self.handle)
+        _reduce_scatter(out, values.contiguous(), group=self.handle)
         self.traffic.count((self.size - 1) / self.size * values.nbytes)
         return out
 

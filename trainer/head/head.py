@@ -243,7 +243,8 @@ class Step:
         if not head.training or config.sample_rate == 1:
             return rows, own
         seed = mixed_seed(head.seed, head._step, _SAMPLING)
-        return sampled_rows(rows, own, head.rows.start, config.sample_rate, seed, config.sample_correction)
+        choice = {"corrected": config.sample_correction, "padded": head.uses_kernels}
+        return sampled_rows(rows, own, head.rows.start, config.sample_rate, seed, **choice)
 
     def loss(self) -> Tensor:
         """The mean over the valid samples of all ranks."""

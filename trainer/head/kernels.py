@@ -98,9 +98,7 @@ def _product_kernel(
     if INVERSE:
         inverse = tl.load(inverse_ptr + t, mask=t < T, other=0.0)[:, None]
         z *= inverse
-    z, slope = _logits(
-        z, t, b, own_ptr, shift_ptr, bias_ptr, hard_ptr, least_ptr, start, T, B, SHIFTS, BIAS, HARD
-    )
+    z, slope = _logits(z, t, b, own_ptr, shift_ptr, bias_ptr, hard_ptr, least_ptr, start, T, B, SHIFTS, BIAS, HARD)
     p = tl.exp2((z - shift) * LOG2E)
     tl.store(sums_ptr + down * B + b, tl.sum(p, 0), mask=b < B)
     if STORE:
@@ -132,9 +130,7 @@ def _pass_kernel(
             z *= tl.load(inverse_ptr + t * K + k, mask=t < T, other=0.0)[:, None]
         which = tl.where(z > best, k, which)
         best = tl.maximum(z, best)
-    z, slope = _logits(
-        best, t, b, own_ptr, shift_ptr, bias_ptr, hard_ptr, least_ptr, start, T, B, SHIFTS, BIAS, HARD
-    )
+    z, slope = _logits(best, t, b, own_ptr, shift_ptr, bias_ptr, hard_ptr, least_ptr, start, T, B, SHIFTS, BIAS, HARD)
     if MAXIMA:
         tl.store(sums_ptr + down * B + b, tl.max(z, 0), mask=b < B)
     else:
@@ -238,14 +234,15 @@ def _sgd_kernel(
     """The step of HEIGHT rows; WIDE is the least power of two that holds D."""
     n = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
     d = tl.arange(0, WIDE)
-    inside = (n < count)[:, None] & (d < D)[None, :]
-    row = tl.load(rows_ptr + n, mask=n < count, other=0) if CHOSEN else n.to(tl.int64)
+    row = tl.load(rows_ptr + n, mask=n < count, other=-1) if CHOSEN else n.to(tl.int64)
+    some = (n < count) & (row >= 0)
+    inside = some[:, None] & (d < D)[None, :]
     place = row[:, None] * D + d[None, :]
     w = tl.load(w_ptr + place, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + n.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
     m = tl.load(m_ptr + place, mask=inside, other=0.0).to(tl.float32)
     if STATE == 1:
-        m *= tl.load(scale_ptr + row, mask=n < count, other=0.0)[:, None] * (1 / 127)
+        m *= tl.load(scale_ptr + row, mask=some, other=0.0)[:, None] * (1 / 127)
     if not UNIT:
         g += decay * w
     m = momentum * m + g
@@ -257,7 +254,7 @@ def _sgd_kernel(
         tl.store(m_ptr + place, _rounded(m, _noise(seed, row + first_row, d)), mask=inside)
     else:
         scale = tl.max(tl.abs(m), 1)
-        tl.store(scale_ptr + row, scale, mask=n < count)
+        tl.store(scale_ptr + row, scale, mask=some)
         share = _noise(seed, row + first_row, d).to(tl.float32) * (1 / 65536)
         steps = tl.floor(m * (127 / tl.maximum(scale, 1.5046328e-36))[:, None] + share)
         tl.store(m_ptr + place, tl.minimum(tl.maximum(steps, -127.0), 127.0).to(tl.int8), mask=inside)
@@ -284,13 +281,18 @@ class SgdStep:
 
 
 def step_rows(
-    weight_RD: Tensor, gradient_nD: Tensor, state_RD: Tensor, scale_R1: Tensor | None, rows: slice | Tensor, step: SgdStep
+    weight_RD: Tensor,
+    gradient_nD: Tensor,
+    state_RD: Tensor,
+    scale_R1: Tensor | None,
+    rows: slice | Tensor,
+    step: SgdStep,
 ) -> None:
     """One step of the rows, in place: `optimizer` has the formulas.
 
     Args:
         state_RD: the momentum in fp32, bf16 or int8; int8 with the greatest magnitude of each row, `scale_R1`.
-        rows: which of `weight_RD`, as many as the gradient has.
+        rows: which of `weight_RD`, as many as the gradient has; those below 0 are left out.
     """
     count, D = gradient_nD.shape
     chosen = isinstance(rows, Tensor)

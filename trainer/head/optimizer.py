@@ -70,7 +70,10 @@ class HeadOptimizer:
         gradient = self.head.weight.grad
         if not self.head.config.fused:
             self._begin()
-        if gradient is not None and gradient.is_sparse:
+        sink = self.head.sink
+        if gradient is not None and gradient is sink.sparse:
+            self.step_rows(sink.places, sink.gradient_RD, lr)
+        elif gradient is not None and gradient.is_sparse:
             gradient = gradient.coalesce()
             self.step_rows(gradient.indices()[0], gradient.values(), lr)
         elif gradient is not None:
@@ -124,6 +127,9 @@ class HeadOptimizer:
         if self._by_kernel:
             self._step_by_kernel(rows, gradient_nD, lr)
             return
+        if self.head.uses_kernels and isinstance(rows, Tensor):  # padded
+            some = rows >= 0
+            rows, gradient_nD = rows[some], gradient_nD[some]
         for block, part in self._blocks(rows):
             self._step_block(block, gradient_nD[part], lr)
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from trainer.distributed import RowRange
 
 SAMPLING_BLOCK = 1024  # classes; a power of two
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +35,11 @@ class Rows:
     Attributes:
         weight_RD: all rows, class by class, K rows each.
         bias_C: of the classes of this rank, or None.
-        chosen: the classes that take part in this step, sorted, counted from this rank's first; None: all.
+        chosen: the classes that take part in this step, sorted, counted from this rank's first; None: all. -1 stands
+            for none: there the number of places is fixed, so that nobody has to wait for it.
         centres: K.
         correction: what the sampling adds to the logit of each class of `chosen` as a negative; None: nothing.
+        padded: whether `chosen` may hold -1.
     """
 
     weight_RD: Tensor
@@ -44,6 +47,7 @@ class Rows:
     chosen: Tensor | None
     centres: int
     correction: Tensor | None = None
+    padded: bool = False
 
     def __len__(self) -> int:
         """Classes that take part."""
@@ -52,24 +56,27 @@ class Rows:
     def tile(self, start: int, stop: int) -> Tensor:
         """A view where all take part."""
         places = self.places(start, stop)
-        return self.weight_RD[places] if isinstance(places, slice) else self.weight_RD.index_select(0, places)
+        if isinstance(places, slice):
+            return self.weight_RD[places]
+        return self.weight_RD.index_select(0, places.clamp(min=0))
 
     def bias(self, start: int, stop: int) -> Tensor | None:
         """What is added to the logits of the participating classes [start, stop) as negatives: bias and correction."""
         parts = [] if self.correction is None else [self.correction[start:stop]]
         if self.bias_C is not None:
-            parts.append(self.bias_C[start:stop] if self.chosen is None else self.bias_C[self.chosen[start:stop]])
+            at = slice(start, stop) if self.chosen is None else self.chosen[start:stop].clamp(min=0)
+            parts.append(self.bias_C[at])
         return sum(parts[1:], start=parts[0]) if parts else None
 
     def places(self, start: int, stop: int) -> slice | Tensor:
-        """Where the rows of the participating classes [start, stop) are in `weight_RD`."""
+        """Where the rows of the participating classes [start, stop) are in `weight_RD`; below 0: nowhere."""
         if self.chosen is None:
             return slice(start * self.centres, stop * self.centres)
         return rows_of(self.chosen[start:stop], self.centres)
 
 
 def rows_of(classes: Tensor, centres: int) -> Tensor:
-    """The K rows of each class, class by class."""
+    """The K rows of each class, class by class; of class -1 all are below 0."""
     if centres == 1:
         return classes
     return (classes[:, None] * centres + torch.arange(centres, device=classes.device)).flatten()
@@ -119,9 +126,12 @@ class GradientSink:
 
     Attributes:
         keeps: the tiles are parts of one buffer, which `tile(0, all)` returns also after the last tile.
+        sparse: the gradient of the last backward with sampling, of the rows at `places`.
     """
 
     keeps = True
+    sparse: Tensor | None = None
+    places: slice | Tensor = slice(0)
 
     def __init__(self, weight: nn.Parameter) -> None:
         self.weight = weight
@@ -156,32 +166,46 @@ class GradientSink:
         if rows.chosen is None:
             self.weight.grad = self.gradient_RD
             return
+        self.places = rows.places(0, len(rows))
+        indices = rows_of(rows.chosen.clamp(min=0), rows.centres)[None]
         gradient = torch.sparse_coo_tensor(
-            rows_of(rows.chosen, rows.centres)[None],
-            self.gradient_RD,
-            self.weight.shape,
-            is_coalesced=True,
-            check_invariants=False,
+            indices, self.gradient_RD, self.weight.shape, is_coalesced=not rows.padded, check_invariants=False
         )
-        self.weight.grad = gradient if self.weight.grad is None else self.weight.grad + gradient
+        self.sparse = self.weight.grad = gradient if self.weight.grad is None else self.weight.grad + gradient
+        if self.sparse is not gradient:
+            self.sparse = None  # a sum of two backwards, which has its own places
 
 
-def sampled_rows(rows: Rows, own: Own, first: int, rate: float, seed: int, corrected: bool) -> tuple[Rows, Own]:
+def sampled_rows(
+    rows: Rows, own: Own, first: int, rate: float, seed: int, *, corrected: bool, padded: bool
+) -> tuple[Rows, Own]:
     """The rows that take part in a sampled step, and the samples' places among them.
 
     Args:
         own: places among all classes of this rank.
         first: the number of this rank's first class.
         corrected: with `Rows.correction`.
+        padded: leave a place for each sample's class, used or not, so that the host need not know how many there are.
     """
-    sampled = sample_classes(first, first + len(rows), rate, seed, own.place_B.device) - first
-    of_batch = own.place_B[own.mask_B]
-    chosen = torch.cat([sampled, of_batch]).unique()  # type: ignore[no-untyped-call]
+    count = len(rows)
+    sampled = sample_classes(first, first + count, rate, seed, own.place_B.device) - first
+    chosen = torch.cat([sampled, torch.where(own.mask_B, own.place_B, count)]).sort().values
+    again = torch.zeros_like(chosen, dtype=torch.bool)
+    again[1:] = chosen[1:] == chosen[:-1]
+    nobody = again | (chosen == count)
+    if not padded:
+        chosen = chosen[~nobody]
+    place_B = torch.searchsorted(chosen, own.place_B).clamp(0, max(chosen.shape[0] - 1, 0))
     correction = None
     if corrected:  # a class of the batch is there in every draw, and stands for itself alone
-        correction = torch.where(torch.isin(chosen, of_batch), 0.0, -math.log(sampled_share(rate))).double()
-    place_B = torch.searchsorted(chosen, own.place_B).clamp(0, max(chosen.shape[0] - 1, 0))
-    return replace(rows, chosen=chosen, correction=correction), replace(own, place_B=place_B)
+        drawn = torch.ones(len(chosen) + 1, dtype=torch.bool, device=chosen.device)
+        drawn[torch.where(own.mask_B, place_B, len(chosen))] = False
+        correction = drawn[:-1].double() * -math.log(sampled_share(rate))
+    if padded:
+        found = chosen.new_zeros(len(chosen), dtype=torch.float64) if correction is None else correction
+        correction = torch.where(nobody, -math.inf, found)
+        chosen = torch.where(nobody, -1, chosen)
+    return replace(rows, chosen=chosen, correction=correction, padded=padded), replace(own, place_B=place_B)
 
 
 def sampled_share(rate: float) -> float:
@@ -199,9 +223,28 @@ def sample_classes(start: int, stop: int, rate: float, seed: int, device: torch.
     Returns:
         int64 class numbers.
     """
-    first, last = start // SAMPLING_BLOCK, -(-stop // SAMPLING_BLOCK)
+    parts, cut = [], _cut(start, stop)
+    for first, last in cut:
+        whole = first % SAMPLING_BLOCK == 0 and last % SAMPLING_BLOCK == 0
+        # Of a block that is cut the host finds out how many classes are inside, so that the device need not be asked.
+        drawn = _drawn(first // SAMPLING_BLOCK, -(-last // SAMPLING_BLOCK), rate, seed, device if whole else CPU)
+        parts.append(drawn if whole else drawn[(drawn >= first) & (drawn < last)].to(device))
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
+
+
+def _cut(start: int, stop: int) -> list[tuple[int, int]]:
+    """The range [start, stop) as part of a block, whole blocks, and part of a block; without empty ones."""
+    inner = -(-start // SAMPLING_BLOCK) * SAMPLING_BLOCK
+    outer = max(inner, stop // SAMPLING_BLOCK * SAMPLING_BLOCK)
+    if inner >= stop:
+        return [(start, stop)] if start < stop else []
+    return [(a, b) for a, b in ((start, inner), (inner, outer), (outer, stop)) if a < b]
+
+
+def _drawn(first: int, last: int, rate: float, seed: int, device: torch.device) -> Tensor:
+    """The classes drawn in the blocks [first, last), sorted."""
     count = round(SAMPLING_BLOCK * sampled_share(rate))
-    blocks = torch.arange(first, max(last, first), dtype=torch.int64, device=device)[:, None]
+    blocks = torch.arange(first, last, dtype=torch.int64, device=device)[:, None]
     state = _mixed(blocks * 0x9E3779B1 + seed % 2**31)
     x = torch.arange(count, dtype=torch.int64, device=device)[None, :].expand(blocks.shape[0], -1)
     for _ in range(4):
@@ -209,8 +252,7 @@ def sample_classes(start: int, stop: int, rate: float, seed: int, device: torch.
         multiplier, offset = (state & 1023) | 1, (state >> 10) & 1023
         x = (x * multiplier + offset) & (SAMPLING_BLOCK - 1)
         x = x ^ (x >> 5)
-    classes = (blocks * SAMPLING_BLOCK + x).flatten()
-    return classes[(classes >= start) & (classes < stop)].sort().values
+    return (blocks * SAMPLING_BLOCK + x.sort(dim=1).values).flatten()
 
 
 def _mixed(state: Tensor) -> Tensor:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from trainer.errors import UserError
-from trainer.head.matmul import Products, Workspace
+from trainer.head.matmul import Products
 from trainer.head.rows import Own, Rows
 
 if TYPE_CHECKING:
-    from trainer.head.kernels import Hardness
+    pass
 
 Kernels = Literal["auto", "torch", "triton"]
 

@@ -241,7 +241,8 @@ class Tiles:
         if self.rows.chosen is None:
             return dbias
         shape = self.rows.bias_C.shape
-        return torch.sparse_coo_tensor(self.rows.chosen[None], dbias, shape, is_coalesced=True, check_invariants=False)
+        chosen, coalesced = self.rows.chosen.clamp(min=0)[None], not self.rows.padded
+        return torch.sparse_coo_tensor(chosen, dbias, shape, is_coalesced=coalesced, check_invariants=False)
 
 
 def negatives(

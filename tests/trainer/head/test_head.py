@@ -319,9 +319,7 @@ def test_the_first_rows_do_not_depend_on_where_they_lie() -> None:
 
 
 @pytest.mark.parametrize(("free", "stores"), [(10**9, True), (10**5, False)])
-def test_auto_keeps_p_where_it_fits_and_decides_once(
-    free: int, stores: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_keeps_p_where_it_fits_and_decides_once(free: int, stores: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     head = Head(ArcFace(), 1000, DIMENSION)
     for now in (free, 10**12, 0):  # what others allocate later changes nothing
         monkeypatch.setattr("trainer.head.head.free_memory", lambda device, now=now: now)

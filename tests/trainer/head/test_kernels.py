@@ -131,7 +131,13 @@ def test_a_rank_without_classes_and_class_sampling() -> None:
 def test_a_step_of_the_rows(param: str, state: str, unit: bool, rate: float) -> None:
     """Two steps on given gradients, fused and not: within the rounding of the narrowest type."""
     settings = HeadOptimizerConfig(name="sgd", state_dtype=state)
-    config: dict[str, Any] = {"param_dtype": param, "sample_rate": rate, "rows": "unit", "tile": 50, "optimizer": settings}
+    config: dict[str, Any] = {
+        "param_dtype": param,
+        "sample_rate": rate,
+        "rows": "unit",
+        "tile": 50,
+        "optimizer": settings,
+    }
     margin = ArcFace() if unit else MARGINS["l_softmax 2"]
     for fused in (False, True):
         found = []
@@ -192,6 +198,33 @@ def test_tf32_is_this_heads_choice_alone() -> None:
         found.append(x.grad)
         assert torch.backends.cuda.matmul.fp32_precision == before
     assert 1e-6 < relative(found[1], found[0]) < 1e-2
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has nothing to wait for")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("rate", [1.0, 0.1])
+def test_no_step_waits_for_the_device(rate: float, fused: bool) -> None:
+    settings = HeadOptimizerConfig(state_dtype="int8")
+    config = HeadConfig(compute_dtype="bf16", param_dtype="bf16", fused=fused, sample_rate=rate, optimizer=settings)
+    head = Head(ArcFace(), 100_000, 64, config, device=DEVICE)
+    optimizer = HeadOptimizer(head)
+    x = torch.randn(64, 64, device=DEVICE).requires_grad_()
+    labels_B = torch.randint(0, 100_000, (64,), device=DEVICE)
+    before = head.weight.detach().clone()
+    try:
+        for step in range(3):
+            head.set_progress(step)
+            optimizer.prepare(0.1)
+            head(x, labels_B).backward()
+            optimizer.step(0.1)
+            optimizer.zero_grad()
+            torch.cuda.set_sync_debug_mode("error")  # all that is made once is there
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    changed = (head.weight != before).any(dim=1)
+    assert bool(changed[labels_B].all())
+    assert 0.8 * min(1.0, 2.5 * rate) < float(changed.float().mean()) <= min(1.0, 3.1 * rate)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="a CUDA graph needs CUDA")

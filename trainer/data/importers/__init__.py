@@ -75,6 +75,7 @@ class Listing:
         shape: of each vector or spectrogram; None for images.
         attributes: names of the attributes and their Arrow types by alias ("string", "int64", "double", "bool").
         passed_over: what was left out of the listing, to be told and stored.
+        threads: payloads that one process reads at a time; more than 1 for reads that wait on a network.
     """
 
     entries: Iterable[Entry]
@@ -86,6 +87,7 @@ class Listing:
     shape: tuple[int, ...] | None = None
     attributes: dict[str, str] = field(default_factory=dict)
     passed_over: list[PassedOver] = field(default_factory=list)
+    threads: int = 1
 
 
 class Kind(NamedTuple):

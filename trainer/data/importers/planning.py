@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from trainer.atomic import write_file
-from trainer.data.importers import Entry, ImportOptions, Listing
+from trainer.data.importers import Entry, ImportOptions, Listing, Progress
 from trainer.data.importers.plan import (
     BATCH,
     COLUMNS,
@@ -41,7 +41,7 @@ _MAX_SPLITS = 100
 _NO_SPLIT = -1
 
 
-def make_plan(folder: Path, kind: str, listing: Listing, options: ImportOptions) -> None:
+def make_plan(folder: Path, kind: str, listing: Listing, options: ImportOptions, show: Progress) -> None:
     """List the source, share its samples out to shards, and write the plan into an empty folder, `plan.json` last.
 
     Of each split the identities are numbered in the order of their names. The samples of "train" lie in an order
@@ -51,7 +51,7 @@ def make_plan(folder: Path, kind: str, listing: Listing, options: ImportOptions)
         UserError: there are no samples, an identity is in two splits, or a split has fewer than two identities.
     """
     digest = _digest(kind, listing, options)
-    total = _write_entries(folder / ENTRIES_FILE, listing, digest)
+    total = _write_entries(folder / ENTRIES_FILE, listing, digest, show)
     table = open_arrow(folder / ENTRIES_FILE).read_all()
     codes, identities = _encode(table["identity"])
     split_names, split_of = _splits(table["split"], codes, Names(identities), listing)
@@ -103,7 +103,7 @@ def _digest(kind: str, listing: Listing, options: ImportOptions) -> "_Hash":
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
 
 
-def _write_entries(path: Path, listing: Listing, digest: "_Hash") -> int:
+def _write_entries(path: Path, listing: Listing, digest: "_Hash", show: Progress) -> int:
     """The listing as an Arrow file, batch by batch; all of it, with its stamps, goes into the digest."""
     types = (pa.string(), pa.string(), pa.binary(), pa.string(), pa.int32())
     further = [(f"attribute {key}", pa.type_for_alias(alias)) for key, alias in listing.attributes.items()]
@@ -116,6 +116,7 @@ def _write_entries(path: Path, listing: Listing, digest: "_Hash") -> int:
             arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
             writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
             total += len(batch)
+            show("list", total, 0)
     if not total:
         raise UserError(f"SOURCE '{listing.source}' holds no samples; give one that does")
     return total
@@ -125,7 +126,7 @@ def _columns(batch: list[Entry], attributes: list[str], digest: "_Hash") -> list
     identities, names, places, splits, values, sizes, stamps = zip(*batch, strict=True)
     coded = [place.encode("utf-8", "surrogateescape") for place in places]  # names of files may be any bytes
     further = [[(found or {}).get(key) for found in values] for key in attributes]
-    columns = [identities, names, coded, splits, [size or 0 for size in sizes], *further]
+    columns = [identities, names, coded, splits, [min(size or 0, MAX_SHARD_BYTES) for size in sizes], *further]
     digest.update(repr((columns, stamps)).encode())
     return columns
 

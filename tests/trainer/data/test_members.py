@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.tar import Member, members
+from trainer.data.members import Member, members
 from trainer.errors import UserError
 
 NAMES = ["plain.jpg", "a/b/c.cls", "x" * 99, "é/字.png", "d" * 90 + "/" + "e" * 90 + ".jpg", "f" * 300 + ".json"]

@@ -127,10 +127,10 @@ class _Handler(BaseHTTPRequestHandler):
         begun = time.monotonic()
         try:
             for start in range(0, len(body), _CHUNK):
-                self.wfile.write(body[start : start + _CHUNK])
-                self.wfile.flush()
                 with self.site.lock:
                     self.site.sent[name] += len(body[start : start + _CHUNK])
+                self.wfile.write(body[start : start + _CHUNK])
+                self.wfile.flush()
                 if self.site.rate:
                     due = begun + min(start + _CHUNK, len(body)) / self.site.rate
                     time.sleep(max(0.0, due - time.monotonic()))

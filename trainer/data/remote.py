@@ -124,7 +124,7 @@ def _faults() -> tuple[type[BaseException], ...]:
 
 def _status(error: BaseException) -> int | None:
     """The answer's status in HTTP, where the error has one."""
-    found = getattr(error, "status", getattr(error, "code", None))
+    found = getattr(error, "status" if hasattr(error, "status") else "code", None)
     return int(found) if isinstance(found, int | str) and str(found).isdigit() else None
 
 

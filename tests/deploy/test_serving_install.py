@@ -27,8 +27,7 @@ from PIL import Image
 
 from serving.cli import app
 from trainer.data.image import Preprocessing
-from trainer.data.importers import Sample
-from trainer.data.importers.run import write_shards
+from trainer.data.importers.shards import Sample, write_shard
 from trainer.data.manifest import Manifest
 from trainer.data.split import write_split
 from trainer.embedder import MODEL_FILE, Embedder, EmbedderManifest, model_id, write_manifest
@@ -229,8 +228,8 @@ def data_set(installed: Installed) -> Path:
             pixels = (face + generator.normal(scale=20, size=face.shape)).clip(0, 255).astype(np.uint8)
             file = io.BytesIO()
             Image.fromarray(pixels).save(file, "PNG")
-            samples.append((file.getvalue(), "png", label, Sample(name, f"{name}/{number}.png")))
-    shards = write_shards(folder, "val", samples)
+            samples.append(Sample(len(samples), label, name, f"{name}/{number}.png", {}, "png", file.getvalue()))
+    shards = [write_shard(folder, "val-000000.tar", samples)]
     split = write_split(folder, "val", classes, np.full(20, 5), shards)
     Manifest(kind="folder", image_mode="L", splits={"val": split}).write(folder)
     return folder

@@ -19,12 +19,13 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from trainer.data.importers import Entry, ImportOptions, Listing, Progress, Read, share_held_out
+from trainer.data.importers.labels import identity_of
 from trainer.data.importers.records import Head, Records
 from trainer.errors import UserError
 
 _MAX_LABEL = 2**24  # whole numbers up to here are exact as float32
 _MAX_LINE = 2**16
-_EVERY = 4096  # records between two reports of progress
+_CHUNK = 4096
 
 
 def list_recordio(source: str | None, options: ImportOptions, progress: Progress) -> Listing:
@@ -38,7 +39,7 @@ def list_recordio(source: str | None, options: ImportOptions, progress: Progress
     """
     path = _find(source)
     return Listing(
-        entries=_entries(path, progress),
+        entries=_entries(path),
         source=str(path.resolve()),
         held_out=share_held_out(options.holdout_share, options.seed),
         provenance={"source": path.name, "held_out": f"{options.holdout_share:g} of the identities"},
@@ -60,21 +61,19 @@ def _find(source: str | None) -> Path:
     raise UserError(f"SOURCE '{source or ''}' is not a .rec file{held}; name one .rec file on this machine")
 
 
-def _entries(path: Path, progress: Progress) -> Iterator[Entry]:
+def _entries(path: Path) -> Iterator[Entry]:
     records = Records(path)
     stamp = f"{records.size}:{path.stat().st_mtime_ns}"
     classes = _classes(path.with_name("property"))
     pairs = ((key, offset, records.head(offset)) for key, offset in _keyed_offsets(path, records))
     images = ((key, offset, head) for key, offset, head in pairs if not head.describes)
-    for number, (key, offset, head, name) in enumerate(_with_names(images, path)):
+    for key, offset, head, name in _with_names(images, path):
         if not (head.label.is_integer() and 0 <= head.label < classes):
             raise UserError(
                 f"the record with key {key} of '{path}' has label {head.label:g}, but labels are whole numbers from 0 "
                 f"to {classes - 1}; pack the file again, or mend 'property' beside it"
             )
-        if number % _EVERY == 0:
-            progress("list", offset, records.size)
-        yield Entry(f"{int(head.label):08d}", name, str(offset), size=head.image, stamp=stamp)
+        yield Entry(identity_of(head.label), name, str(offset), size=head.image, stamp=stamp)
 
 
 def _classes(path: Path) -> int:
@@ -113,8 +112,8 @@ def _keyed_offsets(path: Path, records: Records) -> Iterable[tuple[int, int]]:
 
 
 def _pairs(keys: NDArray[np.int64], offsets: NDArray[np.int64], order: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    for start in range(0, len(order), _EVERY):  # a few as Python's numbers at a time: they are five times as large
-        rows = order[start : start + _EVERY]
+    for start in range(0, len(order), _CHUNK):  # a few as Python's numbers at a time: they are five times as large
+        rows = order[start : start + _CHUNK]
         yield from zip(keys[rows].tolist(), offsets[rows].tolist(), strict=True)
 
 

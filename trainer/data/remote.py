@@ -76,6 +76,22 @@ def fetch(address: str, start: int = 0, stop: int | None = None) -> bytes:
     return _patiently(address, read)
 
 
+def size_of(address: str) -> int:
+    """The file's size in bytes.
+
+    Raises:
+        UserError: as `fetch`; or the server does not tell it.
+    """
+
+    def ask(files: Any, path: str) -> int:
+        size = files.info(path).get("size")
+        if size is None:
+            raise _Cut("the server does not say how large it is")
+        return int(size)
+
+    return _patiently(address, ask)
+
+
 def _patiently(address: str, work: Callable[[Any, str], Result]) -> Result:
     for attempt in range(ATTEMPTS):
         if attempt:

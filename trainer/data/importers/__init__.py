@@ -121,6 +121,8 @@ class ImportOptions:
     check: bool = True  # decode every payload
     max_side: int | None = None  # pixels; larger images are stored smaller
     in_place: bool = False  # write no shards; see Kind
+    label_field: str = "cls"  # tars: the label is in `.cls`, or in this field of `.json`
+    labels: str | None = None  # arrays: the file with a label for each row
 
     def __post_init__(self) -> None:
         for name, value, allowed, valid in (

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from io import BytesIO
+from tokenize import TokenError
 from typing import Literal
 
 import numpy as np
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from trainer.errors import UserError
 
 STORED = ("float32", "float16", "uint8")  # what is stored as it is; other numbers become float32
+# What numpy raises over a header, which it parses as Python.
+NOT_NPY = (ValueError, SyntaxError, TokenError, OverflowError, RecursionError, MemoryError, Warning)
 MAX_VALUES = 2**22  # of one sample: as float32, 16 MB
 
 
@@ -70,9 +73,9 @@ def content_of(data: bytes, name: str) -> tuple[Literal["vector", "spectrogram"]
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError("its version is not 1.0")
         shape, _, _ = np.lib.format.read_array_header_1_0(file)
-        return content_of_shape(shape), shape
-    except (ValueError, SyntaxError, RecursionError) as error:
-        raise UserError(f"'{name}' is not a .npy file of a vector or a spectrogram: {error}; save it anew") from error
+    except NOT_NPY as error:
+        raise UserError(f"'{name}' is not a .npy file of numbers: {error}; save it anew") from error
+    return content_of_shape(shape), shape
 
 
 def content_of_shape(shape: tuple[int, ...]) -> Literal["vector", "spectrogram"]:

@@ -114,8 +114,8 @@ def test_whole_floats_are_numbers_too(files: Path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("a.jpg,ada\n", r"list\.csv' has no column 'path' or 'url' but 'a\.jpg', 'ada'; its first line names"),
-        ("path;label\na.jpg;ada\n", "has no column 'path' or 'url' but 'path;label'"),
+        ("a.jpg,ada\n", r"list\.csv' has no column 'path' but 'a\.jpg', 'ada'; the first line names"),
+        ("path;label\na.jpg;ada\n", "has no column 'path' but 'path;label'"),
         ("path,name\na.jpg,ada\n", "has no column 'label' but 'path', 'name'"),
         ("path,label,label\na.jpg,ada,x\n", "two columns of .* are called 'label'"),
         (",path,label\n0,a.jpg,ada\n", "column 1 of .* has no name"),

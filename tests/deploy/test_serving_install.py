@@ -28,7 +28,8 @@ from PIL import Image
 from serving.cli import app
 from trainer.data.image import Preprocessing
 from trainer.data.importers.shards import Sample, write_shard
-from trainer.data.manifest import Manifest, Split
+from trainer.data.manifest import Manifest
+from trainer.data.split import write_split
 from trainer.embedder import MODEL_FILE, Embedder, EmbedderManifest, model_id, write_manifest
 from trainer.evaluation.report import Calibration, Report, Threshold
 
@@ -229,7 +230,7 @@ def data_set(installed: Installed) -> Path:
             Image.fromarray(pixels).save(file, "PNG")
             samples.append(Sample(len(samples), label, name, f"{name}/{number}.png", {}, "png", file.getvalue()))
     shards = [write_shard(folder, "val-000000.tar", samples)]
-    split = Split(samples=100, classes=classes, class_counts=[5] * 20, shards=shards)
+    split = write_split(folder, "val", classes, np.full(20, 5), shards)
     Manifest(kind="folder", image_mode="L", splits={"val": split}).write(folder)
     return folder
 
@@ -257,7 +258,6 @@ def test_an_embedder_is_evaluated_and_calibrated_and_data_verified(
 
 
 OTHERS = {
-    "data import": ["--kind", "glyphs", "--out", "set"],
     "train": [],
     "submit": ["--address", "http://127.0.0.1:1"],
     "export": ["--run", "run"],
@@ -284,5 +284,5 @@ def test_no_command_is_left_out_above() -> None:
         return [above.strip()] if below is None else [n for key, c in below.items() for n in names(c, f"{above} {key}")]
 
     assert sorted(names(typer.main.get_command(app), "")) == sorted(
-        ["serve", "evaluate", "calibrate", "data verify", *OTHERS]
+        ["serve", "evaluate", "calibrate", "data import", "data verify", *OTHERS]
     )

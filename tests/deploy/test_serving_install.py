@@ -258,7 +258,6 @@ def test_an_embedder_is_evaluated_and_calibrated_and_data_verified(
 
 
 OTHERS = {
-    "data import": ["--kind", "glyphs", "--out", "set"],
     "train": [],
     "submit": ["--address", "http://127.0.0.1:1"],
     "export": ["--run", "run"],
@@ -285,5 +284,5 @@ def test_no_command_is_left_out_above() -> None:
         return [above.strip()] if below is None else [n for key, c in below.items() for n in names(c, f"{above} {key}")]
 
     assert sorted(names(typer.main.get_command(app), "")) == sorted(
-        ["serve", "evaluate", "calibrate", "data verify", *OTHERS]
+        ["serve", "evaluate", "calibrate", "data import", "data verify", *OTHERS]
     )

@@ -5,6 +5,7 @@ Over its pipes go lines of JSON. It ends with the importing process, however tha
 the unfinished data set, so that no second import begins beside it.
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -109,23 +110,24 @@ class _Child:
         self._process.kill()
 
     def close(self) -> None:
-        with self._process:  # closes the pipes and waits
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # of a task that never reached it
+            self._process.stdin.close()
+        with self._process:  # closes the other pipe and waits
             pass
 
     def _send(self, message: dict[str, object]) -> None:
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it is dead, which the missing answer says in better words
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:  # it is dead, which the missing answer says in better words
-            pass
 
 
 def _obituary(code: int, shard: str) -> str:
     if code >= 0:
         return f"the process that wrote '{shard}' ended with exit code {code}, for the reason above; {_AGAIN}"
     name = signal.Signals(-code).name
-    memory = ", most likely since memory ran out; fewer --jobs need less," if name == "SIGKILL" else ";"
+    memory = ", most likely since memory ran out (fewer --jobs need less);" if name == "SIGKILL" else ";"
     return f"the process that wrote '{shard}' was ended by {name}{memory} {_AGAIN}"
 
 

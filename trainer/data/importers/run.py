@@ -88,7 +88,7 @@ def _import(kind: str, source: str | None, folder: Path, options: ImportOptions,
         _run(setup, decision.tasks, lambda done, bad: None)
         finish(folder, kind, plan, decision, options)
     for inner in (PLAN_FOLDER, WORK_FOLDER):
-        shutil.rmtree(folder / inner)
+        shutil.rmtree(folder / inner, ignore_errors=True)  # it may be gone since an earlier kill
     (folder / _DIGEST).unlink()
 
 

@@ -19,7 +19,8 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.image import Preprocessing, load_image
+from trainer.data.decode import Decoders, Decoding, Faults
+from trainer.data.image import Preprocessing
 from trainer.data.index import ShardIndex
 from trainer.data.split import Split
 from trainer.data.tar import REMEDY
@@ -69,14 +70,34 @@ def places_in(shard: Path, index: ShardIndex, rows: NDArray[np.int64]) -> list[P
     return [Place(shard, index.key(row), *record[:4]) for row, record in records]
 
 
+class Samples(NamedTuple):
+    """What was read of some positions, in their order.
+
+    Attributes:
+        images_BCHW: uint8.
+        labels_B: of the classes of the split.
+        keys: names in the shards.
+        faults: what is wrong with those that could not be read, by place in the batch; their pixels mean nothing.
+    """
+
+    images_BCHW: NDArray[np.uint8]
+    labels_B: NDArray[np.int64]
+    keys: list[str]
+    faults: Faults
+
+
 class Reader:
     """The samples of a split by position, decoded; keeps shard indexes and, if asked, decoded images.
 
     Args:
         split: what is read.
         preprocessing: of each image.
-        threads: that decode images.
+        threads, processes: that decode images; processes, where there are any.
+        draft: as for `load_image`.
         cache: keep decoded images: always, never, or ("auto") where they fit in 1 GiB.
+
+    Attributes:
+        bad: what is wrong with the samples that could not be read so far, by position; they are not tried again.
 
     Raises:
         UserError: a shard is missing or has another size than the manifest says, or the images do not fit the memory.
@@ -88,27 +109,42 @@ class Reader:
         preprocessing: Preprocessing,
         *,
         threads: int = 2,
+        processes: int = 0,
+        draft: bool = False,
         cache: Literal["auto", "memory", "none"] = "none",
     ) -> None:
         check_sizes(split)
         self._split = split
-        self._preprocessing = preprocessing
-        self._threads = threads
+        self._decoding = Decoding(preprocessing, draft)
+        self._threads, self._processes = threads, processes
         self._shard = lru_cache(_KEEP_INDEXES)(lambda shard: (split.path(shard), split.index(shard)))
         self._cache = _make_cache(split.samples, preprocessing, cache)
         self._cached = np.zeros(split.samples if self._cache is not None else 0, dtype=bool)
+        self.bad: dict[int, UserError] = {}
 
-    def pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self._threads, "decode")
+    def pool(self, processes: bool = False) -> Decoders:
+        """What decodes, for a `with` block; `processes`: in processes, if it may."""
+        return Decoders(self._decoding, threads=self._threads, processes=self._processes if processes else 0)
 
     def read(
-        self, positions: NDArray[np.int64], pool: ThreadPoolExecutor
+        self, positions: NDArray[np.int64], pool: Decoders
     ) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[str]]:
         """Images [len(positions), C, H, W], labels and keys; a position that occurs twice is decoded once.
 
         Raises:
             UserError: a sample is damaged, cannot be decoded, or has a label outside the manifest's classes; names its
                 shard and its key.
+        """
+        samples = self.try_read(positions, pool)
+        for fault in samples.faults.values():
+            raise fault
+        return samples.images_BCHW, samples.labels_B, samples.keys
+
+    def try_read(self, positions: NDArray[np.int64], pool: Decoders) -> Samples:
+        """As `read`, but with what is wrong with single samples in the result.
+
+        Raises:
+            UserError: a label is outside the manifest's classes.
         """
         unique, inverse = np.unique(positions, return_inverse=True)
         places = self._places(unique)
@@ -119,8 +155,9 @@ class Reader:
                 f"sample '{place.key}' of shard '{place.shard}' has label {place.label}, but the manifest has "
                 f"{classes} classes (0 to {classes - 1}); {_VERIFY}"
             )
-        keys = [place.key for place in places]
-        return self._images(unique, places, pool)[inverse], labels[inverse], [keys[i] for i in inverse]
+        images = self._images(unique, places, pool)
+        faults = {i: self.bad[position] for i, position in enumerate(positions.tolist()) if position in self.bad}
+        return Samples(images[inverse], labels[inverse], [places[i].key for i in inverse], faults)
 
     def _places(self, positions: NDArray[np.int64]) -> list[Place]:
         """Of positions in rising order."""
@@ -131,24 +168,40 @@ class Reader:
             places += places_in(path, index, group - (self._split.ends[shard] - index.samples))
         return places
 
-    def _images(self, positions: NDArray[np.int64], places: list[Place], pool: ThreadPoolExecutor) -> NDArray[np.uint8]:
-        if self._cache is None:
-            return self._decode_all(places, pool)
-        missing = np.flatnonzero(~self._cached[positions])
-        if len(missing):
-            self._cache[positions[missing]] = self._decode_all([places[i] for i in missing], pool)
-            self._cached[positions[missing]] = True
-        return self._cache[positions]
+    def _images(self, positions: NDArray[np.int64], places: list[Place], pool: Decoders) -> NDArray[np.uint8]:
+        """The pixels; what cannot be read is noted in `bad`."""
+        known = np.array([position in self.bad for position in positions.tolist()])
+        missing = np.flatnonzero(~known if self._cache is None else ~known & ~self._cached[positions])
+        if not len(missing) and self._cache is not None:
+            return self._cache[positions]
+        pixels, faults = self._decode([places[i] for i in missing], pool)
+        self.bad |= {int(positions[missing[i]]): fault for i, fault in faults.items()}
+        if self._cache is not None:
+            self._cache[positions[missing]] = pixels
+            self._cached[positions[np.delete(missing, list(faults))]] = True
+            return self._cache[positions]
+        if len(missing) == len(positions):
+            return pixels
+        images = np.zeros((len(positions), *self._decoding.shape), np.uint8)
+        images[missing] = pixels
+        return images
 
-    def _decode_all(self, places: list[Place], pool: ThreadPoolExecutor) -> NDArray[np.uint8]:
+    def _decode(self, places: list[Place], pool: Decoders) -> tuple[NDArray[np.uint8], Faults]:
         with ExitStack() as stack:
-            files = {path: stack.enter_context(_open(path)) for path in {place.shard for place in places}}
+            files: dict[Path, FileIO | UserError] = {}
+            for path in {place.shard for place in places}:
+                try:
+                    files[path] = stack.enter_context(_open(path))
+                except UserError as error:
+                    files[path] = error
 
-            def decode(place: Place) -> NDArray[np.uint8]:
-                data = read_bytes(files[place.shard], place)
-                return load_image(data, self._preprocessing, f"{place.shard.name}: {place.key}")
+            def read(i: int) -> bytes:
+                file = files[places[i].shard]
+                if isinstance(file, UserError):
+                    raise file
+                return read_bytes(file, places[i])
 
-            return np.stack(list(pool.map(decode, places)))
+            return pool.decode([f"{place.shard.name}: {place.key}" for place in places], read)
 
 
 def _make_cache(samples: int, preprocessing: Preprocessing, cache: str) -> NDArray[np.uint8] | None:

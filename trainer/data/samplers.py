@@ -52,7 +52,11 @@ class ShuffledSampler(SequentialSampler):
         self._inside = lru_cache(2)(self._shuffle_window)
 
     def positions(self, epoch: int, step: int) -> NDArray[np.int64]:
-        places = super().positions(epoch, step)
+        return self.at(epoch, super().positions(epoch, step))
+
+    def at(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions of the samples that come at these places, from 0, of an epoch."""
+        places = places.copy()
         windows = places // self._window
         for window in np.unique(windows).tolist():
             inside = windows == window

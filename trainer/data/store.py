@@ -26,7 +26,7 @@ from trainer.errors import UserError
 
 DEFAULT_CACHE_BYTES = 50 * 10**9
 _CONNECTIONS = 16  # of each process, for what is needed now; and as many for what will be needed
-_HELD = 32  # paths given out last, whose files are not removed: their callers may be about to open them
+_HELD = 8  # paths given out last, whose files are not removed: their callers may be about to open them
 _REMEDY = "run 'hypersphere data verify', and import the data again or fetch this file anew"
 
 

@@ -122,11 +122,11 @@ def test_later_epochs_decode_nothing(
 ):
     decoded = []
 
-    def counting(*arguments: object) -> np.ndarray:
+    def counting(*arguments: object, **settings: object) -> np.ndarray:
         decoded.append(arguments)
-        return load_image(*arguments)
+        return load_image(*arguments, **settings)
 
-    monkeypatch.setattr("trainer.data.reader.load_image", counting)
+    monkeypatch.setattr("trainer.data.decode.load_image", counting)
     for cache, expected in (("none", 3 * 47), ("memory", 47), ("auto", 47)):
         decoded.clear()
         stream = Stream(manifest, "train", with_(config, cache=cache))
@@ -140,7 +140,8 @@ def test_a_rank_decodes_its_own_samples_only(
 ):
     decoded = []
     monkeypatch.setattr(
-        "trainer.data.reader.load_image", lambda *arguments: decoded.append(arguments) or load_image(*arguments)
+        "trainer.data.decode.load_image",
+        lambda *arguments, draft: decoded.append(arguments) or load_image(*arguments, draft=draft),
     )
     list(Stream(manifest, "train", config, rank=1, world_size=3).batches(0))
     assert len(decoded) == 4 * 4  # a third of each batch of 12

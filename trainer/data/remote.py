@@ -144,7 +144,7 @@ def _reason(error: BaseException) -> str:
     if _no_credentials(error):
         return "there are no credentials"
     if isinstance(error, FileNotFoundError):
-        return "the bucket is not there" if "bucket" in str(error).lower() else "it is not there"
+        return "the bucket is not there" if "specified bucket" in str(error) else "it is not there"
     if isinstance(error, PermissionError):
         return "access is denied"
     if isinstance(error, _Cut):

@@ -265,3 +265,41 @@ def test_a_path_given_out_is_not_removed_before_it_can_be_opened(web: Web, setti
     gc.collect()
     assert open_store(web.address, CacheConfig(tmp_path / "small", 1_000_000)).path(*third).exists()
     assert not path.exists()
+
+
+def test_bad_samples_are_left_out_up_to_the_limit_and_fatal_beyond(web: Web, settings: DataConfig):
+    (web.folder / "train-000001.tar").unlink()  # 30 samples
+    left_out = stream(with_(settings, max_bad=30))
+    whole = [key for batch in left_out.batches(0) for key in batch.keys]
+    assert (whole.count(""), left_out.bad) == (30, 30)
+    too_many = stream(with_(settings, max_bad=29))
+    with pytest.raises(UserError, match=r"30 samples cannot be read \(data.max_bad is 29\); the last: sample"):
+        list(too_many.batches(0))
+
+
+def test_a_bad_image_is_named_with_shard_and_key(web: Web, settings: DataConfig):
+    manifest = Manifest.read(web.address, settings.remote_cache)
+    record = manifest.split("train").index(2).records[7]
+    path = web.folder / "train-000002.tar"
+    data = bytearray(path.read_bytes())
+    data[int(record["offset"]) + 60] ^= 1
+    path.write_bytes(data)
+    left_out = stream(with_(settings, max_bad=1))
+    assert [key for batch in left_out.batches(0) for key in batch.keys].count("") == 1
+    with pytest.raises(UserError, match=r"sample '000000067' of shard '.*/train-000002.tar' is damaged"):
+        list(stream(settings).batches(0))
+
+
+@pytest.mark.parametrize("identities", [None, 6])
+def test_a_mix_of_near_and_far(large_set: Path, web: Web, settings: DataConfig, identities: int | None):
+    near = with_(
+        settings, path=large_set, mix=[{"path": large_set}, {"path": large_set}], identities_per_batch=identities
+    )
+    far = with_(near, mix=[{"path": large_set}, {"path": web.address}])
+    assert_equal(list(stream(far).batches(0)), list(stream(near).batches(0)))
+    assert sum(shards_sent(web).values()) <= sum(path.stat().st_size for path in large_set.glob("*.tar"))
+
+
+def test_decoder_processes_read_from_afar(large_set: Path, web: Web, settings: DataConfig):
+    found = list(stream(with_(settings, decode_processes=2)).batches(0))
+    assert_equal(found, list(stream(with_(settings, path=large_set)).batches(0)))

@@ -148,7 +148,8 @@ class MixedPKSampler:
             )
         k = batch_size // identities
         self._samplers = [
-            PKSampler(part, quota, quota * k, seed) for part, quota in zip(mixed.parts, quotas.tolist(), strict=True)
+            PKSampler(part.classes, part.by_class, quota, quota * k, seed)
+            for part, quota in zip(mixed.parts, quotas.tolist(), strict=True)
         ]
         groups = sum(s.steps_per_epoch * quota for s, quota in zip(self._samplers, quotas.tolist(), strict=True))
         self.steps_per_epoch = -(-groups // identities)

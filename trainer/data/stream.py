@@ -243,6 +243,6 @@ def _make_sampler(
     if isinstance(split, Mixed):
         return split.sampler(config.batch_size, config.shuffle_window, p, seed)
     if p is not None:
-        return PKSampler(split, p, config.batch_size, seed)
+        return PKSampler(split.classes, split.by_class, p, config.batch_size, seed)
     shards = [entry.samples for entry in split.shards]
     return ShuffledSampler(shards, config.batch_size, config.shuffle_window, seed)

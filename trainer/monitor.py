@@ -46,7 +46,7 @@ class Monitor:
         self._held_out = self._collapse = None
         if config.run.eval_every and split is not None and split.samples:
             ranks = {"rank": group.rank, "world_size": group.size}
-            self._held_out = Stream(data.path, manifest, data.val_split, data, shuffle=False, **ranks)
+            self._held_out = Stream(manifest, data.val_split, data, shuffle=False, **ranks)
         if config.run.collapse:
             self._collapse = Collapse(config, manifest, group)
 
@@ -104,7 +104,7 @@ class Collapse:
 
     def __init__(self, config: Config, manifest: Manifest, group: Group) -> None:
         split = manifest.split(config.data.train_split)
-        counts = np.asarray(split.class_counts)
+        counts = split.classes.counts()
         self._each = min(SAMPLES_A_CLASS, int(counts.min()))
         if self._each < 2:
             least = split.classes[int(counts.argmin())]
@@ -120,7 +120,7 @@ class Collapse:
         data = config.data.model_copy(update=size | {"cache": "none"})
         # Whole batches are dealt out to the ranks, not parts of them: identities and images are then the same on any
         # number of ranks. The first groups of an epoch of P x K batches are all identities, in random order.
-        self._stream = Stream(data.path, manifest, data.train_split, data, seed=config.run.seed)
+        self._stream = Stream(manifest, data.train_split, data, seed=config.run.seed)
 
     def __call__(self, backbone: nn.Module, objective: Objective, device: torch.device) -> dict[str, float]:
         """The measures of neural collapse by name, on embeddings as the losses compare them."""

@@ -6,8 +6,6 @@ Nothing random is carried from step to step: order, augmentation, dropout and ma
 and the step. A resumed run therefore needs no generator's state, and gives the losses of the uninterrupted one.
 """
 
-import hashlib
-import json
 import math
 import resource
 import time
@@ -15,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 
 from trainer.backbones import build
@@ -75,19 +74,19 @@ class _Run:
         manifest = Manifest.read(data.path)
         split = manifest.split(data.train_split)
         rank, size = group.rank, group.size
-        self.stream = Stream(data.path, manifest, data.train_split, data, rank=rank, world_size=size, seed=seed)
+        self.stream = Stream(manifest, data.train_split, data, rank=rank, world_size=size, seed=seed)
         self.monitor = Monitor(config, manifest, group)
         together = data.batch_size // data.identities_per_batch if data.identities_per_batch else 1
-        self.augment = Augment(config.augment, seed, len(split.classes), together)
+        self.augment = Augment(config.augment, seed, split.identities, together)
         turns = 4 if config.augment.quarter_turns else 1
-        self.classes = turns * len(split.classes)
-        # Of the split's class names in order: which centre belongs to whom.
-        self.class_digest = hashlib.sha256(json.dumps(split.classes).encode()).hexdigest()
+        self.classes = turns * split.identities
+        self.class_digest = split.class_digest  # which centre belongs to whom
         torch.manual_seed(seed)
         pixels = preprocessing(manifest, data)
         backbone = build(config.backbone, pixels.channels, pixels.height, pixels.width).to(device)
         self.engine = Engine(backbone, config, device)
-        self.objective = Objective(config, self.classes, list(split.class_counts) * turns, device)
+        counts = torch.from_numpy(np.tile(split.classes.counts(), turns))
+        self.objective = Objective(config, self.classes, counts, device)
         steps = config.run.epochs * self.stream.steps_per_epoch
         self.total_steps = min(steps, config.run.max_steps or steps)
         self.step = 0

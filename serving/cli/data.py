@@ -44,7 +44,7 @@ def import_(
     with progress() as show:
         manifest = run_import(kind, source, to, options, show)
     for name, split in manifest.splits.items():
-        out.print(f"{name}: {split.samples} images of {len(split.classes)} identities in {len(split.shards)} shards")
+        out.print(f"{name}: {split.samples} images of {split.identities} identities in {len(split.shards)} shards")
     for bad in manifest.bad[:20]:
         err.print(f"left out: {bad.name}: {bad.reason}")
     if manifest.bad:
@@ -53,10 +53,10 @@ def import_(
 
 @app.command()
 def verify(folder: Annotated[Path, typer.Argument(help="Folder that `data import` wrote.")]) -> None:
-    """Read every shard again and compare it with the manifest's digests."""
+    """Read every shard, index and table again and compare them with the manifest's digests."""
     from trainer.data.manifest import Manifest
-    from trainer.data.reader import verify as verify_shards
+    from trainer.data.verify import verify as verify_files
 
     with progress() as show:
-        verify_shards(folder, Manifest.read(folder), show)
+        verify_files(Manifest.read(folder), show)
     out.print(f"{folder}: every shard is as it was written")

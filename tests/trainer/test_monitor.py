@@ -56,7 +56,7 @@ def samples(settings: Config, data: Path) -> Batch:
     """The whole training split in one batch."""
     manifest = Manifest.read(data)
     whole = settings.data.model_copy(update={"batch_size": manifest.split("train").samples})
-    return Stream(data, manifest, "train", whole, shuffle=False).batch(0, 0)
+    return Stream(manifest, "train", whole, shuffle=False).batch(0, 0)
 
 
 LOSSES = ("arcface", "softmax", "sub_center_arcface", "triplet", "tse")

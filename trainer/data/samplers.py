@@ -8,13 +8,12 @@ Arithmetic of the shuffled sampler at 10M identities x 10 samples in 10,000 shar
 needs the labels: 4 + 8 bytes a sample (1.2 GB there) and 12 bytes a group of K samples.
 """
 
-from collections.abc import Callable
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.manifest import Split
+from trainer.data.split import Split
 from trainer.errors import UserError
 
 _SHARDS, _WINDOW, _GROUPS, _CLASS = range(4)  # keep the streams of random numbers apart
@@ -88,14 +87,12 @@ class PKSampler:
             batch to make up for it: a pair of equal images would be a positive that teaches nothing.
     """
 
-    def __init__(
-        self, split: Split, identities: int, batch_size: int, seed: int, labels: Callable[[], NDArray[np.int32]]
-    ) -> None:
+    def __init__(self, split: Split, identities: int, batch_size: int, seed: int) -> None:
         self._p = identities
         self._k = batch_size // identities
         self._seed = seed
-        self._labels = labels
-        self._counts = np.array(split.class_counts, dtype=np.int64)
+        self._split = split
+        self._counts = split.classes.counts()
         self._check(split)
         self._groups = self._counts // self._k
         self._rounds = int(np.sort(self._groups)[-self._p])  # rounds 0 to this one have P classes or more
@@ -118,27 +115,14 @@ class PKSampler:
             first = int(small[0])
             raise UserError(
                 f"a batch takes K = {k} samples of each identity, but class '{split.classes[first]}' has "
-                f"{split.class_counts[first]} and {len(small)} of {classes} classes have fewer than {k}; "
+                f"{self._counts[first]} and {len(small)} of {classes} classes have fewer than {k}; "
                 f"raise data.identities_per_batch, lower data.batch_size, or import with --min-samples {k}"
             )
 
-    @cached_property
-    def _members(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Positions of the samples ordered by class, and where each class begins among them."""
-        labels = self._labels()
-        counts = np.bincount(labels, minlength=len(self._counts))
-        if not np.array_equal(counts, self._counts):
-            wrong = int(np.flatnonzero(counts != self._counts)[0])
-            raise UserError(
-                f"the shards hold {counts[wrong]} samples of class {wrong}, but the manifest says "
-                f"{self._counts[wrong]}; import the data again"
-            )
-        return np.argsort(labels, kind="stable"), np.cumsum(counts) - counts
-
     def _group(self, epoch: int, label: int, group: int) -> NDArray[np.int64]:
-        by_class, starts = self._members
         dealt = np.random.default_rng([self._seed, epoch, _CLASS, label]).permutation(self._counts[label])
-        chosen: NDArray[np.int64] = by_class[starts[label] + dealt[group * self._k : (group + 1) * self._k]]
+        start = self._split.classes.ends()[label] - self._counts[label]
+        chosen: NDArray[np.int64] = self._split.by_class[start + dealt[group * self._k : (group + 1) * self._k]]
         return chosen
 
     def _deal(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

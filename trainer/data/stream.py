@@ -83,7 +83,7 @@ class Stream:
     batch has the same shape, and its padding has the statistics of real images.
 
     Args:
-        folder: the data set.
+        manifest: of the data set.
         split: name of the split, for example `config.train_split`.
         config: sizes of image, batch and window; P x K batches where `identities_per_batch` is set (and `shuffle`).
         shuffle: False gives the samples in the order of the shards, each once, as evaluation wants them.
@@ -95,7 +95,6 @@ class Stream:
 
     def __init__(
         self,
-        folder: Path,
         manifest: Manifest,
         split: str,
         config: DataConfig,
@@ -113,16 +112,8 @@ class Stream:
         self._split = manifest.split(split)
         self._rank = rank
         self._slots = config.batch_size // world_size
-        shards = len(self._split.shards)
-        # The shards of two windows are in use at a time; P x K batches reach into all of them.
-        windows = 4 + 2 * config.shuffle_window * shards // self._split.samples
         self._reader = Reader(
-            folder,
-            self._split,
-            preprocessing(manifest, config),
-            threads=config.decode_threads,
-            cache=config.cache,
-            keep_indexes=shards if config.identities_per_batch else windows,
+            self._split, preprocessing(manifest, config), threads=config.decode_threads, cache=config.cache
         )
         self._sampler = self._make_sampler(config, seed, shuffle)
         self.steps_per_epoch = self._sampler.steps_per_epoch
@@ -149,7 +140,7 @@ class Stream:
         if not shuffle:
             return SequentialSampler(split.samples, config.batch_size)
         if p is not None:
-            return PKSampler(split, p, config.batch_size, seed, self._reader.all_labels)
+            return PKSampler(split, p, config.batch_size, seed)
         shards = [entry.samples for entry in split.shards]
         return ShuffledSampler(shards, config.batch_size, config.shuffle_window, seed)
 

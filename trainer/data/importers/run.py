@@ -20,8 +20,10 @@ from trainer.data.image import decode
 from trainer.data.importers import Sample, Source, open_folder
 from trainer.data.importers.glyphs import open_glyphs
 from trainer.data.importers.omniglot import open_omniglot
-from trainer.data.manifest import MANIFEST_FILE, BadSample, Manifest, ShardEntry, Split
+from trainer.data.index import make_index, write_index
+from trainer.data.manifest import MANIFEST_FILE, BadSample, Manifest
 from trainer.data.reader import Progress, ahead
+from trainer.data.split import ShardEntry, index_shard, write_split
 from trainer.errors import UserError
 
 # Enough for reading in long runs (120 MB of 112 x 112 faces as JPEG), few enough to deal shards out evenly.
@@ -29,6 +31,7 @@ SAMPLES_PER_SHARD = 10_000
 MAX_SHARD_BYTES = 2**30
 _KEPT = {"PNG": "png", "JPEG": "jpg"}  # formats whose bytes go into the shard as they are
 _SHUFFLE = 0x5A0F
+_ANY_LABEL = 2**32
 _THREADS = min(4, os.cpu_count() or 1)
 _DATA_SET = Kind("a data set", MANIFEST_FILE)
 
@@ -78,7 +81,7 @@ def run_import(
     with fresh_folder(out, _DATA_SET, options.overwrite) as folder, _open(kind, source, options, progress) as opened:
         manifest = _Import(opened, folder, options, progress).run(kind)
         manifest.write(folder)
-    return manifest
+    return Manifest.read(out)
 
 
 def _open(
@@ -207,7 +210,7 @@ class _Import:
             kind=kind,
             image_mode="L" if self._grey else "RGB",
             splits={
-                name: Split(samples=sum(counts[name]), classes=classes, class_counts=counts[name], shards=shards)
+                name: write_split(self._folder, name, classes, np.array(counts[name], np.int64), shards)
                 for name, (classes, shards) in splits.items()
             },
             bad=[BadSample(name=self._source.samples[row].name, reason=self._bad[row]) for row in sorted(self._bad)],
@@ -227,7 +230,7 @@ def write_shards(
     samples: Iterable[tuple[bytes, str, int, Sample]],
     samples_per_shard: int = SAMPLES_PER_SHARD,
 ) -> list[ShardEntry]:
-    """Write `<split>-000000.tar`, `<split>-000001.tar`, ... into a folder, each with a sample or more.
+    """Write `<split>-000000.tar`, `<split>-000001.tar`, ... into a folder, each with a sample or more and its index.
 
     A sample is three files: `<key>.cls` (the label, decimal), `<key>.json` (name of its source and its identity) and
     `<key>.png` or `<key>.jpg`. The key is the sample's number in the split. Times, owners and modes are fixed, members
@@ -250,5 +253,8 @@ def write_shards(
                     break
         with path.open("rb") as shard:
             digest = hashlib.file_digest(shard, "sha256").hexdigest()
-        entries.append(ShardEntry(name=path.name, samples=written, bytes=path.stat().st_size, sha256=digest))
+        entry = ShardEntry(name=path.name, samples=written, bytes=path.stat().st_size, sha256=digest)
+        records = index_shard(path, entry, _ANY_LABEL).records
+        index = make_index(records, sum(done.samples for done in entries), entry.bytes)
+        entries.append(entry.model_copy(update={"index_sha256": write_index(folder / entry.index_file, index)}))
     return entries

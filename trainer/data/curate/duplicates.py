@@ -35,6 +35,11 @@ class Pairs:
     second: NDArray[np.int64]
     distance: NDArray[np.int64]
 
+    @classmethod
+    def none(cls) -> "Pairs":
+        """No pair."""
+        return cls(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))
+
     def __len__(self) -> int:
         return len(self.first)
 
@@ -117,7 +122,8 @@ def _near_rows(
 
 
 def _bits_apart(hashes: NDArray[np.uint64], one: NDArray[np.int64], two: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.bitwise_count(hashes[one] ^ hashes[two]).sum(axis=1, dtype=np.int64)
+    bits: NDArray[np.int64] = np.bitwise_count(hashes[one] ^ hashes[two]).sum(axis=1, dtype=np.int64)
+    return bits
 
 
 def _bands(hashes: NDArray[np.uint64]) -> NDArray[np.uint32]:

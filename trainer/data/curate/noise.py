@@ -93,7 +93,7 @@ def find_suspects(
     fits = (median_C[nearest] - other) / spread_C[nearest] < _NORMAL
     order = np.argsort(own_N[far] - other, kind="stable")
     far = far[order]
-    return Suspects(far, own_N[far], deviations_N[far], nearest[order], other[order], fits[order])
+    return Suspects(far, own_N[far], deviations_N[far].astype(np.float32), nearest[order], other[order], fits[order])
 
 
 def find_twins(

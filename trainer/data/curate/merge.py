@@ -93,7 +93,8 @@ def _identities(manifest: Manifest, split: str, prefix: str) -> pa.Table:
     table = identities_of(manifest.split(split))
     if not prefix:
         return table
-    names = pc.binary_join_element_wise(pa.scalar(prefix, pa.large_string()), table["name"], "")
+    before, nothing = pa.scalar(prefix, pa.large_string()), pa.scalar("", pa.large_string())
+    names = pc.binary_join_element_wise(before, table["name"].cast(pa.large_string()), nothing)
     return table.set_column(table.column_names.index("name"), "name", names)
 
 

@@ -29,7 +29,8 @@ from serving.cli import app
 from trainer.data.image import Preprocessing
 from trainer.data.importers import Sample
 from trainer.data.importers.run import write_shards
-from trainer.data.manifest import Manifest, Split
+from trainer.data.manifest import Manifest
+from trainer.data.split import write_split
 from trainer.embedder import MODEL_FILE, Embedder, EmbedderManifest, model_id, write_manifest
 from trainer.evaluation.report import Calibration, Report, Threshold
 
@@ -230,7 +231,7 @@ def data_set(installed: Installed) -> Path:
             Image.fromarray(pixels).save(file, "PNG")
             samples.append((file.getvalue(), "png", label, Sample(name, f"{name}/{number}.png")))
     shards = write_shards(folder, "val", samples)
-    split = Split(samples=100, classes=classes, class_counts=[5] * 20, shards=shards)
+    split = write_split(folder, "val", classes, np.full(20, 5), shards)
     Manifest(kind="folder", image_mode="L", splits={"val": split}).write(folder)
     return folder
 

@@ -44,7 +44,7 @@ def test_every_sample_has_its_vector(images, data, embedder):
     told = []
     split = Manifest.read(data).split("val")
     assert (len(split.shards), split.samples) == (5, 300)  # more than one batch, and batches across shards
-    vectors_ND, labels_N = embed_split(embedder, data, split, lambda *step: told.append(step))
+    vectors_ND, labels_N = embed_split(embedder, split, lambda *step: told.append(step))
     files = sorted(images.rglob("*.png"))
     assert [split.classes[label] for label in labels_N] == [file.parent.name for file in files]
     pixels = np.stack([load_image(file.read_bytes(), embedder.preprocessing) for file in files])
@@ -53,7 +53,7 @@ def test_every_sample_has_its_vector(images, data, embedder):
 
 
 def test_what_is_found_is_what_the_protocols_find(data, embedder):
-    vectors_ND, labels_N = embed_split(embedder, data, Manifest.read(data).split("val"))
+    vectors_ND, labels_N = embed_split(embedder, Manifest.read(data).split("val"))
     names = Manifest.read(data).split("val").classes
     assert evaluate_split(embedder, data, "val", unenrolled=0.4, seed=3) == evaluate(
         vectors_ND, labels_N, names, unenrolled_share=0.4, seed=3

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic_core import from_json
 
 from trainer.atomic import write_file
 from trainer.data.format1 import upgrade
@@ -50,6 +51,10 @@ class Manifest(Strict):
             raise ValueError(f"shape is {self.shape}, but content is {self.content}")
         return self
 
+    def __eq__(self, other: object) -> bool:
+        """Whether they say the same, wherever they were read."""
+        return isinstance(other, Manifest) and self.model_dump() == other.model_dump()
+
     @classmethod
     def read(cls, address: str | Path) -> "Manifest":
         """Read and check the manifest of the data set at an address (a folder).
@@ -60,7 +65,7 @@ class Manifest(Strict):
         store = open_store(address)
         where = f"{store.address}/{MANIFEST_FILE}"
         try:
-            tree = json.loads(store.read_bytes(MANIFEST_FILE))
+            tree = from_json(store.read_bytes(MANIFEST_FILE))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(
                 f"'{address}' is not a data set: '{where}' is missing; make one with 'hypersphere data import'"

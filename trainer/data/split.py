@@ -100,7 +100,8 @@ class Split:
         """
         table = self.entry.classes
         if table is None:
-            assert self._inline is not None
+            if self._inline is None:
+                raise UserError(f"the manifest names no table of classes for the split '{self.name}'; {REMEDY}")
             return self._inline
         path = self.store.path(table.file, table.bytes, table.sha256)
         classes = Classes.open(path)

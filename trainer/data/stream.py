@@ -140,7 +140,7 @@ class Stream:
         if not shuffle:
             return SequentialSampler(split.samples, config.batch_size)
         if p is not None:
-            return PKSampler(split, p, config.batch_size, seed)
+            return PKSampler(split.classes, split.by_class, p, config.batch_size, seed)
         shards = [entry.samples for entry in split.shards]
         return ShuffledSampler(shards, config.batch_size, config.shuffle_window, seed)
 

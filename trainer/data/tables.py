@@ -204,7 +204,7 @@ def open_by_class(path: Path, samples: int) -> NDArray[np.int64]:
     """
     try:
         positions: NDArray[np.int64] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"'{path}' is not a table of positions: {error}; {_REMEDY}") from error
     if positions.shape != (samples,) or positions.dtype != np.int64:
         raise UserError(f"'{path}' holds {positions.dtype} {positions.shape}, not int64 ({samples},); {_REMEDY}")

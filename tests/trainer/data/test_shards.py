@@ -66,7 +66,7 @@ def test_webdataset_reads_them(data_set: Path, manifest: Manifest):
         grouped = group_by_keys(tar_file_expander(opened))
         samples = list(webdataset.DataPipeline(lambda: iter(grouped), webdataset.decode("l8")))
     assert len(samples) == manifest.splits["train"].samples
-    classes = manifest.splits["train"].classes
+    classes = manifest.split("train").classes
     for sample in samples:
         assert sample["png"].shape == (12, 12)
         assert classes[sample["cls"]] == sample["json"]["identity"]

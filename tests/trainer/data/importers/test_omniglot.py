@@ -60,7 +60,7 @@ def test_identity_is_alphabet_and_character_whatever_the_root(tmp_path: Path, no
 def test_alphabets_are_held_out_whole_and_named(tmp_path: Path, noise):
     path = packed(tmp_path / "o.zip", files(noise))
     made = run_import("omniglot", path, tmp_path / "set", ImportOptions(holdout_alphabets=2, seed=5))
-    train, val = ({name.split("/")[0] for name in made.splits[split].classes} for split in ("train", "val"))
+    train, val = ({name.split("/")[0] for name in made.split(split).classes} for split in ("train", "val"))
     assert len(train) == len(val) == 2
     assert not train & val
     assert made.provenance["held_out_alphabets"] == ", ".join(sorted(val))
@@ -123,7 +123,11 @@ def test_members_never_leave_the_folder(tmp_path: Path, noise):
     out = tmp_path / "deep" / "set"
     run_import("omniglot", packed(tmp_path / "o.zip", members), out, ImportOptions(holdout_alphabets=1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "o.zip"]
-    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "train-000000.tar", "val-000000.tar"]
+    assert sorted(path.name for path in out.iterdir()) == ["manifest.json"] + [
+        f"{split}{end}"
+        for split in ("train", "val")
+        for end in ("-000000.idx", "-000000.tar", ".by_class.npy", ".classes.arrow")
+    ]
 
 
 def test_huge_damaged_and_encrypted_members_are_named(tmp_path: Path, noise):
@@ -157,7 +161,10 @@ def test_the_real_thing(tmp_path: Path, omniglot_zip: Path):
         part = {source.samples[i].name: source.read(i) for i in keep}
     small = packed(tmp_path / "small.zip", part)
     made = run_import("omniglot", small, tmp_path / "set", ImportOptions(holdout_alphabets=1))
-    assert {split: (len(s.classes), set(s.class_counts)) for split, s in made.splits.items()} in (
+    assert {
+        split: (made.splits[split].identities, set(made.split(split).classes.counts().tolist()))
+        for split in made.splits
+    } in (
         {"train": (24, {20}), "val": (26, {20})},
         {"train": (26, {20}), "val": (24, {20})},
     )

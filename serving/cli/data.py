@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from serving.cli import curate
 from serving.cli.terminal import err, out, progress
 from trainer.errors import UserError
 
@@ -60,3 +61,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="Folder that `data import
     with progress() as show:
         verify_files(Manifest.read(folder), show)
     out.print(f"{folder}: every shard is as it was written")
+
+
+for command in (curate.check, curate.merge, curate.split, curate.clean):
+    app.command()(command)

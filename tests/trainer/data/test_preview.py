@@ -33,7 +33,8 @@ def test_first_column_is_unchanged_and_the_others_are_augmented(data_set: Path):
 def test_the_command_writes_a_picture(data_set: Path, tmp_path: Path):
     overrides = [f"data.path={data_set}", "data.height=16", "data.width=12"]
     commands.preview(overrides, to=tmp_path / "sheet.png", samples=3, versions=2)
-    assert Image.open(tmp_path / "sheet.png").format == "PNG"
+    with Image.open(tmp_path / "sheet.png") as picture:
+        assert picture.format == "PNG"
     with pytest.raises(UserError, match=r"nowhere/sheet\.png' cannot be written: No such file"):
         commands.preview(overrides, to=tmp_path / "nowhere" / "sheet.png", samples=3, versions=2)
     with pytest.raises(UserError, match="is not a data set"):

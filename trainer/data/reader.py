@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from io import FileIO
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -53,10 +54,9 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int, m
 
 
 class Place(NamedTuple):
-    """Where one sample lies in its shard (`shard` is what messages call it), and its label; `crc` is of its bytes."""
+    """Where one sample lies in its shard, and its label; `crc` is of its bytes."""
 
-    shard: str
-    file: File
+    shard: Path
     key: str
     offset: int
     size: int
@@ -64,12 +64,10 @@ class Place(NamedTuple):
     crc: int
 
 
-def places_in(split: Split, shard: int, index: ShardIndex, rows: NDArray[np.int64]) -> list[Place]:
+def places_in(shard: Path, index: ShardIndex, rows: NDArray[np.int64]) -> list[Place]:
     """The samples in these rows of a shard's index."""
-    file = split.shards[shard].file
-    shown = split.store.shown(file)
     records = zip(rows.tolist(), index.records[rows].tolist(), strict=True)
-    return [Place(shown, file, index.key(row), *record[:4]) for row, record in records]
+    return [Place(shard, index.key(row), *record[:4]) for row, record in records]
 
 
 class Samples(NamedTuple):
@@ -124,6 +122,11 @@ class Reader:
         self._threads, self._processes = threads, processes
         self._scattered = scattered
         self._index = lru_cache(_KEEP_INDEXES)(split.index)
+        # What places and messages call each shard: where it lies, or its name where it lies elsewhere.
+        self._paths = [
+            split.path(i) if split.store.is_local(x.file) else Path(x.name) for i, x in enumerate(split.shards)
+        ]
+        self._files = {path: entry.file for path, entry in zip(self._paths, split.shards, strict=True)}
         self._wanted: set[int] = set()
         self._cache = _make_cache(split.samples, preprocessing, cache)
         self._cached = np.zeros(split.samples if self._cache is not None else 0, dtype=bool)
@@ -181,7 +184,7 @@ class Reader:
         """What is read of each shard."""
         wanted: dict[File, list[tuple[int, int]]] = {}
         for place in places:
-            wanted.setdefault(place.file, []).append((place.offset, place.size))
+            wanted.setdefault(self._files[place.shard], []).append((place.offset, place.size))
         return {file: ranges if self._scattered else None for file, ranges in wanted.items()}
 
     def _places(self, positions: NDArray[np.int64]) -> list[Place]:
@@ -191,7 +194,7 @@ class Reader:
         places: list[Place] = []
         for shard, group in zip(shards.tolist(), np.split(positions, firsts[1:]), strict=True):
             index = self._index(shard)
-            places += places_in(self.split, shard, index, group - (self.split.ends[shard] - index.samples))
+            places += places_in(self._paths[shard], index, group - (self.split.ends[shard] - index.samples))
         return places
 
     def _images(self, positions: NDArray[np.int64], places: list[Place], pool: Decoders) -> NDArray[np.uint8]:
@@ -216,20 +219,20 @@ class Reader:
         with self.split.store.open(self._ranges(places)) as files:
 
             def read(i: int) -> bytes:
-                return self._payload(files[places[i].file], places[i])
+                return self._payload(files[self._files[places[i].shard]], places[i])
 
-            return pool.decode([f"{place.file.name}: {place.key}" for place in places], read)
+            return pool.decode([f"{place.shard.name}: {place.key}" for place in places], read)
 
     def _payload(self, shard: FileIO | UserError, place: Place) -> bytes:
         """The checked bytes of a sample; a copy of a shard from elsewhere that is wrong there is fetched once more."""
-        store, part = self.split.store, [(place.offset, place.size)]
+        store, file, part = self.split.store, self._files[place.shard], [(place.offset, place.size)]
         try:
             return read_bytes(shard, place)
         except UserError:
-            if isinstance(shard, UserError) or not store.forget(place.file, part):
+            if isinstance(shard, UserError) or not store.forget(file, part):
                 raise
-        with store.open({place.file: part}) as files:
-            return read_bytes(files[place.file], place)
+        with store.open({file: part}) as files:
+            return read_bytes(files[file], place)
 
 
 def _make_cache(samples: int, preprocessing: Preprocessing, cache: str) -> NDArray[np.uint8] | None:

@@ -89,10 +89,6 @@ class Store:
         place = self._place(name, None)
         return place.read_bytes() if isinstance(place, Path) else fetch(place)
 
-    def shown(self, file: "File") -> str:
-        """The path or address of a file, for messages: without password and token."""
-        return shown(self._place(file.name, file.url))
-
     def is_local(self, file: "File") -> bool:
         """Whether the file is used where it lies."""
         return isinstance(self._place(file.name, file.url), Path)

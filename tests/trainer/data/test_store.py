@@ -167,7 +167,9 @@ def test_faults_that_pass_change_nothing(large_set: Path, web: Web, settings: Da
 
 def test_a_missing_shard_is_named_with_the_sample(web: Web, settings: DataConfig):
     (web.folder / "train-000001.tar").unlink()
-    with pytest.raises(UserError, match=r"sample '\d+' of shard 'http://.*/train-000001.tar' .*: it is not there"):
+    with pytest.raises(
+        UserError, match=r"sample '\d+' of shard 'train-000001.tar' .*/train-000001.tar' .*: it is not there"
+    ):
         list(stream(settings).batches(0))
 
 
@@ -175,7 +177,8 @@ def test_a_truncated_shard_is_named_with_the_sample(web: Web, settings: DataConf
     with (web.folder / "train-000002.tar").open("r+b") as file:
         file.truncate(100_000)
     with pytest.raises(
-        UserError, match=r"sample '\d+' of shard '.*/train-000002.tar' cannot be had: .* early, 5 times"
+        UserError,
+        match=r"sample '\d+' of shard 'train-000002.tar' cannot be had: 'http://.*/train-000002.tar' .* early, 5 times",
     ):
         list(stream(settings).batches(0))
 
@@ -185,7 +188,7 @@ def test_a_changed_shard_is_named_with_the_sample_after_a_second_look(web: Web, 
     data = bytearray(path.read_bytes())
     data[200_000] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"sample '\d+' of shard '.*/train-000003.tar' is damaged: its CRC-32 is wrong"):
+    with pytest.raises(UserError, match=r"sample '\d+' of shard 'train-000003.tar' is damaged: its CRC-32 is wrong"):
         list(stream(settings).batches(0))
     assert web.sent[path.name] > len(data)
 
@@ -286,7 +289,7 @@ def test_a_bad_image_is_named_with_shard_and_key(web: Web, settings: DataConfig)
     path.write_bytes(data)
     left_out = stream(with_(settings, max_bad=1))
     assert [key for batch in left_out.batches(0) for key in batch.keys].count("") == 1
-    with pytest.raises(UserError, match=r"sample '000000067' of shard '.*/train-000002.tar' is damaged"):
+    with pytest.raises(UserError, match=r"sample '000000067' of shard 'train-000002.tar' is damaged"):
         list(stream(settings).batches(0))
 
 

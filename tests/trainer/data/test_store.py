@@ -306,3 +306,14 @@ def test_a_mix_of_near_and_far(large_set: Path, web: Web, settings: DataConfig, 
 def test_decoder_processes_read_from_afar(large_set: Path, web: Web, settings: DataConfig):
     found = list(stream(with_(settings, decode_processes=2)).batches(0))
     assert_equal(found, list(stream(with_(settings, path=large_set)).batches(0)))
+
+
+def test_addresses_in_a_config(tmp_path: Path):
+    assert DataConfig(path="s3://bucket/faces").path == "s3://bucket/faces"
+    assert DataConfig(path=Path("s3://bucket/faces")).path == "s3://bucket/faces"
+    assert DataConfig(path=f"file://{tmp_path}").path == tmp_path == DataConfig(path=str(tmp_path)).path
+    config = DataConfig(path="gs://bucket/faces", cache_dir=tmp_path, cache_bytes="3GB")
+    assert config.remote_cache == CacheConfig(tmp_path, 3 * 10**9)
+    assert DataConfig.model_validate(config.model_dump(mode="json")) == config
+    with pytest.raises(ValueError, match="7 is neither a folder nor an address such as s3://bucket/faces"):
+        DataConfig(path=7)

@@ -62,10 +62,13 @@ def members(file: BinaryIO, archive: str) -> Iterator[Member]:
             (common if kind == _PAX_GLOBAL else extended).read(kind, content, archive, offset)
         else:
             name = _text(extended.path or common.path or _name(header))
-            _refuse(name, kind, extended.sparse, archive)
-            size = _first(extended.size, common.size, size) if kind in _REGULAR else 0
+            if kind not in _REGULAR or ".." in name or name.startswith("/") or extended.path or extended.sparse:
+                _refuse(name, kind, extended.sparse, archive)
+            size = extended.size if extended.size is not None else size if common.size is None else common.size
+            if kind not in _REGULAR:
+                size = 0
             if offset + BLOCK + size > end:
-                raise UserError(f"shard '{archive}' is cut off at byte {end}, inside '{name}'; {_REMEDY}")
+                raise UserError(f"shard '{archive}' is cut off at byte {end}, inside {name[:300]!r}; {_REMEDY}")
             if kind in _REGULAR and not name.endswith("/"):  # before ustar, a slash at the end made a folder
                 yield Member(name.removeprefix("./"), offset + BLOCK, size)
             extended = _Extended()
@@ -142,10 +145,6 @@ def _content(file: BinaryIO, size: int, archive: str, offset: int) -> bytes:
     return content
 
 
-def _first(*sizes: int | None) -> int:
-    return next(size for size in sizes if size is not None)
-
-
 def _name(header: bytes) -> bytes:
     name = header[:100].partition(b"\0")[0]
     if header[257:263] == b"ustar\0":  # GNU's own format keeps times where ustar keeps the first part of long names
@@ -157,11 +156,11 @@ def _name(header: bytes) -> bytes:
 def _refuse(name: str, kind: bytes, sparse: bool, archive: str) -> None:
     if kind in _REFUSED or sparse:
         what = "a sparse file" if sparse else _REFUSED[kind]
-        raise UserError(f"'{name[:300]}' in shard '{archive}' is {what}; pack plain files only")
+        raise UserError(f"{name[:300]!r} in shard '{archive}' is {what}; pack plain files only")
     if kind not in _REGULAR + _FOLDER + _LABEL:
-        raise UserError(f"'{name[:300]}' in shard '{archive}' is of the unknown type {kind!r}; pack plain files only")
+        raise UserError(f"{name[:300]!r} in shard '{archive}' is of the unknown type {kind!r}; pack plain files only")
     if len(name) > _MAX_NAME or name.startswith("/") or ".." in name.split("/") or "\0" in name:
-        raise UserError(f"shard '{archive}' holds '{name[:300]}', a path that leads out of it; do not use this archive")
+        raise UserError(f"shard '{archive}' holds {name[:300]!r}, a path that leads out of it; do not use this archive")
 
 
 def _text(name: bytes) -> str:

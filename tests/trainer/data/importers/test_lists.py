@@ -1,10 +1,8 @@
 """Import from CSV and Parquet lists."""
 
 import contextlib
-import http.server
 import io
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.web import Web, serving
+from trainer.data import remote
 from trainer.data.importers import Entry, ImportOptions, Listing
 from trainer.data.importers.lists import list_list, read_list
 from trainer.data.importers.run import run_import
@@ -175,20 +175,12 @@ def test_a_name_that_looks_like_not_a_number_is_a_name(files: Path):
 
 
 @pytest.fixture
-def server(files: Path) -> Iterator[str]:
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args: object) -> None:
-            super().__init__(*args, directory=str(files))
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as listening:
-        thread = threading.Thread(target=listening.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{listening.server_port}"
-        listening.shutdown()
-        thread.join()
+def server(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(remote, "_FIRST_DELAY", 0.01)
+    web = Web(files)
+    web.faults["a.jpg"] = 2
+    with serving(web):
+        yield web.address
 
 
 def test_addresses_are_read_and_named_without_their_tokens(files: Path, server: str):

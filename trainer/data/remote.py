@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import fsspec
 
@@ -52,7 +52,7 @@ def shown(address: str | Path) -> str:
     if not is_remote(text):
         return text
     parts = urlsplit(text)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def join(address: str, name: str) -> str:
@@ -82,6 +82,15 @@ def fetch(address: str, start: int = 0, stop: int | None = None) -> bytes:
         return data
 
     return _patiently(address, read)
+
+
+def matching(pattern: str) -> list[str]:
+    """The addresses that a pattern with stars names, sorted; none, if the storage has no such files.
+
+    Raises:
+        UserError: as `fetch`.
+    """
+    return _patiently(pattern, lambda files, path: sorted(map(files.unstrip_protocol, files.glob(path))))
 
 
 def size_of(address: str) -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from glob import glob
 from itertools import islice
 from typing import Any
 
@@ -12,7 +13,7 @@ from trainer.data.arrays import content_of
 from trainer.data.importers import Content, Entry, ImportOptions, Listing, Progress, Read, share_held_out
 from trainer.data.importers.labels import WrongLabel, identity_of
 from trainer.data.importers.ranges import opened, read_range
-from trainer.data.remote import is_remote, shown
+from trainer.data.remote import is_remote, matching, shown
 from trainer.data.tar import TarSample, samples_of
 from trainer.errors import UserError
 
@@ -26,15 +27,15 @@ def list_tars(source: str | None, options: ImportOptions, progress: Progress) ->
     """An identity is what `.cls` says, a number or text, or a field of `.json`; other fields are attributes.
 
     Args:
-        source: a .tar, a folder that holds some, or a pattern such as faces-{000000..000147}.tar, here or at any fsspec
-            address.
+        source: a .tar, a folder that holds some, or a pattern such as faces-{000000..000147}.tar or faces-*.tar, here
+            or at any fsspec address.
 
     Raises:
         UserError: an archive is missing, cut off, damaged or compressed, or holds paths that climb out of it; or a
             sample has no label.
     """
     source = source or ""
-    addresses = archives_of(source)
+    addresses = [address if is_remote(address) else os.path.abspath(address) for address in archives_of(source)]
     content, shape, attributes = peek(addresses[0], options.label_field)
     remote = any(map(is_remote, addresses))
     return Listing(
@@ -53,12 +54,11 @@ def list_tars(source: str | None, options: ImportOptions, progress: Progress) ->
 
 
 def read_tars(source: str, options: ImportOptions) -> Read:
-    """A place is the number of an archive, the offset of the payload in it, and its size."""
-    addresses = archives_of(source)
+    """A place is the offset of the payload in an archive, its size, and the archive's address."""
 
     def read(place: str) -> bytes:
-        number, offset, size = map(int, place.split())
-        return read_range(addresses[number], offset, offset + size)
+        offset, size, address = place.split(" ", 2)
+        return read_range(address, int(offset), int(offset) + int(size))
 
     return read
 
@@ -78,12 +78,17 @@ def archives_of(source: str) -> list[str]:
         if not found:
             raise UserError(f"SOURCE '{source}' holds no .tar; give a folder that holds some")
         return found
+    if os.path.isfile(source):  # whatever braces its name has
+        return [source]
     try:
-        found = list(islice(braceexpand(source), MAX_ARCHIVES + 1))
+        patterns = list(islice(braceexpand(source), MAX_ARCHIVES + 1))
     except ValueError as error:
         raise UserError(f"SOURCE '{shown(source)}' is not a pattern of names ({error}); mend its braces") from error
+    found = [name for pattern in patterns for name in (_matching(pattern) if "*" in pattern else [pattern])]
     if len(found) > MAX_ARCHIVES:
         raise UserError(f"SOURCE '{shown(source)}' names more than {MAX_ARCHIVES} archives; give fewer at a time")
+    if not found:
+        raise UserError(f"no archive matches '{shown(source)}'; give a .tar, or a pattern that some match")
     missing = [path for path in found if not is_remote(path) and not os.path.isfile(path)]
     if missing:
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
@@ -92,6 +97,10 @@ def archives_of(source: str) -> list[str]:
             "give a .tar, a folder that holds some, or a pattern such as name-{000000..000147}.tar"
         )
     return found
+
+
+def _matching(pattern: str) -> list[str]:
+    return matching(pattern) if is_remote(pattern) else sorted(glob(pattern))
 
 
 def peek(address: str, label_field: str) -> tuple[Content, tuple[int, ...] | None, list[str]]:
@@ -137,7 +146,7 @@ def fields_of(sample: TarSample, label_field: str) -> dict[str, str]:
 
 
 def _entries(addresses: list[str], label_field: str, attributes: list[str]) -> Iterator[Entry]:
-    for number, address in enumerate(addresses):
+    for address in addresses:
         archive = shown(address)
         stamp = "" if is_remote(address) else str(os.stat(address).st_mtime_ns)
         with opened(address) as file:
@@ -146,7 +155,7 @@ def _entries(addresses: list[str], label_field: str, attributes: list[str]) -> I
                 yield Entry(
                     identity_in(sample, label_field, archive),
                     f"{os.path.basename(archive)}/{sample.key}",
-                    f"{number} {sample.offset} {sample.size}",
+                    f"{sample.offset} {sample.size} {address}",
                     attributes={name: fields.get(name) for name in attributes} or None,
                     size=sample.size,
                     stamp=stamp,

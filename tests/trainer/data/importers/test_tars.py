@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -101,7 +102,7 @@ def expected() -> dict[str, list[bytes]]:
     return {name: sorted(images) for name, images in found.items()}
 
 
-@pytest.mark.parametrize("source", ["", "faces-{000..002}.tar"])
+@pytest.mark.parametrize("source", ["", "faces-{000..002}.tar", "faces-*.tar", "faces-0{00,01,02}.t*r"])
 def test_labels_of_cls_are_numbers(theirs: Path, source: str):
     entries = listed(theirs / source)
     assert len(entries) == 16
@@ -211,6 +212,17 @@ def test_archives_from_a_web_server(web: Web, tmp_path: Path, in_place: bool):
         assert [entry.url for entry in manifest.splits["train"].shards] == addresses
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_archives_of_a_bucket_by_a_pattern(theirs: Path, tmp_path: Path, in_place: bool):
+    bucket = fsspec.filesystem("memory")
+    bucket.put(str(theirs), "/bucket/faces", recursive=True)
+    options = ImportOptions(holdout_share=0, label_field="who", in_place=in_place)
+    run_import("tars", "memory://bucket/faces/*.tar", tmp_path / "set", options)
+    assert pixels_of(tmp_path / "set") == expected()
+    with pytest.raises(UserError, match=r"no archive matches 'memory://bucket/none/\*\.tar'"):
+        run_import("tars", "memory://bucket/none/*.tar", tmp_path / "other", options)
+
+
 def test_in_place_reads_each_archive_once(web: Web, tmp_path: Path):
     """But for its beginning, which tells what the samples are."""
     source = f"{web.address}/faces-{{000..002}}.tar"
@@ -232,6 +244,7 @@ def test_a_token_would_stand_in_the_manifest(web: Web, tmp_path: Path):
         ("none-{0..30}.tar", r"31 of 31 archives are missing: .*none-19\.tar and 11 more; give a \.tar, a folder"),
         ("none.tar", r"1 of 1 archives are missing: .*none\.tar; give"),
         ("x{.tar", "is not a pattern of names"),
+        ("x*.tar", r"no archive matches '.*x\*\.tar'"),
         ("empty", r"SOURCE '.*empty' holds no \.tar"),
     ],
 )

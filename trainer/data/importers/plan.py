@@ -18,7 +18,7 @@ from trainer.strict import Strict
 
 PLAN_FOLDER = ".plan"  # in the folder of the unfinished data set
 PLAN_FILE, ENTRIES_FILE, IDENTITIES_FILE = "plan.json", "entries.arrow", "identities.arrow"
-BATCH = 2**14  # entries that are in memory at a time
+BATCH = 2**13  # entries that are in memory at a time
 COLUMNS = ("identity", "name", "place", "split", "size")  # of the entries; after them come the attributes
 
 

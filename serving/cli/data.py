@@ -22,7 +22,7 @@ def _source_is_an_argument(value: str | None) -> None:
 def import_(
     source: Annotated[str | None, typer.Argument(help="Folder, file or address; glyphs need none.")] = None,
     *,
-    kind: Annotated[str, typer.Option(help="Layout of the source: folder, omniglot, glyphs.")],
+    kind: Annotated[str, typer.Option(help="folder, list, tars, recordio, arrays, omniglot or glyphs.")],
     to: Annotated[Path, typer.Option("--out", help="New folder on this machine for shards and manifest.json.")],
     holdout_alphabets: Annotated[int | None, typer.Option(help="omniglot: whole alphabets held out.")] = None,
     holdout_share: Annotated[float, typer.Option(help="Share of the identities held out (not of omniglot).")] = 0.1,
@@ -34,6 +34,9 @@ def import_(
     max_side: Annotated[int | None, typer.Option(help="Store larger images with this many pixels a side.")] = None,
     check: Annotated[bool, typer.Option(help="Decode every image, to leave out those that are damaged.")] = True,
     jobs: Annotated[int | None, typer.Option(help="Processes that write shards; by default one a core.")] = None,
+    label_field: Annotated[str, typer.Option(help="tars: the field of .json with the label, instead of .cls.")] = "cls",
+    labels: Annotated[str | None, typer.Option(help="arrays: file with a label for each row, .npy or .csv.")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="tars: index them where they lie, copy none.")] = False,
     seed: Annotated[int, typer.Option(help="Chooses what is held out, and the order.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     _: Annotated[str | None, typer.Option("--source", hidden=True, callback=_source_is_an_argument)] = None,
@@ -42,6 +45,9 @@ def import_(
 
     **folder**: one folder per identity, any format that Pillow reads. **omniglot**: the official layout, from a zip or
     folder, from `$OMNIGLOT_ZIP`, or downloaded; identity = character. **glyphs**: rendered from installed fonts.
+    **list**: a CSV or Parquet file with the columns path or url, and label. **tars**: WebDataset tars of others, from
+    here or an address. **recordio**: InsightFace's train.rec. **arrays**: vectors or spectrograms in a .npy file (with
+    `--labels`) or a Parquet file.
 
     An import that was interrupted goes on where it was when the same command is given again.
 
@@ -61,6 +67,9 @@ def import_(
         jobs=jobs,
         check=check,
         max_side=max_side,
+        label_field=label_field,
+        labels=labels,
+        in_place=in_place,
     )
     with progress() as show:
         manifest = run_import(kind, source, to, options, show)

@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from serving.cli import app
+from tests.trainer.data.importers.archives import pack, picture
 from tests.trainer.data.importers.recordio_files import write_insightface
 from trainer.data.importers import ImportOptions
 from trainer.data.importers.kinds import KINDS
@@ -40,3 +44,18 @@ def test_records_become_a_data_set(image_folder: Path, tmp_path: Path):
         stored[label].append(tar[offset : offset + size])
     assert [sorted(images) for images in stored] == [sorted(images) for images in people]
     verify(manifest)
+
+
+@pytest.mark.parametrize("option", [["--labels", "labels.npy", "--kind", "arrays"], ["--in-place", "--kind", "tars"]])
+def test_the_command_line_hands_the_options_of_kinds_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: list[str]
+):
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", np.arange(8, dtype=np.float32).reshape(4, 2))
+    np.save("labels.npy", np.arange(4) % 2)
+    pack(tmp_path / "x.tar", [{"cls": b"%d" % (i % 2), "jpg": picture(i)} for i in range(4)])
+    source = "x.npy" if "arrays" in option else "x.tar"
+    found = CliRunner().invoke(app, ["data", "import", source, *option, "--out", "set", "--holdout-share", "0"])
+    assert found.exit_code == 0, found.output
+    assert "train: 4 " in found.output
+    assert (tmp_path / "set" / "train-000000.tar").exists() == ("arrays" in option)

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.trainer.data.importers.archives import pack, picture
 from tests.web import Web, serving
 from trainer.data import remote
 from trainer.data.importers import Entry, ImportOptions
@@ -29,22 +29,6 @@ from trainer.errors import UserError
 
 PEOPLE = {"ada": 3, "bob": 2, "cy": 4, "dot": 2, "eve": 3, "fay": 2}  # 16 samples
 ALL_TRAIN = ImportOptions(holdout_share=0, samples_per_shard=6)
-
-
-def picture(seed: int, format: str = "JPEG") -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, format)
-    return buffer.getvalue()
-
-
-def pack(path: Path, samples: list[dict[str, bytes]]) -> None:
-    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
-        for number, sample in enumerate(samples):
-            for suffix, data in sample.items():
-                info = tarfile.TarInfo(f"{'long' * 30}/{path.stem}-{number:04d}.{suffix}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
 
 
 def people() -> list[dict[str, bytes]]:

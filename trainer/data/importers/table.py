@@ -60,8 +60,9 @@ class Table:
         while True:
             with self._guard():  # around the reading alone, not around what is done with it
                 batch = next(iter(found), None)
-            if batch is None:
-                return
+                if batch is None:
+                    return
+                batch.validate(full=True)  # Arrow believes Parquet files that their text is UTF-8
             yield batch.select(list(columns))
 
     def rows(self) -> int:

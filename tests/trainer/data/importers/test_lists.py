@@ -21,6 +21,7 @@ from trainer.data.importers.run import run_import
 from trainer.errors import UserError
 
 OPTIONS = ImportOptions()
+NO_TEXT = pa.array([b"\xff.jpg"]).cast(pa.string(), safe=False)
 
 
 def listing_of(source: Path | str) -> Listing:
@@ -150,6 +151,7 @@ def test_what_is_wrong_is_said_in_one_sentence(files: Path, text: str, says: str
         ({"path": ["a.jpg"], "label": [0.5]}, r"has the label 0\.5, which is neither"),
         ({"path": ["a.jpg"], "label": [-1]}, "has the negative label -1"),
         ({"path": ["a.jpg"], "label": [True]}, "has the label True, which is neither"),
+        ({"path": NO_TEXT, "label": ["x"]}, r"cannot be read as a table \(.*UTF8"),
         ({"path": [3], "label": ["x"]}, "'path' of .* holds int64, not text"),
         ({"path": ["a.jpg"], "label": ["x"], "split": [1]}, "'split' of .* holds int64, not text"),
         (

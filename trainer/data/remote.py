@@ -76,6 +76,15 @@ def fetch(address: str, start: int = 0, stop: int | None = None) -> bytes:
     return _patiently(address, read)
 
 
+def listed(address: str) -> list[dict[str, Any]]:
+    """What lies directly in a folder, as fsspec tells it: `name`, `type` ("file" or "directory"), `size` and others.
+
+    Raises:
+        UserError: as `fetch`.
+    """
+    return _patiently(address, lambda files, path: list(files.ls(path, detail=True)))
+
+
 def _patiently(address: str, work: Callable[[Any, str], Result]) -> Result:
     for attempt in range(ATTEMPTS):
         if attempt:

@@ -35,8 +35,8 @@ from trainer.data.image import decode
 
 part, parts, source, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
 with Path(out, f"{part}.bin").open("wb") as file:
-    for path in sorted(source.rglob("*.jpg"))[part::parts]:
-        data = path.read_bytes()
+    for path in sorted(f"{folder}/{name}" for folder, _, names in os.walk(source) for name in names)[part::parts]:
+        data = Path(path).read_bytes()
         decode(data)
         file.write(data)
     os.fsync(file.fileno())

@@ -57,7 +57,7 @@ def read_folder(source: str, options: ImportOptions) -> Read:
     """Reads files by their path below `source`."""
     if is_remote(source):
         return lambda place: fetch(join(source, place))
-    return lambda place: read_regular(os.path.join(source, place), place)
+    return lambda place: read_regular(f"{source}/{place}", place)
 
 
 def read_regular(path: str, name: str) -> bytes:
@@ -87,7 +87,8 @@ def _entries(source: str, passed_over: list[PassedOver]) -> Iterator[Entry]:
         identity = text(folder[:-1])
         folders: list[str] = []
         for found in _sorted(source, folder, passed_over):
-            place, name = folder + found.name, text(folder + found.name)
+            place = folder + found.name
+            name = text(place)
             if found.name.lower() in _LITTER:
                 continue
             if found.is_dir():
@@ -99,7 +100,7 @@ def _entries(source: str, passed_over: list[PassedOver]) -> Iterator[Entry]:
             elif not found.name.startswith("."):
                 status = _status(found, name, passed_over)
                 if status is not None:
-                    _check_folder(folder, os.path.join(source, place))
+                    _check_folder(folder, f"{source}/{place}")
                     yield Entry(identity, name, place, size=status.st_size, stamp=str(status.st_mtime_ns))
         waiting += reversed(folders)
 

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from serving.cli import curate
+from serving.cli.embedder import ConfigOption, Overrides
 from serving.cli.terminal import err, out, progress
 from trainer.errors import UserError
 
@@ -20,7 +22,7 @@ def _source_is_an_argument(value: str | None) -> None:
 def import_(
     source: Annotated[str | None, typer.Argument(help="Folder, file or address; glyphs need none.")] = None,
     *,
-    kind: Annotated[str, typer.Option(help="Layout of the source: folder, omniglot, glyphs.")],
+    kind: Annotated[str, typer.Option(help="folder, list, tars, recordio, arrays, omniglot or glyphs.")],
     to: Annotated[str, typer.Option("--out", help="New folder on this machine for shards and manifest.json.")],
     holdout_alphabets: Annotated[int | None, typer.Option(help="omniglot: whole alphabets held out.")] = None,
     holdout_share: Annotated[float, typer.Option(help="Share of the identities held out (not of omniglot).")] = 0.1,
@@ -32,6 +34,9 @@ def import_(
     max_side: Annotated[int | None, typer.Option(help="Store larger images with this many pixels a side.")] = None,
     check: Annotated[bool, typer.Option(help="Decode every image, to leave out those that are damaged.")] = True,
     jobs: Annotated[int | None, typer.Option(help="Processes that write shards; by default one a core.")] = None,
+    label_field: Annotated[str, typer.Option(help="tars: the field of .json with the label, instead of .cls.")] = "cls",
+    labels: Annotated[str | None, typer.Option(help="arrays: file with a label for each row, .npy or .csv.")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="tars: index them where they lie, copy none.")] = False,
     seed: Annotated[int, typer.Option(help="Chooses what is held out, and the order.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     _: Annotated[str | None, typer.Option("--source", hidden=True, callback=_source_is_an_argument)] = None,
@@ -40,6 +45,9 @@ def import_(
 
     **folder**: one folder per identity, any format that Pillow reads. **omniglot**: the official layout, from a zip or
     folder, from `$OMNIGLOT_ZIP`, or downloaded; identity = character. **glyphs**: rendered from installed fonts.
+    **list**: a CSV or Parquet file with the columns path or url, and label. **tars**: WebDataset tars of others, from
+    here or an address. **recordio**: InsightFace's train.rec. **arrays**: vectors or spectrograms in a .npy file (with
+    `--labels`) or a Parquet file.
 
     An import that was interrupted goes on where it was when the same command is given again.
 
@@ -59,6 +67,9 @@ def import_(
         jobs=jobs,
         check=check,
         max_side=max_side,
+        label_field=label_field,
+        labels=labels,
+        in_place=in_place,
     )
     with progress() as show:
         manifest = run_import(kind, source, to, options, show)
@@ -81,3 +92,33 @@ def verify(folder: Annotated[Path, typer.Argument(help="Folder that `data import
     with progress() as show:
         verify_files(Manifest.read(folder), show)
     out.print(f"{folder}: every shard is as it was written")
+
+
+@app.command()
+def preview(
+    overrides: Overrides = None,
+    *,
+    config: ConfigOption = None,
+    to: Annotated[Path, typer.Option("--out", "-o", help="PNG file.")] = Path("preview.png"),
+    samples: Annotated[int, typer.Option(min=1, max=100, help="Rows of the sheet.")] = 8,
+    versions: Annotated[int, typer.Option(min=1, max=20, help="Augmented versions of each sample.")] = 8,
+) -> None:
+    """Draw what a training run would see: samples as they are read, and as the config augments them.
+
+    Example: `hypersphere data preview --config configs/vit.yaml augment.blur=0.3 --out preview.png`
+    """
+    from trainer.atomic import write_file
+    from trainer.config import load
+    from trainer.data.preview import preview as draw
+
+    found = load(config, overrides)
+    sheet = draw(found.data, found.augment, found.run.seed, samples=samples, versions=versions)
+    try:
+        write_file(to, sheet)
+    except OSError as error:
+        raise UserError(f"'{to}' cannot be written: {error.strerror}; give another --out") from error
+    out.print(f"{to}: {samples} samples, each as it is read and in {versions} augmented versions")
+
+
+for command in (curate.check, curate.merge, curate.split, curate.clean):
+    app.command()(command)

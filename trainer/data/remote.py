@@ -5,11 +5,13 @@ Addresses and the messages of others may carry passwords and tokens: neither is 
 
 import posixpath
 import random
+import re
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import fsspec
 
@@ -26,6 +28,7 @@ _FAULTS = {
     "gcsfs.retry": ("HttpError",),
     "google.auth.exceptions": ("GoogleAuthError",),
 }
+_LOST_SLASH = re.compile(r"^([a-z][a-z0-9+]+):/(?=[^/])")
 Result = TypeVar("Result")
 
 
@@ -33,18 +36,23 @@ class _Cut(OSError):
     """Fewer or more bytes than asked for."""
 
 
-def is_remote(address: object) -> bool:
+def text_of(address: str | Path) -> str:
+    """The address as it was given: a Path, as command lines make of it, has one slash of the two behind "s3:"."""
+    return _LOST_SLASH.sub(r"\1://", str(address)) if isinstance(address, Path) else address
+
+
+def is_remote(address: str | Path) -> bool:
     """Whether it is an address such as s3://bucket/faces, rather than a path."""
-    return "://" in str(address)
+    return "://" in text_of(address)
 
 
-def shown(address: object) -> str:
+def shown(address: str | Path) -> str:
     """The address without user, password and query, for messages and logs."""
-    text = str(address)
+    text = text_of(address)
     if not is_remote(text):
         return text
     parts = urlsplit(text)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def join(address: str, name: str) -> str:
@@ -83,6 +91,31 @@ def listed(address: str) -> list[dict[str, Any]]:
         UserError: as `fetch`.
     """
     return _patiently(address, lambda files, path: list(files.ls(path, detail=True)))
+
+
+def matching(pattern: str) -> list[str]:
+    """The addresses that a pattern with stars names, sorted; none, if the storage has no such files.
+
+    Raises:
+        UserError: as `fetch`.
+    """
+    return _patiently(pattern, lambda files, path: sorted(map(files.unstrip_protocol, files.glob(path))))
+
+
+def size_of(address: str) -> int:
+    """The file's size in bytes.
+
+    Raises:
+        UserError: as `fetch`; or the server does not tell it.
+    """
+
+    def ask(files: Any, path: str) -> int:
+        size = files.info(path).get("size")
+        if size is None:
+            raise _Cut("the server does not say how large it is")
+        return int(size)
+
+    return _patiently(address, ask)
 
 
 def _patiently(address: str, work: Callable[[Any, str], Result]) -> Result:
@@ -153,7 +186,7 @@ def _reason(error: BaseException) -> str:
     if _no_credentials(error):
         return "there are no credentials"
     if isinstance(error, FileNotFoundError):
-        return "the bucket is not there" if "bucket" in str(error).lower() else "it is not there"
+        return "the bucket is not there" if "specified bucket" in str(error) else "it is not there"
     if isinstance(error, PermissionError):
         return "access is denied"
     if isinstance(error, _Cut):

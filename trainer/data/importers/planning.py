@@ -52,6 +52,8 @@ def make_plan(folder: Path, kind: str, listing: Listing, options: ImportOptions,
     """
     digest = _digest(kind, listing, options)
     total = _write_entries(folder / ENTRIES_FILE, listing, digest, show)
+    if listing.prepare is not None:
+        listing.source = listing.prepare(folder)
     table = open_arrow(folder / ENTRIES_FILE).read_all()
     codes = _number(table["identity"], folder / IDENTITIES_FILE)
     identities = Names(open_arrow(folder / IDENTITIES_FILE).get_batch(0).column(0))

@@ -23,7 +23,7 @@ def import_(
     source: Annotated[str | None, typer.Argument(help="Folder, file or address; glyphs need none.")] = None,
     *,
     kind: Annotated[str, typer.Option(help="folder, list, tars, recordio, arrays, omniglot or glyphs.")],
-    to: Annotated[Path, typer.Option("--out", help="New folder on this machine for shards and manifest.json.")],
+    to: Annotated[str, typer.Option("--out", help="New folder on this machine for shards and manifest.json.")],
     holdout_alphabets: Annotated[int | None, typer.Option(help="omniglot: whole alphabets held out.")] = None,
     holdout_share: Annotated[float, typer.Option(help="Share of the identities held out (not of omniglot).")] = 0.1,
     max_bad: Annotated[float, typer.Option(help="Share of unreadable images past which the import fails.")] = 0.01,

@@ -84,6 +84,15 @@ def fetch(address: str, start: int = 0, stop: int | None = None) -> bytes:
     return _patiently(address, read)
 
 
+def listed(address: str) -> list[dict[str, Any]]:
+    """What lies directly in a folder, as fsspec tells it: `name`, `type` ("file" or "directory"), `size` and others.
+
+    Raises:
+        UserError: as `fetch`.
+    """
+    return _patiently(address, lambda files, path: list(files.ls(path, detail=True)))
+
+
 def matching(pattern: str) -> list[str]:
     """The addresses that a pattern with stars names, sorted; none, if the storage has no such files.
 

@@ -123,7 +123,7 @@ class Store:
                     _wait(_begin(file, place, None))
                 if file.verified():
                     self._hold(file)
-                    return file.path
+                    return Path(file.path)
                 file.forget()
         raise UserError(
             f"'{shown(place)}' does not have the SHA-256 {sha256} of the manifest: it was cut off or changed; {_REMEDY}"

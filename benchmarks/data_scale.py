@@ -35,6 +35,7 @@ class Opened(NamedTuple):
 
     order: str
     open_s: float
+    open_cpu_s: float
     first_batch_s: float
     before: float
     rss: float
@@ -91,7 +92,7 @@ def memory() -> dict[str, float]:
 
 def open_set(folder: Path, order: str) -> Opened:
     """Open the set as a rank does, and ask for its first batch."""
-    before, start = memory()["Rss"], time.perf_counter()
+    before, start, cpu = memory()["Rss"], time.perf_counter(), time.process_time()
     split = Manifest.read(folder).split("train")
     reader = Reader(split, Preprocessing())
     if order == "P x K":
@@ -99,10 +100,10 @@ def open_set(folder: Path, order: str) -> Opened:
     else:
         sampler = ShuffledSampler([shard.samples for shard in split.shards], BATCH, WINDOW, 0)
     positions = sampler.positions(0, 0)
-    opened = time.perf_counter()
+    opened, cpu = time.perf_counter(), time.process_time() - cpu
     reader._places(np.unique(positions))  # all ranks' part: the worst case
     done, now = time.perf_counter(), memory()
-    return Opened(order, opened - start, done - opened, before, now["Rss"], now["Pss"], now["Private"])
+    return Opened(order, opened - start, cpu, done - opened, before, now["Rss"], now["Pss"], now["Private"])
 
 
 def rank(folder: Path, order: str, together: Barrier, results: "multiprocessing.SimpleQueue[Opened]") -> None:
@@ -122,7 +123,7 @@ def main() -> None:
     folder = options.folder / str(options.identities)
     make(folder, options.identities)
     print(f"{options.identities:,} identities, {options.identities * PER_IDENTITY:,} samples; times in s, memory in MB")
-    print("order     ranks  open  first batch's places  before  RSS  PSS  private")
+    print("order     ranks  open  CPU  first batch's places  before  RSS  PSS  private")
     context = multiprocessing.get_context("spawn")
     for order in ("shuffled", "P x K"):
         for ranks in (1, 8):
@@ -134,7 +135,7 @@ def main() -> None:
             for process in started:
                 process.join()
             print(
-                f"{order:9} {ranks:5} {found.open_s:5.2f} {found.first_batch_s:21.2f} {found.before:7.0f} "
+                f"{order:9} {ranks:5} {found.open_s:5.2f} {found.open_cpu_s:4.2f} {found.first_batch_s:21.2f} {found.before:7.0f} "
                 f"{found.rss:4.0f} {found.pss:4.0f} {found.private:8.0f}"
             )
 

@@ -9,7 +9,6 @@ twice before all of them have come once.
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from trainer.data.manifest import Manifest
 from trainer.data.reader import Reader, Samples
 from trainer.data.samplers import PKSampler, ShuffledSampler
 from trainer.data.split import Split
+from trainer.data.store import Address, CacheConfig
 from trainer.data.tables import Classes
 from trainer.errors import UserError
 from trainer.strict import Strict
@@ -30,7 +30,7 @@ _FINEST = 10**6  # denominators of shares: times the number of a slot they stay 
 class Part(Strict):
     """One data set of a mix."""
 
-    path: Path
+    path: Address
     weight: float | None = Field(
         None, gt=0, description="null: its number of samples, so that each comes once an epoch"
     )
@@ -79,13 +79,13 @@ class Mixed:
         return MixedSampler(self, samplers, self._weights, batch_size)
 
 
-def open_mix(parts: Sequence[Part], split: str, *, shared: bool) -> Mixed:
+def open_mix(parts: Sequence[Part], split: str, *, shared: bool, cache: CacheConfig | None = None) -> Mixed:
     """Open the sets of a mix; `split` is what each of them gives.
 
     Raises:
         UserError: a set is not there or has no such split.
     """
-    splits = [Manifest.read(part.path).split(split) for part in parts]
+    splits = [Manifest.read(part.path, cache).split(split) for part in parts]
     weights = [
         float(found.samples) if part.weight is None else part.weight for part, found in zip(parts, splits, strict=True)
     ]
@@ -182,6 +182,12 @@ class MixedReader:
     def pool(self, processes: bool = False) -> Decoders:
         """As of a Reader; all sets are decoded alike."""
         return self._readers[0].pool(processes)
+
+    def want(self, positions: NDArray[np.int64]) -> None:
+        """As of a Reader."""
+        owners = np.searchsorted(self._mixed.starts, positions, side="right") - 1
+        for part in np.unique(owners).tolist():
+            self._readers[part].want(positions[owners == part] - self._mixed.starts[part])
 
     def try_read(self, positions: NDArray[np.int64], pool: Decoders) -> Samples:
         """As of a Reader, with labels of the mix."""

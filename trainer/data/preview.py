@@ -7,6 +7,7 @@ from PIL import Image
 from trainer.data.augment import Augment, AugmentConfig, to_float
 from trainer.data.curate.sheet import CELL, Row, draw
 from trainer.data.manifest import Manifest
+from trainer.data.remote import shown
 from trainer.data.stream import DataConfig, Stream
 
 
@@ -17,14 +18,15 @@ def preview(config: DataConfig, augment: AugmentConfig, seed: int, *, samples: i
         UserError: the data set cannot be read.
     """
     alone = {"batch_size": samples, "identities_per_batch": None, "cache": "none"}
-    stream = Stream(Manifest.read(config.path), config.train_split, config.model_copy(update=alone), seed=seed)
+    manifest = Manifest.read(config.path, config.remote_cache)
+    stream = Stream(manifest, config.train_split, config.model_copy(update=alone), seed=seed)
     batch = stream.batch(0, 0)
     change = Augment(augment, seed, stream.split.identities)
     columns = [to_float(batch.images_BCHW), *(change(batch, epoch, 0, samples)[0] for epoch in range(versions))]
     names = [stream.split.classes[label] if label >= 0 else "padding" for label in batch.labels_B.tolist()]
     texts = [f"{name}   (sample {key})" for name, key in zip(names, batch.keys, strict=True)]
     rows = [Row(text, [_cell(images[i]) for images in columns]) for i, text in enumerate(texts)]
-    return draw(f"{config.path}, split '{config.train_split}': as read, then {versions} times augmented", rows)
+    return draw(f"{shown(config.path)}, split '{config.train_split}': as read, then {versions} times augmented", rows)
 
 
 def _cell(image_CHW: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

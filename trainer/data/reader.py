@@ -10,7 +10,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
@@ -23,6 +22,7 @@ from trainer.data.decode import Decoders, Decoding, Faults
 from trainer.data.image import Preprocessing
 from trainer.data.index import ShardIndex
 from trainer.data.split import Split
+from trainer.data.store import File
 from trainer.data.tar import REMEDY
 from trainer.errors import UserError
 
@@ -95,6 +95,8 @@ class Reader:
         threads, processes: that decode images; processes, where there are any.
         draft: as for `load_image`.
         cache: keep decoded images: always, never, or ("auto") where they fit in 1 GiB.
+        scattered: of a shard from elsewhere only those parts are fetched in which samples lie that are read, as suits
+            P x K batches; otherwise all of it.
 
     Attributes:
         bad: what is wrong with the samples that could not be read so far, by position; they are not tried again.
@@ -112,12 +114,20 @@ class Reader:
         processes: int = 0,
         draft: bool = False,
         cache: Literal["auto", "memory", "none"] = "none",
+        scattered: bool = False,
     ) -> None:
         check_sizes(split)
-        self._split = split
+        self.split = split
         self._decoding = Decoding(preprocessing, draft)
         self._threads, self._processes = threads, processes
-        self._shard = lru_cache(_KEEP_INDEXES)(lambda shard: (split.path(shard), split.index(shard)))
+        self._scattered = scattered
+        self._index = lru_cache(_KEEP_INDEXES)(split.index)
+        # What places and messages call each shard: where it lies, or its name where it lies elsewhere.
+        self._paths = [
+            split.path(i) if split.store.is_local(x.file) else Path(x.name) for i, x in enumerate(split.shards)
+        ]
+        self._files = {path: entry.file for path, entry in zip(self._paths, split.shards, strict=True)}
+        self._wanted: set[int] = set()
         self._cache = _make_cache(split.samples, preprocessing, cache)
         self._cached = np.zeros(split.samples if self._cache is not None else 0, dtype=bool)
         self.bad: dict[int, UserError] = {}
@@ -149,8 +159,8 @@ class Reader:
         unique, inverse = np.unique(positions, return_inverse=True)
         places = self._places(unique)
         labels = np.array([place.label for place in places])
-        if (wrong := np.flatnonzero(labels >= self._split.identities)).size:
-            place, classes = places[wrong[0]], self._split.identities
+        if (wrong := np.flatnonzero(labels >= self.split.identities)).size:
+            place, classes = places[wrong[0]], self.split.identities
             raise UserError(
                 f"sample '{place.key}' of shard '{place.shard}' has label {place.label}, but the manifest has "
                 f"{classes} classes (0 to {classes - 1}); {_VERIFY}"
@@ -159,13 +169,32 @@ class Reader:
         faults = {i: self.bad[position] for i, position in enumerate(positions.tolist()) if position in self.bad}
         return Samples(images[inverse], labels[inverse], [places[i].key for i in inverse], faults)
 
+    def want(self, positions: NDArray[np.int64]) -> None:
+        """Have what is read of these samples fetched in the background, where it lies elsewhere."""
+        split = self.split
+        if self._scattered:
+            split.store.later(lambda: split.store.want(self._ranges(self._places(np.unique(positions)))))
+            return
+        shards = set(np.searchsorted(split.ends, positions, side="right").tolist())
+        fresh, self._wanted = shards - self._wanted, shards  # the batches of a window want the same shards
+        split.want_indexes(fresh)
+        split.store.want({split.shards[shard].file: None for shard in fresh})
+
+    def _ranges(self, places: list[Place]) -> dict[File, list[tuple[int, int]] | None]:
+        """What is read of each shard."""
+        wanted: dict[File, list[tuple[int, int]]] = {}
+        for place in places:
+            wanted.setdefault(self._files[place.shard], []).append((place.offset, place.size))
+        return {file: ranges if self._scattered else None for file, ranges in wanted.items()}
+
     def _places(self, positions: NDArray[np.int64]) -> list[Place]:
         """Of positions in rising order."""
-        shards, firsts = np.unique(np.searchsorted(self._split.ends, positions, side="right"), return_index=True)
+        shards, firsts = np.unique(np.searchsorted(self.split.ends, positions, side="right"), return_index=True)
+        self.split.want_indexes(shards.tolist())
         places: list[Place] = []
         for shard, group in zip(shards.tolist(), np.split(positions, firsts[1:]), strict=True):
-            path, index = self._shard(shard)
-            places += places_in(path, index, group - (self._split.ends[shard] - index.samples))
+            index = self._index(shard)
+            places += places_in(self._paths[shard], index, group - (self.split.ends[shard] - index.samples))
         return places
 
     def _images(self, positions: NDArray[np.int64], places: list[Place], pool: Decoders) -> NDArray[np.uint8]:
@@ -187,21 +216,23 @@ class Reader:
         return images
 
     def _decode(self, places: list[Place], pool: Decoders) -> tuple[NDArray[np.uint8], Faults]:
-        with ExitStack() as stack:
-            files: dict[Path, FileIO | UserError] = {}
-            for path in {place.shard for place in places}:
-                try:
-                    files[path] = stack.enter_context(_open(path))
-                except UserError as error:
-                    files[path] = error
+        with self.split.store.open(self._ranges(places)) as files:
 
             def read(i: int) -> bytes:
-                file = files[places[i].shard]
-                if isinstance(file, UserError):
-                    raise file
-                return read_bytes(file, places[i])
+                return self._payload(files[self._files[places[i].shard]], places[i])
 
             return pool.decode([f"{place.shard.name}: {place.key}" for place in places], read)
+
+    def _payload(self, shard: FileIO | UserError, place: Place) -> bytes:
+        """The checked bytes of a sample; a copy of a shard from elsewhere that is wrong there is fetched once more."""
+        store, file, part = self.split.store, self._files[place.shard], [(place.offset, place.size)]
+        try:
+            return read_bytes(shard, place)
+        except UserError:
+            if isinstance(shard, UserError) or not store.forget(file, part):
+                raise
+        with store.open({file: part}) as files:
+            return read_bytes(files[file], place)
 
 
 def _make_cache(samples: int, preprocessing: Preprocessing, cache: str) -> NDArray[np.uint8] | None:
@@ -225,6 +256,8 @@ def check_sizes(split: Split) -> None:
         UserError: a shard is missing or has another size.
     """
     for shard, entry in enumerate(split.shards):
+        if not split.store.is_local(entry.file):  # what arrives is compared
+            continue
         path = split.path(shard)
         try:
             size = path.stat().st_size
@@ -234,22 +267,18 @@ def check_sizes(split: Split) -> None:
             raise UserError(f"shard '{path}' has {size} bytes, but the manifest says {entry.bytes}; {_VERIFY}")
 
 
-def read_bytes(shard: FileIO, place: Place) -> bytes:
+def read_bytes(shard: FileIO | UserError, place: Place) -> bytes:
     """The payload of one sample, checked; several threads may read one shard.
 
     Raises:
-        UserError: the shard ends before the sample does, or holds other bytes than it did when it was indexed.
+        UserError: the shard cannot be had (as it says itself), ends before the sample does, or holds other bytes there
+            than it did when it was indexed.
     """
+    if isinstance(shard, UserError):
+        raise UserError(f"sample '{place.key}' of shard '{place.shard}' cannot be had: {shard}")
     data = os.pread(shard.fileno(), place.size, place.offset)
     if len(data) != place.size:
         raise UserError(f"shard '{place.shard}' is cut off inside sample '{place.key}'; {_VERIFY}")
     if zlib.crc32(data) != place.crc:
         raise UserError(f"sample '{place.key}' of shard '{place.shard}' is damaged: its CRC-32 is wrong; {_VERIFY}")
     return data
-
-
-def _open(path: Path) -> FileIO:
-    try:
-        return path.open("rb", buffering=0)
-    except OSError as error:
-        raise UserError(f"shard '{path}' cannot be opened: {error.strerror}; {_VERIFY}") from error

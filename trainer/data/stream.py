@@ -8,15 +8,17 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import ByteSize, Field, model_validator
 
 from trainer.data.decode import Decoders
 from trainer.data.image import Preprocessing
 from trainer.data.manifest import Manifest
 from trainer.data.mix import Mixed, MixedPKSampler, MixedReader, MixedSampler, Part, open_mix
+from trainer.data.prefetch import Prefetch, steps_ahead
 from trainer.data.reader import Reader, ahead
 from trainer.data.samplers import PKSampler, SequentialSampler, ShuffledSampler
 from trainer.data.split import Split
+from trainer.data.store import DEFAULT_CACHE_BYTES, Address, CacheConfig
 from trainer.errors import UserError
 from trainer.strict import Strict
 
@@ -58,7 +60,16 @@ class Batch:
 class DataConfig(Strict):
     """What is read, and in which batches."""
 
-    path: Path = Field(Path("data"), description="folder of shards with a manifest.json")
+    path: Address = Field(
+        Path("data"), description="folder of shards with a manifest.json, or an address such as s3://bucket/faces"
+    )
+    cache_dir: Path | None = Field(
+        None,
+        description="where shards from elsewhere are kept, for all workers of a machine; null: ~/.cache/hypersphere",
+    )
+    cache_bytes: ByteSize = Field(
+        ByteSize(DEFAULT_CACHE_BYTES), ge=2**20, description="of it at most; what was used longest ago goes"
+    )
     mix: tuple[Part, ...] = Field((), description="sets to train on together in place of `path`, which is validated on")
     mix_identities: Literal["disjoint", "shared"] = Field(
         "disjoint", description="one name in two sets of the mix: two identities, or one"
@@ -81,6 +92,11 @@ class DataConfig(Strict):
         False, description="decode large JPEGs at a fraction of their size: faster, other pixels than the Embedder's"
     )
     max_bad: int = Field(0, ge=0, description="samples that each worker may leave out as unreadable")
+
+    @property
+    def remote_cache(self) -> CacheConfig:
+        """Where this run keeps what comes from elsewhere."""
+        return CacheConfig(self.cache_dir, int(self.cache_bytes))
 
     @model_validator(mode="after")
     def _weights(self) -> "DataConfig":
@@ -114,7 +130,8 @@ def training_split(manifest: Manifest, config: DataConfig) -> Split | Mixed:
     """
     if not config.mix:
         return manifest.split(config.train_split)
-    return open_mix(config.mix, config.train_split, shared=config.mix_identities == "shared")
+    shared = config.mix_identities == "shared"
+    return open_mix(config.mix, config.train_split, shared=shared, cache=config.remote_cache)
 
 
 class Stream:
@@ -159,12 +176,18 @@ class Stream:
             )
         training = split == config.train_split
         self.split = training_split(manifest, config) if training else manifest.split(split)
-        self._rank, self._pin = rank, pin
-        self._slots = config.batch_size // world_size
+        slots = config.batch_size // world_size
+        self._rows = np.arange(rank * slots, (rank + 1) * slots)  # of a global batch
+        self._pin = pin
         self._max_bad = config.max_bad
-        self._reader = _make_reader(self.split, preprocessing(manifest, config), config)
+        scattered = shuffle and config.identities_per_batch is not None
+        self._reader = _make_reader(self.split, preprocessing(manifest, config), config, scattered)
         self._sampler = _make_sampler(self.split, config, seed, shuffle)
         self.steps_per_epoch = self._sampler.steps_per_epoch
+        parts = self.split.parts if isinstance(self.split, Mixed) else [self.split]
+        window = config.shuffle_window if shuffle else config.batch_size
+        steps = steps_ahead(parts, config.batch_size, None if scattered else window)
+        self._prefetch = Prefetch(steps, self.steps_per_epoch, self._want)
 
     @property
     def bad(self) -> int:
@@ -187,9 +210,13 @@ class Stream:
         with self._reader.pool() as pool:
             return self._batch(epoch, step, pool)
 
-    def _batch(self, epoch: int, step: int, pool: Decoders) -> Batch:
+    def _want(self, epoch: int, step: int) -> None:
         positions = self._sampler.positions(epoch, step)
-        rows = np.arange(self._rank * self._slots, (self._rank + 1) * self._slots)
+        self._reader.want(positions[self._rows % len(positions)])
+
+    def _batch(self, epoch: int, step: int, pool: Decoders) -> Batch:
+        self._prefetch(epoch, step)
+        positions, rows = self._sampler.positions(epoch, step), self._rows
         real = rows < len(positions)
         samples = self._reader.try_read(positions[rows % len(positions)], pool)
         for slot, fault in samples.faults.items():
@@ -220,7 +247,9 @@ class Stream:
         raise UserError(f"{told}; the last: {fault}")
 
 
-def _make_reader(split: Split | Mixed, pixels: Preprocessing, config: DataConfig) -> Reader | MixedReader:
+def _make_reader(
+    split: Split | Mixed, pixels: Preprocessing, config: DataConfig, scattered: bool
+) -> Reader | MixedReader:
     def make(part: Split) -> Reader:
         return Reader(
             part,
@@ -229,6 +258,7 @@ def _make_reader(split: Split | Mixed, pixels: Preprocessing, config: DataConfig
             processes=config.decode_processes,
             draft=config.draft,
             cache=config.cache,
+            scattered=scattered,
         )
 
     return MixedReader(split, [make(part) for part in split.parts]) if isinstance(split, Mixed) else make(split)

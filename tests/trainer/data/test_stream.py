@@ -244,7 +244,7 @@ def test_few_indexes_are_kept_and_no_file_stays_open(
     with few.pool() as pool:
         for a, b in zip(few.read(positions, pool), many.read(positions, pool), strict=True):
             np.testing.assert_array_equal(a, b)
-        assert [reader._shard.cache_info().currsize for reader in (few, many)] == [1, 5]
+        assert [reader._index.cache_info().currsize for reader in (few, many)] == [1, 5]
         open_files = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
     assert not [name for name in open_files if name.endswith(".tar")]
 

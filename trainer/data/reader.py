@@ -182,12 +182,12 @@ class Reader:
         split.want_indexes(fresh)
         split.store.want({split.shards[shard].file: None for shard in fresh})
 
-    def _ranges(self, places: list[Place]) -> dict[File, list[tuple[int, int]] | None]:
+    def _ranges(self, places: list[Place]) -> dict[File, list[tuple[int, int]]]:
         """What is read of each shard."""
         wanted: dict[File, list[tuple[int, int]]] = {}
         for place in places:
             wanted.setdefault(self._files[place.shard], []).append((place.offset, place.size))
-        return {file: ranges if self._scattered else None for file, ranges in wanted.items()}
+        return wanted
 
     def _look_up(self, rising: bytes) -> list[Place]:
         """Where samples lie; their positions are int64 in rising order."""
@@ -219,7 +219,7 @@ class Reader:
         return images
 
     def _decode(self, places: list[Place], pool: Decoders) -> tuple[NDArray[np.uint8], Faults]:
-        with self.split.store.open(self._ranges(places)) as files:
+        with self.split.store.open(self._ranges(places), whole=not self._scattered) as files:
 
             def read(i: int) -> bytes:
                 return self._payload(files[self._files[places[i].shard]], places[i])
@@ -227,14 +227,16 @@ class Reader:
             return pool.decode([f"{place.shard.name}: {place.key}" for place in places], read)
 
     def _payload(self, shard: FileIO | UserError, place: Place) -> bytes:
-        """The checked bytes of a sample; a copy of a shard from elsewhere that is wrong there is fetched once more."""
+        """The checked bytes of a sample. Of a copy that is wrong there, or not whole, its part is fetched once more."""
         store, file, part = self.split.store, self._files[place.shard], [(place.offset, place.size)]
         try:
             return read_bytes(shard, place)
         except UserError:
-            if isinstance(shard, UserError) or not store.forget(file, part):
+            if store.is_local(file):
                 raise
-        with store.open({file: part}) as files:
+            if not isinstance(shard, UserError):
+                store.forget(file, part)
+        with store.open({file: part}, whole=False) as files:
             return read_bytes(files[file], place)
 
 

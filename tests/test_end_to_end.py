@@ -21,6 +21,7 @@ import httpx
 import pytest
 
 from serving.cli import main
+from trainer.data.manifest import Manifest
 from trainer.embedder import Embedder
 
 pytestmark = [pytest.mark.timeout(580), pytest.mark.filterwarnings("default")]
@@ -133,15 +134,15 @@ def client(work: Path, embedder: Path) -> Iterator[httpx.Client]:
 
 def held_out(data: Path) -> dict[str, list[bytes]]:
     """Images of the validation identities, from the shards."""
-    val = json.loads((data / "manifest.json").read_text())["splits"]["val"]
+    val = Manifest.read(data).split("val")
     found: dict[str, list[bytes]] = {}
-    for shard in val["shards"]:
-        with tarfile.open(data / shard["name"]) as tar:
+    for shard in val.shards:
+        with tarfile.open(data / shard.name) as tar:
             files = {member.name: tar.extractfile(member) for member in tar}
             content = {name: file.read() for name, file in files.items() if file is not None}
         for name, label in content.items():
             if name.endswith(".cls"):
-                found.setdefault(val["classes"][int(label)], []).append(content[name.replace(".cls", ".png")])
+                found.setdefault(val.classes[int(label)], []).append(content[name.replace(".cls", ".png")])
     return found
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.manifest import Manifest, Split
+from trainer.data.manifest import Manifest
 from trainer.data.reader import Progress, Reader, ahead
+from trainer.data.split import Split
 from trainer.embedder import Embedder
 from trainer.evaluation.calibration import HeldOut, calibrate
 from trainer.evaluation.protocols import evaluate
@@ -40,7 +41,7 @@ def evaluate_split(
         UserError: as `embed_split`, or too few identities or samples for a protocol.
     """
     part = Manifest.read(data).split(split)
-    vectors_ND, labels_N = embed_split(embedder, data, part, progress)
+    vectors_ND, labels_N = embed_split(embedder, part, progress)
     return evaluate(vectors_ND, labels_N, part.classes, seed=seed, unenrolled_share=unenrolled)
 
 
@@ -67,20 +68,20 @@ def calibrate_on_split(
     """
     manifest = Manifest.read(data)
     part = manifest.split(split)
-    vectors_ND, labels_N = embed_split(embedder, data, part, progress)
+    vectors_ND, labels_N = embed_split(embedder, part, progress)
     held = HeldOut(vectors_ND, labels_N, embedder.model_id, f"{manifest.kind}, split '{split}'", seed)
-    return calibrate(held, fpir=fpir, fmr=fmr, gallery_size=gallery_size or len(part.classes))
+    return calibrate(held, fpir=fpir, fmr=fmr, gallery_size=gallery_size or part.identities)
 
 
 def embed_split(
-    embedder: Embedder, data: Path, split: Split, progress: Progress | None = None
+    embedder: Embedder, split: Split, progress: Progress | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Unit vectors [N, D] and labels [N] of all samples of a split, in the order of its shards.
 
     Raises:
         UserError: a damaged shard or image, or an image that has no embedding.
     """
-    reader = Reader(data, split, embedder.preprocessing)
+    reader = Reader(split, embedder.preprocessing)
     vectors, labels = [], []
     starts = range(0, split.samples, _BATCH)
     with reader.pool() as pool:

@@ -63,8 +63,7 @@ def export_run(
     if found is None:
         raise UserError(f"'{run}' holds no checkpoint; give the run.out of a training run, or train one first")
     config = from_tree(found.manifest.config)
-    folder = data or config.data.path
-    manifest = Manifest.read(folder)
+    manifest = Manifest.read(data or config.data.path, config.data.remote_cache)
     pixels = preprocessing(manifest, config.data)
     backbone = build(config.backbone, pixels.channels, pixels.height, pixels.width)
     # The backbone's weights and buffers, out of the engine's state.
@@ -80,18 +79,18 @@ def export_run(
         "data": manifest.kind,
     }
     model = embedder_of(config, found, backbone)
-    written = export(model, pixels, out, _images(folder, manifest, config), provenance, overwrite=overwrite)
+    written = export(model, pixels, out, _images(manifest, config), provenance, overwrite=overwrite)
     if register and note.mlflow_run_id:
         with contextlib.closing(Tracker(config.tracking, on_trouble, note.mlflow_run_id)) as tracker:
             tracker.register(out, written.model_id)
     return written
 
 
-def _images(folder: Path, manifest: Manifest, config: Config) -> torch.Tensor:
+def _images(manifest: Manifest, config: Config) -> torch.Tensor:
     """Real images for the comparison, of the validation split where there is one."""
     split = config.data.val_split if config.data.val_split in manifest.splits else config.data.train_split
     settings = config.data.model_copy(update={"batch_size": _COMPARED, "cache": "none"})
-    return Stream(folder, manifest, split, settings, shuffle=False).batch(0, 0).images_BCHW
+    return Stream(manifest, split, settings, shuffle=False).batch(0, 0).images_BCHW
 
 
 def export(

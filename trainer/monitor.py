@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trainer.config import Config
 from trainer.data.augment import to_float
 from trainer.data.manifest import Manifest
-from trainer.data.stream import PADDING, Batch, Stream
+from trainer.data.stream import PADDING, Batch, Stream, training_split
 from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.evaluation.geometry import class_means, neural_collapse
@@ -45,8 +45,8 @@ class Monitor:
         self._batches = -(-MOST_SAMPLES // data.batch_size)
         self._held_out = self._collapse = None
         if config.run.eval_every and split is not None and split.samples:
-            ranks = {"rank": group.rank, "world_size": group.size}
-            self._held_out = Stream(data.path, manifest, data.val_split, data, shuffle=False, **ranks)
+            rank, size = group.rank, group.size
+            self._held_out = Stream(manifest, data.val_split, data, shuffle=False, rank=rank, world_size=size)
         if config.run.collapse:
             self._collapse = Collapse(config, manifest, group)
 
@@ -103,24 +103,23 @@ class Collapse:
     """
 
     def __init__(self, config: Config, manifest: Manifest, group: Group) -> None:
-        split = manifest.split(config.data.train_split)
-        counts = np.asarray(split.class_counts)
-        self._each = min(SAMPLES_A_CLASS, int(counts.min()))
+        split = training_split(manifest, config.data)
+        least = int(split.classes.by_size()[-1])
+        self._each = min(SAMPLES_A_CLASS, int(split.classes.counts()[least]))
         if self._each < 2:
-            least = split.classes[int(counts.argmin())]
             raise UserError(
-                f"run.collapse compares images of one identity, but '{least}' has {counts.min()}; "
+                f"run.collapse compares images of one identity, but '{split.classes[least]}' has {self._each}; "
                 "import with --min-samples 2, or set run.collapse=false"
             )
         self._group, self._bf16 = group, config.engine.bf16
-        self._classes = min(MOST_CLASSES, len(counts))
+        self._classes = min(MOST_CLASSES, split.identities)
         self._together = min(_CLASSES_A_STEP, -(-self._classes // group.size))
         self._steps = -(-self._classes // self._together)
         size = {"batch_size": self._together * self._each, "identities_per_batch": self._together}
         data = config.data.model_copy(update=size | {"cache": "none"})
         # Whole batches are dealt out to the ranks, not parts of them: identities and images are then the same on any
         # number of ranks. The first groups of an epoch of P x K batches are all identities, in random order.
-        self._stream = Stream(data.path, manifest, data.train_split, data, seed=config.run.seed)
+        self._stream = Stream(manifest, data.train_split, data, seed=config.run.seed)
 
     def __call__(self, backbone: nn.Module, objective: Objective, device: torch.device) -> dict[str, float]:
         """The measures of neural collapse by name, on embeddings as the losses compare them."""

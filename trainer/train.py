@@ -6,8 +6,6 @@ Nothing random is carried from step to step: order, augmentation, dropout and ma
 and the step. A resumed run therefore needs no generator's state, and gives the losses of the uninterrupted one.
 """
 
-import hashlib
-import json
 import math
 import resource
 import time
@@ -15,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 
 from trainer.backbones import build
@@ -22,6 +21,7 @@ from trainer.checkpoint import CHECKPOINTS, Checkpoint, CheckpointManifest, late
 from trainer.config import Config
 from trainer.data.augment import Augment
 from trainer.data.manifest import Manifest
+from trainer.data.remote import shown
 from trainer.data.stream import Batch, Stream, preprocessing
 from trainer.distributed import Group, average_buffers, sum_not_mean
 from trainer.engine import Engine
@@ -72,22 +72,22 @@ class _Run:
         self.config, self.device, self.report = config, device, report
         self.checkpoints = config.run.out / CHECKPOINTS
         data, seed, self.group = config.data, config.run.seed, (group := Group.current())
-        manifest = Manifest.read(data.path)
-        split = manifest.split(data.train_split)
-        rank, size = group.rank, group.size
-        self.stream = Stream(data.path, manifest, data.train_split, data, rank=rank, world_size=size, seed=seed)
+        manifest = Manifest.read(data.path, data.remote_cache)
+        rank, size, cuda = group.rank, group.size, device.type == "cuda"
+        self.stream = Stream(manifest, data.train_split, data, rank=rank, world_size=size, seed=seed, pin=cuda)
+        split = self.stream.split
         self.monitor = Monitor(config, manifest, group)
         together = data.batch_size // data.identities_per_batch if data.identities_per_batch else 1
-        self.augment = Augment(config.augment, seed, len(split.classes), together)
+        self.augment = Augment(config.augment, seed, split.identities, together)
         turns = 4 if config.augment.quarter_turns else 1
-        self.classes = turns * len(split.classes)
-        # Of the split's class names in order: which centre belongs to whom.
-        self.class_digest = hashlib.sha256(json.dumps(split.classes).encode()).hexdigest()
+        self.classes = turns * split.identities
+        self.class_digest = split.class_digest  # which centre belongs to whom
         torch.manual_seed(seed)
         pixels = preprocessing(manifest, data)
         backbone = build(config.backbone, pixels.channels, pixels.height, pixels.width).to(device)
         self.engine = Engine(backbone, config, device)
-        self.objective = Objective(config, self.classes, list(split.class_counts) * turns, device)
+        counts = torch.from_numpy(np.tile(split.classes.counts(), turns))
+        self.objective = Objective(config, self.classes, counts, device)
         steps = config.run.epochs * self.stream.steps_per_epoch
         self.total_steps = min(steps, config.run.max_steps or steps)
         self.step = 0
@@ -118,13 +118,13 @@ class _Run:
         """One update of backbone and head; the losses of the global batch, still on the device."""
         config = self.config
         torch.manual_seed((config.run.seed * _DROPOUT_PRIME + self.step) * _DROPOUT_PRIME + self.group.rank)
-        images_BCHW, labels_B = self.augment(batch, epoch, self.step, config.data.batch_size)
-        x_BD = self.engine(images_BCHW.to(self.device))
+        images_BCHW, labels_B = self.augment(batch.to(self.device), epoch, self.step, config.data.batch_size)
+        x_BD = self.engine(images_BCHW)
         # The engine averages gradients over the ranks, but each rank's gradient is its part of one global mean: the sum
         # is right. The factor is applied here, to what flows into the backbone only.
         x_BD = sum_not_mean(x_BD, self.group)
         self.objective.set_progress(self.step, config.schedule.margin_factor(self.step))
-        loss, parts = self.objective(x_BD, labels_B.to(self.device), batch.keys)
+        loss, parts = self.objective(x_BD, labels_B, batch.keys)
         factor = config.schedule.learning_rate_factor(self.step, self.total_steps)
         head_lr = config.head_lr() * factor
         self.objective.prepare(head_lr)
@@ -144,6 +144,8 @@ class _Run:
         values["learning_rate"] = lr * self.config.schedule.learning_rate_factor(self.step - 1, self.total_steps)
         if (norm := self.engine.gradient_norm()) is not None:
             values["gradient_norm"] = norm
+        if self.config.data.max_bad:
+            values["bad_samples"] = float(self.stream.bad)
         for note in self.objective.notes(values):
             self.report(Record("note", text=note))
         self.report(Record("step", self.step, self.total_steps, values | meter.read()))
@@ -193,7 +195,8 @@ class _Run:
         if (manifest.classes, manifest.class_digest) != (self.classes, self.class_digest):
             raise UserError(
                 f"the checkpoint '{found.folder}' was trained on other classes ({manifest.classes}) than "
-                f"'{self.config.data.path}' has ({self.classes}); resume with the data set that it was trained on"
+                f"'{shown(self.config.data.path)}' has ({self.classes}); resume with the data set that it was "
+                "trained on"
             )
         if found.step > self.total_steps:
             raise UserError(

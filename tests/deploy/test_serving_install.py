@@ -27,9 +27,9 @@ from PIL import Image
 
 from serving.cli import app
 from trainer.data.image import Preprocessing
-from trainer.data.importers import Sample
-from trainer.data.importers.run import write_shards
-from trainer.data.manifest import Manifest, Split
+from trainer.data.importers.shards import Sample, write_shard
+from trainer.data.manifest import Manifest
+from trainer.data.split import write_split
 from trainer.embedder import MODEL_FILE, Embedder, EmbedderManifest, model_id, write_manifest
 from trainer.evaluation.report import Calibration, Report, Threshold
 
@@ -228,9 +228,9 @@ def data_set(installed: Installed) -> Path:
             pixels = (face + generator.normal(scale=20, size=face.shape)).clip(0, 255).astype(np.uint8)
             file = io.BytesIO()
             Image.fromarray(pixels).save(file, "PNG")
-            samples.append((file.getvalue(), "png", label, Sample(name, f"{name}/{number}.png")))
-    shards = write_shards(folder, "val", samples)
-    split = Split(samples=100, classes=classes, class_counts=[5] * 20, shards=shards)
+            samples.append(Sample(len(samples), label, name, f"{name}/{number}.png", {}, "png", file.getvalue()))
+    shards = [write_shard(folder, "val-000000.tar", samples)]
+    split = write_split(folder, "val", classes, np.full(20, 5), shards)
     Manifest(kind="folder", image_mode="L", splits={"val": split}).write(folder)
     return folder
 
@@ -258,7 +258,6 @@ def test_an_embedder_is_evaluated_and_calibrated_and_data_verified(
 
 
 OTHERS = {
-    "data import": ["--kind", "glyphs", "--out", "set"],
     "train": [],
     "submit": ["--address", "http://127.0.0.1:1"],
     "export": ["--run", "run"],
@@ -285,5 +284,5 @@ def test_no_command_is_left_out_above() -> None:
         return [above.strip()] if below is None else [n for key, c in below.items() for n in names(c, f"{above} {key}")]
 
     assert sorted(names(typer.main.get_command(app), "")) == sorted(
-        ["serve", "evaluate", "calibrate", "data verify", *OTHERS]
+        ["serve", "evaluate", "calibrate", "data import", "data verify", *OTHERS]
     )

@@ -1,5 +1,9 @@
 """An Embedder on a split: the vectors of each sample, in order, and what is found with them."""
 
+import shutil
+from collections import Counter
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,7 +11,8 @@ from PIL import Image
 from tests.serving.conftest import onnx_model, write_embedder
 from trainer.assess import calibrate_on_split, embed_split, evaluate_split
 from trainer.data.image import load_image
-from trainer.data.importers.run import ImportOptions, run_import
+from trainer.data.importers import ImportOptions
+from trainer.data.importers.run import run_import
 from trainer.data.manifest import Manifest
 from trainer.embedder import Embedder
 from trainer.errors import UserError
@@ -44,7 +49,7 @@ def test_every_sample_has_its_vector(images, data, embedder):
     told = []
     split = Manifest.read(data).split("val")
     assert (len(split.shards), split.samples) == (5, 300)  # more than one batch, and batches across shards
-    vectors_ND, labels_N = embed_split(embedder, data, split, lambda *step: told.append(step))
+    vectors_ND, labels_N = embed_split(embedder, split, lambda *step: told.append(step))
     files = sorted(images.rglob("*.png"))
     assert [split.classes[label] for label in labels_N] == [file.parent.name for file in files]
     pixels = np.stack([load_image(file.read_bytes(), embedder.preprocessing) for file in files])
@@ -53,7 +58,7 @@ def test_every_sample_has_its_vector(images, data, embedder):
 
 
 def test_what_is_found_is_what_the_protocols_find(data, embedder):
-    vectors_ND, labels_N = embed_split(embedder, data, Manifest.read(data).split("val"))
+    vectors_ND, labels_N = embed_split(embedder, Manifest.read(data).split("val"))
     names = Manifest.read(data).split("val").classes
     assert evaluate_split(embedder, data, "val", unenrolled=0.4, seed=3) == evaluate(
         vectors_ND, labels_N, names, unenrolled_share=0.4, seed=3
@@ -71,3 +76,11 @@ def test_thresholds_name_the_model_the_split_and_the_gallery(data, embedder):
 def test_a_split_that_is_not_there_is_named(data, embedder):
     with pytest.raises(UserError, match="no split 'test'"):
         evaluate_split(embedder, data, "test")
+
+
+def test_a_data_set_of_format_1_is_evaluated(tmp_path, embedder):
+    old = shutil.copytree(Path(__file__).parent / "data" / "format1", tmp_path / "old")
+    split = Manifest.read(old).split("val")
+    vectors_ND, labels_N = embed_split(embedder, split)
+    assert vectors_ND.shape[0] == split.samples == 9
+    assert Counter(split.classes[label] for label in labels_N) == {"ada": 4, "fay": 5}

@@ -11,7 +11,8 @@ from torch import nn
 from tests.ranks import folder_of_shapes, run_on_ranks
 from trainer.config import Config, load
 from trainer.data.augment import to_float
-from trainer.data.importers.run import ImportOptions, run_import
+from trainer.data.importers import ImportOptions
+from trainer.data.importers.run import run_import
 from trainer.data.manifest import Manifest
 from trainer.data.stream import Batch, Stream
 from trainer.distributed import Group
@@ -28,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shapes")
     source = folder_of_shapes(folder / "images", identities=10, samples=4)
     run_import("folder", source, folder / "data", ImportOptions(holdout_share=0.3))
-    assert len(Manifest.read(folder / "data").split("train").classes) == 7
+    assert Manifest.read(folder / "data").splits["train"].identities == 7
     return folder / "data"
 
 
@@ -39,7 +40,7 @@ def config(data: Path, *overrides: str) -> Config:
 
 def objective_of(settings: Config, data: Path) -> Objective:
     split = Manifest.read(data).split("train")
-    return Objective(settings, len(split.classes), list(split.class_counts), torch.device("cpu"))
+    return Objective(settings, split.identities, split.classes.counts().tolist(), torch.device("cpu"))
 
 
 def linear() -> nn.Module:
@@ -56,7 +57,7 @@ def samples(settings: Config, data: Path) -> Batch:
     """The whole training split in one batch."""
     manifest = Manifest.read(data)
     whole = settings.data.model_copy(update={"batch_size": manifest.split("train").samples})
-    return Stream(data, manifest, "train", whole, shuffle=False).batch(0, 0)
+    return Stream(manifest, "train", whole, shuffle=False).batch(0, 0)
 
 
 LOSSES = ("arcface", "softmax", "sub_center_arcface", "triplet", "tse")
@@ -216,7 +217,7 @@ def test_an_identity_with_one_image_is_named(tmp_path: Path) -> None:
     (source / "person02" / "1.png").unlink()
     run_import("folder", source, tmp_path / "data", ImportOptions(holdout_share=0.01))
     manifest = Manifest.read(tmp_path / "data")
-    if min(manifest.split("train").class_counts) > 1:
+    if manifest.split("train").classes.counts().min() > 1:
         pytest.fail("the identity with one image was held out; choose another seed")
     with pytest.raises(UserError, match=r"'person02' has 1; import with --min-samples 2"):
         Collapse(config(tmp_path / "data", "scaling.workers=1"), manifest, Group())

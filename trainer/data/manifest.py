@@ -1,53 +1,25 @@
-"""`manifest.json` of a data set: what its shards hold, so that nobody has to open them to know. Runs without torch."""
+"""`manifest.json` of a data set: what its shards hold, so that nobody has to open them to know. Runs without torch.
+
+A small file: the names and counts of the classes, and where each sample lies, are in tables and indexes beside it
+(`trainer.data.tables`, `trainer.data.index`), in the manifest's own folder even where a shard lies elsewhere.
+"""
 
 import json
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic_core import from_json
 
 from trainer.atomic import write_file
+from trainer.data.format1 import upgrade
+from trainer.data.split import Split, SplitEntry
+from trainer.data.store import CacheConfig, Store, open_store
+from trainer.data.tables import Classes
 from trainer.errors import UserError
 from trainer.strict import Strict
 
 MANIFEST_FILE = "manifest.json"
-
-
-class ShardEntry(Strict):
-    """One tar file. `bytes` and `sha256` are of the whole file."""
-
-    name: str
-    samples: int = Field(ge=1)
-    bytes: int = Field(ge=1)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-    @field_validator("name")
-    @classmethod
-    def _inside_the_folder(cls, value: str) -> str:
-        if value != PurePosixPath(value).name or value in ("", ".", ".."):
-            raise ValueError(f"shard name '{value}' must be a plain file name")
-        return value
-
-
-class Split(Strict):
-    """Samples of one use. Labels count from 0 within the split: `classes[label]` is the identity's name."""
-
-    samples: int = Field(ge=1)
-    classes: list[str] = Field(min_length=2)
-    class_counts: list[int] = Field(description="samples of each class")
-    shards: list[ShardEntry] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _sums(self) -> "Split":
-        if len(self.class_counts) != len(self.classes):
-            raise ValueError(f"{len(self.classes)} classes, but {len(self.class_counts)} class_counts")
-        if min(self.class_counts) < 1:
-            raise ValueError(f"class '{self.classes[self.class_counts.index(min(self.class_counts))]}' has no sample")
-        totals = {"class_counts": sum(self.class_counts), "shards": sum(shard.samples for shard in self.shards)}
-        for what, total in totals.items():
-            if total != self.samples:
-                raise ValueError(f"the {what} sum to {total}, but samples is {self.samples}")
-        return self
 
 
 class BadSample(Strict):
@@ -58,37 +30,71 @@ class BadSample(Strict):
 
 
 class Manifest(Strict):
-    """A data set: a folder of shards and this file. The identities of two splits are disjoint."""
+    """A data set: a folder of shards, their indexes and tables, and this file. The splits' identities are disjoint."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     kind: str = Field(description="the importer: omniglot, folder, glyphs")
-    image_mode: Literal["L", "RGB"]
-    splits: dict[str, Split] = Field(min_length=1)
+    image_mode: Literal["L", "RGB"] | None = None
+    content: Literal["image", "vector", "spectrogram"] = "image"
+    shape: list[int] = Field(default_factory=list, description="of a vector or spectrogram")
+    splits: dict[str, SplitEntry] = Field(min_length=1)
     bad: list[BadSample] = Field(default_factory=list, description="left out as unreadable")
     provenance: dict[str, str] = Field(default_factory=dict, description="source, seed, what was held out")
+    _store: Store | None = PrivateAttr(None)
+    _classes: dict[str, Classes] = PrivateAttr(default_factory=dict)  # of format 1
+
+    @model_validator(mode="after")
+    def _content(self) -> "Manifest":
+        if (self.content == "image") != (self.image_mode is not None):
+            raise ValueError(f"image_mode is {self.image_mode or 'null'}, but content is {self.content}")
+        if (self.content == "image") != (not self.shape):
+            raise ValueError(f"shape is {self.shape}, but content is {self.content}")
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        """Whether they say the same, wherever they were read."""
+        return isinstance(other, Manifest) and self.model_dump() == other.model_dump()
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
-        """Read and check `<folder>/manifest.json`.
+    def read(cls, address: str | Path, cache: CacheConfig | None = None) -> "Manifest":
+        """Read and check the manifest of the data set at an address: a folder, or what fsspec reads, in the cache.
 
         Raises:
-            UserError: the folder is not a finished data set, or the file is malformed.
+            UserError: there is no finished data set, or the file is malformed.
         """
-        path = folder / MANIFEST_FILE
+        store = open_store(address, cache)
+        where = f"{store.address}/{MANIFEST_FILE}"
         try:
-            return cls.model_validate_json(path.read_bytes())
+            tree = from_json(store.read_bytes(MANIFEST_FILE))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(
-                f"'{folder}' is not a data set: '{path}' is missing; make one with 'hypersphere data import'"
+                f"'{store.address}' is not a data set: '{where}' is missing; make one with 'hypersphere data import'"
             ) from error
         except OSError as error:
-            raise UserError(f"cannot read '{path}': {error.strerror}; make it readable") from error
+            raise UserError(f"cannot read '{where}': {error.strerror}; make it readable") from error
+        except ValueError as error:
+            raise UserError(f"'{where}' is not a data set's manifest: {error}; import the data again") from error
+        return cls._of(tree, store, where)
+
+    @classmethod
+    def _of(cls, tree: object, store: Store, where: str) -> "Manifest":
+        found = tree.get("format") if isinstance(tree, dict) else None
+        if found not in (1, 2):
+            raise UserError(
+                f"'{where}' is not a data set's manifest of a known format: its format is {found!r}, and 1 and 2 are "
+                "read; import the data again, or use the version that wrote it"
+            )
+        try:
+            fields, classes = upgrade(tree) if found == 1 else (tree, {})
+            manifest = cls.model_validate(fields)
         except ValidationError as error:
             fault = error.errors()[0]
-            where = ".".join(map(str, fault["loc"])) or "the top"
+            place = ".".join(map(str, fault["loc"])) or "the top"
             raise UserError(
-                f"'{path}' is not a data set's manifest: {fault['msg']} at {where}; import the data again"
+                f"'{where}' is not a data set's manifest: {fault['msg']} at {place}; import the data again"
             ) from error
+        manifest._store, manifest._classes = store, classes
+        return manifest
 
     def write(self, folder: Path) -> None:
         """Write `<folder>/manifest.json` whole or not at all; the same manifest gives the same bytes."""
@@ -96,7 +102,7 @@ class Manifest(Strict):
         write_file(folder / MANIFEST_FILE, text + "\n")
 
     def split(self, name: str) -> Split:
-        """One split by name.
+        """One split by name, of a manifest that was read.
 
         Raises:
             UserError: the data set has no such split.
@@ -106,4 +112,6 @@ class Manifest(Strict):
                 f"the data set has no split '{name}'; it has {', '.join(sorted(self.splits))}: "
                 "name one of them, or import again with identities held out"
             )
-        return self.splits[name]
+        if self._store is None:
+            raise ValueError("this manifest was not read from anywhere, so that its tables cannot be opened")
+        return Split(name, self.splits[name], self._store, self._classes.get(name))

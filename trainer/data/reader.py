@@ -1,36 +1,35 @@
-"""Samples of a split by position: where each lies in its shard, decoded, a little ahead of use. Runs without torch.
+"""Samples of a split by position, read, checked and decoded, a little ahead of use. Runs without torch.
 
-Reading only headers gives random access: a rank then reads the bytes of its own samples and no others, whatever the
-number of ranks. The walk below reads 512 bytes a member (measured: 20 times the speed of `tarfile`, which checks what
-SHA-256 checks better).
+The indexes give random access: a rank reads the bytes of its own samples and no others, whatever the number of ranks,
+and in the order in which they lie in the shards.
 """
 
-import hashlib
 import math
 import os
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import lru_cache
 from io import FileIO
-from itertools import groupby
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.image import Preprocessing, load_image
-from trainer.data.manifest import Manifest, ShardEntry, Split
+from trainer.data.decode import Decoders, Decoding, Faults
+from trainer.data.image import Preprocessing
+from trainer.data.index import ShardIndex
+from trainer.data.split import Split
+from trainer.data.store import File
+from trainer.data.tar import REMEDY
 from trainer.errors import UserError
 
 AUTO_CACHE_BYTES = 2**30
-_BLOCK = 512
-_IMAGES = ("png", "jpg", "jpeg")
-_FETCH = "import the data again, or fetch this shard anew"
-_REMEDY = f"run 'hypersphere data verify' and {_FETCH}"
+_KEEP_INDEXES = 128  # mapped at a time, each with an open file; P x K batches reach into all shards
+_VERIFY = f"run 'hypersphere data verify' and {REMEDY}"
+_KEEP_PLACES = 16  # batches
 Progress = Callable[[str, int, int], None]  # stage, done, total
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -55,25 +54,53 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int, m
                 future.cancel()
 
 
-@dataclass(frozen=True, slots=True)
-class ShardIndex:
-    """The samples of one shard, in its order: 25 bytes a sample."""
+class Place(NamedTuple):
+    """Where one sample lies in its shard, and its label; `crc` is of its bytes."""
 
-    path: Path
-    keys: NDArray[np.bytes_]
-    offsets: NDArray[np.int64]  # of the image's bytes in the file
-    sizes: NDArray[np.int32]
-    labels: NDArray[np.int32]
+    shard: Path
+    key: str
+    offset: int
+    size: int
+    label: int
+    crc: int
+
+
+def places_in(shard: Path, index: ShardIndex, rows: NDArray[np.int64]) -> list[Place]:
+    """The samples in these rows of a shard's index."""
+    records = zip(rows.tolist(), index.records[rows].tolist(), strict=True)
+    return [Place(shard, index.key(row), *record[:4]) for row, record in records]
+
+
+class Samples(NamedTuple):
+    """What was read of some positions, in their order.
+
+    Attributes:
+        images_BCHW: uint8.
+        labels_B: of the classes of the split.
+        keys: names in the shards.
+        faults: what is wrong with those that could not be read, by place in the batch; their pixels mean nothing.
+    """
+
+    images_BCHW: NDArray[np.uint8]
+    labels_B: NDArray[np.int64]
+    keys: list[str]
+    faults: Faults
 
 
 class Reader:
     """The samples of a split by position, decoded; keeps shard indexes and, if asked, decoded images.
 
     Args:
-        folder: the data set.
-        threads: that decode images.
+        split: what is read.
+        preprocessing: of each image.
+        threads, processes: that decode images; processes, where there are any.
+        draft: as for `load_image`.
         cache: keep decoded images: always, never, or ("auto") where they fit in 1 GiB.
-        keep_indexes: how many shards' indexes stay in memory, 25 bytes a sample.
+        scattered: of a shard from elsewhere only those parts are fetched in which samples lie that are read, as suits
+            P x K batches; otherwise all of it.
+
+    Attributes:
+        bad: what is wrong with the samples that could not be read so far, by position; they are not tried again.
 
     Raises:
         UserError: a shard is missing or has another size than the manifest says, or the images do not fit the memory.
@@ -81,70 +108,136 @@ class Reader:
 
     def __init__(
         self,
-        folder: Path,
         split: Split,
         preprocessing: Preprocessing,
         *,
         threads: int = 2,
+        processes: int = 0,
+        draft: bool = False,
         cache: Literal["auto", "memory", "none"] = "none",
-        keep_indexes: int = 8,
+        scattered: bool = False,
     ) -> None:
-        check_sizes(folder, split.shards)
-        self._folder = folder
-        self._split = split
-        self._preprocessing = preprocessing
-        self._threads = threads
-        self._samples = np.array([entry.samples for entry in split.shards])
-        self._ends = np.cumsum(self._samples)
-        self._index = lru_cache(keep_indexes)(self._read_index)
+        check_sizes(split)
+        self.split = split
+        self._decoding = Decoding(preprocessing, draft)
+        self._threads, self._processes = threads, processes
+        self._scattered = scattered
+        self._index = lru_cache(_KEEP_INDEXES)(split.index)
+        self._places = lru_cache(_KEEP_PLACES)(self._look_up)  # a batch is looked up once to fetch and once to read it
+        # What places and messages call each shard: where it lies, or its name where it lies elsewhere.
+        self._paths = [
+            split.path(i) if split.store.is_local(x.file) else Path(x.name) for i, x in enumerate(split.shards)
+        ]
+        self._files = {path: entry.file for path, entry in zip(self._paths, split.shards, strict=True)}
+        self._wanted: set[int] = set()
         self._cache = _make_cache(split.samples, preprocessing, cache)
         self._cached = np.zeros(split.samples if self._cache is not None else 0, dtype=bool)
+        self.bad: dict[int, UserError] = {}
 
-    def pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self._threads, "decode")
+    def pool(self, processes: bool = False) -> Decoders:
+        """What decodes, for a `with` block; `processes`: in processes, if it may."""
+        return Decoders(self._decoding, threads=self._threads, processes=self._processes if processes else 0)
 
     def read(
-        self, positions: NDArray[np.int64], pool: ThreadPoolExecutor
-    ) -> tuple[NDArray[np.uint8], NDArray[np.int32], list[str]]:
-        """Images [len(positions), C, H, W], labels and keys; a position that occurs twice is decoded once."""
+        self, positions: NDArray[np.int64], pool: Decoders
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[str]]:
+        """Images [len(positions), C, H, W], labels and keys; a position that occurs twice is decoded once.
+
+        Raises:
+            UserError: a sample is damaged, cannot be decoded, or has a label outside the manifest's classes; names its
+                shard and its key.
+        """
+        samples = self.try_read(positions, pool)
+        for fault in samples.faults.values():
+            raise fault
+        return samples.images_BCHW, samples.labels_B, samples.keys
+
+    def try_read(self, positions: NDArray[np.int64], pool: Decoders) -> Samples:
+        """As `read`, but with what is wrong with single samples in the result.
+
+        Raises:
+            UserError: a label is outside the manifest's classes.
+        """
         unique, inverse = np.unique(positions, return_inverse=True)
-        shards = np.searchsorted(self._ends, unique, side="right")
-        rows = unique - (self._ends - self._samples)[shards]
-        indexes = {shard: self._index(shard) for shard in np.unique(shards).tolist()}
-        places = [(indexes[shard], row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
-        labels = np.array([index.labels[row] for index, row in places])
-        keys = [index.keys[row].decode() for index, row in places]
-        return self._images(unique, places, pool)[inverse], labels[inverse], [keys[i] for i in inverse]
+        places = self._places(unique.tobytes())
+        labels = np.array([place.label for place in places])
+        if (wrong := np.flatnonzero(labels >= self.split.identities)).size:
+            place, classes = places[wrong[0]], self.split.identities
+            raise UserError(
+                f"sample '{place.key}' of shard '{place.shard}' has label {place.label}, but the manifest has "
+                f"{classes} classes (0 to {classes - 1}); {_VERIFY}"
+            )
+        images = self._images(unique, places, pool)
+        faults = {i: self.bad[position] for i, position in enumerate(positions.tolist()) if position in self.bad}
+        return Samples(images[inverse], labels[inverse], [places[i].key for i in inverse], faults)
 
-    def all_labels(self) -> NDArray[np.int32]:
-        """The label of every sample."""
-        return np.concatenate([self._index(shard).labels for shard in range(len(self._ends))])
+    def want(self, positions: NDArray[np.int64]) -> None:
+        """Have what is read of these samples fetched in the background, where it lies elsewhere."""
+        split = self.split
+        if self._scattered:
+            split.store.later(lambda: split.store.want(self._ranges(self._places(np.unique(positions).tobytes()))))
+            return
+        shards = set(np.searchsorted(split.ends, positions, side="right").tolist())
+        fresh, self._wanted = shards - self._wanted, shards  # the batches of a window want the same shards
+        split.want_indexes(fresh)
+        split.store.want({split.shards[shard].file: None for shard in fresh})
 
-    def _images(
-        self, positions: NDArray[np.int64], places: list[tuple[ShardIndex, int]], pool: ThreadPoolExecutor
-    ) -> NDArray[np.uint8]:
-        if self._cache is None:
-            return self._decode_all(places, pool)
-        missing = np.flatnonzero(~self._cached[positions])
-        if len(missing):
-            self._cache[positions[missing]] = self._decode_all([places[i] for i in missing], pool)
-            self._cached[positions[missing]] = True
-        return self._cache[positions]
+    def _ranges(self, places: list[Place]) -> dict[File, list[tuple[int, int]]]:
+        """What is read of each shard."""
+        wanted: dict[File, list[tuple[int, int]]] = {}
+        for place in places:
+            wanted.setdefault(self._files[place.shard], []).append((place.offset, place.size))
+        return wanted
 
-    def _decode_all(self, places: list[tuple[ShardIndex, int]], pool: ThreadPoolExecutor) -> NDArray[np.uint8]:
-        with ExitStack() as stack:
-            files = {path: stack.enter_context(_open(path)) for path in {index.path for index, _ in places}}
+    def _look_up(self, rising: bytes) -> list[Place]:
+        """Where samples lie; their positions are int64 in rising order."""
+        positions = np.frombuffer(rising, np.int64)
+        shards, firsts = np.unique(np.searchsorted(self.split.ends, positions, side="right"), return_index=True)
+        self.split.want_indexes(shards.tolist())
+        places: list[Place] = []
+        for shard, group in zip(shards.tolist(), np.split(positions, firsts[1:]), strict=True):
+            index = self._index(shard)
+            places += places_in(self._paths[shard], index, group - (self.split.ends[shard] - index.samples))
+        return places
 
-            def decode(place: tuple[ShardIndex, int]) -> NDArray[np.uint8]:
-                index, row = place
-                name = f"{index.path.name}: {index.keys[row].decode()}"
-                return load_image(read_bytes(files[index.path], index, row), self._preprocessing, name)
+    def _images(self, positions: NDArray[np.int64], places: list[Place], pool: Decoders) -> NDArray[np.uint8]:
+        """The pixels; what cannot be read is noted in `bad`."""
+        known = np.array([position in self.bad for position in positions.tolist()])
+        missing = np.flatnonzero(~known if self._cache is None else ~known & ~self._cached[positions])
+        if not len(missing) and self._cache is not None:
+            return self._cache[positions]
+        pixels, faults = self._decode([places[i] for i in missing], pool)
+        self.bad |= {int(positions[missing[i]]): fault for i, fault in faults.items()}
+        if self._cache is not None:
+            self._cache[positions[missing]] = pixels
+            self._cached[positions[np.delete(missing, list(faults))]] = True
+            return self._cache[positions]
+        if len(missing) == len(positions):
+            return pixels
+        images = np.zeros((len(positions), *self._decoding.shape), np.uint8)
+        images[missing] = pixels
+        return images
 
-            return np.stack(list(pool.map(decode, places)))
+    def _decode(self, places: list[Place], pool: Decoders) -> tuple[NDArray[np.uint8], Faults]:
+        with self.split.store.open(self._ranges(places), whole=not self._scattered) as files:
 
-    def _read_index(self, shard: int) -> ShardIndex:
-        entry = self._split.shards[shard]
-        return read_index(self._folder / entry.name, entry, len(self._split.classes))
+            def read(i: int) -> bytes:
+                return self._payload(files[self._files[places[i].shard]], places[i])
+
+            return pool.decode([f"{place.shard.name}: {place.key}" for place in places], read)
+
+    def _payload(self, shard: FileIO | UserError, place: Place) -> bytes:
+        """The checked bytes of a sample. Of a copy that is wrong there, or not whole, its part is fetched once more."""
+        store, file, part = self.split.store, self._files[place.shard], [(place.offset, place.size)]
+        try:
+            return read_bytes(shard, place)
+        except UserError:
+            if store.is_local(file):
+                raise
+            if not isinstance(shard, UserError):
+                store.forget(file, part)
+        with store.open({file: part}, whole=False) as files:
+            return read_bytes(files[file], place)
 
 
 def _make_cache(samples: int, preprocessing: Preprocessing, cache: str) -> NDArray[np.uint8] | None:
@@ -161,136 +254,36 @@ def _make_cache(samples: int, preprocessing: Preprocessing, cache: str) -> NDArr
         ) from error
 
 
-def check_sizes(folder: Path, shards: Iterable[ShardEntry]) -> None:
+def check_sizes(split: Split) -> None:
     """Compare every shard's size with the manifest's: one `stat` each, cheap enough for every start.
 
     Raises:
         UserError: a shard is missing or has another size.
     """
-    for entry in shards:
-        path = folder / entry.name
+    for shard, entry in enumerate(split.shards):
+        if not split.store.is_local(entry.file):  # what arrives is compared
+            continue
+        path = split.path(shard)
         try:
             size = path.stat().st_size
         except OSError as error:
-            raise UserError(f"shard '{path}' cannot be read: {error.strerror}; {_REMEDY}") from error
+            raise UserError(f"shard '{path}' cannot be read: {error.strerror}; {_VERIFY}") from error
         if size != entry.bytes:
-            raise UserError(f"shard '{path}' has {size} bytes, but the manifest says {entry.bytes}; {_REMEDY}")
+            raise UserError(f"shard '{path}' has {size} bytes, but the manifest says {entry.bytes}; {_VERIFY}")
 
 
-def verify(folder: Path, manifest: Manifest, progress: Progress | None = None) -> None:
-    """Read all shards and compare size, SHA-256, number of samples and labels with the manifest.
-
-    Raises:
-        UserError: names every damaged shard and what is wrong with it.
-    """
-    entries = [(split, entry) for split in manifest.splits.values() for entry in split.shards]
-    total = sum(entry.bytes for _, entry in entries)
-    done = 0
-    faults = []
-    for split, entry in entries:
-        try:
-            _verify_shard(folder, entry, len(split.classes))
-        except UserError as error:
-            faults.append(str(error).replace(_REMEDY, _FETCH))
-        done += entry.bytes
-        if progress is not None:
-            progress("verify", done, total)
-    if faults:
-        raise UserError("\n".join(faults))
-
-
-def _verify_shard(folder: Path, entry: ShardEntry, classes: int) -> None:
-    check_sizes(folder, [entry])
-    path = folder / entry.name
-    with _open(path) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != entry.sha256:
-        raise UserError(f"shard '{path}' has SHA-256 {digest}, but the manifest says {entry.sha256}; {_REMEDY}")
-    read_index(path, entry, classes)
-
-
-def read_index(path: Path, entry: ShardEntry, classes: int) -> ShardIndex:
-    """Walk a shard's headers.
+def read_bytes(shard: FileIO | UserError, place: Place) -> bytes:
+    """The payload of one sample, checked; several threads may read one shard.
 
     Raises:
-        UserError: the shard is missing, cut off or not a tar of samples; or a label is not below `classes`, and then
-            the message names the sample.
+        UserError: the shard cannot be had (as it says itself), ends before the sample does, or holds other bytes there
+            than it did when it was indexed.
     """
-    with _open(path) as file:
-        # members of one sample follow each other
-        grouped = groupby(_members(file.fileno(), path), key=lambda member: member[0].partition(b".")[0])
-        samples = [(key, *_sample(file.fileno(), path, key, members)) for key, members in grouped]
-    for key, _, _, label in samples:
-        if not 0 <= label < classes:
-            raise UserError(
-                f"sample '{_text(key)}' of shard '{path}' has label {label}, but the manifest has {classes} classes "
-                f"(0 to {classes - 1}); {_REMEDY}"
-            )
-    if len(samples) != entry.samples:
-        raise UserError(f"shard '{path}' has {len(samples)} samples, but the manifest says {entry.samples}; {_REMEDY}")
-    keys, offsets, sizes, labels = zip(*samples, strict=True)
-    places = np.array(offsets), np.array(sizes).astype(np.int32)
-    return ShardIndex(path, np.array(keys), *places, np.array(labels, np.int32))
-
-
-def _open(path: Path) -> FileIO:
-    try:
-        return path.open("rb", buffering=0)
-    except OSError as error:
-        raise UserError(f"shard '{path}' cannot be opened: {error.strerror}; {_REMEDY}") from error
-
-
-def read_bytes(shard: FileIO, index: ShardIndex, row: int) -> bytes:
-    """The image file of one sample; several threads may read one shard.
-
-    Raises:
-        UserError: the shard ends before the sample does.
-    """
-    size = int(index.sizes[row])
-    data = os.pread(shard.fileno(), size, int(index.offsets[row]))
-    if len(data) != size:
-        raise UserError(f"shard '{index.path}' is cut off inside sample '{_text(index.keys[row])}'; {_REMEDY}")
+    if isinstance(shard, UserError):
+        raise UserError(f"sample '{place.key}' of shard '{place.shard}' cannot be had: {shard}")
+    data = os.pread(shard.fileno(), place.size, place.offset)
+    if len(data) != place.size:
+        raise UserError(f"shard '{place.shard}' is cut off inside sample '{place.key}'; {_VERIFY}")
+    if zlib.crc32(data) != place.crc:
+        raise UserError(f"sample '{place.key}' of shard '{place.shard}' is damaged: its CRC-32 is wrong; {_VERIFY}")
     return data
-
-
-def _sample(handle: int, path: Path, key: bytes, members: Iterator[tuple[bytes, int, int]]) -> tuple[int, int, int]:
-    """Offset and size of a sample's image, and its label."""
-    image: tuple[int, int] | None = None
-    label: int | None = None
-    for name, offset, size in members:
-        kind = _text(name.partition(b".")[2]).lower()
-        if kind in _IMAGES:
-            image = offset, size
-        elif kind == "cls":
-            text = os.pread(handle, min(size, 20), offset)
-            if not text.strip().isdigit():
-                raise UserError(f"sample '{_text(name)}' of shard '{path}' has no number; {_REMEDY}")
-            label = int(text)
-    if image is None or label is None:
-        missing = "an image (.png or .jpg)" if image is None else "a label (.cls)"
-        raise UserError(f"sample '{_text(key)}' of shard '{path}' lacks {missing}; {_REMEDY}")
-    return *image, label
-
-
-def _members(handle: int, path: Path) -> Iterator[tuple[bytes, int, int]]:
-    """Name, offset and size of each file in a plain ustar archive."""
-    end = os.fstat(handle).st_size
-    offset = 0
-    while True:
-        header = os.pread(handle, _BLOCK, offset)
-        if len(header) == _BLOCK and not any(header):
-            return
-        digits = header[124:136].strip(b" \0")
-        octal = digits != b"" and not digits.strip(b"01234567")
-        if len(header) < _BLOCK or header[257:262] != b"ustar" or not octal or header[156:157] not in b"0\0":
-            raise UserError(f"shard '{path}' is cut off or damaged at byte {offset}; {_REMEDY}")
-        size = int(digits, 8)
-        offset += _BLOCK
-        if offset + size > end:
-            raise UserError(f"shard '{path}' is cut off at byte {end}; {_REMEDY}")
-        yield header[:100].rstrip(b"\0"), offset, size
-        offset += -(-size // _BLOCK) * _BLOCK
-
-
-def _text(name: bytes) -> str:
-    return name.decode(errors="replace")

@@ -1,23 +1,25 @@
 """Which samples make up the global batch of a step: a pure function of (seed, epoch, step), whatever the world size.
 
-Nothing is read for it but the manifest's counts, and any step can be asked for directly, which is all that an exact
-resume needs.
+Nothing is read for it but the manifest and its tables, and any step can be asked for directly, which is all that an
+exact resume needs.
 
-Arithmetic of the shuffled sampler at 10M identities x 10 samples in 10,000 shards: the permutation of the shards is
-80 kB, that of a window of 50,000 samples 400 kB, and nothing grows with the number of samples. The P x K sampler
-needs the labels: 4 + 8 bytes a sample (1.2 GB there) and 12 bytes a group of K samples.
+Arithmetic at 10M identities x 10 samples in 10,000 shards. Shuffled: the permutation of the shards is 80 kB, that of a
+window of 50,000 samples 400 kB, and nothing grows with the number of samples. P x K: the tables are memory-mapped, and
+a batch reads P places of the classes' and P * K of the by-class positions; no array grows with the set.
 """
 
-from collections.abc import Callable
-from functools import cached_property, lru_cache
+from bisect import bisect_right
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.manifest import Split
+from trainer.data.dealing import OnDemand, WholeEpoch
+from trainer.data.tables import Classes
 from trainer.errors import UserError
 
 _SHARDS, _WINDOW, _GROUPS, _CLASS = range(4)  # keep the streams of random numbers apart
+MOST_DEALT = 2**21  # groups of an epoch that are dealt in one piece: 32 MB for the epoch and as much while it is dealt
 
 
 class SequentialSampler:
@@ -27,6 +29,11 @@ class SequentialSampler:
         self._samples = samples
         self._batch_size = batch_size
         self.steps_per_epoch = -(-samples // batch_size)
+
+    def part(self, epoch: int, step: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions of these rows of the global batch; past its end a short batch begins again."""
+        positions = self.positions(epoch, step)
+        return positions[rows % len(positions)]
 
     def positions(self, epoch: int, step: int) -> NDArray[np.int64]:
         """Positions, in the manifest's order of shards, of the samples of one global batch.
@@ -53,7 +60,11 @@ class ShuffledSampler(SequentialSampler):
         self._inside = lru_cache(2)(self._shuffle_window)
 
     def positions(self, epoch: int, step: int) -> NDArray[np.int64]:
-        places = super().positions(epoch, step)
+        return self.at(epoch, super().positions(epoch, step))
+
+    def at(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions of the samples that come at these places, from 0, of an epoch."""
+        places = places.copy()
         windows = places // self._window
         for window in np.unique(windows).tolist():
             inside = windows == window
@@ -78,10 +89,17 @@ class PKSampler:
     """P identities x K samples a batch, for losses on pairs. Row p * K + k is the k-th sample of the p-th identity.
 
     Each epoch deals the samples of every class, shuffled, into groups of K; what is left over (fewer than K) waits for
-    another epoch. Round j takes the j-th group of each class that has one, in random order; batches are P groups from
-    the rounds laid end to end, rearranged so that the P identities of a batch differ. Round 0 holds all classes, so an
-    epoch covers all identities. A round with fewer than P classes cannot fill a batch: an epoch ends before it, so that
-    a few very large classes are seen in part. The last batch is filled up with further identities and is never short.
+    another epoch. Round j takes the j-th group of each class that has one, in random order. Round 0 holds all classes,
+    so an epoch covers all identities. A round with fewer than P classes cannot fill a batch: an epoch ends before it,
+    so that a few very large classes are seen in part. No batch is short, and none has an identity twice. How rounds
+    are cut into batches is in `trainer.data.dealing`.
+
+    Args:
+        classes: of the split.
+        by_class: its positions ordered by class.
+        identities: P.
+        batch_size: P * K.
+        seed: of the order.
 
     Raises:
         UserError: fewer than P classes, or a class with fewer than K samples. Samples are never drawn twice into a
@@ -89,82 +107,55 @@ class PKSampler:
     """
 
     def __init__(
-        self, split: Split, identities: int, batch_size: int, seed: int, labels: Callable[[], NDArray[np.int32]]
+        self, classes: Classes, by_class: NDArray[np.int64], identities: int, batch_size: int, seed: int
     ) -> None:
-        self._p = identities
-        self._k = batch_size // identities
-        self._seed = seed
-        self._labels = labels
-        self._counts = np.array(split.class_counts, dtype=np.int64)
-        self._check(split)
-        self._groups = self._counts // self._k
-        self._rounds = int(np.sort(self._groups)[-self._p])  # rounds 0 to this one have P classes or more
-        self.steps_per_epoch = -(-int(np.minimum(self._groups, self._rounds).sum()) // self._p)
-        self._epoch = lru_cache(2)(self._deal)
+        self._classes, self._by_class = classes, by_class
+        self._p, self._k, self._seed = identities, batch_size // identities, seed
+        self._check()
+        by_size = classes.by_size()
+        rounds = int(classes.counts()[by_size[identities - 1]]) // self._k  # those with P classes or more
+        sizes = np.array([self._with((j + 1) * self._k) for j in range(rounds)])
+        key = [seed, _GROUPS]
+        if int(sizes.sum()) <= MOST_DEALT:
+            self._deal: WholeEpoch | OnDemand = WholeEpoch(by_size, classes.counts() // self._k, sizes, identities, key)
+        else:
+            self._deal = OnDemand(by_size, sizes, identities, key)
+        self.steps_per_epoch = self._deal.steps
 
     def positions(self, epoch: int, step: int) -> NDArray[np.int64]:
-        batch = slice(step * self._p, (step + 1) * self._p)
-        classes, rounds = (dealt[batch].tolist() for dealt in self._epoch(epoch))
-        return np.concatenate([self._group(epoch, c, j) for c, j in zip(classes, rounds, strict=True)])
+        """Positions of the samples of one global batch: 30 µs an identity."""
+        return self.part(epoch, step, np.arange(self._p * self._k))
 
-    def _check(self, split: Split) -> None:
-        p, k, classes = self._p, self._k, len(split.classes)
-        if classes < p:
+    def part(self, epoch: int, step: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions of these rows of the global batch; only their own identities are looked up."""
+        labels, groups = self._deal(epoch, step)
+        own, inverse = np.unique(rows // self._k, return_inverse=True)
+        found = np.stack([self._group(epoch, int(labels[p]), int(groups[p])) for p in own])
+        return found[inverse, rows % self._k]
+
+    def _with(self, samples: int) -> int:
+        """How many classes have so many samples or more."""
+        counts, by_size = self._classes.counts(), self._classes.by_size()
+        return bisect_right(range(len(by_size)), -samples, key=lambda place: -int(counts[by_size[place]]))
+
+    def _check(self) -> None:
+        classes, p, k = self._classes, self._p, self._k
+        if len(classes) < p:
             raise UserError(
-                f"data.identities_per_batch {p} is more than the {classes} classes of the split; give at most {classes}"
+                f"data.identities_per_batch {p} is more than the {len(classes)} classes of the split; "
+                f"give at most {len(classes)}"
             )
-        small = np.flatnonzero(self._counts < k)
+        small = classes.by_size()[self._with(k) :]
         if len(small):
-            first = int(small[0])
+            first = int(small.min())
             raise UserError(
-                f"a batch takes K = {k} samples of each identity, but class '{split.classes[first]}' has "
-                f"{split.class_counts[first]} and {len(small)} of {classes} classes have fewer than {k}; "
+                f"a batch takes K = {k} samples of each identity, but class '{classes[first]}' has "
+                f"{classes.counts()[first]} and {len(small)} of {len(classes)} classes have fewer than {k}; "
                 f"raise data.identities_per_batch, lower data.batch_size, or import with --min-samples {k}"
             )
 
-    @cached_property
-    def _members(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Positions of the samples ordered by class, and where each class begins among them."""
-        labels = self._labels()
-        counts = np.bincount(labels, minlength=len(self._counts))
-        if not np.array_equal(counts, self._counts):
-            wrong = int(np.flatnonzero(counts != self._counts)[0])
-            raise UserError(
-                f"the shards hold {counts[wrong]} samples of class {wrong}, but the manifest says "
-                f"{self._counts[wrong]}; import the data again"
-            )
-        return np.argsort(labels, kind="stable"), np.cumsum(counts) - counts
-
     def _group(self, epoch: int, label: int, group: int) -> NDArray[np.int64]:
-        by_class, starts = self._members
-        dealt = np.random.default_rng([self._seed, epoch, _CLASS, label]).permutation(self._counts[label])
-        chosen: NDArray[np.int64] = by_class[starts[label] + dealt[group * self._k : (group + 1) * self._k]]
+        count, end = int(self._classes.counts()[label]), int(self._classes.ends()[label])
+        dealt = np.random.default_rng([self._seed, epoch, _CLASS, label]).permutation(count)
+        chosen: NDArray[np.int64] = self._by_class[end - count + dealt[group * self._k : (group + 1) * self._k]]
         return chosen
-
-    def _deal(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Class and number of each group of the epoch, in order."""
-        random = np.random.default_rng([self._seed, epoch, _GROUPS])
-        classes: list[NDArray[np.int64]] = []
-        tail = np.empty(0, dtype=np.int64)  # groups of the batch that the last round left unfinished
-        for j in range(self._rounds):
-            fresh = random.permutation(np.flatnonzero(self._groups > j))
-            _part(fresh, self._p - len(tail), tail)
-            classes.append(fresh)
-            laid = np.concatenate([tail, fresh])
-            tail = laid[len(laid) - len(laid) % self._p :]
-        rounds = [np.full(len(fresh), j) for j, fresh in enumerate(classes)]
-        if len(tail):
-            others = random.permutation(np.setdiff1d(classes[-1], tail))[: self._p - len(tail)]
-            classes.append(others)
-            rounds.append(self._rounds % self._groups[others])
-        return np.concatenate(classes), np.concatenate(rounds)
-
-
-def _part(fresh: NDArray[np.int64], need: int, tail: NDArray[np.int64]) -> None:
-    """Exchange, in place, those of the first `need` classes that are in `tail` with later ones that are not.
-
-    There are always enough: of the P or more classes in `fresh` at most len(tail) = P - need are in `tail`.
-    """
-    clash = np.flatnonzero(np.isin(fresh[:need], tail))
-    free = need + np.flatnonzero(~np.isin(fresh[need:], tail))[: len(clash)]
-    fresh[clash], fresh[free] = fresh[free], fresh[clash]

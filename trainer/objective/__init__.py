@@ -31,7 +31,9 @@ class Objective:
         UserError: a loss that this problem's size does not allow, or losses that make no sense together.
     """
 
-    def __init__(self, config: Config, classes: int, class_counts: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, config: Config, classes: int, class_counts: Sequence[int] | Tensor, device: torch.device
+    ) -> None:
         specs = (config.loss, *config.auxiliary)
         _check_together(specs)
         self._members = {spec.name: make_member(spec, config, classes, class_counts, device) for spec in specs}

@@ -60,7 +60,9 @@ class Member:
         raise NotImplementedError
 
 
-def make_member(spec: LossSpec, config: Config, classes: int, counts: Sequence[int], device: torch.device) -> Member:
+def make_member(
+    spec: LossSpec, config: Config, classes: int, counts: Sequence[int] | Tensor, device: torch.device
+) -> Member:
     """The member that a loss of the config needs; a UserError where the problem's size or the batches forbid it."""
     if isinstance(spec, Margin):
         return HeadMember(spec, config, classes, counts, device)
@@ -76,7 +78,9 @@ class HeadMember(Member):
 
     module: Head
 
-    def __init__(self, spec: Margin, config: Config, classes: int, counts: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, spec: Margin, config: Config, classes: int, counts: Sequence[int] | Tensor, device: torch.device
+    ) -> None:
         group = Group.current()
         check_share(classes, group)
         seed, dimension = config.run.seed, config.backbone.dimension
@@ -152,7 +156,7 @@ class BatchMember(Member):
     module: BatchLossModule
 
     def __init__(
-        self, spec: BatchLoss, config: Config, classes: int, counts: Sequence[int], device: torch.device
+        self, spec: BatchLoss, config: Config, classes: int, counts: Sequence[int] | Tensor, device: torch.device
     ) -> None:
         if spec.needs_positives:
             _check_positives(spec.name, config, counts)
@@ -212,10 +216,11 @@ def read_projection(specs: Sequence[LossSpec], checkpoint: Checkpoint) -> Tensor
     return None
 
 
-def _check_positives(name: str, config: Config, counts: Sequence[int]) -> None:
+def _check_positives(name: str, config: Config, class_counts: Sequence[int] | Tensor) -> None:
     """Refuse, with a UserError, a run whose batches never or too rarely hold two samples of one identity."""
-    data, total = config.data, sum(counts)
-    if max(counts, default=0) < 2:
+    counts = torch.as_tensor(class_counts, dtype=torch.float64)
+    data, total = config.data, int(counts.sum())
+    if not (counts >= 2).any():
         raise UserError(f"{name} needs two samples of an identity, but every identity of the data set has only one")
     if data.identities_per_batch is not None:
         if data.batch_size // data.identities_per_batch < 2:
@@ -224,7 +229,7 @@ def _check_positives(name: str, config: Config, counts: Sequence[int]) -> None:
                 f"{data.identities_per_batch} with data.batch_size={data.batch_size} gives one; lower the first"
             )
         return
-    alike = sum(count * (count - 1) for count in counts) / max(1, total * (total - 1))
+    alike = float((counts * (counts - 1)).sum()) / max(1, total * (total - 1))
     pairs = alike * math.comb(min(data.batch_size, total), 2)
     if pairs < 1:
         raise UserError(

@@ -3,20 +3,22 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data.manifest import BadSample, Manifest, ShardEntry, Split
+from trainer.data.manifest import BadSample, Manifest
+from trainer.data.split import SplitEntry
 from trainer.errors import UserError
 
-SHARD = {"name": "train-000000.tar", "samples": 3, "bytes": 10240, "sha256": "0" * 64}
-SPLIT = {"samples": 3, "classes": ["a", "b"], "class_counts": [1, 2], "shards": [SHARD]}
-TREE = {"format": 1, "kind": "folder", "image_mode": "L", "splits": {"train": SPLIT}}
+SHARD = {"name": "train-000000.tar", "samples": 3, "bytes": 10240, "sha256": "0" * 64, "index_sha256": "1" * 64}
+TABLE = {"file": "train.classes.arrow", "bytes": 100, "sha256": "2" * 64, "names_sha256": "3" * 64}
+SPLIT = {"samples": 3, "identities": 2, "classes": TABLE, "shards": [SHARD]}
+TREE = {"format": 2, "kind": "folder", "image_mode": "L", "splits": {"train": SPLIT}}
 
 
 def test_written_and_read_back(tmp_path: Path):
     manifest = Manifest(
         kind="folder",
         image_mode="RGB",
-        splits={"train": Split(**{**SPLIT, "classes": ["ä", "b c"], "shards": [ShardEntry(**SHARD)]})},
-        bad=[BadSample(name="x.png", reason="damaged")],
+        splits={"train": SplitEntry.model_validate(SPLIT)},
+        bad=[BadSample(name="ä.png", reason="damaged")],
         provenance={"source": "people"},
     )
     manifest.write(tmp_path)
@@ -27,20 +29,26 @@ def test_written_and_read_back(tmp_path: Path):
     assert (tmp_path / "manifest.json").read_bytes() == first
 
 
+def split_with(**changes: object) -> dict:
+    return {"splits": {"train": {**SPLIT, **changes}}}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": 2}, "format"),
+        ({"format": 3}, "its format is 3, and 1 and 2 are read"),
         ({"image_mode": "CMYK"}, "image_mode"),
+        ({"image_mode": None}, "image_mode is null, but content is image"),
+        ({"content": "vector", "image_mode": None}, r"shape is \[\], but content is vector"),
+        ({"content": "vector", "image_mode": "L", "shape": [8]}, "image_mode is L, but content is vector"),
         ({"extra": 1}, "extra"),
         ({"splits": {}}, "splits"),
-        ({"splits": {"train": {**SPLIT, "samples": 4}}}, "sum to 3, but samples is 4"),
-        ({"splits": {"train": {**SPLIT, "class_counts": [3]}}}, "2 classes, but 1 class_counts"),
-        ({"splits": {"train": {**SPLIT, "class_counts": [3, 0]}}}, "class 'b' has no sample"),
-        ({"splits": {"train": {**SPLIT, "classes": ["a"], "class_counts": [3]}}}, "at least 2"),
-        ({"splits": {"train": {**SPLIT, "shards": [{**SHARD, "name": "../x.tar"}]}}}, "plain file name"),
-        ({"splits": {"train": {**SPLIT, "shards": [{**SHARD, "name": "/etc/passwd"}]}}}, "plain file name"),
-        ({"splits": {"train": {**SPLIT, "shards": [{**SHARD, "sha256": "zz"}]}}}, "sha256"),
+        (split_with(samples=4), "the shards sum to 3, but samples is 4"),
+        (split_with(identities=1), "identities"),
+        (split_with(classes={**TABLE, "file": "../x"}), "plain file name"),
+        (split_with(shards=[{**SHARD, "name": "../x.tar"}]), "plain file name"),
+        (split_with(shards=[{**SHARD, "name": "/etc/passwd"}]), "plain file name"),
+        (split_with(shards=[{**SHARD, "sha256": "zz"}]), "sha256"),
     ],
 )
 def test_malformed_manifest_is_refused(tmp_path: Path, change: dict, words: str):
@@ -50,6 +58,26 @@ def test_malformed_manifest_is_refused(tmp_path: Path, change: dict, words: str)
     assert "manifest.json" in str(caught.value)
 
 
+SPLIT_1 = {"samples": 3, "classes": ["a", "b"], "class_counts": [1, 2], "shards": [{**SHARD, "index_sha256": None}]}
+TREE_1 = {"format": 1, "kind": "folder", "image_mode": "L", "splits": {"train": SPLIT_1}}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"extra": 1}, "extra"),
+        ({"splits": {"train": {**SPLIT_1, "samples": 4}}}, "sum to 3, but samples is 4"),
+        ({"splits": {"train": {**SPLIT_1, "class_counts": [3]}}}, "2 classes, but 1 class_counts"),
+        ({"splits": {"train": {**SPLIT_1, "class_counts": [3, 0]}}}, "class 'b' has no sample"),
+        ({"splits": {"train": {**SPLIT_1, "classes": ["a"], "class_counts": [3]}}}, "at least 2"),
+    ],
+)
+def test_malformed_manifest_of_format_1_is_refused(tmp_path: Path, change: dict, words: str):
+    (tmp_path / "manifest.json").write_text(json.dumps({**TREE_1, **change}))
+    with pytest.raises(UserError, match=words):
+        Manifest.read(tmp_path)
+
+
 def test_folder_without_manifest_is_no_data_set(tmp_path: Path):
     with pytest.raises(UserError, match="hypersphere data import"):
         Manifest.read(tmp_path)
@@ -57,14 +85,16 @@ def test_folder_without_manifest_is_no_data_set(tmp_path: Path):
         Manifest.read(tmp_path / "none")
 
 
-def test_truncated_manifest_is_refused(tmp_path: Path):
-    (tmp_path / "manifest.json").write_text(json.dumps(TREE)[:-9])
+@pytest.mark.parametrize("content", [json.dumps(TREE)[:-9].encode(), b"[]", b"\xff\xfe", b""])
+def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes):
+    (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(UserError, match="not a data set's manifest"):
         Manifest.read(tmp_path)
 
 
-def test_unknown_split_names_those_there_are():
-    manifest = Manifest.model_validate(TREE)
+def test_unknown_split_names_those_there_are(tmp_path: Path):
+    Manifest.model_validate(TREE).write(tmp_path)
+    manifest = Manifest.read(tmp_path)
     assert manifest.split("train").samples == 3
     with pytest.raises(UserError, match="no split 'val'; it has train"):
         manifest.split("val")

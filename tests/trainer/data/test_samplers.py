@@ -1,10 +1,11 @@
+import hashlib
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from trainer.data.manifest import ShardEntry, Split
 from trainer.data.samplers import PKSampler, SequentialSampler, ShuffledSampler
+from trainer.data.tables import Classes
 from trainer.errors import UserError
 
 SHARDS = [10, 10, 3, 10, 10, 4]
@@ -70,11 +71,24 @@ def test_sequential_is_the_order_of_the_shards():
     assert order.steps_per_epoch == 5
 
 
-def split_of(counts: list[int]) -> tuple[Split, np.ndarray]:
-    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts)).astype(np.int32)
-    shard = ShardEntry(name="s.tar", samples=sum(counts), bytes=1, sha256="0" * 64)
-    names = [f"who {i}" for i in range(len(counts))]
-    return Split(samples=sum(counts), classes=names, class_counts=counts, shards=[shard]), labels
+Tables = tuple[Classes, np.ndarray, np.ndarray]
+
+
+def tables_of(counts: list[int]) -> Tables:
+    """Classes, by-class positions and labels."""
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts)).astype(np.uint32)
+    return Classes.of([f"who {i}" for i in range(len(counts))], counts), np.argsort(labels, kind="stable"), labels
+
+
+def pk(tables: Tables, p: int, batch_size: int, seed: int) -> PKSampler:
+    return PKSampler(*tables[:2], p, batch_size, seed)
+
+
+@pytest.fixture(params=["whole", "on demand"])
+def either_deal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "on demand":
+        monkeypatch.setattr("trainer.data.samplers.MOST_DEALT", 0)
+    return request.param
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -91,9 +105,10 @@ def split_of(counts: list[int]) -> tuple[Split, np.ndarray]:
         ([8, 8, 8, 4, 4], 3, 2),
     ],
 )
+@pytest.mark.usefixtures("either_deal")
 def test_every_batch_is_p_identities_of_k_samples(counts: list[int], p: int, k: int, seed: int):
-    split, labels = split_of(counts)
-    order = PKSampler(split, p, p * k, seed, lambda: labels)
+    tables = tables_of(counts)
+    labels, order = tables[2], pk(tables, p, p * k, seed)
     for epoch in range(4):
         batches = epoch_of(order, epoch)
         for batch in batches:
@@ -104,43 +119,70 @@ def test_every_batch_is_p_identities_of_k_samples(counts: list[int], p: int, k: 
         assert {int(c) for batch in batches for c in labels[batch]} == set(range(len(counts)))
 
 
+@pytest.mark.usefixtures("either_deal")
+def test_a_part_is_those_rows_of_the_batch():
+    shuffled = ShuffledSampler(SHARDS, 10, 20, seed=3)
+    for order in (shuffled, SequentialSampler(47, 10), pk(tables_of([6] * 9), 5, 10, 1)):
+        for step in range(order.steps_per_epoch):
+            whole = order.positions(2, step)
+            for rows in (np.arange(3, 8), np.arange(10), np.array([9, 0])):
+                np.testing.assert_array_equal(order.part(2, step, rows), whole[rows % len(whole)])
+
+
+def test_a_part_looks_only_its_own_identities_up(monkeypatch: pytest.MonkeyPatch):
+    order, looked_up = pk(tables_of([6] * 9), 5, 10, 1), []
+    group = order._group
+    monkeypatch.setattr(order, "_group", lambda *which: looked_up.append(which) or group(*which))
+    order.part(0, 0, np.arange(4, 6))
+    assert len(looked_up) == 1
+
+
+@pytest.mark.usefixtures("either_deal")
 def test_epoch_uses_all_groups_of_a_balanced_set_once():
-    split, labels = split_of([8] * 6)
-    batches = epoch_of(PKSampler(split, 3, 12, 0, lambda: labels), 0)
+    batches = epoch_of(pk(tables_of([8] * 6), 3, 12, 0), 0)
     assert sorted(np.concatenate(batches).tolist()) == list(range(48))
 
 
+@pytest.mark.usefixtures("either_deal")
 def test_left_over_samples_come_in_other_epochs():
-    split, labels = split_of([5] * 4)
-    order = PKSampler(split, 2, 6, 0, lambda: labels)
+    order = pk(tables_of([5] * 4), 2, 6, 0)
     seen = {int(i) for epoch in range(12) for batch in epoch_of(order, epoch) for i in batch}
     assert seen == set(range(20))
 
 
+@pytest.mark.usefixtures("either_deal")
 def test_batches_depend_on_seed_and_epoch_alone():
-    split, labels = split_of([6] * 9)
-    first = PKSampler(split, 4, 8, 1, lambda: labels)
-    again = PKSampler(split, 4, 8, 1, lambda: labels)
+    first, again, other = (pk(tables_of([6] * 9), 4, 8, seed) for seed in (1, 1, 2))
     reference = epoch_of(first, 2)
     np.testing.assert_array_equal(again.positions(2, 3), reference[3])
     assert np.concatenate(epoch_of(again, 1)).tolist() != np.concatenate(reference).tolist()
+    assert np.concatenate(epoch_of(other, 2)).tolist() != np.concatenate(reference).tolist()
+
+
+def test_the_order_of_an_epoch_is_what_it_always_was():
+    """A run that was begun with an earlier version must go on with the batches of that version."""
+    digest = hashlib.sha256()
+    for counts, p, k in (
+        ([4] * 6, 3, 2), ([5, 9, 4, 30, 4, 6, 7], 4, 4), ([20] * 50, 16, 5), ([100, 3, 3, 3, 3], 5, 3),
+        ([8, 8, 8, 4, 4], 3, 2),
+    ):  # fmt: skip
+        order = pk(tables_of(counts), p, p * k, 7)
+        for epoch in range(2):
+            for batch in epoch_of(order, epoch):
+                digest.update(batch.astype("<i8").tobytes())
+    assert digest.hexdigest() == "44942ef535648dba0927d4911e2c102dbb1ac127e9aa70c27607c5cc8f804db4"
+    digest = hashlib.sha256()
+    for epoch in range(2):
+        for batch in epoch_of(ShuffledSampler(SHARDS, 8, 20, seed=3), epoch):
+            digest.update(batch.astype("<i8").tobytes())
+    assert digest.hexdigest() == "d14d529ff1debff9df544f6086f9868bafb50b4592ea876f71e19e33f690ab08"
 
 
 def test_too_few_classes_say_how_many():
-    split, labels = split_of([4] * 3)
     with pytest.raises(UserError, match="identities_per_batch 4 is more than the 3 classes"):
-        PKSampler(split, 4, 8, 0, lambda: labels)
+        pk(tables_of([4] * 3), 4, 8, 0)
 
 
 def test_class_with_too_few_samples_is_named():
-    split, labels = split_of([4, 4, 2, 3])
     with pytest.raises(UserError, match=r"K = 4 .* class 'who 2' has 2 and 2 of 4 classes have fewer than 4; .*--min-"):
-        PKSampler(split, 2, 8, 0, lambda: labels)
-
-
-def test_shards_that_disagree_with_the_manifest_are_refused():
-    split, labels = split_of([4, 4, 4])
-    wrong = labels.copy()
-    wrong[np.flatnonzero(labels == 1)[0]] = 2
-    with pytest.raises(UserError, match="3 samples of class 1, but the manifest says 4"):
-        PKSampler(split, 2, 4, 0, lambda: wrong).positions(0, 0)
+        pk(tables_of([4, 4, 2, 3]), 2, 8, 0)

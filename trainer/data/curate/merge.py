@@ -1,0 +1,144 @@
+"""Data sets joined into one, whose identities are different persons or, by name, the same."""
+
+from collections.abc import Sequence
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from trainer.data.curate.view import Piece, fresh_view, identities_of
+from trainer.data.manifest import Manifest
+from trainer.errors import UserError
+
+
+def merge(
+    addresses: Sequence[str | Path], out: Path, *, shared: bool = False, prefix: bool = False, overwrite: bool = False
+) -> Manifest:
+    """Write a data set at `out` that has the samples of several; splits of one name are joined, no shard is rewritten.
+
+    The identities of the first set keep their labels; those of the next ones follow.
+
+    Args:
+        addresses: of two sets or more.
+        out: new folder.
+        shared: identities of one name are one person; else each name may occur in one set only.
+        prefix: put the set's name and a slash before each of its identities.
+        overwrite: replace `out`.
+
+    Raises:
+        UserError: sets of different content, identities that clash, or `out` exists.
+    """
+    sets = _named(addresses)
+    first = next(iter(sets.values()))
+    for name, manifest in sets.items():
+        if (manifest.content, manifest.shape) != (first.content, first.shape):
+            raise UserError(
+                f"'{name}' holds {_content(manifest)}, but '{next(iter(sets))}' holds {_content(first)}; "
+                "merge sets of one content"
+            )
+    people = {
+        (name, split): _identities(manifest, split, f"{name}/" if prefix else "")
+        for name, manifest in sets.items()
+        for split in manifest.splits
+    }
+    _refuse_clashes(people, shared)
+    told = {f"{name}/{key}": value for name, manifest in sets.items() for key, value in manifest.provenance.items()}
+    told["merged"] = f"{', '.join(sets)}; identities {'shared by name' if shared else 'disjoint'}"
+    joined = first.model_copy(
+        update={
+            "kind": first.kind if len({manifest.kind for manifest in sets.values()}) == 1 else "merged",
+            "image_mode": _mode(list(sets.values())),
+            "bad": [bad for manifest in sets.values() for bad in manifest.bad],
+            "provenance": {},
+        }
+    )
+    with fresh_view(out, overwrite, joined, told) as view:
+        for split in dict.fromkeys(split for _, split in people):
+            tables = {name: people[name, split] for name in sets if (name, split) in people}
+            identities = _join(list(tables.values()))
+            pieces = [
+                Piece(sets[name].split(split), None, _rows(table["name"], identities["name"]))
+                for name, table in tables.items()
+            ]
+            view.add(split, pieces, identities)
+    return Manifest.read(out)
+
+
+def _named(addresses: Sequence[str | Path]) -> dict[str, Manifest]:
+    """The sets by the last part of their address."""
+    if len(addresses) < 2:
+        raise UserError(f"{len(addresses)} data sets were given; name two or more to merge")
+    sets: dict[str, Manifest] = {}
+    for address in addresses:
+        name = str(address).rstrip("/").rpartition("/")[2]
+        if name in sets:
+            raise UserError(f"two of the sets are called '{name}'; rename the folder of one")
+        sets[name] = Manifest.read(address)
+    return sets
+
+
+def _content(manifest: Manifest) -> str:
+    return f"{manifest.content}s" + (f" of shape {manifest.shape}" if manifest.shape else "")
+
+
+def _mode(manifests: list[Manifest]) -> str | None:
+    """Grey where all are; a grey image serves among coloured ones."""
+    modes = {manifest.image_mode for manifest in manifests}
+    return modes.pop() if len(modes) == 1 else "RGB"
+
+
+def _identities(manifest: Manifest, split: str, prefix: str) -> pa.Table:
+    table = identities_of(manifest.split(split))
+    if not prefix:
+        return table
+    before, nothing = pa.scalar(prefix, pa.large_string()), pa.scalar("", pa.large_string())
+    names = pc.binary_join_element_wise(before, table["name"].cast(pa.large_string()), nothing)
+    return table.set_column(table.column_names.index("name"), "name", names)
+
+
+def _refuse_clashes(people: dict[tuple[str, str], pa.Table], shared: bool) -> None:
+    for (one, here), (two, there) in permutations(people, 2):
+        if one == two or (here == there and shared):
+            continue
+        names = people[one, here]["name"]
+        common = names.filter(pc.is_in(names, value_set=people[two, there]["name"].combine_chunks()))
+        if not len(common):
+            continue
+        some = ", ".join(f"'{name}'" for name in common[:3].to_pylist())
+        found = f"{len(common)} identities ({some}{', ...' if len(common) > 3 else ''})"
+        if here != there:
+            raise UserError(
+                f"{found} are in the split '{here}' of '{one}' and in the split '{there}' of '{two}', and would be in "
+                "both splits; add --prefix if they are different persons, or draw the splits anew after merging"
+            )
+        raise UserError(
+            f"{found} are in '{one}' and in '{two}'; say --identities shared if they are the same persons, "
+            "or add --prefix if they are not"
+        )
+
+
+def _join(tables: list[pa.Table]) -> pa.Table:
+    """Each name once, in the order of the first occurrence; an attribute is what the first set says that has it."""
+    names = pc.unique(pa.chunked_array([table["name"] for table in tables]))
+    columns: dict[str, pa.Array] = {"name": names}
+    for table in tables:
+        rows = pc.index_in(names, value_set=table["name"].combine_chunks())
+        for column in table.column_names:
+            if column == "name":
+                continue
+            values = table[column].combine_chunks().take(rows)
+            try:
+                columns[column] = pc.coalesce(columns[column], values) if column in columns else values
+            except pa.ArrowException as error:
+                raise UserError(
+                    f"the attribute '{column}' has different types in the sets ({error}); rename or convert one"
+                ) from error
+    return pa.table(columns)
+
+
+def _rows(names: pa.ChunkedArray, among: pa.ChunkedArray) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    """For each name its row among the others."""
+    rows = pc.index_in(names, value_set=among.combine_chunks())
+    return np.asarray(rows.to_numpy()).astype(np.int64)

@@ -1,0 +1,215 @@
+"""Bytes from any fsspec address, patiently: a broken transfer is tried again, and a lasting fault is one sentence.
+
+Addresses and the messages of others may carry passwords and tokens: neither is ever shown as it is.
+"""
+
+import posixpath
+import random
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import fsspec
+
+from trainer.errors import UserError
+
+ATTEMPTS = 5
+_FIRST_DELAY = 0.2  # seconds; doubled after each further failure
+_CONNECT, _SILENCE = 10, 30  # seconds until a server that does not accept, or falls silent, counts as broken
+_BUSY = (408, 425, 429)  # statuses of HTTP below 500 that pass
+# What the libraries behind fsspec raise, by module: those that nobody imported raise nothing.
+_FAULTS = {
+    "builtins": ("OSError",),
+    "aiohttp": ("ClientError",),
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "gcsfs.retry": ("HttpError",),
+    "google.auth.exceptions": ("GoogleAuthError",),
+}
+_LOST_SLASH = re.compile(r"^([a-z][a-z0-9+]+):/(?=[^/])")
+_NO_CREDENTIALS = {
+    "botocore.exceptions": ("NoCredentialsError", "PartialCredentialsError"),
+    "google.auth.exceptions": ("DefaultCredentialsError",),
+}
+Result = TypeVar("Result")
+
+
+class _Cut(OSError):
+    """Fewer or more bytes than asked for."""
+
+
+class _NoRanges(_Cut):
+    """The whole file instead of a range."""
+
+
+def text_of(address: str | Path) -> str:
+    """The address as it was given: a Path, as command lines make of it, has one slash of the two behind "s3:"."""
+    return _LOST_SLASH.sub(r"\1://", str(address)) if isinstance(address, Path) else address
+
+
+def is_remote(address: str | Path) -> bool:
+    """Whether it is an address such as s3://bucket/faces, rather than a path."""
+    return "://" in text_of(address)
+
+
+def shown(address: str | Path) -> str:
+    """The address without user, password and query, for messages and logs."""
+    text = text_of(address)
+    if not is_remote(text):
+        return text
+    parts = urlsplit(text)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def join(address: str, name: str) -> str:
+    """The address of a file relative to a folder's; a query (a token, say) stays at the end."""
+    folder, mark, query = address.partition("?") if address.startswith("http") else (address, "", "")
+    protocol, _, path = folder.partition("://")
+    return f"{protocol}://{posixpath.normpath(f'{path}/{name}')}{mark}{query}"
+
+
+def fetch(address: str, start: int = 0, stop: int | None = None) -> bytes:
+    """The file's bytes from `start` to before `stop` (None: its end).
+
+    Raises:
+        UserError: it is not there or not ours to read, or all attempts failed.
+    """
+
+    def read(files: Any, path: str) -> bytes:
+        if stop is None:
+            if not (whole := bytes(files.cat_file(path))):
+                raise _Cut("it is empty")
+            return whole
+        data = bytes(files.cat_file(path, start=start, end=stop))
+        if len(data) > stop - start:
+            raise _NoRanges("the server sends whole files where ranges are asked for")
+        if len(data) < stop - start:
+            raise _Cut(f"it ended {stop - start - len(data)} bytes early")
+        return data
+
+    return _patiently(address, read)
+
+
+def listed(address: str) -> list[dict[str, Any]]:
+    """What lies directly in a folder, as fsspec tells it: `name`, `type` ("file" or "directory"), `size` and others.
+
+    Raises:
+        UserError: as `fetch`.
+    """
+    return _patiently(address, lambda files, path: list(files.ls(path, detail=True)))
+
+
+def matching(pattern: str) -> list[str]:
+    """The addresses that a pattern with stars names, sorted; none, if the storage has no such files.
+
+    Raises:
+        UserError: as `fetch`.
+    """
+    return _patiently(pattern, lambda files, path: sorted(map(files.unstrip_protocol, files.glob(path))))
+
+
+def size_of(address: str) -> int:
+    """The file's size in bytes.
+
+    Raises:
+        UserError: as `fetch`; or the server does not tell it.
+    """
+
+    def ask(files: Any, path: str) -> int:
+        size = files.info(path).get("size")
+        if size is None:
+            raise _Cut("the server does not say how large it is")
+        return int(size)
+
+    return _patiently(address, ask)
+
+
+def _patiently(address: str, work: Callable[[Any, str], Result]) -> Result:
+    attempt = 1
+    while True:
+        try:
+            return work(*_filesystem(address))
+        except _loaded(_FAULTS) as error:
+            lasting = _lasting(error)
+            if lasting or attempt == ATTEMPTS:
+                tried = "" if lasting else f", {ATTEMPTS} times"
+                told = f"'{shown(address)}' cannot be read: {_reason(error)}{tried}; {_remedy(error)}"
+                raise UserError(told) from None  # a trace of the cause would show the address as it is
+        time.sleep(_FIRST_DELAY * 2 ** (attempt - 1) * random.uniform(0.5, 1))  # ranks do not come back in step
+        attempt += 1
+
+
+def _filesystem(address: str) -> tuple[Any, str]:
+    """fsspec keeps one for each kind of options, and a new one after a fork."""
+    options: dict[str, Any] = {}
+    try:
+        if address.startswith("http"):
+            import aiohttp
+
+            options = {
+                "client_kwargs": {"timeout": aiohttp.ClientTimeout(None, sock_connect=_CONNECT, sock_read=_SILENCE)}
+            }
+        files, path = fsspec.core.url_to_fs(address, **options)
+    except ImportError as error:
+        raise UserError(
+            f"'{shown(address)}' cannot be read: the package for such addresses is not installed ({error.name}); "
+            "run pip install 'hypersphere[remote]'"
+        ) from None
+    except ValueError:
+        raise UserError(
+            f"'{shown(address)}' cannot be read: no such kind of address is known; give a folder, or s3://, gs:// or "
+            "https://"
+        ) from None
+    return files, path
+
+
+def _loaded(table: dict[str, tuple[str, ...]]) -> tuple[type[BaseException], ...]:
+    """The classes of a table whose modules somebody has imported."""
+    modules = [(sys.modules[module], names) for module, names in table.items() if module in sys.modules]
+    return tuple(getattr(module, name) for module, names in modules for name in names)
+
+
+def _status(error: BaseException) -> int | None:
+    """The answer's status in HTTP, where the error has one."""
+    found = getattr(error, "status" if hasattr(error, "status") else "code", None)
+    return int(found) if isinstance(found, int | str) and str(found).isdigit() else None
+
+
+def _lasting(error: BaseException) -> bool:
+    """Whether another attempt would end alike."""
+    status = _status(error)
+    refused = status is not None and 400 <= status < 500 and status not in _BUSY
+    return refused or isinstance(error, FileNotFoundError | PermissionError | _NoRanges) or _no_credentials(error)
+
+
+def _no_credentials(error: BaseException) -> bool:
+    return isinstance(error, _loaded(_NO_CREDENTIALS))
+
+
+def _reason(error: BaseException) -> str:
+    """What was wrong, in words that carry no address."""
+    if _no_credentials(error):
+        return "there are no credentials"
+    if isinstance(error, FileNotFoundError):
+        return "the bucket is not there" if "specified bucket" in str(error) else "it is not there"
+    if isinstance(error, PermissionError):
+        return "access is denied"
+    if isinstance(error, _Cut):
+        return str(error)
+    if isinstance(error, TimeoutError):
+        return "the server is silent"
+    status = _status(error)
+    if status == 416:
+        return "it ends before the bytes that are wanted"
+    return f"the server answers {status}" if status else getattr(error, "strerror", None) or type(error).__name__
+
+
+def _remedy(error: BaseException) -> str:
+    if _no_credentials(error) or isinstance(error, PermissionError) or _status(error) in (401, 403):
+        return "give credentials that may read it as the storage's own tools take them (environment or files)"
+    return (
+        "check the address" if isinstance(error, FileNotFoundError) else "try again later, or fetch the data set whole"
+    )

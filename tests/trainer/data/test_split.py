@@ -9,7 +9,7 @@ import pytest
 
 from trainer.data.index import make_index, open_index, write_index
 from trainer.data.manifest import Manifest
-from trainer.data.split import Split, write_split
+from trainer.data.split import ShardEntry, Split, index_shard, write_split
 from trainer.data.stream import DataConfig, Stream
 from trainer.data.tar import samples_of
 from trainer.errors import UserError
@@ -156,3 +156,15 @@ def test_format_1_gives_the_batches_that_it_always_gave(old: Path):
             digest.update(batch.images_BCHW.numpy().tobytes() + batch.labels_B.numpy().tobytes())
             digest.update(" ".join(batch.keys).encode())
     assert digest.hexdigest() == "37efce522e40f7acdb03ac19baa782f5dd93ae9da12f0fcdd3bd74a3a1a46f77"
+
+
+@pytest.mark.parametrize(("label", "words"), [(b"7", "has label 7"), (None, r"has no label \(\.cls\)")])
+def test_a_label_that_format_1_does_not_know_is_named(old: Path, label: bytes | None, words: str):
+    path = old / "train-000002.tar"
+    data = path.read_bytes()
+    at = data.index(b"000000017.cls")
+    wrong = data[: at + 512] + label + data[at + 513 :] if label else data.replace(b"000000017.cls", b"000000017.txt")
+    path.write_bytes(wrong)
+    entry = ShardEntry(name=path.name, samples=2, bytes=len(wrong), sha256=hashlib.sha256(wrong).hexdigest())
+    with pytest.raises(UserError, match=rf"sample '000000017' of shard '.*' {words}, but the manifest has 4 classes"):
+        index_shard(path, entry, 4)

@@ -169,7 +169,7 @@ def wait(folder: Path) -> None:
 
 
 def memory(folder: Path, samples: int) -> None:
-    """Resident memory through an epoch of tiny samples: one shard, whose index lists its 20 images again and again."""
+    """Memory through an epoch of tiny samples: one shard, whose index lists its 20 images again and again."""
     source = Manifest.read(make_set(folder, 20, 16))
     split = source.split("train")
     records = np.resize(split.index(0).records, samples)
@@ -185,7 +185,9 @@ def memory(folder: Path, samples: int) -> None:
     for batch in stream(tiny, 0, height=8, width=8).batches(0):
         seen += int((batch.labels_B >= 0).sum())
         if seen >= mark * samples // 10:
-            print(f"{seen} samples: {here.memory_info().rss / 2**20:.0f} MB", flush=True)
+            found = here.memory_info()  # the index is mapped: its pages are the system's, which may drop them
+            own, mapped = (found.rss - found.shared) / 2**20, found.shared / 2**20
+            print(f"{seen} samples: {own:.0f} MB, and {mapped:.0f} MB of files", flush=True)
             mark += 1
 
 

@@ -1,10 +1,14 @@
 """How fast a folder of JPEGs is imported, beside the least that it must take, in the same run.
 
     python benchmarks/data_import.py [--images 20000] [--side 112] [--rounds 3] [--jobs N] [--json FILE]
+    python benchmarks/data_import.py --memory 1000000
 
 Checked: against processes that read, decode and write the images and do nothing else. Unchecked: against
 `cp -r SOURCE COPY; sync`. The contenders take turns, so that a busy machine slows all alike; seconds of CPU are told
 beside those of the clock, since other work on the machine does not change them much.
+
+With --memory: by how much the memory of one process that does everything grows, over that of an import of a fiftieth of
+so many made-up samples.
 """
 
 import argparse
@@ -41,11 +45,41 @@ with Path(out, f"{part}.bin").open("wb") as file:
         file.write(data)
     os.fsync(file.fileno())
 """
+MADE_UP = """
+import sys, tempfile, threading
+from pathlib import Path
+from trainer.data.importers import Entry, ImportOptions, Kind, Listing, share_held_out
+from trainer.data.importers.kinds import KINDS
+from trainer.data.importers.run import run_import
+
+JPEG = bytes.fromhex("ffd8ffc0000b080008000801000000")
+
+def listed(source, options, progress):
+    entries = (Entry(f"person {i // 20:07d}", f"{i:08d}.jpg", str(i), size=20) for i in range(int(sys.argv[1])))
+    return Listing(entries, "", share_held_out(0.1, 0))
+
+def watch():
+    global peak
+    while not done.wait(0.005):
+        found = Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]
+        peak = max(peak, 1024 * int(found))
+
+KINDS["made up"] = Kind(listed, lambda source, options: lambda place: JPEG + place.encode())
+peak, done = 0, threading.Event()
+threading.Thread(target=watch, daemon=True).start()
+with tempfile.TemporaryDirectory() as folder:
+    run_import("made up", None, Path(folder, "set"), ImportOptions(check=False, jobs=1))
+done.set()
+print(peak)
+"""
 PAIRS = (("import", "decode and write"), ("import --no-check", "cp -r; sync"))
 
 
 def main() -> None:
     options = _options()
+    if options.memory:
+        print(f"{options.memory:,} samples: {memory(options.memory):.0f} bytes of memory a sample")
+        return
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         draw(folder / "faces", options.images, options.side)
@@ -114,6 +148,18 @@ def timed(work: Callable[[], None]) -> tuple[float, float]:
     return time.perf_counter() - clock, cpu() - used
 
 
+def memory(samples: int) -> float:
+    """Bytes of anonymous memory a sample, at the peak."""
+    smaller, whole = (int(_python(MADE_UP, str(count))) for count in (samples // 50, samples))
+    return (whole - smaller) / (samples - samples // 50)
+
+
+def _python(program: str, *words: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program, *words]
+    return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
 def report(taken: dict[str, list[tuple[float, float]]], options: argparse.Namespace) -> None:
     pixels = f"{options.side} x {options.side}"
     print(f"{options.images} JPEGs of {pixels}, {options.jobs} processes, {options.rounds} rounds\n")
@@ -140,6 +186,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--folder", type=Path, help="on the disk that is measured; by default that of temporary files")
+    parser.add_argument("--memory", type=int, help="samples")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

@@ -1,4 +1,5 @@
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,36 @@ def test_two_imports_do_not_mix(tmp_path: Path):
         with pytest.raises(UserError, match="another process is writing"):
             fill(tmp_path / "set", "second")
     assert (tmp_path / "set" / "manifest.json").read_text() == "first"
+
+
+def test_resumable_work_stays_after_a_failure_and_is_given_to_the_next(tmp_path: Path):
+    def failing() -> None:
+        with fresh_folder(tmp_path / "set", SET, resumable=True) as folder:
+            (folder / "train-000000.tar").write_text("done")
+            raise UserError("the disk is full")
+
+    with pytest.raises(UserError, match="full"):
+        failing()
+    assert names(tmp_path) == [".set.partial"]
+    with fresh_folder(tmp_path / "set", SET, resumable=True) as folder:
+        assert names(folder) == ["train-000000.tar"]
+        (folder / "manifest.json").write_text("1")
+    assert names(tmp_path) == ["set"]
+    assert names(tmp_path / "set") == ["manifest.json", "train-000000.tar"]
+
+
+def test_a_child_of_resumable_work_keeps_others_out(tmp_path: Path):
+    with fresh_folder(tmp_path / "set", SET, resumable=True) as folder:
+        (folder / "manifest.json").write_text("1")
+        child = subprocess.Popen(["sleep", "60"], close_fds=False)
+    (tmp_path / "set").rename(tmp_path / ".set.partial")  # as if the parent had been killed before it was done
+    try:
+        with pytest.raises(UserError, match="another process is writing"):
+            fill(tmp_path / "set", "2")
+    finally:
+        child.kill()
+        child.wait()
+    fill(tmp_path / "set", "2")
 
 
 def test_a_file_appears_whole_or_the_old_one_stays(tmp_path: Path) -> None:

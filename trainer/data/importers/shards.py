@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,11 @@ from trainer.atomic import fresh_file
 from trainer.data.index import RECORD, make_index, open_index, write_index
 from trainer.data.split import ShardEntry
 
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
 _BLOCK, _RECORD = 512, 10_240  # bytes; an archive ends with two empty blocks, and is filled up to a record
+_AT_ONCE = 2**19  # bytes that are written and digested at a time
 _NAME, _SIZE, _SUM = slice(0, 100), slice(124, 136), slice(148, 156)  # fields of a header
 _json = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
@@ -64,26 +68,33 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample]) -> ShardEntr
     rows: list[tuple[int, int, int, int, int]] = []
     numbers: list[int] = []
     end = 0
-    digest = hashlib.sha256()
+    digest, waiting = hashlib.sha256(), bytearray()
     with fresh_file(folder / name) as file:
         for sample in samples:
             packed, inside = _pack(sample)
-            file.write(packed)
-            digest.update(packed)
             rows.append((end + inside, len(sample.payload), sample.label, zlib.crc32(sample.payload), 0))
             numbers.append(sample.number)
             end += len(packed)
-        trailer = bytes(-(-(end + 2 * _BLOCK) // _RECORD) * _RECORD - end)
-        file.write(trailer)
-        digest.update(trailer)
+            waiting += packed
+            if len(waiting) >= _AT_ONCE:
+                _flush(waiting, file, digest)
+        size = -(-(end + 2 * _BLOCK) // _RECORD) * _RECORD
+        waiting += bytes(size - end)
+        _flush(waiting, file, digest)
     if not rows:
         (folder / name).unlink()
         return None
-    entry = ShardEntry(name=name, samples=len(rows), bytes=end + len(trailer), sha256=digest.hexdigest())
+    entry = ShardEntry(name=name, samples=len(rows), bytes=size, sha256=digest.hexdigest())
     unbroken = numbers[-1] - numbers[0] == len(numbers) - 1
     keys = numbers[0] if unbroken else [f"{number:09d}" for number in numbers]
     written = write_index(folder / entry.index_file, make_index(np.array(rows, RECORD), keys, entry.bytes))
     return entry.model_copy(update={"index_sha256": written})
+
+
+def _flush(waiting: bytearray, file: BinaryIO, digest: "_Hash") -> None:
+    file.write(waiting)
+    digest.update(waiting)
+    waiting.clear()
 
 
 class Kept(NamedTuple):

@@ -102,8 +102,7 @@ def scan(address: str, manifest: Manifest, jobs: int, progress: Progress | None 
 
 def _run(address: str, tasks: list[_Task], jobs: int) -> Iterator[_Found]:
     if jobs == 1:
-        worker = _Worker(address)
-        yield from map(worker.scan, tasks)
+        yield from map(Worker(Manifest.read(address)).scan, tasks)
         return
     # New processes, not copies of this one, whose threads they would not have.
     spawn = multiprocessing.get_context("spawn")
@@ -118,12 +117,12 @@ def _run(address: str, tasks: list[_Task], jobs: int) -> Iterator[_Found]:
             pool.shutdown(cancel_futures=True)
 
 
-class _Worker:
+class Worker:
     """Reads the tasks of one process."""
 
-    def __init__(self, address: str) -> None:
-        self._manifest = Manifest.read(address)
-        self._splits = {name: self._manifest.split(name) for name in self._manifest.splits}
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._splits = {name: manifest.split(name) for name in manifest.splits}
 
     def scan(self, task: _Task) -> _Found:
         samples = task.rows.stop - task.rows.start
@@ -142,14 +141,19 @@ class _Worker:
                 found.labels[row] = place.label
                 try:
                     payload = read_bytes(file, place)
-                    found.hashes[row] = self._decode(payload, place)
+                    found.hashes[row] = self.decode(payload, place)
                 except UserError as error:
                     found.faults.append(str(error))
                     continue
                 found.digests[row], found.good[row] = digest(payload), True
         return found
 
-    def _decode(self, payload: bytes, place: Place) -> NDArray[np.uint8] | int:
+    def decode(self, payload: bytes, place: Place) -> NDArray[np.uint8] | int:
+        """The perceptual hash of an image; 0 for a vector.
+
+        Raises:
+            UserError: the payload is not what the manifest says that the set holds.
+        """
         name = f"{place.shard.name}: {place.key}"
         if self._manifest.content == "image":
             return np.frombuffer(perceptual_hash(decode(payload, name).image), np.uint8)
@@ -164,12 +168,12 @@ class _Worker:
         return 0
 
 
-_worker: _Worker | None = None  # of a process of the pool
+_worker: Worker | None = None  # of a process of the pool
 
 
 def _start(address: str) -> None:
     global _worker
-    _worker = _Worker(address)
+    _worker = Worker(Manifest.read(address))
 
 
 def _scan(task: _Task) -> _Found:

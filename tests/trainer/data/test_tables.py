@@ -1,5 +1,7 @@
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +77,32 @@ def test_a_table_without_counts_is_refused(tmp_path: Path):
         writer.write_table(pa.table({"name": NAMES}))
     with pytest.raises(UserError, match=r"d\.arrow' is not a table of classes: .*samples"):
         Classes.open(tmp_path / "d.arrow")
+
+
+def test_counts_of_another_type_are_refused(tmp_path: Path):
+    columns = {"name": NAMES, "samples": [2, 5, None, 5], "end": [2, 7, 10, 15], "by_size": [1, 3, 2, 0]}
+    table = pa.table(columns)
+    with pa.ipc.new_file(str(tmp_path / "d.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(UserError, match="a column of int64 where int64 without gaps is wanted"):
+        Classes.open(tmp_path / "d.arrow")
+
+
+def test_tables_need_no_pandas(tmp_path: Path):
+    code = """
+import sys
+from pathlib import Path
+import numpy as np
+from trainer.data.tables import Classes, write_classes
+path = Path(sys.argv[1])
+write_classes(path, ["a", "b"], np.array([1, 2]))
+classes = Classes.open(path)
+print(classes.names(), classes[1], classes.counts(), classes.digest()[:2], "pandas" in sys.modules)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "c.arrow"], capture_output=True, text=True, check=True
+    )
+    assert found.stdout == "['a', 'b'] b [1 2] 35 False\n"
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 15])

@@ -63,7 +63,7 @@ def export_run(
     if found is None:
         raise UserError(f"'{run}' holds no checkpoint; give the run.out of a training run, or train one first")
     config = from_tree(found.manifest.config)
-    manifest = Manifest.read(data or config.data.path)
+    manifest = Manifest.read(data or config.data.path, config.data.remote_cache)
     pixels = preprocessing(manifest, config.data)
     backbone = build(config.backbone, pixels.channels, pixels.height, pixels.width)
     # The backbone's weights and buffers, out of the engine's state.

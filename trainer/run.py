@@ -19,6 +19,7 @@ from trainer.backbones import build
 from trainer.checkpoint import CHECKPOINTS, latest
 from trainer.config import Config
 from trainer.data.manifest import Manifest
+from trainer.data.remote import shown
 from trainer.data.stream import preprocessing
 from trainer.errors import UserError
 from trainer.strict import Strict
@@ -68,7 +69,8 @@ class RunNote(Strict):
 
 def resolved(config: Config) -> Config:
     """The config with paths that mean the same from every working directory."""
-    data = config.data.model_copy(update={"path": config.data.path.resolve()})
+    path = config.data.path
+    data = config.data.model_copy(update={"path": path.resolve() if isinstance(path, Path) else path})
     run = config.run.model_copy(update={"out": config.run.out.resolve()})
     tracking = config.tracking.model_copy(update={"uri": absolute_uri(config.tracking.uri, Path.cwd())})
     return config.model_copy(update={"data": data, "run": run, "tracking": tracking})
@@ -91,7 +93,9 @@ def start(config: Config, resume: bool, on_record: Callable[[Record], None], on_
     write_file(folder / "config.yaml", config.to_yaml())
     note = RunNote.read(folder) if resume else RunNote()
     tracker = Tracker(config.tracking, on_trouble, note.mlflow_run_id or None)
-    tracker.start(config.model_dump(mode="json"), config.to_yaml(), {"data": str(config.data.path), "data_kind": kind})
+    address = shown(config.data.path)  # what others read carries no password
+    public = config.model_copy(update={"data": config.data.model_copy(update={"path": address})})
+    tracker.start(public.model_dump(mode="json"), public.to_yaml(), {"data": address, "data_kind": kind})
     measured = {one.step: one.values for one in note.evaluations}
 
     def dispatch(record: Record) -> None:
@@ -134,7 +138,7 @@ def check(config: Config, resume: bool) -> Manifest:
     Raises:
         UserError: no such data set or split, an earlier run in the folder, or a backbone that cannot be built.
     """
-    manifest = Manifest.read(config.data.path)
+    manifest = Manifest.read(config.data.path, config.data.remote_cache)
     manifest.split(config.data.train_split)
     if not resume and latest(config.run.out / CHECKPOINTS) is not None:
         raise UserError(

@@ -21,6 +21,7 @@ from trainer.checkpoint import CHECKPOINTS, Checkpoint, CheckpointManifest, late
 from trainer.config import Config
 from trainer.data.augment import Augment
 from trainer.data.manifest import Manifest
+from trainer.data.remote import shown
 from trainer.data.stream import Batch, Stream, preprocessing
 from trainer.distributed import Group, average_buffers, sum_not_mean
 from trainer.engine import Engine
@@ -71,7 +72,7 @@ class _Run:
         self.config, self.device, self.report = config, device, report
         self.checkpoints = config.run.out / CHECKPOINTS
         data, seed, self.group = config.data, config.run.seed, (group := Group.current())
-        manifest = Manifest.read(data.path)
+        manifest = Manifest.read(data.path, data.remote_cache)
         split = manifest.split(data.train_split)
         rank, size = group.rank, group.size
         self.stream = Stream(manifest, data.train_split, data, rank=rank, world_size=size, seed=seed)
@@ -192,7 +193,8 @@ class _Run:
         if (manifest.classes, manifest.class_digest) != (self.classes, self.class_digest):
             raise UserError(
                 f"the checkpoint '{found.folder}' was trained on other classes ({manifest.classes}) than "
-                f"'{self.config.data.path}' has ({self.classes}); resume with the data set that it was trained on"
+                f"'{shown(self.config.data.path)}' has ({self.classes}); resume with the data set that it was "
+                "trained on"
             )
         if found.step > self.total_steps:
             raise UserError(

@@ -10,7 +10,8 @@ from PIL import Image
 from tests.ranks import folder_of_shapes
 from trainer import launch
 from trainer.config import Config, load
-from trainer.data.importers.run import ImportOptions, run_import
+from trainer.data.importers import ImportOptions
+from trainer.data.importers.run import run_import
 from trainer.errors import UserError
 from trainer.run import RunNote, start
 from trainer.train import Record

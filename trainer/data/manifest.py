@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from trainer.atomic import write_file
 from trainer.data.format1 import upgrade
 from trainer.data.split import Split, SplitEntry
-from trainer.data.store import Store, open_store
+from trainer.data.store import CacheConfig, Store, open_store
 from trainer.data.tables import Classes
 from trainer.errors import UserError
 from trainer.strict import Strict
@@ -56,19 +56,19 @@ class Manifest(Strict):
         return isinstance(other, Manifest) and self.model_dump() == other.model_dump()
 
     @classmethod
-    def read(cls, address: str | Path) -> "Manifest":
-        """Read and check the manifest of the data set at an address (a folder).
+    def read(cls, address: str | Path, cache: CacheConfig | None = None) -> "Manifest":
+        """Read and check the manifest of the data set at an address: a folder, or what fsspec reads, in the cache.
 
         Raises:
             UserError: there is no finished data set, or the file is malformed.
         """
-        store = open_store(address)
+        store = open_store(address, cache)
         where = f"{store.address}/{MANIFEST_FILE}"
         try:
             tree = from_json(store.read_bytes(MANIFEST_FILE))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(
-                f"'{address}' is not a data set: '{where}' is missing; make one with 'hypersphere data import'"
+                f"'{store.address}' is not a data set: '{where}' is missing; make one with 'hypersphere data import'"
             ) from error
         except OSError as error:
             raise UserError(f"cannot read '{where}': {error.strerror}; make it readable") from error

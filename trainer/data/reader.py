@@ -10,10 +10,8 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import lru_cache
 from io import FileIO
-from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 from trainer.data.image import Preprocessing, load_image
 from trainer.data.index import ShardIndex
 from trainer.data.split import Split
+from trainer.data.store import File
 from trainer.data.tar import REMEDY
 from trainer.errors import UserError
 
@@ -53,9 +52,10 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int, m
 
 
 class Place(NamedTuple):
-    """Where one sample lies in its shard, and its label; `crc` is of its bytes."""
+    """Where one sample lies in its shard (`shard` is what messages call it), and its label; `crc` is of its bytes."""
 
-    shard: Path
+    shard: str
+    file: File
     key: str
     offset: int
     size: int
@@ -63,10 +63,12 @@ class Place(NamedTuple):
     crc: int
 
 
-def places_in(shard: Path, index: ShardIndex, rows: NDArray[np.int64]) -> list[Place]:
+def places_in(split: Split, shard: int, index: ShardIndex, rows: NDArray[np.int64]) -> list[Place]:
     """The samples in these rows of a shard's index."""
+    file = split.shards[shard].file
+    shown = split.store.shown(file)
     records = zip(rows.tolist(), index.records[rows].tolist(), strict=True)
-    return [Place(shard, index.key(row), *record[:4]) for row, record in records]
+    return [Place(shown, file, index.key(row), *record[:4]) for row, record in records]
 
 
 class Reader:
@@ -77,6 +79,8 @@ class Reader:
         preprocessing: of each image.
         threads: that decode images.
         cache: keep decoded images: always, never, or ("auto") where they fit in 1 GiB.
+        scattered: of a shard from elsewhere only those parts are fetched in which samples lie that are read, as suits
+            P x K batches; otherwise all of it.
 
     Raises:
         UserError: a shard is missing or has another size than the manifest says, or the images do not fit the memory.
@@ -89,12 +93,14 @@ class Reader:
         *,
         threads: int = 2,
         cache: Literal["auto", "memory", "none"] = "none",
+        scattered: bool = False,
     ) -> None:
         check_sizes(split)
-        self._split = split
+        self.split = split
         self._preprocessing = preprocessing
         self._threads = threads
-        self._shard = lru_cache(_KEEP_INDEXES)(lambda shard: (split.path(shard), split.index(shard)))
+        self._scattered = scattered
+        self._index = lru_cache(_KEEP_INDEXES)(split.index)
         self._cache = _make_cache(split.samples, preprocessing, cache)
         self._cached = np.zeros(split.samples if self._cache is not None else 0, dtype=bool)
 
@@ -113,8 +119,8 @@ class Reader:
         unique, inverse = np.unique(positions, return_inverse=True)
         places = self._places(unique)
         labels = np.array([place.label for place in places])
-        if (wrong := np.flatnonzero(labels >= self._split.identities)).size:
-            place, classes = places[wrong[0]], self._split.identities
+        if (wrong := np.flatnonzero(labels >= self.split.identities)).size:
+            place, classes = places[wrong[0]], self.split.identities
             raise UserError(
                 f"sample '{place.key}' of shard '{place.shard}' has label {place.label}, but the manifest has "
                 f"{classes} classes (0 to {classes - 1}); {_VERIFY}"
@@ -122,13 +128,25 @@ class Reader:
         keys = [place.key for place in places]
         return self._images(unique, places, pool)[inverse], labels[inverse], [keys[i] for i in inverse]
 
+    def want(self, positions: NDArray[np.int64]) -> None:
+        """Have the bytes of these samples fetched in the background, where they lie elsewhere."""
+        self.split.store.later(lambda: self.split.store.want(self._ranges(self._places(np.unique(positions)))))
+
+    def _ranges(self, places: list[Place]) -> dict[File, list[tuple[int, int]] | None]:
+        """What is read of each shard."""
+        wanted: dict[File, list[tuple[int, int]]] = {}
+        for place in places:
+            wanted.setdefault(place.file, []).append((place.offset, place.size))
+        return {file: ranges if self._scattered else None for file, ranges in wanted.items()}
+
     def _places(self, positions: NDArray[np.int64]) -> list[Place]:
         """Of positions in rising order."""
-        shards, firsts = np.unique(np.searchsorted(self._split.ends, positions, side="right"), return_index=True)
+        shards, firsts = np.unique(np.searchsorted(self.split.ends, positions, side="right"), return_index=True)
+        self.split.want_indexes(shards.tolist())
         places: list[Place] = []
         for shard, group in zip(shards.tolist(), np.split(positions, firsts[1:]), strict=True):
-            path, index = self._shard(shard)
-            places += places_in(path, index, group - (self._split.ends[shard] - index.samples))
+            index = self._index(shard)
+            places += places_in(self.split, shard, index, group - (self.split.ends[shard] - index.samples))
         return places
 
     def _images(self, positions: NDArray[np.int64], places: list[Place], pool: ThreadPoolExecutor) -> NDArray[np.uint8]:
@@ -141,14 +159,24 @@ class Reader:
         return self._cache[positions]
 
     def _decode_all(self, places: list[Place], pool: ThreadPoolExecutor) -> NDArray[np.uint8]:
-        with ExitStack() as stack:
-            files = {path: stack.enter_context(_open(path)) for path in {place.shard for place in places}}
+        with self.split.store.open(self._ranges(places)) as files:
 
             def decode(place: Place) -> NDArray[np.uint8]:
-                data = read_bytes(files[place.shard], place)
-                return load_image(data, self._preprocessing, f"{place.shard.name}: {place.key}")
+                data = self._payload(files[place.file], place)
+                return load_image(data, self._preprocessing, f"{place.file.name}: {place.key}")
 
             return np.stack(list(pool.map(decode, places)))
+
+    def _payload(self, shard: FileIO | UserError, place: Place) -> bytes:
+        """The checked bytes of a sample; a copy of a shard from elsewhere that is wrong there is fetched once more."""
+        store, part = self.split.store, [(place.offset, place.size)]
+        try:
+            return read_bytes(shard, place)
+        except UserError:
+            if isinstance(shard, UserError) or not store.forget(place.file, part):
+                raise
+        with store.open({place.file: part}) as files:
+            return read_bytes(files[place.file], place)
 
 
 def _make_cache(samples: int, preprocessing: Preprocessing, cache: str) -> NDArray[np.uint8] | None:
@@ -172,6 +200,8 @@ def check_sizes(split: Split) -> None:
         UserError: a shard is missing or has another size.
     """
     for shard, entry in enumerate(split.shards):
+        if not split.store.is_local(entry.file):  # what arrives is compared
+            continue
         path = split.path(shard)
         try:
             size = path.stat().st_size
@@ -181,22 +211,18 @@ def check_sizes(split: Split) -> None:
             raise UserError(f"shard '{path}' has {size} bytes, but the manifest says {entry.bytes}; {_VERIFY}")
 
 
-def read_bytes(shard: FileIO, place: Place) -> bytes:
+def read_bytes(shard: FileIO | UserError, place: Place) -> bytes:
     """The payload of one sample, checked; several threads may read one shard.
 
     Raises:
-        UserError: the shard ends before the sample does, or holds other bytes than it did when it was indexed.
+        UserError: the shard cannot be had (as it says itself), ends before the sample does, or holds other bytes there
+            than it did when it was indexed.
     """
+    if isinstance(shard, UserError):
+        raise UserError(f"sample '{place.key}' of shard '{place.shard}' cannot be had: {shard}")
     data = os.pread(shard.fileno(), place.size, place.offset)
     if len(data) != place.size:
         raise UserError(f"shard '{place.shard}' is cut off inside sample '{place.key}'; {_VERIFY}")
     if zlib.crc32(data) != place.crc:
         raise UserError(f"sample '{place.key}' of shard '{place.shard}' is damaged: its CRC-32 is wrong; {_VERIFY}")
     return data
-
-
-def _open(path: Path) -> FileIO:
-    try:
-        return path.open("rb", buffering=0)
-    except OSError as error:
-        raise UserError(f"shard '{path}' cannot be opened: {error.strerror}; {_VERIFY}") from error

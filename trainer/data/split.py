@@ -5,7 +5,7 @@ Samples have positions: 0, 1, ... in the order of the shards and of each shard's
 
 import hashlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from trainer.data.index import RECORD, ShardIndex, make_index, open_index, write_index
-from trainer.data.store import Store
+from trainer.data.store import File, Store
 from trainer.data.tables import (
     Classes,
     ClassesFile,
@@ -49,6 +49,10 @@ class ShardEntry(Strict):
     @property
     def index_file(self) -> str:
         return self.name.removesuffix(".tar") + ".idx"
+
+    @property
+    def file(self) -> File:
+        return File(self.name, self.bytes, self.sha256, self.url)
 
 
 class SplitEntry(Strict):
@@ -135,8 +139,7 @@ class Split:
 
     def path(self, shard: int) -> Path:
         """Where the tar can be read."""
-        entry = self.shards[shard]
-        return self.store.path(entry.name, entry.bytes, entry.sha256, entry.url)
+        return self.store.path(*self.shards[shard].file)
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard; its digest is compared when it is first opened.
@@ -159,6 +162,11 @@ class Split:
             _compare(path, index, entry)
             self._checked.add(shard)
         return index
+
+    def want_indexes(self, shards: Iterable[int]) -> None:
+        """Have the indexes of these shards fetched at the same time, where they lie elsewhere and are not here yet."""
+        entries = [self.shards[shard] for shard in shards if shard not in self._checked]
+        self.store.want({File(e.index_file, None, e.index_sha256): None for e in entries if e.index_sha256})
 
     def _labels(self) -> Iterator[NDArray[np.uint32]]:
         return (self.index(shard).labels for shard in range(len(self.shards)))

@@ -1,60 +1,259 @@
-"""Where a data set lies: a folder, and its files by name. Runs without torch."""
+"""Where a data set lies: a folder, or any fsspec address; its files by name, on the local disk when they are needed.
+
+Files of a folder are used where they lie. Files from elsewhere come into a cache, in the parts that are asked for:
+shards block by block, which the CRC-32 of each sample checks when it is read; tables and indexes whole, which their
+SHA-256 checks on arrival.
+"""
 
 import os
-from collections.abc import Iterable
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from functools import lru_cache, partial
+from io import FileIO
 from pathlib import Path
-from typing import Protocol
+from queue import SimpleQueue
+from threading import Thread
+from typing import Annotated, Any, NamedTuple
 
+from pydantic import BeforeValidator
+
+from trainer.data.cache import Cache, CachedFile, Ranges
+from trainer.data.remote import fetch, is_remote, join, shown
 from trainer.errors import UserError
 
+DEFAULT_CACHE_BYTES = 50 * 10**9
+_CONNECTIONS = 16  # of each process, for what is needed now; and as many for what will be needed
+_HELD = 32  # paths given out last, whose files are not removed: their callers may be about to open them
+_REMEDY = "run 'hypersphere data verify', and import the data again or fetch this file anew"
 
-class Store(Protocol):
-    """The files of one data set. Digests are SHA-256, sizes are in bytes."""
 
-    address: str
-    # A folder for what is made once from the shards, such as the indexes of an old data set; None: there is none.
-    scratch: Path | None
+# A folder as a Path, any other address as it is: a Path would make one slash of the two behind "s3:".
+Address = Annotated[Path | str, BeforeValidator(lambda value: str(value) if is_remote(value) else Path(value))]
+
+
+class File(NamedTuple):
+    """A file of a data set as its manifest describes it; `url` says where it lies if not beside the manifest."""
+
+    name: str
+    size: int | None = None
+    sha256: str | None = None
+    url: str | None = None
+
+
+class CacheConfig(NamedTuple):
+    """Where files from elsewhere are kept on this machine, and how many bytes of them at most."""
+
+    folder: Path | None = None
+    limit: int = DEFAULT_CACHE_BYTES
+
+    def open(self) -> Cache:
+        """The cache; without a folder, that of this user."""
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        return Cache(self.folder or home / "hypersphere", self.limit)
+
+
+class Store:
+    """The files of one data set. May be copied to other processes, by pickling or forking.
+
+    Attributes:
+        address: for messages, without password and token.
+        scratch: a folder for what is made once from the shards, such as the indexes of an old data set; None: there is
+            none.
+        cache_limit: in bytes.
+    """
+
+    def __init__(self, address: str | Path, cache: CacheConfig | None = None) -> None:
+        self.address = shown(address)
+        self._base = str(address).removeprefix("file://")
+        self._config = cache or CacheConfig()
+        self.cache_limit = self._config.limit
+        self._cache = self._config.open()
+        local = not is_remote(self._base) and os.access(self._base, os.W_OK)
+        self.scratch = Path(self._base) if local else None
+        self._held: deque[int] = deque()
+        weakref.finalize(self, _close_all, self._held)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (self._base, self._config)
 
     def read_bytes(self, name: str) -> bytes:
         """A small file, whole.
 
         Raises:
-            OSError: it cannot be read; FileNotFoundError where there is none.
+            OSError: a local file cannot be read; FileNotFoundError where there is none.
+            UserError: a file from elsewhere cannot be read.
         """
+        place = self._place(name, None)
+        return place.read_bytes() if isinstance(place, Path) else fetch(place)
+
+    def shown(self, file: "File") -> str:
+        """The path or address of a file, for messages: without password and token."""
+        return shown(self._place(file.name, file.url))
+
+    def is_local(self, file: "File") -> bool:
+        """Whether the file is used where it lies."""
+        return isinstance(self._place(file.name, file.url), Path)
+
+    def _place(self, name: str, url: str | None) -> Path | str:
+        """The local path, or the address, of the file `name` beside the manifest, or at `url`."""
+        if url is not None and is_remote(url) and not url.startswith("file://"):
+            return url
+        name = (url or name).removeprefix("file://")
+        return join(self._base, name) if is_remote(self._base) else Path(self._base, name)
 
     def path(self, name: str, size: int | None = None, sha256: str | None = None, url: str | None = None) -> Path:
-        """A local path of the file `name`, or of the file at `url` (absolute, or relative to the manifest).
-
-        `size` and `sha256` are what a copy is compared with; the file of a local folder is given out as it is.
+        """A local path of the whole file; of one from elsewhere, after its SHA-256 was found right.
 
         Raises:
-            UserError: `url` names a place that cannot be read from.
+            UserError: it cannot be read, or is another file than the manifest says, twice; or the cache has no room.
         """
+        place = self._place(name, url)
+        if isinstance(place, Path):
+            return place
+        for _ in range(2):
+            with self._cache.open(_digest(name, sha256), size) as file:
+                if size is None:
+                    file.fill_unsized(partial(fetch, place))
+                else:
+                    _wait(_begin(file, place, None))
+                if file.verified():
+                    self._hold(file)
+                    return file.path
+                file.forget()
+        raise UserError(
+            f"'{shown(place)}' does not have the SHA-256 {sha256} of the manifest: it was cut off or changed; {_REMEDY}"
+        )
 
-    def want(self, files: Iterable[tuple[str, int | None, str | None, str | None]]) -> None:
-        """Say which files (name, size, sha256, url) are asked for next, so that they may be fetched ahead."""
+    @contextmanager
+    def open(self, wanted: Mapping[File, Ranges | None]) -> Iterator[dict[File, FileIO | UserError]]:
+        """Shards in which the bytes of these ranges (offset, size; None: all) can be read until the block ends.
+
+        A shard that cannot be had is represented by what is wrong with it.
+        """
+        files: dict[File, FileIO | UserError] = {}
+        begun: list[tuple[File, list[Future[None]]]] = []
+        with ExitStack() as stack:
+            for file, ranges in wanted.items():
+                place = self._place(file.name, file.url)
+                try:
+                    if isinstance(place, Path):
+                        files[file] = stack.enter_context(_open(place))
+                        continue
+                    cached = stack.enter_context(self._cache.open(_digest(file.name, file.sha256), file.size))
+                except UserError as error:
+                    files[file] = error
+                    continue
+                files[file] = cached.file
+                begun.append((file, _begin(cached, place, ranges)))
+                stack.callback(_cancel, begun[-1][1])
+            for file, futures in begun:
+                try:
+                    _wait(futures)
+                except UserError as error:
+                    files[file] = error
+            yield files
+
+    def want(self, files: Mapping[File, Ranges | None]) -> None:
+        """Fetch files or ranges of them in the background, in this order; `path` and `open` wait for what is under way.
+
+        What goes wrong is said when the file is asked for.
+        """
+        for file, ranges in files.items():
+            if not self.is_local(file):
+                self.later(partial(self._fetch_ahead, file, ranges))
+
+    def later(self, work: Callable[[], None]) -> None:
+        """Have `work` done by a thread that fetches ahead, after what is waiting already."""
+        _queue(os.getpid()).put(work)
+
+    def forget(self, file: File, ranges: Ranges) -> bool:
+        """Fetch these bytes anew when they are next asked for, as they are wrong; False: they are not a copy."""
+        if self.is_local(file):
+            return False
+        with self._cache.open(_digest(file.name, file.sha256), file.size) as cached:
+            cached.forget(ranges)
+        return True
+
+    def _fetch_ahead(self, file: File, ranges: Ranges | None) -> None:
+        if file.size is None:
+            self.path(*file)
+            return
+        with self._cache.open(_digest(file.name, file.sha256), file.size) as cached:
+            place = str(self._place(file.name, file.url))
+            for first, stop in cached.missing(ranges):
+                cached.fill(first, stop, partial(fetch, place))
+
+    def _hold(self, file: CachedFile) -> None:
+        self._held.append(os.dup(file.file.fileno()))  # shares the lock
+        if len(self._held) > _HELD:
+            os.close(self._held.popleft())
 
 
-class LocalStore:
-    """A folder on this machine; its files are used where they lie."""
-
-    def __init__(self, folder: Path) -> None:
-        self.address = str(folder)
-        self.scratch = folder if os.access(folder, os.W_OK) else None
-        self._folder = folder
-
-    def read_bytes(self, name: str) -> bytes:
-        return (self._folder / name).read_bytes()
-
-    def path(self, name: str, size: int | None = None, sha256: str | None = None, url: str | None = None) -> Path:
-        if url is not None and "://" in url:
-            raise UserError(f"'{name}' lies at '{url}', and only local files are read; copy it beside the manifest")
-        return self._folder / (url or name)
-
-    def want(self, files: Iterable[tuple[str, int | None, str | None, str | None]]) -> None:
-        """Nothing to fetch."""
+def open_store(address: str | Path, cache: CacheConfig | None = None) -> Store:
+    """The store at an address: a folder, or any fsspec address."""
+    return Store(address, cache)
 
 
-def open_store(address: str | Path) -> Store:
-    """The store at an address: a folder."""
-    return LocalStore(Path(address))
+def _digest(name: str, sha256: str | None) -> str:
+    if sha256 is None:
+        raise ValueError(f"'{name}' is far away and has no digest to keep it under")
+    return sha256
+
+
+def _open(path: Path) -> FileIO:
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise UserError(f"shard '{path}' cannot be opened: {error.strerror}; {_REMEDY}") from error
+
+
+def _begin(file: CachedFile, address: str, ranges: Ranges | None) -> list[Future[None]]:
+    """Fetch what is missing of these ranges, several parts at once."""
+    read = partial(fetch, address)
+    return [_pool(os.getpid()).submit(file.fill, first, stop, read) for first, stop in file.missing(ranges)]
+
+
+def _wait(futures: list[Future[None]]) -> None:
+    try:
+        for future in futures:
+            future.result()
+    finally:
+        _cancel(futures)
+
+
+def _cancel(futures: list[Future[None]]) -> None:
+    """Give up what is not begun and wait for the rest, so that the file can be closed."""
+    for future in futures:
+        future.cancel()
+    for future in futures:
+        if not future.cancelled():
+            future.exception()
+
+
+def _close_all(handles: deque[int]) -> None:
+    for handle in handles:
+        os.close(handle)
+
+
+@lru_cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    """The threads of this process that fetch what is waited for; a fork has none of its parent's."""
+    return ThreadPoolExecutor(_CONNECTIONS, "fetch")
+
+
+@lru_cache
+def _queue(process: int) -> "SimpleQueue[Callable[[], None]]":
+    """The queue of this process for what is fetched ahead; its threads do not keep the process from ending."""
+    queue: SimpleQueue[Callable[[], None]] = SimpleQueue()
+
+    def work() -> None:
+        while True:
+            with suppress(UserError):
+                queue.get()()
+
+    for _ in range(_CONNECTIONS):
+        Thread(target=work, name="fetch ahead", daemon=True).start()
+    return queue

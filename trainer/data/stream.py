@@ -8,12 +8,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import ByteSize, Field, model_validator
 
 from trainer.data.image import Preprocessing
 from trainer.data.manifest import Manifest
+from trainer.data.prefetch import Prefetch
 from trainer.data.reader import Reader, ahead
 from trainer.data.samplers import PKSampler, SequentialSampler, ShuffledSampler
+from trainer.data.store import DEFAULT_CACHE_BYTES, Address, CacheConfig
 from trainer.errors import UserError
 from trainer.strict import Strict
 
@@ -45,7 +47,16 @@ class Batch:
 class DataConfig(Strict):
     """What is read, and in which batches."""
 
-    path: Path = Field(Path("data"), description="folder of shards with a manifest.json")
+    path: Address = Field(
+        Path("data"), description="folder of shards with a manifest.json, or an address such as s3://bucket/faces"
+    )
+    cache_dir: Path | None = Field(
+        None,
+        description="where shards from elsewhere are kept, for all workers of a machine; null: ~/.cache/hypersphere",
+    )
+    cache_bytes: ByteSize = Field(
+        ByteSize(DEFAULT_CACHE_BYTES), ge=2**20, description="of it at most; what was used longest ago goes"
+    )
     train_split: str = "train"
     val_split: str = "val"
     height: int = Field(112, ge=8, le=1024, description="pixels; images are resized to it")
@@ -59,6 +70,11 @@ class DataConfig(Strict):
         "auto", description="keep decoded images: auto = when they fit in 1 GiB"
     )
     decode_threads: int = Field(2, ge=1, le=64, description="threads of each worker that decode images")
+
+    @property
+    def remote_cache(self) -> CacheConfig:
+        """Where this run keeps what comes from elsewhere."""
+        return CacheConfig(self.cache_dir, int(self.cache_bytes))
 
     @model_validator(mode="after")
     def _whole_identities(self) -> "DataConfig":
@@ -110,12 +126,17 @@ class Stream:
                 "every worker takes an equal part: change one of them"
             )
         self._split = manifest.split(split)
-        self._rank = rank
-        self._slots = config.batch_size // world_size
+        slots = config.batch_size // world_size
+        self._rows = np.arange(rank * slots, (rank + 1) * slots)  # of a global batch
         self._reader = Reader(
-            self._split, preprocessing(manifest, config), threads=config.decode_threads, cache=config.cache
+            self._split,
+            preprocessing(manifest, config),
+            threads=config.decode_threads,
+            cache=config.cache,
+            scattered=shuffle and config.identities_per_batch is not None,
         )
         self._sampler = self._make_sampler(config, seed, shuffle)
+        self._prefetch = Prefetch(self._reader, self._sampler, lambda samples: self._rows % samples)
         self.steps_per_epoch = self._sampler.steps_per_epoch
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -145,8 +166,9 @@ class Stream:
         return ShuffledSampler(shards, config.batch_size, config.shuffle_window, seed)
 
     def _batch(self, epoch: int, step: int, pool: ThreadPoolExecutor) -> Batch:
+        self._prefetch(epoch, step)
         positions = self._sampler.positions(epoch, step)
-        rows = np.arange(self._rank * self._slots, (self._rank + 1) * self._slots)
+        rows = self._rows
         real = rows < len(positions)
         images, labels, keys = self._reader.read(positions[rows % len(positions)], pool)
         return Batch(

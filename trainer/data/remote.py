@@ -1,0 +1,163 @@
+"""Bytes from any fsspec address, patiently: a broken transfer is tried again, and a lasting fault is one sentence.
+
+Addresses and the messages of others may carry passwords and tokens: neither is ever shown as it is.
+"""
+
+import posixpath
+import random
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+import fsspec
+
+from trainer.errors import UserError
+
+ATTEMPTS = 5
+_FIRST_DELAY = 0.2  # seconds; doubled after each further failure
+_CONNECT, _SILENCE = 10, 30  # seconds until a server that does not accept, or falls silent, counts as broken
+_BUSY = (408, 425, 429)  # statuses of HTTP below 500 that pass
+# What the libraries behind fsspec raise beyond OSError, by module: those that nobody imported raise nothing.
+_FAULTS = {
+    "aiohttp": ("ClientError",),
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "gcsfs.retry": ("HttpError",),
+    "google.auth.exceptions": ("GoogleAuthError",),
+}
+Result = TypeVar("Result")
+
+
+class _Cut(OSError):
+    """Fewer or more bytes than asked for."""
+
+
+def is_remote(address: object) -> bool:
+    """Whether it is an address such as s3://bucket/faces, rather than a path."""
+    return "://" in str(address)
+
+
+def shown(address: object) -> str:
+    """The address without user, password and query, for messages and logs."""
+    text = str(address)
+    if not is_remote(text):
+        return text
+    parts = urlsplit(text)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def join(address: str, name: str) -> str:
+    """The address of a file relative to a folder's; a query (a token, say) stays at the end."""
+    folder, mark, query = address.partition("?") if address.startswith("http") else (address, "", "")
+    protocol, _, path = folder.partition("://")
+    return f"{protocol}://{posixpath.normpath(f'{path}/{name}')}{mark}{query}"
+
+
+def fetch(address: str, start: int = 0, stop: int | None = None) -> bytes:
+    """The file's bytes from `start` to before `stop` (None: its end).
+
+    Raises:
+        UserError: it is not there or not ours to read, or all attempts failed.
+    """
+
+    def read(files: Any, path: str) -> bytes:
+        if stop is None:
+            if not (whole := bytes(files.cat_file(path))):
+                raise _Cut("it is empty")
+            return whole
+        data = bytes(files.cat_file(path, start=start, end=stop))
+        if len(data) > stop - start:
+            raise _Cut("the server sends whole files where ranges are asked for")
+        if len(data) < stop - start:
+            raise _Cut(f"it ended {stop - start - len(data)} bytes early")
+        return data
+
+    return _patiently(address, read)
+
+
+def _patiently(address: str, work: Callable[[Any, str], Result]) -> Result:
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(_FIRST_DELAY * 2 ** (attempt - 1) * random.uniform(0.5, 1))  # ranks do not come back in step
+        try:
+            return work(*_filesystem(address))
+        except _faults() as error:
+            lasting = _lasting(error)
+            if lasting or attempt == ATTEMPTS - 1:
+                tried = "" if lasting else f", {ATTEMPTS} times"
+                # From None: a trace of the cause would show the address as it is.
+                raise UserError(
+                    f"'{shown(address)}' cannot be read: {_reason(error)}{tried}; {_remedy(error)}"
+                ) from None
+    raise AssertionError("unreachable")
+
+
+def _filesystem(address: str) -> tuple[Any, str]:
+    """fsspec keeps one for each kind of options, and a new one after a fork."""
+    options: dict[str, Any] = {}
+    try:
+        if address.startswith("http"):
+            import aiohttp
+
+            options = {
+                "client_kwargs": {"timeout": aiohttp.ClientTimeout(None, sock_connect=_CONNECT, sock_read=_SILENCE)}
+            }
+        files, path = fsspec.core.url_to_fs(address, **options)
+    except ImportError as error:
+        raise UserError(
+            f"'{shown(address)}' cannot be read: the package for such addresses is not installed ({error.name}); "
+            "run pip install 'hypersphere[remote]'"
+        ) from None
+    except ValueError:
+        raise UserError(
+            f"'{shown(address)}' cannot be read: no such kind of address is known; give a folder, or s3://, gs:// or "
+            "https://"
+        ) from None
+    return files, path
+
+
+def _faults() -> tuple[type[BaseException], ...]:
+    loaded = [(sys.modules[module], names) for module, names in _FAULTS.items() if module in sys.modules]
+    return (OSError, *(getattr(module, name) for module, names in loaded for name in names))
+
+
+def _status(error: BaseException) -> int | None:
+    """The answer's status in HTTP, where the error has one."""
+    found = getattr(error, "status" if hasattr(error, "status") else "code", None)
+    return int(found) if isinstance(found, int | str) and str(found).isdigit() else None
+
+
+def _lasting(error: BaseException) -> bool:
+    """Whether another attempt would end alike."""
+    status = _status(error)
+    refused = status is not None and 400 <= status < 500 and status not in _BUSY
+    return refused or isinstance(error, FileNotFoundError | PermissionError) or _no_credentials(error)
+
+
+def _no_credentials(error: BaseException) -> bool:
+    return type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError")
+
+
+def _reason(error: BaseException) -> str:
+    """What was wrong, in words that carry no address."""
+    if _no_credentials(error):
+        return "there are no credentials"
+    if isinstance(error, FileNotFoundError):
+        return "the bucket is not there" if "bucket" in str(error).lower() else "it is not there"
+    if isinstance(error, PermissionError):
+        return "access is denied"
+    if isinstance(error, _Cut):
+        return str(error)
+    if isinstance(error, TimeoutError):
+        return "the server is silent"
+    status = _status(error)
+    return f"the server answers {status}" if status else getattr(error, "strerror", None) or type(error).__name__
+
+
+def _remedy(error: BaseException) -> str:
+    if _no_credentials(error) or isinstance(error, PermissionError) or _status(error) in (401, 403):
+        return "give credentials that may read it as the storage's own tools take them (environment or files)"
+    return (
+        "check the address" if isinstance(error, FileNotFoundError) else "try again later, or fetch the data set whole"
+    )

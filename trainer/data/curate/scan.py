@@ -5,16 +5,16 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from io import BytesIO
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.data.arrays import as_array
 from trainer.data.curate.duplicates import HASH_BYTES, digest, perceptual_hash
 from trainer.data.image import decode
 from trainer.data.manifest import Manifest
-from trainer.data.reader import Place, Progress, places_in, read_bytes
+from trainer.data.reader import Progress, places_in, read_bytes
 from trainer.errors import UserError
 
 _CHUNK = 1024  # samples of one task
@@ -131,40 +131,35 @@ class Worker:
             np.zeros(samples, bool), [],
         )  # fmt: skip
         split = self._splits[task.split]
+        shard = split.shards[task.shard].file
         try:
-            index, path = split.index(task.shard), split.path(task.shard)
-            file = path.open("rb", buffering=0)
-        except (OSError, UserError):
-            return found  # the verification names the file and what is wrong with it
-        with file:
-            for row, place in enumerate(places_in(path, index, np.arange(task.rows.start, task.rows.stop))):
+            index = split.index(task.shard)
+        except UserError:
+            return found  # the verification says what is wrong with the file; so below
+        with split.store.open({shard: None}) as files:
+            if isinstance(files[shard], UserError):
+                return found
+            rows = np.arange(task.rows.start, task.rows.stop)
+            for row, place in enumerate(places_in(split, task.shard, index, rows)):
                 found.labels[row] = place.label
                 try:
-                    payload = read_bytes(file, place)
-                    found.hashes[row] = self.decode(payload, place)
+                    payload = read_bytes(files[shard], place)
+                    found.hashes[row] = self.decode(payload, f"{shard.name}: {place.key}")
                 except UserError as error:
                     found.faults.append(str(error))
                     continue
                 found.digests[row], found.good[row] = digest(payload), True
         return found
 
-    def decode(self, payload: bytes, place: Place) -> NDArray[np.uint8] | int:
-        """The perceptual hash of an image; 0 for a vector.
+    def decode(self, payload: bytes, name: str) -> NDArray[np.uint8] | int:
+        """The perceptual hash of an image; 0 for an array.
 
         Raises:
             UserError: the payload is not what the manifest says that the set holds.
         """
-        name = f"{place.shard.name}: {place.key}"
         if self._manifest.content == "image":
             return np.frombuffer(perceptual_hash(decode(payload, name).image), np.uint8)
-        try:
-            values = np.load(BytesIO(payload), allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"'{name}' is not a .npy file: {error}; import the data again") from error
-        if list(values.shape) != self._manifest.shape:
-            raise UserError(f"'{name}' has shape {values.shape}, but the manifest says {self._manifest.shape}")
-        if not np.isfinite(values).all():
-            raise UserError(f"'{name}' has values that are no numbers (NaN or infinite); leave it out")
+        as_array(payload, tuple(self._manifest.shape), name)
         return 0
 
 

@@ -206,10 +206,6 @@ def _keys(index: ShardIndex, rows: NDArray[np.int64]) -> Sequence[str] | int:
 
 
 def _url(split: Split, entry: ShardEntry, out: Path) -> str:
-    """Where a shard lies: an address as it is, a path seen from `out`, so that sets may be moved together."""
-    place, address = entry.url or entry.name, split.store.address
-    if "://" in place:
-        return place
-    if "://" in address:
-        return f"{address.rstrip('/')}/{place}"
-    return os.path.relpath(os.path.join(os.path.abspath(address), place), out)
+    """Where a shard lies: an address as it is, a path as seen from `out`, so that sets may be moved together."""
+    place = split.store.shown(entry.file)
+    return os.path.relpath(os.path.abspath(place), out) if split.store.is_local(entry.file) else place

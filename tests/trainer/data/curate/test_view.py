@@ -9,7 +9,6 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
-from trainer.atomic import fresh_file
 from trainer.data.curate.holdout import hold_out
 from trainer.data.curate.merge import merge
 from trainer.data.curate.view import Piece, attributes_of, fresh_view, identities_of, labels_of
@@ -17,7 +16,7 @@ from trainer.data.image import Preprocessing
 from trainer.data.importers.run import ImportOptions, run_import
 from trainer.data.manifest import Manifest
 from trainer.data.reader import Reader
-from trainer.data.tables import TableFile
+from trainer.data.split import Split
 from trainer.data.verify import verify
 from trainer.errors import UserError
 
@@ -46,20 +45,27 @@ def sets(folders: Path) -> dict[str, Path]:
     return found
 
 
-@pytest.fixture
-def attributed(sets: dict[str, Path], tmp_path: Path) -> Path:
-    """The set `one` with a country of each identity and a camera of each sample."""
-    manifest = Manifest.read(sets["one"])
-    with fresh_view(tmp_path / "attributed", False, manifest, {}) as view:
+@pytest.fixture(scope="module")
+def attributed(folders: Path) -> Path:
+    """The images of `one` by a list with a camera of each sample; to which a country of each identity is added."""
+    lines = [
+        f"one/{person}/{k}.png,{person},c{k % 4}" for person in ("ada", "bob", "cy", "dot", "eve") for k in range(6)
+    ]
+    (folders / "list.csv").write_text("\n".join(["path,label,camera", *lines]) + "\n")
+    run_import("list", folders / "list.csv", folders / "listed", ImportOptions(holdout_share=0, samples_per_shard=10))
+    manifest = Manifest.read(folders / "listed")
+    split = manifest.split("train")
+    with fresh_view(folders / "attributed", False, manifest, {}) as view:
         countries = pa.array(["fr", "de", "fr", "it", "de"])
-        split = manifest.split("train")
         view.add("train", [Piece.whole(split)], identities_of(split).append_column("country", countries))
-        cameras = pa.table({"camera": pa.array([f"c{position % 4}" for position in range(30)])})
-        path = view.folder / "train.attributes.arrow"
-        with fresh_file(path) as file, pa.ipc.new_file(file, cameras.schema) as writer:
-            writer.write_table(cameras)
-        view.splits["train"] = view.splits["train"].model_copy(update={"attributes": TableFile.of(path)})
-    return tmp_path / "attributed"
+    return folders / "attributed"
+
+
+def cameras(split: Split) -> list[str | None]:
+    table = attributes_of(split)
+    assert table is not None
+    found: list[str | None] = table["camera"].to_pylist()
+    return found
 
 
 def sizes(manifest: Manifest) -> dict[str, tuple[int, int]]:
@@ -100,8 +106,8 @@ def test_a_view_is_read_and_may_be_moved_with_its_source(sets: dict[str, Path], 
     ]
     form = Preprocessing(mode="L", height=12, width=12)
 
-    def read(split: object, positions: NDArray[np.int64]) -> tuple[NDArray[np.uint8], list[str]]:
-        reader = Reader(split, form)  # type: ignore[arg-type]
+    def read(split: Split, positions: NDArray[np.int64]) -> tuple[NDArray[np.uint8], list[str]]:
+        reader = Reader(split, form)
         with reader.pool() as pool:
             images, labels, keys = reader.read(positions, pool)
         return images, [*keys, *map(str, labels)]
@@ -143,9 +149,9 @@ def test_attributes_are_merged_by_name(sets: dict[str, Path], attributed: Path, 
     assert dict(zip(identities["name"].to_pylist(), identities["country"].to_pylist(), strict=True)) == {
         **dict.fromkeys(["fay", "gus", "hal"]), "eve": "de", "ada": "fr", "bob": "de", "cy": "fr", "dot": "it",
     }  # fmt: skip
-    samples = attributes_of(split)
-    assert samples is not None
-    assert samples["camera"].to_pylist() == [None] * 24 + [f"c{position % 4}" for position in range(30)]
+    given = cameras(Manifest.read(attributed).split("train"))
+    assert cameras(split) == [None] * 24 + given
+    assert Counter(given) == {"c0": 10, "c1": 10, "c2": 5, "c3": 5}
 
 
 def test_a_set_of_format_1_is_merged(sets: dict[str, Path], tmp_path: Path, copy: Callable[[Path], Path]) -> None:
@@ -195,9 +201,10 @@ def test_by_an_attribute_all_with_one_value_go_to_one_side(attributed: Path, tmp
     assert by_country.split("val").classes.names() == ["ada", "cy", "dot"]
     assert by_country.split("train").classes.names() == ["bob", "eve"]
     by_camera = hold_out(attributed, tmp_path / "camera", by="camera", share=0.4)
-    seen = [set(attributes_of(by_camera.split(name))["camera"].to_pylist()) for name in ("train", "val")]
-    assert [len(one) for one in seen] == [2, 2]
+    seen = [set(cameras(by_camera.split(name))) for name in ("train", "val")]
+    assert seen[0] | seen[1] == {"c0", "c1", "c2", "c3"}
     assert not seen[0] & seen[1]
+    assert 12 <= by_camera.split("val").samples <= 20
 
 
 def test_the_other_splits_stay(attributed: Path, tmp_path: Path, contents: Look) -> None:

@@ -1,7 +1,7 @@
 """Data sets joined into one, whose identities are different persons or, by name, the same."""
 
 from collections.abc import Sequence
-from itertools import permutations
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +99,7 @@ def _identities(manifest: Manifest, split: str, prefix: str) -> pa.Table:
 
 
 def _refuse_clashes(people: dict[tuple[str, str], pa.Table], shared: bool) -> None:
-    for (one, here), (two, there) in permutations(people, 2):
+    for (one, here), (two, there) in combinations(people, 2):
         if one == two or (here == there and shared):
             continue
         names = people[one, here]["name"]
@@ -107,14 +107,14 @@ def _refuse_clashes(people: dict[tuple[str, str], pa.Table], shared: bool) -> No
         if not len(common):
             continue
         some = ", ".join(f"'{name}'" for name in common[:3].to_pylist())
-        found = f"{len(common)} identities ({some}{', ...' if len(common) > 3 else ''})"
+        found = f"{some}{', ...' if len(common) > 3 else ''} ({len(common)} in all)"
         if here != there:
             raise UserError(
-                f"{found} are in the split '{here}' of '{one}' and in the split '{there}' of '{two}', and would be in "
-                "both splits; add --prefix if they are different persons, or draw the splits anew after merging"
+                f"the split '{here}' of '{one}' and the split '{there}' of '{two}' both have {found}, who would be in "
+                "two splits of the whole; add --prefix if they are different persons, or draw the splits after merging"
             )
         raise UserError(
-            f"{found} are in '{one}' and in '{two}'; say --identities shared if they are the same persons, "
+            f"'{one}' and '{two}' both have {found}; say --identities shared if they are the same persons, "
             "or add --prefix if they are not"
         )
 

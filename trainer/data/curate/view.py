@@ -49,10 +49,20 @@ class Piece:
                 yield shard, rows
 
     def counts(self, identities: int) -> NDArray[np.int64]:
-        """How many samples of each new identity it brings."""
+        """How many samples of each new identity it brings.
+
+        Raises:
+            UserError: an index has a label that the split does not have.
+        """
         counts = np.zeros(identities, np.int64)
         for shard, rows in self.shards():
-            counts += np.bincount(self.relabel[self.split.index(shard).labels[rows]], minlength=identities)
+            labels = self.split.index(shard).labels[rows]
+            if (largest := int(labels.max())) >= len(self.relabel):
+                raise UserError(
+                    f"the index of shard '{self.split.shards[shard].name}' has label {largest}, but the split "
+                    f"'{self.split.name}' has {len(self.relabel)} identities; import the data again"
+                )
+            np.add.at(counts, self.relabel[labels], 1)
         return counts
 
 

@@ -113,6 +113,15 @@ def test_what_is_wrong_is_told_and_the_exit_code_is_1(doubled: Path, copy: Copy,
     assert (tmp_path / "copy-check/samples.png").exists()
 
 
+def test_a_set_without_its_names_is_examined_all_the_same(doubled: Path, copy: Copy, tmp_path: Path) -> None:
+    damaged = copy(doubled)
+    (damaged / "train.classes.arrow").unlink()
+    done = CliRunner().invoke(app, ["data", "check", str(damaged), "--out", str(tmp_path / "out"), "--jobs", "1"])
+    assert done.exit_code == 1
+    assert "train.classes.arrow" in json.loads((tmp_path / "out/check.json").read_text())["faults"][0]
+    assert "equal,across identities" in (tmp_path / "out/duplicates.csv").read_text()
+
+
 def test_the_list_of_copies_says_where_each_one_is(doubled: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["data", "check", str(doubled), "--out", str(tmp_path), "--jobs", "1"])
     assert done.exit_code == 1

@@ -4,11 +4,15 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
+from typer.testing import CliRunner
 
+from serving.cli import app
+from trainer.data.curate.check import check
 from trainer.data.curate.holdout import hold_out
 from trainer.data.curate.merge import merge
 from trainer.data.curate.view import Piece, attributes_of, fresh_view, identities_of, labels_of
@@ -123,8 +127,8 @@ def test_a_name_in_two_sets_is_told(sets: dict[str, Path], tmp_path: Path) -> No
     with pytest.raises(UserError) as raised:
         merge(list(sets.values()), tmp_path / "both")
     assert str(raised.value) == (
-        "1 identities ('eve') are in 'one.set' and in 'two.set'; say --identities shared if they are the same "
-        "persons, or add --prefix if they are not"
+        "'one.set' and 'two.set' both have 'eve' (1 in all); say --identities shared if they are the same persons, "
+        "or add --prefix if they are not"
     )
     assert not list(tmp_path.iterdir())
 
@@ -132,7 +136,7 @@ def test_a_name_in_two_sets_is_told(sets: dict[str, Path], tmp_path: Path) -> No
 def test_an_identity_may_not_come_into_two_splits(sets: dict[str, Path], tmp_path: Path) -> None:
     drawn = tmp_path / "drawn"
     hold_out(sets["one"], drawn, share=0.4)
-    with pytest.raises(UserError, match=r"are in the split 'train' of .* and in the split 'val' of .* both splits"):
+    with pytest.raises(UserError, match=r"the split 'train' of 'one.set' and the split 'val' of 'drawn' both have"):
         merge([sets["one"], drawn], tmp_path / "both", shared=True)
 
 
@@ -152,6 +156,22 @@ def test_attributes_are_merged_by_name(sets: dict[str, Path], attributed: Path, 
     given = cameras(Manifest.read(attributed).split("train"))
     assert cameras(split) == [None] * 24 + given
     assert Counter(given) == {"c0": 10, "c1": 10, "c2": 5, "c3": 5}
+
+
+def test_a_set_from_elsewhere_is_merged_and_checked(
+    sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    elsewhere = fsspec.filesystem("memory")
+    elsewhere.put(str(sets["two"]), "/far/two", recursive=True)
+    split = merge([sets["one"], "memory://far/two"], tmp_path / "both", shared=True).split("train")
+    assert [entry.url for entry in split.shards if entry.url and "://" in entry.url] == [
+        f"memory://far/two/train-{number:06d}.tar" for number in range(3)
+    ]
+    found = check(tmp_path / "both", jobs=1)
+    assert found.scan.good.sum() == 54
+    assert not found.wrong
+    elsewhere.rm("/far", recursive=True)
 
 
 def test_a_set_of_format_1_is_merged(sets: dict[str, Path], tmp_path: Path, copy: Callable[[Path], Path]) -> None:
@@ -239,6 +259,33 @@ def test_bad_input_is_one_sentence(attributed: Path, tmp_path: Path, case: str) 
     assert not (tmp_path / "out").exists()
 
 
+def test_the_commands_tell_what_they_wrote(sets: dict[str, Path], tmp_path: Path) -> None:
+    one, drawn, both = str(sets["one"]), str(tmp_path / "drawn"), str(tmp_path / "both")
+    done = CliRunner().invoke(app, ["data", "split", one, "--out", drawn, "--by", "sample", "--holdout", "0.5"])
+    assert done.output.splitlines() == [
+        "train: 15 samples of 5 identities in 3 shards",
+        "val: 15 samples of 5 identities in 3 shards",
+        f"written: {drawn}",
+    ]
+    done = CliRunner().invoke(app, ["data", "merge", one, str(sets["two"]), "--out", both, "--identities", "shared"])
+    assert done.output.splitlines() == [
+        "train: 54 samples of 8 identities in 6 shards",
+        f"written: {both}",
+    ]
+
+
 def test_labels_are_those_of_the_indexes(sets: dict[str, Path]) -> None:
     split = Manifest.read(sets["one"]).split("train")
     assert np.bincount(labels_of(split)).tolist() == split.classes.counts().tolist()
+
+
+def test_a_label_that_the_manifest_does_not_have_is_told(sets: dict[str, Path], tmp_path: Path) -> None:
+    split = Manifest.read(sets["one"]).split("train")
+    short = Piece(split, None, np.arange(3))
+    with (
+        pytest.raises(
+            UserError, match=r"the index of shard 'train-000000.tar' has label 4, but the split 'train' has 3"
+        ),
+        fresh_view(tmp_path / "out", False, Manifest.read(sets["one"]), {}) as view,
+    ):
+        view.add("train", [short], identities_of(split))

@@ -6,7 +6,15 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from trainer.data.curate.duplicates import HASH_BYTES, MAX_DISTANCE, digest, equal_pairs, near_pairs, perceptual_hash
+from trainer.data.curate.duplicates import (
+    _MIXED,
+    HASH_BYTES,
+    MAX_DISTANCE,
+    digest,
+    equal_pairs,
+    near_pairs,
+    perceptual_hash,
+)
 
 
 def hashes(generator: np.random.Generator, count: int) -> np.ndarray:
@@ -34,6 +42,13 @@ def test_every_near_pair_is_found_wherever_its_bits_differ() -> None:
     assert found.second.tolist() == list(range(1000, 1500))
     assert found.distance.tolist() == [number % (MAX_DISTANCE + 1) for number in range(500)]
     assert len(near_pairs(different(2000), some, 5)) == sum(number % 13 <= 5 for number in range(500))
+
+
+@pytest.mark.parametrize("spared", range(len(_MIXED)))
+def test_one_band_that_agrees_is_enough(spared: int) -> None:
+    one = hashes(np.random.default_rng(spared), 1)[0]
+    two = flipped(one, np.delete(_MIXED, spared, axis=0)[:, spared])
+    assert near_pairs(different(2), np.stack([one, two])).distance.tolist() == [MAX_DISTANCE]
 
 
 def test_the_pairs_are_those_of_the_plain_loop() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trainer.config import Config
 from trainer.data.augment import to_float
 from trainer.data.manifest import Manifest
-from trainer.data.stream import PADDING, Batch, Stream
+from trainer.data.stream import PADDING, Batch, Stream, training_split
 from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.evaluation.geometry import class_means, neural_collapse
@@ -45,8 +45,8 @@ class Monitor:
         self._batches = -(-MOST_SAMPLES // data.batch_size)
         self._held_out = self._collapse = None
         if config.run.eval_every and split is not None and split.samples:
-            ranks = {"rank": group.rank, "world_size": group.size}
-            self._held_out = Stream(manifest, data.val_split, data, shuffle=False, **ranks)
+            rank, size = group.rank, group.size
+            self._held_out = Stream(manifest, data.val_split, data, shuffle=False, rank=rank, world_size=size)
         if config.run.collapse:
             self._collapse = Collapse(config, manifest, group)
 
@@ -103,7 +103,7 @@ class Collapse:
     """
 
     def __init__(self, config: Config, manifest: Manifest, group: Group) -> None:
-        split = manifest.split(config.data.train_split)
+        split = training_split(manifest, config.data)
         least = int(split.classes.by_size()[-1])
         self._each = min(SAMPLES_A_CLASS, int(split.classes.counts()[least]))
         if self._each < 2:

@@ -73,9 +73,9 @@ class _Run:
         self.checkpoints = config.run.out / CHECKPOINTS
         data, seed, self.group = config.data, config.run.seed, (group := Group.current())
         manifest = Manifest.read(data.path, data.remote_cache)
-        split = manifest.split(data.train_split)
-        rank, size = group.rank, group.size
-        self.stream = Stream(manifest, data.train_split, data, rank=rank, world_size=size, seed=seed)
+        rank, size, cuda = group.rank, group.size, device.type == "cuda"
+        self.stream = Stream(manifest, data.train_split, data, rank=rank, world_size=size, seed=seed, pin=cuda)
+        split = self.stream.split
         self.monitor = Monitor(config, manifest, group)
         together = data.batch_size // data.identities_per_batch if data.identities_per_batch else 1
         self.augment = Augment(config.augment, seed, split.identities, together)
@@ -118,13 +118,13 @@ class _Run:
         """One update of backbone and head; the losses of the global batch, still on the device."""
         config = self.config
         torch.manual_seed((config.run.seed * _DROPOUT_PRIME + self.step) * _DROPOUT_PRIME + self.group.rank)
-        images_BCHW, labels_B = self.augment(batch, epoch, self.step, config.data.batch_size)
-        x_BD = self.engine(images_BCHW.to(self.device))
+        images_BCHW, labels_B = self.augment(batch.to(self.device), epoch, self.step, config.data.batch_size)
+        x_BD = self.engine(images_BCHW)
         # The engine averages gradients over the ranks, but each rank's gradient is its part of one global mean: the sum
         # is right. The factor is applied here, to what flows into the backbone only.
         x_BD = sum_not_mean(x_BD, self.group)
         self.objective.set_progress(self.step, config.schedule.margin_factor(self.step))
-        loss, parts = self.objective(x_BD, labels_B.to(self.device), batch.keys)
+        loss, parts = self.objective(x_BD, labels_B, batch.keys)
         factor = config.schedule.learning_rate_factor(self.step, self.total_steps)
         head_lr = config.head_lr() * factor
         self.objective.prepare(head_lr)
@@ -144,6 +144,8 @@ class _Run:
         values["learning_rate"] = lr * self.config.schedule.learning_rate_factor(self.step - 1, self.total_steps)
         if (norm := self.engine.gradient_norm()) is not None:
             values["gradient_norm"] = norm
+        if self.config.data.max_bad:
+            values["bad_samples"] = float(self.stream.bad)
         for note in self.objective.notes(values):
             self.report(Record("note", text=note))
         self.report(Record("step", self.step, self.total_steps, values | meter.read()))

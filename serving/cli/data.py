@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from serving.cli import curate
+from serving.cli.embedder import ConfigOption, Overrides
 from serving.cli.terminal import err, out, progress
 from trainer.errors import UserError
 
@@ -62,6 +63,32 @@ def verify(folder: Annotated[Path, typer.Argument(help="Folder that `data import
     with progress() as show:
         verify_files(Manifest.read(folder), show)
     out.print(f"{folder}: every shard is as it was written")
+
+
+@app.command()
+def preview(
+    overrides: Overrides = None,
+    *,
+    config: ConfigOption = None,
+    to: Annotated[Path, typer.Option("--out", "-o", help="PNG file.")] = Path("preview.png"),
+    samples: Annotated[int, typer.Option(min=1, max=100, help="Rows of the sheet.")] = 8,
+    versions: Annotated[int, typer.Option(min=1, max=20, help="Augmented versions of each sample.")] = 8,
+) -> None:
+    """Draw what a training run would see: samples as they are read, and as the config augments them.
+
+    Example: `hypersphere data preview --config configs/vit.yaml augment.blur=0.3 --out preview.png`
+    """
+    from trainer.atomic import write_file
+    from trainer.config import load
+    from trainer.data.preview import preview as draw
+
+    found = load(config, overrides)
+    sheet = draw(found.data, found.augment, found.run.seed, samples=samples, versions=versions)
+    try:
+        write_file(to, sheet)
+    except OSError as error:
+        raise UserError(f"'{to}' cannot be written: {error.strerror}; give another --out") from error
+    out.print(f"{to}: {samples} samples, each as it is read and in {versions} augmented versions")
 
 
 for command in (curate.check, curate.merge, curate.split, curate.clean):

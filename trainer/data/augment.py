@@ -1,12 +1,14 @@
-"""Random changes to training images, on whole batches.
+"""Random changes to training images, on whole batches, on the device where the images are.
 
 The random numbers of a step are drawn for the whole global batch from (seed, epoch, step), and each rank takes those of
-its rows: results do not depend on the number of ranks, nor on which other changes are switched on.
+its rows: results do not depend on the number of ranks, nor on which other changes are switched on. They stay on the
+CPU, which therefore knows what to do with which image without waiting for the device.
 
-Legend: B slots of this rank, G slots of the global batch, C channels, H height, W width.
+Legend: B slots of this rank (b some of them), G slots of the global batch, C channels, H height, W width.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,21 +16,37 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
+from trainer.data.degrade import INTERPOLATIONS, blur, colour_matrices, jpeg, low_resolution
 from trainer.data.stream import PADDING, Batch
 from trainer.errors import UserError
 from trainer.strict import Strict
 
-# One column of uniform numbers in [0, 1) a sample for each of these.
-_COLUMNS = (
-    "rotate", "scale", "shear", "translate_x", "translate_y", "flip", "turn", "brightness", "contrast",
-    "erase", "erase_area", "erase_ratio", "erase_x", "erase_y",
-)  # fmt: skip
+# One column of uniform numbers in [0, 1) a sample for each of these, in two tables with generators of their own: what a
+# seed draws for one does not move when the other gets longer.
+_TABLES = {
+    0xA06: (
+        "rotate", "scale", "shear", "translate_x", "translate_y", "flip", "turn", "brightness", "contrast",
+        "erase", "erase_area", "erase_ratio", "erase_x", "erase_y",
+    ),
+    0xA07: (
+        "saturation", "hue", "greyscale", "blur", "blur_sigma", "low_resolution", "share", "down", "up",
+        "jpeg", "jpeg_quality", "crop", "crop_area", "crop_ratio", "crop_x", "crop_y",
+    ),
+}  # fmt: skip
 _ERASED_AREA = (0.02, 0.25)  # share of the image
 _ERASED_RATIO = (0.3, 1 / 0.3)  # height : width
+_KEPT_AREA = (0.2, 1.0)  # of a crop, as AdaFace has it, and its ratio
+_KEPT_RATIO = (3 / 4, 4 / 3)
+_LEAST_SIGMA = 0.1  # pixels: no blur at all
+_BEST_QUALITY = 95
 
 
 class AugmentConfig(Strict):
-    """Random changes to training images, on whole batches, in torch. 0 turns a change off."""
+    """Random changes to training images, on whole batches, in torch. 0 turns a change off.
+
+    AdaFace's recipe (Kim et al. 2022) is about: flip, and 0.2 for each of crop and low_resolution, brightness 0.25,
+    contrast 0.5, saturation 0.5.
+    """
 
     rotate_degrees: float = Field(0.0, ge=0, le=180, description="uniform in +- this")
     scale: float = Field(0.0, ge=0, lt=1, description="zoom in 1 +- this")
@@ -36,8 +54,18 @@ class AugmentConfig(Strict):
     translate: float = Field(0.0, ge=0, le=0.5, description="share of the image's side")
     flip: bool = Field(False, description="mirror half of the images (faces: true; characters: false)")
     erase: float = Field(0.0, ge=0, le=1, description="probability of erasing a random rectangle")
+    crop: float = Field(0.0, ge=0, le=1, description="probability of keeping a random rectangle; the rest turns black")
     brightness: float = Field(0.0, ge=0, lt=1)
     contrast: float = Field(0.0, ge=0, lt=1)
+    saturation: float = Field(0.0, ge=0, le=1, description="of colour images: factor in 1 +- this")
+    hue: float = Field(0.0, ge=0, le=0.5, description="of colour images: turn in +- this share of the colour circle")
+    greyscale: float = Field(0.0, ge=0, le=1, description="of colour images: probability of losing the colour")
+    blur: float = Field(0.0, ge=0, le=1, description="probability of a Gaussian blur")
+    blur_sigma: float = Field(2.0, ge=_LEAST_SIGMA, le=32, description="pixels; the strongest blur")
+    low_resolution: float = Field(0.0, ge=0, le=1, description="probability of shrinking and stretching back")
+    low_resolution_share: float = Field(0.2, gt=0, le=1, description="of the image's side; the smallest")
+    jpeg: float = Field(0.0, ge=0, le=1, description="probability of the losses of a JPEG")
+    jpeg_quality: int = Field(30, ge=1, le=_BEST_QUALITY, description="the lowest; the best is 95")
     quarter_turns: bool = Field(
         False, description="each of the 4 quarter turns of an identity is an identity of its own: 4 x the classes"
     )
@@ -50,7 +78,8 @@ def to_float(images_BCHW: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Augment:
-    """Changes as `config` says: turned, zoomed, sheared, shifted (one resampling), mirrored, partly erased, lightened.
+    """Changes as `config` says, in this order: turned, moved (one resampling), coloured, degraded, partly hidden,
+    lightened.
 
     Areas moved in from outside repeat the border's pixels, so that white paper stays white.
 
@@ -83,18 +112,25 @@ class Augment:
         if self.config.quarter_turns:
             turns_B = (draws["turn"] * 4).long().clamp_(max=3)
             images_BCHW = _quarter_turned(images_BCHW, turns_B)
-            labels_B = torch.where(labels_B == PADDING, labels_B, labels_B + turns_B * self.classes)
+            shift_B = turns_B.to(labels_B.device) * self.classes
+            labels_B = torch.where(labels_B == PADDING, labels_B, labels_B + shift_B)
         images_BCHW = self._move(to_float(images_BCHW), draws)
-        images_BCHW = self._erase(images_BCHW, draws)
+        images_BCHW = self._colour(images_BCHW, draws)
+        images_BCHW = self._degrade(images_BCHW, draws)
+        images_BCHW = self._hide(images_BCHW, draws)
         return self._shade(images_BCHW, draws), labels_B
 
     def _draw(self, batch: Batch, epoch: int, step: int, global_batch: int) -> dict[str, torch.Tensor]:
-        random = np.random.default_rng([self.seed, epoch, step, 0xA06])
-        table_GN = torch.from_numpy(random.random((global_batch, len(_COLUMNS)), dtype=np.float32))
-        turn = _COLUMNS.index("turn")
-        table_GN[:, turn] = table_GN[torch.arange(global_batch) // self.together * self.together, turn]
-        table_BN = table_GN[batch.rows_B.cpu()].to(batch.images_BCHW.device)
-        return dict(zip(_COLUMNS, table_BN.unbind(1), strict=True))
+        """Uniform numbers in [0, 1) by name, on the CPU."""
+        draws: dict[str, torch.Tensor] = {}
+        rows_B = batch.rows_B.cpu()
+        for key, names in _TABLES.items():
+            random = np.random.default_rng([self.seed, epoch, step, key])
+            table_GN = torch.from_numpy(random.random((global_batch, len(names)), dtype=np.float32))
+            draws |= zip(names, table_GN[rows_B].unbind(1), strict=True)
+            if "turn" in names:
+                draws["turn"] = table_GN[rows_B // self.together * self.together, names.index("turn")]
+        return draws
 
     def _move(self, images_BCHW: torch.Tensor, draws: dict[str, torch.Tensor]) -> torch.Tensor:
         """Rotation, zoom, shear, shift and mirroring in one bilinear resampling."""
@@ -106,7 +142,7 @@ class Augment:
                 images_BCHW[mirrored_B] = images_BCHW[mirrored_B].flip(-1)
             return images_BCHW
         height, width = images_BCHW.shape[-2:]
-        theta_B23 = self._matrices(draws, width / height)
+        theta_B23 = self._matrices(draws, width / height).to(images_BCHW.device)
         grid_BHW2 = F.affine_grid(theta_B23, list(images_BCHW.shape), align_corners=False)
         return F.grid_sample(images_BCHW, grid_BHW2, mode="bilinear", padding_mode="border", align_corners=False)
 
@@ -128,27 +164,56 @@ class Augment:
         row_y = [sin_B * mirror_B * aspect, sin_B * slope_B + cos_B, shift_y_B]
         return torch.stack([torch.stack(row_x, 1), torch.stack(row_y, 1)], 1)
 
-    def _erase(self, images_BCHW: torch.Tensor, draws: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Fill a rectangle with the image's mean: random erasing (Zhong et al., 2020)."""
-        if not self.config.erase:
+    def _colour(self, images_BCHW: torch.Tensor, draws: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Saturation, hue and loss of colour as one 3 x 3 matrix a sample."""
+        config = self.config
+        if images_BCHW.shape[1] != 3 or not (config.saturation or config.hue or config.greyscale):
             return images_BCHW
-        height, width = images_BCHW.shape[-2:]
-        low, high = _ERASED_AREA
-        area_B = (low + (high - low) * draws["erase_area"]) * height * width
-        low, high = math.log(_ERASED_RATIO[0]), math.log(_ERASED_RATIO[1])
-        ratio_B = torch.exp(low + (high - low) * draws["erase_ratio"])
-        inside_BH = _interval(torch.sqrt(area_B * ratio_B), draws["erase_y"], height)
-        inside_BW = _interval(torch.sqrt(area_B / ratio_B), draws["erase_x"], width)
-        chosen_B = draws["erase"] < self.config.erase
-        erased_B1HW = (inside_BH[:, :, None] & inside_BW[:, None, :] & chosen_B[:, None, None]).unsqueeze(1)
-        return torch.where(erased_B1HW, images_BCHW.mean((2, 3), keepdim=True), images_BCHW)
+        saturation_B = 1 + _symmetric(draws["saturation"]) * config.saturation
+        saturation_B[draws["greyscale"] < config.greyscale] = 0
+        matrices_B33 = colour_matrices(saturation_B, _symmetric(draws["hue"]) * config.hue).to(images_BCHW.device)
+        return torch.einsum("bcd,bdhw->bchw", matrices_B33, images_BCHW).clamp_(-1.0, 1.0)
+
+    def _degrade(self, images_BCHW: torch.Tensor, draws: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Blur, low resolution and JPEG, each on its own share of the images: the way from a lens to a file."""
+        config = self.config
+        sigma_B = _LEAST_SIGMA + draws["blur_sigma"] * (config.blur_sigma - _LEAST_SIGMA)
+        least = config.low_resolution_share
+        share_B = least + draws["share"] * (1 - least)
+        down_B, up_B = ((draws[way] * len(INTERPOLATIONS)).long() for way in ("down", "up"))
+        quality_B = (config.jpeg_quality + draws["jpeg_quality"] * (_BEST_QUALITY + 1 - config.jpeg_quality)).long()
+        effects: tuple[tuple[Callable[..., torch.Tensor], float, torch.Tensor, tuple[torch.Tensor, ...]], ...] = (
+            (blur, config.blur, draws["blur"], (sigma_B,)),
+            (low_resolution, config.low_resolution, draws["low_resolution"], (share_B, down_B, up_B)),
+            (jpeg, config.jpeg, draws["jpeg"], (quality_B,)),
+        )
+        for effect, probability, draw_B, numbers in effects:
+            chosen_b = torch.nonzero(draw_B < probability).flatten()
+            if len(chosen_b):
+                rows_b = chosen_b.to(images_BCHW.device)
+                images_BCHW[rows_b] = effect(images_BCHW[rows_b], *(number_B[chosen_b] for number_B in numbers))
+        return images_BCHW
+
+    def _hide(self, images_BCHW: torch.Tensor, draws: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Keep a rectangle alone on black, as AdaFace crops: what is left stays in its place, so that faces stay
+        aligned. Then fill one with the image's mean: random erasing (Zhong et al., 2020)."""
+        if self.config.crop:
+            inside_B1HW = _rectangle(draws, "crop", _KEPT_AREA, _KEPT_RATIO, images_BCHW)
+            whole_B111 = (draws["crop"] >= self.config.crop).to(images_BCHW.device)[:, None, None, None]
+            images_BCHW = torch.where(inside_B1HW | whole_B111, images_BCHW, -1.0)
+        if self.config.erase:
+            inside_B1HW = _rectangle(draws, "erase", _ERASED_AREA, _ERASED_RATIO, images_BCHW)
+            chosen_B111 = (draws["erase"] < self.config.erase).to(images_BCHW.device)[:, None, None, None]
+            images_BCHW = torch.where(inside_B1HW & chosen_B111, images_BCHW.mean((2, 3), keepdim=True), images_BCHW)
+        return images_BCHW
 
     def _shade(self, images_BCHW: torch.Tensor, draws: dict[str, torch.Tensor]) -> torch.Tensor:
         """Contrast about the image's mean, then brightness; the result stays in -1..1."""
         if not (self.config.brightness or self.config.contrast):
             return images_BCHW
-        factor_B111 = (1 + _symmetric(draws["contrast"]) * self.config.contrast)[:, None, None, None]
-        shift_B111 = (2 * _symmetric(draws["brightness"]) * self.config.brightness)[:, None, None, None]
+        factor_B = 1 + _symmetric(draws["contrast"]) * self.config.contrast
+        shift_B = 2 * _symmetric(draws["brightness"]) * self.config.brightness
+        factor_B111, shift_B111 = (x_B.to(images_BCHW.device)[:, None, None, None] for x_B in (factor_B, shift_B))
         mean_B111 = images_BCHW.mean((1, 2, 3), keepdim=True)
         return ((images_BCHW - mean_B111) * factor_B111 + mean_B111 + shift_B111).clamp_(-1.0, 1.0)
 
@@ -157,11 +222,25 @@ def _symmetric(uniform_B: torch.Tensor) -> torch.Tensor:
     return 2 * uniform_B - 1
 
 
+def _rectangle(
+    draws: dict[str, torch.Tensor], of: str, areas: tuple[float, float], ratios: tuple[float, float], like: torch.Tensor
+) -> torch.Tensor:
+    """Which pixels lie in a rectangle of random area (share of the image), ratio (height : width) and place."""
+    height, width = like.shape[-2:]
+    low, high = areas
+    area_B = (low + (high - low) * draws[f"{of}_area"]) * height * width
+    low, high = math.log(ratios[0]), math.log(ratios[1])
+    ratio_B = torch.exp(low + (high - low) * draws[f"{of}_ratio"])
+    inside_BH = _interval(torch.sqrt(area_B * ratio_B), draws[f"{of}_y"], height).to(like.device)
+    inside_BW = _interval(torch.sqrt(area_B / ratio_B), draws[f"{of}_x"], width).to(like.device)
+    return (inside_BH[:, :, None] & inside_BW[:, None, :]).unsqueeze(1)
+
+
 def _interval(length_B: torch.Tensor, place_B: torch.Tensor, side: int) -> torch.Tensor:
     """Which of `side` pixels lie in an interval of the given length at a random place, as booleans [B, side]."""
     length_B = length_B.clamp(1, side).round()
     start_B = (place_B * (side - length_B + 1)).floor()
-    pixels = torch.arange(side, device=length_B.device)
+    pixels = torch.arange(side)
     return (pixels >= start_B[:, None]) & (pixels < (start_B + length_B)[:, None])
 
 

@@ -39,6 +39,7 @@ _DAMAGED = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError, OverflowError,
     RuntimeError, MemoryError, struct.error, zlib.error, Warning,
 )  # fmt: skip
+_GAP = 2  # drafts have this multiple of the wanted sides or more, so that the last reduction is the bicubic filter's
 _STRIP = 2**20  # pixels that are converted at a time, where a whole picture in between would cost too much memory
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # neither an escaped FF, nor padding, nor a restart
 _JPEG_START, _JPEG_END, _JPEG_SCAN = 0xD8, 0xD9, 0xDA
@@ -84,16 +85,24 @@ class Decoded:
     plain: bool
 
 
-def load_image(data: bytes, preprocessing: Preprocessing, name: str | None = None) -> NDArray[np.uint8]:
+def load_image(
+    data: bytes, preprocessing: Preprocessing, name: str | None = None, *, draft: bool = False
+) -> NDArray[np.uint8]:
     """Read an image file as the model sees it: uint8 [channels, height, width].
 
     The image is stretched to height and width (its aspect ratio is not kept) with an antialiasing bicubic filter.
     Transparent pixels are laid on white. `name` is what messages call the image.
 
+    Args:
+        draft: decode a JPEG of four times the wanted sides or more at a half, a quarter or an eighth of its own, never
+            below twice the wanted ones. It takes half the time; pixels differ by 1 of 255 on average, 7 at most
+            (pictures with the spectrum of photographs, 448 to 2000 pixels to 112). The Embedder never does it.
+
     Raises:
         UserError: more than 10 MiB or 40 megapixels, a format that is not allowed, or damaged content.
     """
-    return as_pixels(decode(data, name).image, preprocessing)
+    enough = (_GAP * preprocessing.width, _GAP * preprocessing.height) if draft else None
+    return as_pixels(decode(data, name, enough=enough).image, preprocessing)
 
 
 def as_pixels(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
@@ -109,12 +118,15 @@ def as_pixels(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.ui
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def decode(data: bytes, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Decoded:
+def decode(
+    data: bytes, name: str | None = None, max_pixels: int = MAX_PIXELS, enough: tuple[int, int] | None = None
+) -> Decoded:
     """Decode a whole image at its own size. Of several frames the first is taken.
 
     Args:
         data, name: as for `load_image`.
         max_pixels: width x height that is allowed.
+        enough: width and height down to which a JPEG may be decoded smaller.
 
     Raises:
         UserError: as `load_image`; `TooManyPixels` and `OutOfMemory` are two of its kinds.
@@ -126,6 +138,9 @@ def decode(data: bytes, name: str | None = None, max_pixels: int = MAX_PIXELS) -
         raise UserError(f"{label} is empty (0 bytes); give an image file")
     image = _open(data, label, max_pixels)
     with _guard(label, max_pixels):
+        if enough is not None and image.format in ("JPEG", "MPO"):
+            # libjpeg leaves out the fine coefficients; an image that lies on its side is measured as it lies
+            image.draft(None, enough if _orientation(image) < 5 else enough[::-1])
         image.load()
         format, turn = image.format or "", _UPRIGHT.get(_orientation(image))
         plain = image.mode in ("1", "L", "RGB") and not image.has_transparency_data and turn is None

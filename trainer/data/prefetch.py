@@ -5,88 +5,66 @@ shuffled samples is quickest by whole shards, of which every part is needed; a P
 samples lie, as one sample in a shard would cost all of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
-from trainer.data.reader import Reader
-from trainer.data.samplers import PKSampler, SequentialSampler, ShuffledSampler
+from trainer.data.split import Split
 from trainer.errors import UserError
 
-_STEPS = 8  # P x K batches fetched ahead
+_STEPS = 8  # batches whose samples lie anywhere, fetched ahead
 _SHARE = 0.9  # of the cache that is filled ahead of use, so that what is in use is never removed for it
-Sampler = SequentialSampler | PKSampler
 
 
-class Prefetch:
-    """Tells the store, step by step, what the next ones read; does nothing where all shards are local.
+def steps_ahead(parts: Sequence[Split], batch_size: int, window: int | None) -> int:
+    """How many steps before its use a batch is fetched; 0 where nothing lies elsewhere.
 
     Args:
-        reader: of the split; it knows where samples lie.
-        sampler: the order.
-        part: which samples of a global batch this rank reads, given how many there are.
+        parts: what is read, of one data set or several.
+        batch_size: of all ranks together.
+        window: samples of each part among which the order is shuffled; None: the samples of a batch lie anywhere.
 
     Raises:
         UserError: the cache is too small for the windows of a batch.
     """
+    parts = [part for part in parts if not all(part.store.is_local(entry.file) for entry in part.shards)]
+    if not parts or window is None:
+        return _STEPS if parts else 0
+    limit = parts[0].store.cache_limit
+    if (need := sum(_window_bytes(part, 2 * window) for part in parts)) > limit:
+        raise UserError(
+            f"data.cache_bytes {limit} is less than the {need} bytes of the two windows of {window} samples that a "
+            "batch can reach into; raise it, or lower data.shuffle_window"
+        )
+    sample = sum(entry.bytes for part in parts for entry in part.shards) / sum(part.samples for part in parts)
+    shard = max(entry.samples for part in parts for entry in part.shards)
+    room = int((_SHARE * limit - need / 2) / sample)  # samples that fit beside the window in use
+    return max(1, min(max(window, shard), room) // batch_size)
 
-    def __init__(self, reader: Reader, sampler: Sampler, part: Callable[[int], NDArray[np.int64]]) -> None:
-        self._reader, self._sampler, self._part = reader, sampler, part
-        self._shards = reader.split.shards
-        self._store = reader.split.store
-        self._local = all(self._store.is_local(entry.file) for entry in self._shards)
-        self._wanted: set[int] = set()
-        self._next = 0  # step, counted over all epochs
-        if isinstance(sampler, ShuffledSampler) and not self._local:
-            self._check(sampler.window)
+
+def _window_bytes(part: Split, samples: int) -> int:
+    """Of the shards in which so many samples lie that follow each other, at most."""
+    sizes = sorted((entry.bytes for entry in part.shards), reverse=True)
+    return sum(sizes[: -(-samples * len(sizes) // part.samples) + 1])
+
+
+class Prefetch:
+    """Asks for the samples of each step, `steps` steps before it comes, in later epochs too; may be called by threads.
+
+    Args:
+        steps: 0: never.
+        steps_per_epoch: the number of steps of each epoch.
+        want: has what a step (epoch, step) reads fetched in the background.
+    """
+
+    def __init__(self, steps: int, steps_per_epoch: int, want: Callable[[int, int], None]) -> None:
+        self._steps, self._steps_per_epoch, self._want = steps, steps_per_epoch, want
+        self._next = 0  # the first step that is not asked for, counted through all epochs
 
     def __call__(self, epoch: int, step: int) -> None:
-        """Have fetched what this step and the next ones read and is not under way."""
-        if self._local:
-            return
-        if isinstance(self._sampler, PKSampler):
-            self._want_samples(epoch * self._sampler.steps_per_epoch + step)
-        else:
-            self._want_shards(self._sampler, epoch, step)
-
-    def _want_samples(self, now: int) -> None:
-        first = self._next if now < self._next <= now + 1 + _STEPS else now
-        self._next = now + 1 + _STEPS
-        for step in range(first, self._next):
-            positions = self._sampler.positions(*divmod(step, self._sampler.steps_per_epoch))
-            self._reader.want(positions[self._part(len(positions))])
-
-    def _want_shards(self, sampler: SequentialSampler, epoch: int, step: int) -> None:
-        """The shards of the window of this step and of the next window, as far as the cache holds them."""
-        start = step * sampler.batch_size // sampler.window * sampler.window
-        stop = start + 2 * sampler.window
-        shards = self._between(epoch, start, stop)
-        if stop > self._reader.split.samples:
-            shards += self._between(epoch + 1, 0, stop - self._reader.split.samples)
-        room = _SHARE * self._store.cache_limit - np.cumsum([self._shards[shard].bytes for shard in shards])
-        kept = [shard for shard, left in zip(shards, room, strict=True) if left >= 0]
-        fresh = [shard for shard in dict.fromkeys(kept) if shard not in self._wanted]
-        self._reader.split.want_indexes(fresh)
-        self._store.want({self._shards[shard].file: None for shard in fresh})
-        self._wanted = set(kept)
-
-    def _between(self, epoch: int, start: int, stop: int) -> list[int]:
-        """The shards in which these places of an epoch lie."""
-        ends = self._reader.split.ends
-        order = np.arange(len(ends))
-        if isinstance(self._sampler, ShuffledSampler):
-            order, ends = self._sampler.shards(epoch)
-        first, last = np.searchsorted(ends, [start, min(stop, int(ends[-1])) - 1], side="right")
-        found: list[int] = order[first : last + 1].tolist()
-        return found
-
-    def _check(self, window: int) -> None:
-        sizes = sorted((entry.bytes for entry in self._shards), reverse=True)
-        most = -(-2 * window * len(sizes) // self._reader.split.samples) + 1  # shards of two windows
-        need, limit = sum(sizes[:most]), self._store.cache_limit
-        if need > limit:
-            raise UserError(
-                f"data.cache_bytes {limit} is less than the {need} bytes of the two windows of data.shuffle_window "
-                f"{window} samples that a batch can reach into; raise the one, or lower the other"
-            )
+        """This step is about to be read."""
+        now = epoch * self._steps_per_epoch + step
+        stop = now + 1 + self._steps
+        going_on = now <= self._next <= stop + self._steps  # rather than beginning anew at some step
+        first = self._next if going_on else now
+        self._next = max(first, stop)
+        for wanted in range(first, stop if self._steps else first):
+            self._want(*divmod(wanted, self._steps_per_epoch))

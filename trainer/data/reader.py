@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from io import FileIO
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.image import Preprocessing, load_image
+from trainer.data.decode import Decoders, Decoding, Faults
+from trainer.data.image import Preprocessing
 from trainer.data.index import ShardIndex
 from trainer.data.split import Split
 from trainer.data.store import File
@@ -52,10 +54,9 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int, m
 
 
 class Place(NamedTuple):
-    """Where one sample lies in its shard (`shard` is what messages call it), and its label; `crc` is of its bytes."""
+    """Where one sample lies in its shard, and its label; `crc` is of its bytes."""
 
-    shard: str
-    file: File
+    shard: Path
     key: str
     offset: int
     size: int
@@ -63,12 +64,26 @@ class Place(NamedTuple):
     crc: int
 
 
-def places_in(split: Split, shard: int, index: ShardIndex, rows: NDArray[np.int64]) -> list[Place]:
+def places_in(shard: Path, index: ShardIndex, rows: NDArray[np.int64]) -> list[Place]:
     """The samples in these rows of a shard's index."""
-    file = split.shards[shard].file
-    shown = split.store.shown(file)
     records = zip(rows.tolist(), index.records[rows].tolist(), strict=True)
-    return [Place(shown, file, index.key(row), *record[:4]) for row, record in records]
+    return [Place(shard, index.key(row), *record[:4]) for row, record in records]
+
+
+class Samples(NamedTuple):
+    """What was read of some positions, in their order.
+
+    Attributes:
+        images_BCHW: uint8.
+        labels_B: of the classes of the split.
+        keys: names in the shards.
+        faults: what is wrong with those that could not be read, by place in the batch; their pixels mean nothing.
+    """
+
+    images_BCHW: NDArray[np.uint8]
+    labels_B: NDArray[np.int64]
+    keys: list[str]
+    faults: Faults
 
 
 class Reader:
@@ -77,10 +92,14 @@ class Reader:
     Args:
         split: what is read.
         preprocessing: of each image.
-        threads: that decode images.
+        threads, processes: that decode images; processes, where there are any.
+        draft: as for `load_image`.
         cache: keep decoded images: always, never, or ("auto") where they fit in 1 GiB.
         scattered: of a shard from elsewhere only those parts are fetched in which samples lie that are read, as suits
             P x K batches; otherwise all of it.
+
+    Attributes:
+        bad: what is wrong with the samples that could not be read so far, by position; they are not tried again.
 
     Raises:
         UserError: a shard is missing or has another size than the manifest says, or the images do not fit the memory.
@@ -92,29 +111,50 @@ class Reader:
         preprocessing: Preprocessing,
         *,
         threads: int = 2,
+        processes: int = 0,
+        draft: bool = False,
         cache: Literal["auto", "memory", "none"] = "none",
         scattered: bool = False,
     ) -> None:
         check_sizes(split)
         self.split = split
-        self._preprocessing = preprocessing
-        self._threads = threads
+        self._decoding = Decoding(preprocessing, draft)
+        self._threads, self._processes = threads, processes
         self._scattered = scattered
         self._index = lru_cache(_KEEP_INDEXES)(split.index)
+        # What places and messages call each shard: where it lies, or its name where it lies elsewhere.
+        self._paths = [
+            split.path(i) if split.store.is_local(x.file) else Path(x.name) for i, x in enumerate(split.shards)
+        ]
+        self._files = {path: entry.file for path, entry in zip(self._paths, split.shards, strict=True)}
+        self._wanted: set[int] = set()
         self._cache = _make_cache(split.samples, preprocessing, cache)
         self._cached = np.zeros(split.samples if self._cache is not None else 0, dtype=bool)
+        self.bad: dict[int, UserError] = {}
 
-    def pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self._threads, "decode")
+    def pool(self, processes: bool = False) -> Decoders:
+        """What decodes, for a `with` block; `processes`: in processes, if it may."""
+        return Decoders(self._decoding, threads=self._threads, processes=self._processes if processes else 0)
 
     def read(
-        self, positions: NDArray[np.int64], pool: ThreadPoolExecutor
+        self, positions: NDArray[np.int64], pool: Decoders
     ) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[str]]:
         """Images [len(positions), C, H, W], labels and keys; a position that occurs twice is decoded once.
 
         Raises:
             UserError: a sample is damaged, cannot be decoded, or has a label outside the manifest's classes; names its
                 shard and its key.
+        """
+        samples = self.try_read(positions, pool)
+        for fault in samples.faults.values():
+            raise fault
+        return samples.images_BCHW, samples.labels_B, samples.keys
+
+    def try_read(self, positions: NDArray[np.int64], pool: Decoders) -> Samples:
+        """As `read`, but with what is wrong with single samples in the result.
+
+        Raises:
+            UserError: a label is outside the manifest's classes.
         """
         unique, inverse = np.unique(positions, return_inverse=True)
         places = self._places(unique)
@@ -125,18 +165,26 @@ class Reader:
                 f"sample '{place.key}' of shard '{place.shard}' has label {place.label}, but the manifest has "
                 f"{classes} classes (0 to {classes - 1}); {_VERIFY}"
             )
-        keys = [place.key for place in places]
-        return self._images(unique, places, pool)[inverse], labels[inverse], [keys[i] for i in inverse]
+        images = self._images(unique, places, pool)
+        faults = {i: self.bad[position] for i, position in enumerate(positions.tolist()) if position in self.bad}
+        return Samples(images[inverse], labels[inverse], [places[i].key for i in inverse], faults)
 
     def want(self, positions: NDArray[np.int64]) -> None:
-        """Have the bytes of these samples fetched in the background, where they lie elsewhere."""
-        self.split.store.later(lambda: self.split.store.want(self._ranges(self._places(np.unique(positions)))))
+        """Have what is read of these samples fetched in the background, where it lies elsewhere."""
+        split = self.split
+        if self._scattered:
+            split.store.later(lambda: split.store.want(self._ranges(self._places(np.unique(positions)))))
+            return
+        shards = set(np.searchsorted(split.ends, positions, side="right").tolist())
+        fresh, self._wanted = shards - self._wanted, shards  # the batches of a window want the same shards
+        split.want_indexes(fresh)
+        split.store.want({split.shards[shard].file: None for shard in fresh})
 
     def _ranges(self, places: list[Place]) -> dict[File, list[tuple[int, int]] | None]:
         """What is read of each shard."""
         wanted: dict[File, list[tuple[int, int]]] = {}
         for place in places:
-            wanted.setdefault(place.file, []).append((place.offset, place.size))
+            wanted.setdefault(self._files[place.shard], []).append((place.offset, place.size))
         return {file: ranges if self._scattered else None for file, ranges in wanted.items()}
 
     def _places(self, positions: NDArray[np.int64]) -> list[Place]:
@@ -146,37 +194,45 @@ class Reader:
         places: list[Place] = []
         for shard, group in zip(shards.tolist(), np.split(positions, firsts[1:]), strict=True):
             index = self._index(shard)
-            places += places_in(self.split, shard, index, group - (self.split.ends[shard] - index.samples))
+            places += places_in(self._paths[shard], index, group - (self.split.ends[shard] - index.samples))
         return places
 
-    def _images(self, positions: NDArray[np.int64], places: list[Place], pool: ThreadPoolExecutor) -> NDArray[np.uint8]:
-        if self._cache is None:
-            return self._decode_all(places, pool)
-        missing = np.flatnonzero(~self._cached[positions])
-        if len(missing):
-            self._cache[positions[missing]] = self._decode_all([places[i] for i in missing], pool)
-            self._cached[positions[missing]] = True
-        return self._cache[positions]
+    def _images(self, positions: NDArray[np.int64], places: list[Place], pool: Decoders) -> NDArray[np.uint8]:
+        """The pixels; what cannot be read is noted in `bad`."""
+        known = np.array([position in self.bad for position in positions.tolist()])
+        missing = np.flatnonzero(~known if self._cache is None else ~known & ~self._cached[positions])
+        if not len(missing) and self._cache is not None:
+            return self._cache[positions]
+        pixels, faults = self._decode([places[i] for i in missing], pool)
+        self.bad |= {int(positions[missing[i]]): fault for i, fault in faults.items()}
+        if self._cache is not None:
+            self._cache[positions[missing]] = pixels
+            self._cached[positions[np.delete(missing, list(faults))]] = True
+            return self._cache[positions]
+        if len(missing) == len(positions):
+            return pixels
+        images = np.zeros((len(positions), *self._decoding.shape), np.uint8)
+        images[missing] = pixels
+        return images
 
-    def _decode_all(self, places: list[Place], pool: ThreadPoolExecutor) -> NDArray[np.uint8]:
+    def _decode(self, places: list[Place], pool: Decoders) -> tuple[NDArray[np.uint8], Faults]:
         with self.split.store.open(self._ranges(places)) as files:
 
-            def decode(place: Place) -> NDArray[np.uint8]:
-                data = self._payload(files[place.file], place)
-                return load_image(data, self._preprocessing, f"{place.file.name}: {place.key}")
+            def read(i: int) -> bytes:
+                return self._payload(files[self._files[places[i].shard]], places[i])
 
-            return np.stack(list(pool.map(decode, places)))
+            return pool.decode([f"{place.shard.name}: {place.key}" for place in places], read)
 
     def _payload(self, shard: FileIO | UserError, place: Place) -> bytes:
         """The checked bytes of a sample; a copy of a shard from elsewhere that is wrong there is fetched once more."""
-        store, part = self.split.store, [(place.offset, place.size)]
+        store, file, part = self.split.store, self._files[place.shard], [(place.offset, place.size)]
         try:
             return read_bytes(shard, place)
         except UserError:
-            if isinstance(shard, UserError) or not store.forget(place.file, part):
+            if isinstance(shard, UserError) or not store.forget(file, part):
                 raise
-        with store.open({place.file: part}) as files:
-            return read_bytes(files[place.file], place)
+        with store.open({file: part}) as files:
+            return read_bytes(files[file], place)
 
 
 def _make_cache(samples: int, preprocessing: Preprocessing, cache: str) -> NDArray[np.uint8] | None:

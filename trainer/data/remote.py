@@ -5,9 +5,11 @@ Addresses and the messages of others may carry passwords and tokens: neither is 
 
 import posixpath
 import random
+import re
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
@@ -26,6 +28,7 @@ _FAULTS = {
     "gcsfs.retry": ("HttpError",),
     "google.auth.exceptions": ("GoogleAuthError",),
 }
+_LOST_SLASH = re.compile(r"^([a-z][a-z0-9+]+):/(?=[^/])")
 Result = TypeVar("Result")
 
 
@@ -33,14 +36,19 @@ class _Cut(OSError):
     """Fewer or more bytes than asked for."""
 
 
-def is_remote(address: object) -> bool:
+def text_of(address: str | Path) -> str:
+    """The address as it was given: a Path, as command lines make of it, has one slash of the two behind "s3:"."""
+    return _LOST_SLASH.sub(r"\1://", str(address)) if isinstance(address, Path) else address
+
+
+def is_remote(address: str | Path) -> bool:
     """Whether it is an address such as s3://bucket/faces, rather than a path."""
-    return "://" in str(address)
+    return "://" in text_of(address)
 
 
-def shown(address: object) -> str:
+def shown(address: str | Path) -> str:
     """The address without user, password and query, for messages and logs."""
-    text = str(address)
+    text = text_of(address)
     if not is_remote(text):
         return text
     parts = urlsplit(text)
@@ -144,7 +152,7 @@ def _reason(error: BaseException) -> str:
     if _no_credentials(error):
         return "there are no credentials"
     if isinstance(error, FileNotFoundError):
-        return "the bucket is not there" if "bucket" in str(error).lower() else "it is not there"
+        return "the bucket is not there" if "specified bucket" in str(error) else "it is not there"
     if isinstance(error, PermissionError):
         return "access is denied"
     if isinstance(error, _Cut):

@@ -27,7 +27,7 @@ class SequentialSampler:
 
     def __init__(self, samples: int, batch_size: int) -> None:
         self._samples = samples
-        self.batch_size = self.window = batch_size
+        self._batch_size = batch_size
         self.steps_per_epoch = -(-samples // batch_size)
 
     def part(self, epoch: int, step: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -40,8 +40,8 @@ class SequentialSampler:
 
         They are fewer than batch_size only in the last one of an epoch.
         """
-        start = step * self.batch_size
-        return np.arange(start, min(start + self.batch_size, self._samples))
+        start = step * self._batch_size
+        return np.arange(start, min(start + self._batch_size, self._samples))
 
 
 class ShuffledSampler(SequentialSampler):
@@ -54,19 +54,23 @@ class ShuffledSampler(SequentialSampler):
         super().__init__(sum(shard_samples), batch_size)
         self._counts = np.array(shard_samples)
         self._starts = np.cumsum(self._counts) - self._counts
-        self.window = window
+        self._window = window
         self._seed = seed
-        self.shards = lru_cache(2)(self._shuffle_shards)
+        self._shards = lru_cache(2)(self._shuffle_shards)
         self._inside = lru_cache(2)(self._shuffle_window)
 
     def positions(self, epoch: int, step: int) -> NDArray[np.int64]:
-        places = super().positions(epoch, step)
-        windows = places // self.window
+        return self.at(epoch, super().positions(epoch, step))
+
+    def at(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions of the samples that come at these places, from 0, of an epoch."""
+        places = places.copy()
+        windows = places // self._window
         for window in np.unique(windows).tolist():
             inside = windows == window
-            first = window * self.window
+            first = window * self._window
             places[inside] = first + self._inside(epoch, window)[places[inside] - first]
-        order, ends = self.shards(epoch)
+        order, ends = self._shards(epoch)
         rank = np.searchsorted(ends, places, side="right")
         shard = order[rank]
         positions: NDArray[np.int64] = self._starts[shard] + places - (ends[rank] - self._counts[shard])
@@ -77,7 +81,7 @@ class ShuffledSampler(SequentialSampler):
         return order, np.cumsum(self._counts[order])
 
     def _shuffle_window(self, epoch: int, window: int) -> NDArray[np.int64]:
-        size = min(self.window, self._samples - window * self.window)
+        size = min(self._window, self._samples - window * self._window)
         return np.random.default_rng([self._seed, epoch, _WINDOW, window]).permutation(size)
 
 

@@ -21,17 +21,23 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BeforeValidator
 
 from trainer.data.cache import Cache, CachedFile, Ranges
-from trainer.data.remote import fetch, is_remote, join, shown
+from trainer.data.remote import fetch, is_remote, join, shown, text_of
 from trainer.errors import UserError
 
 DEFAULT_CACHE_BYTES = 50 * 10**9
 _CONNECTIONS = 16  # of each process, for what is needed now; and as many for what will be needed
-_HELD = 32  # paths given out last, whose files are not removed: their callers may be about to open them
+_HELD = 8  # paths given out last, whose files are not removed: their callers may be about to open them
 _REMEDY = "run 'hypersphere data verify', and import the data again or fetch this file anew"
 
 
-# A folder as a Path, any other address as it is: a Path would make one slash of the two behind "s3:".
-Address = Annotated[Path | str, BeforeValidator(lambda value: str(value) if is_remote(value) else Path(value))]
+def _address(value: object) -> Path | str:
+    if not isinstance(value, str | Path):
+        raise ValueError(f"{value!r} is neither a folder nor an address such as s3://bucket/faces")
+    text = text_of(value).removeprefix("file://")
+    return text if is_remote(text) else Path(text)
+
+
+Address = Annotated[Path | str, BeforeValidator(_address)]  # a folder is a Path, any other address a string
 
 
 class File(NamedTuple):
@@ -67,7 +73,7 @@ class Store:
 
     def __init__(self, address: str | Path, cache: CacheConfig | None = None) -> None:
         self.address = shown(address)
-        self._base = str(address).removeprefix("file://")
+        self._base = text_of(address).removeprefix("file://")
         self._config = cache or CacheConfig()
         self.cache_limit = self._config.limit
         self._cache = self._config.open()
@@ -88,10 +94,6 @@ class Store:
         """
         place = self._place(name, None)
         return place.read_bytes() if isinstance(place, Path) else fetch(place)
-
-    def shown(self, file: "File") -> str:
-        """The path or address of a file, for messages: without password and token."""
-        return shown(self._place(file.name, file.url))
 
     def is_local(self, file: "File") -> bool:
         """Whether the file is used where it lies."""
@@ -121,7 +123,7 @@ class Store:
                     _wait(_begin(file, place, None))
                 if file.verified():
                     self._hold(file)
-                    return file.path
+                    return Path(file.path)
                 file.forget()
         raise UserError(
             f"'{shown(place)}' does not have the SHA-256 {sha256} of the manifest: it was cut off or changed; {_REMEDY}"

@@ -51,7 +51,7 @@ def _verify_shard(split: Split, shard: int) -> NDArray[np.int64]:
     _compare(path, entry.bytes, entry.sha256)
     index = split.index(shard)
     with path.open("rb", buffering=0) as file:
-        for place in places_in(split, shard, index, np.arange(index.samples)):
+        for place in places_in(path, index, np.arange(index.samples)):
             read_bytes(file, place)
     if (largest := int(index.labels.max())) >= split.identities:
         raise UserError(

@@ -292,3 +292,14 @@ def test_what_looks_like_a_scan_elsewhere_does_not_count():
     film = b"\xff\xda" * 5000
     decoded = decode(good[:2] + thumbnail + good[2:] + film)
     np.testing.assert_array_equal(np.asarray(decoded.image), np.asarray(decode(good).image))
+
+
+@pytest.mark.parametrize(("orientation", "enough", "size"), [(1, (200, 50), (200, 50)), (6, (50, 200), (50, 200))])
+def test_drafts_know_which_side_is_up(orientation: int, enough: tuple[int, int], size: tuple[int, int]):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = BytesIO()
+    Image.new("RGB", (400, 100), "red").save(file, "JPEG", exif=exif)
+    assert decode(file.getvalue(), enough=enough).image.size == size
+    assert decode(file.getvalue(), enough=(size[0] + 1, size[1])).image.size == (2 * size[0], 2 * size[1])
+    assert decode(file.getvalue()).image.size == (2 * size[0], 2 * size[1])

@@ -8,7 +8,7 @@ from fsspec.registry import known_implementations
 
 from tests.web import Web, serving
 from trainer.data import remote
-from trainer.data.remote import fetch, is_remote, join, shown
+from trainer.data.remote import fetch, is_remote, join, shown, text_of
 from trainer.errors import UserError
 
 DATA = bytes(range(256)) * 40
@@ -96,6 +96,8 @@ def test_addresses():
     assert join("https://h/a/b?sig=1", "../c/x.tar") == "https://h/a/c/x.tar?sig=1"
     assert is_remote("gs://b/c")
     assert not is_remote(Path("data/c"))
+    assert text_of(Path("s3://bucket/faces")) == "s3://bucket/faces"
+    assert text_of(Path("/a/b")) == "/a/b"
 
 
 def test_an_unknown_kind_of_address():

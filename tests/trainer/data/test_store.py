@@ -167,7 +167,9 @@ def test_faults_that_pass_change_nothing(large_set: Path, web: Web, settings: Da
 
 def test_a_missing_shard_is_named_with_the_sample(web: Web, settings: DataConfig):
     (web.folder / "train-000001.tar").unlink()
-    with pytest.raises(UserError, match=r"sample '\d+' of shard 'http://.*/train-000001.tar' .*: it is not there"):
+    with pytest.raises(
+        UserError, match=r"sample '\d+' of shard 'train-000001.tar' .*/train-000001.tar' .*: it is not there"
+    ):
         list(stream(settings).batches(0))
 
 
@@ -175,7 +177,8 @@ def test_a_truncated_shard_is_named_with_the_sample(web: Web, settings: DataConf
     with (web.folder / "train-000002.tar").open("r+b") as file:
         file.truncate(100_000)
     with pytest.raises(
-        UserError, match=r"sample '\d+' of shard '.*/train-000002.tar' cannot be had: .* early, 5 times"
+        UserError,
+        match=r"sample '\d+' of shard 'train-000002.tar' cannot be had: 'http://.*/train-000002.tar' .* early, 5 times",
     ):
         list(stream(settings).batches(0))
 
@@ -185,7 +188,7 @@ def test_a_changed_shard_is_named_with_the_sample_after_a_second_look(web: Web, 
     data = bytearray(path.read_bytes())
     data[200_000] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"sample '\d+' of shard '.*/train-000003.tar' is damaged: its CRC-32 is wrong"):
+    with pytest.raises(UserError, match=r"sample '\d+' of shard 'train-000003.tar' is damaged: its CRC-32 is wrong"):
         list(stream(settings).batches(0))
     assert web.sent[path.name] > len(data)
 
@@ -265,3 +268,52 @@ def test_a_path_given_out_is_not_removed_before_it_can_be_opened(web: Web, setti
     gc.collect()
     assert open_store(web.address, CacheConfig(tmp_path / "small", 1_000_000)).path(*third).exists()
     assert not path.exists()
+
+
+def test_bad_samples_are_left_out_up_to_the_limit_and_fatal_beyond(web: Web, settings: DataConfig):
+    (web.folder / "train-000001.tar").unlink()  # 30 samples
+    left_out = stream(with_(settings, max_bad=30))
+    whole = [key for batch in left_out.batches(0) for key in batch.keys]
+    assert (whole.count(""), left_out.bad) == (30, 30)
+    too_many = stream(with_(settings, max_bad=29))
+    with pytest.raises(UserError, match=r"30 samples cannot be read \(data.max_bad is 29\); the last: sample"):
+        list(too_many.batches(0))
+
+
+def test_a_bad_image_is_named_with_shard_and_key(web: Web, settings: DataConfig):
+    manifest = Manifest.read(web.address, settings.remote_cache)
+    record = manifest.split("train").index(2).records[7]
+    path = web.folder / "train-000002.tar"
+    data = bytearray(path.read_bytes())
+    data[int(record["offset"]) + 60] ^= 1
+    path.write_bytes(data)
+    left_out = stream(with_(settings, max_bad=1))
+    assert [key for batch in left_out.batches(0) for key in batch.keys].count("") == 1
+    with pytest.raises(UserError, match=r"sample '000000067' of shard 'train-000002.tar' is damaged"):
+        list(stream(settings).batches(0))
+
+
+@pytest.mark.parametrize("identities", [None, 6])
+def test_a_mix_of_near_and_far(large_set: Path, web: Web, settings: DataConfig, identities: int | None):
+    near = with_(
+        settings, path=large_set, mix=[{"path": large_set}, {"path": large_set}], identities_per_batch=identities
+    )
+    far = with_(near, mix=[{"path": large_set}, {"path": web.address}])
+    assert_equal(list(stream(far).batches(0)), list(stream(near).batches(0)))
+    assert sum(shards_sent(web).values()) <= sum(path.stat().st_size for path in large_set.glob("*.tar"))
+
+
+def test_decoder_processes_read_from_afar(large_set: Path, web: Web, settings: DataConfig):
+    found = list(stream(with_(settings, decode_processes=2)).batches(0))
+    assert_equal(found, list(stream(with_(settings, path=large_set)).batches(0)))
+
+
+def test_addresses_in_a_config(tmp_path: Path):
+    assert DataConfig(path="s3://bucket/faces").path == "s3://bucket/faces"
+    assert DataConfig(path=Path("s3://bucket/faces")).path == "s3://bucket/faces"
+    assert DataConfig(path=f"file://{tmp_path}").path == tmp_path == DataConfig(path=str(tmp_path)).path
+    config = DataConfig(path="gs://bucket/faces", cache_dir=tmp_path, cache_bytes="3GB")
+    assert config.remote_cache == CacheConfig(tmp_path, 3 * 10**9)
+    assert DataConfig.model_validate(config.model_dump(mode="json")) == config
+    with pytest.raises(ValueError, match="7 is neither a folder nor an address such as s3://bucket/faces"):
+        DataConfig(path=7)

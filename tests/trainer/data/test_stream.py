@@ -121,11 +121,11 @@ def test_later_epochs_decode_nothing(
 ):
     decoded = []
 
-    def counting(*arguments: object) -> np.ndarray:
+    def counting(*arguments: object, **settings: object) -> np.ndarray:
         decoded.append(arguments)
-        return load_image(*arguments)
+        return load_image(*arguments, **settings)
 
-    monkeypatch.setattr("trainer.data.reader.load_image", counting)
+    monkeypatch.setattr("trainer.data.decode.load_image", counting)
     for cache, expected in (("none", 3 * 47), ("memory", 47), ("auto", 47)):
         decoded.clear()
         stream = Stream(manifest, "train", with_(config, cache=cache))
@@ -139,7 +139,8 @@ def test_a_rank_decodes_its_own_samples_only(
 ):
     decoded = []
     monkeypatch.setattr(
-        "trainer.data.reader.load_image", lambda *arguments: decoded.append(arguments) or load_image(*arguments)
+        "trainer.data.decode.load_image",
+        lambda *arguments, draft: decoded.append(arguments) or load_image(*arguments, draft=draft),
     )
     list(Stream(manifest, "train", config, rank=1, world_size=3).batches(0))
     assert len(decoded) == 4 * 4  # a third of each batch of 12
@@ -272,3 +273,84 @@ def test_grey_and_colour_data_sets(tmp_path: Path, config: DataConfig):
     manifest = Manifest.model_construct(image_mode="RGB")
     assert preprocessing(manifest, config).channels == 3
     assert Image.MAX_IMAGE_PIXELS  # Pillow's own limit stays on
+
+
+@pytest.mark.parametrize("identities", [None, 3])
+def test_decoder_processes_give_the_same_batches(manifest: Manifest, config: DataConfig, identities: int | None):
+    config = with_(config, identities_per_batch=identities, cache="none")
+    threads = list(Stream(manifest, "train", config, seed=1).batches(1))
+    for processes in (1, 3):
+        stream = Stream(manifest, "train", with_(config, decode_processes=processes), seed=1)
+        for a, b in zip(threads, stream.batches(1), strict=True):
+            assert_equal(a, b)
+        assert_equal(threads[1], stream.batch(1, 1))
+
+
+def test_what_is_cached_starts_no_process(manifest: Manifest, config: DataConfig, monkeypatch: pytest.MonkeyPatch):
+    stream = Stream(manifest, "train", with_(config, decode_processes=2, cache="memory"))
+    list(stream.batches(0))
+    monkeypatch.setattr("trainer.data.decode.subprocess.Popen", None)  # would fail
+    assert len(list(stream.batches(1))) == 4
+
+
+@pytest.fixture
+def damaged(tmp_path: Path, data_set: Path) -> Manifest:
+    """The data set with samples 3, 12 and 13 damaged."""
+    copy = Path(shutil.copytree(data_set, tmp_path / "copy"))
+    for shard, row in ((0, 3), (1, 2), (1, 3)):
+        path = copy / f"train-{shard:06d}.tar"
+        record = Manifest.read(copy).split("train").index(shard).records[row]
+        data = bytearray(path.read_bytes())
+        data[int(record["offset"]) + 30] ^= 1
+        path.write_bytes(data)
+    return Manifest.read(copy)
+
+
+@pytest.mark.parametrize("cache", ["memory", "none"])
+@pytest.mark.parametrize("processes", [0, 2])
+def test_bad_samples_are_left_out(
+    damaged: Manifest, manifest: Manifest, config: DataConfig, processes: int, cache: str
+):
+    config = with_(config, max_bad=3, decode_processes=processes, cache=cache)
+    stream = Stream(damaged, "train", config, seed=1)
+    for epoch in range(2):
+        sound = list(Stream(manifest, "train", config, seed=1).batches(epoch))
+        found = list(stream.batches(epoch))
+        left_out = [key for a, b in zip(sound, found, strict=True) for key in set(a.keys) - set(b.keys)]
+        assert sorted(left_out) == ["000000003", "000000012", "000000013"]
+        assert stream.bad == 3
+        for a, b in zip(sound, found, strict=True):
+            for slot in range(12):
+                same = b.keys[slot] == a.keys[slot]
+                assert (b.labels_B[slot] == a.labels_B[slot]) == same
+                if not same:  # the slot has the image of one of the next good samples, as padding
+                    assert (b.keys[slot], int(b.labels_B[slot])) == ("", PADDING)
+                    later = [(slot + step) % len(sound[0].keys) for step in (1, 2, 3)]
+                    assert any(torch.equal(b.images_BCHW[slot], b.images_BCHW[other]) for other in later)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_fill_bad_slots_alike(damaged: Manifest, config: DataConfig, world_size: int):
+    config = with_(config, max_bad=3, identities_per_batch=3)
+    whole = list(Stream(damaged, "train", config, seed=1).batches(0))
+    ranks = [
+        list(Stream(damaged, "train", config, rank=rank, world_size=world_size, seed=1).batches(0))
+        for rank in range(world_size)
+    ]
+    for step, batch in enumerate(whole):
+        assert_equal(joined([parts[step] for parts in ranks]), batch)
+
+
+def test_too_many_bad_samples_end_the_run(damaged: Manifest, config: DataConfig):
+    with pytest.raises(UserError, match=r"sample '0000000\d\d' of shard '.*' is damaged"):
+        list(Stream(damaged, "train", config).batches(0))
+    with pytest.raises(UserError, match=r"3 samples cannot be read \(data\.max_bad is 2\); the last: sample '.*"):
+        list(Stream(damaged, "train", with_(config, max_bad=2, batch_size=60)).batches(0))
+
+
+def test_a_batch_keeps_its_rows_here_when_it_goes_to_a_device(manifest: Manifest, config: DataConfig):
+    batch = Stream(manifest, "train", config).batch(0, 0)
+    there = batch.to(torch.device("meta"))
+    assert (there.images_BCHW.device.type, there.labels_B.device.type) == ("meta", "meta")
+    assert there.rows_B is batch.rows_B
+    assert batch.to(torch.device("cpu")).images_BCHW is batch.images_BCHW

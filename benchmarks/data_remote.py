@@ -1,0 +1,141 @@
+"""Reading a data set from a web server 20 ms away, at 200 Mbit/s a connection, against the same set in a folder.
+
+Each round reads an epoch from the folder and from the server, with an empty cache, in turn; samples are decoded. The
+table says when the first batch was there, the rate from then on, and what was fetched. For shuffled windows and for
+P x K batches both ways are measured: whole shards, and the blocks in which samples lie.
+"""
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from io import BytesIO
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.web import Web, serving
+from trainer.data.importers.run import ImportOptions, run_import
+from trainer.data.manifest import Manifest
+from trainer.data.stream import DataConfig, Stream
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=20_000)
+    parser.add_argument("--shard", type=int, default=1000, help="samples of a shard")
+    parser.add_argument("--window", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40, help="of P x K, which is measured on a part of the epoch")
+    parser.add_argument("--latency", type=float, default=0.02, help="seconds")
+    parser.add_argument("--rate", type=float, default=25e6, help="bytes a second of each connection")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        rows = measure(options, make_set(Path(name), options), Path(name) / "cache")
+    for row in rows:
+        print(" | ".join(f"{value:>12}" for value in row.values()))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def make_set(root: Path, options: argparse.Namespace) -> Path:
+    """JPEGs of 112 x 112 pixels and about 4 kB, ten of each identity."""
+    random = np.random.default_rng(0)
+    for i in range(options.samples):
+        folder = root / "images" / f"{i // 10:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(random.integers(0, 256, (20, 20, 3), dtype=np.uint8))
+        buffer = BytesIO()
+        coarse.resize((112, 112), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+        (folder / f"{i % 10}.jpg").write_bytes(buffer.getvalue())
+    run_import("folder", root / "images", root / "set", ImportOptions(holdout_share=0, samples_per_shard=options.shard))
+    return root / "set"
+
+
+def measure(options: argparse.Namespace, folder: Path, cache: Path) -> list[dict[str, str]]:
+    """One row for each way of reading."""
+    here, there = multiprocessing.Pipe()
+    server = multiprocessing.get_context("spawn").Process(target=serve, args=(folder, options, there), daemon=True)
+    server.start()
+    address = here.recv()
+    rows = []
+    for order in ("shuffled", "P x K"):
+        ways = [("folder", folder, None), ("whole shards", address, False), ("blocks", address, True)]
+        runs: dict[str, list[tuple[float, float, int, int]]] = {way: [] for way, *_ in ways}
+        for _ in range(options.rounds):
+            for way, path, blocks in ways:
+                shutil.rmtree(cache, ignore_errors=True)
+                here.send("reset")
+                first, rate = read(options, path, cache, order == "P x K", blocks)
+                here.send("count")
+                runs[way].append((first, rate, *here.recv()))
+        for way, found in runs.items():
+            first, rate, requests, sent = (statistics.median(column) for column in zip(*found, strict=True))
+            against = statistics.median(a[1] / b[1] for a, b in zip(found, runs["folder"], strict=True))
+            rows.append(
+                {
+                    "order": order,
+                    "read as": way,
+                    "first batch s": f"{first:.2f}",
+                    "samples/s": f"{rate:.0f}",
+                    "of folder": f"{against:.3f}",
+                    "requests": f"{requests:.0f}",
+                    "MB": f"{sent / 1e6:.1f}",
+                }
+            )
+    here.send("end")
+    server.join()
+    return [{name: name for name in rows[0]}, *rows]
+
+
+def read(
+    options: argparse.Namespace, path: Path | str, cache: Path, pxk: bool, blocks: bool | None
+) -> tuple[float, float]:
+    """Seconds until the first batch, and samples a second from then on."""
+    begun = time.perf_counter()
+    config = DataConfig(
+        path=path,
+        cache_dir=cache,
+        cache="none",
+        batch_size=options.batch,
+        shuffle_window=options.window,
+        identities_per_batch=options.batch // 4 if pxk else None,
+    )
+    stream = Stream(Manifest.read(path, config.remote_cache), "train", config)
+    if blocks is not None:
+        stream._reader._scattered = blocks  # type: ignore[union-attr]  # the way that is not taken is measured too
+    batches = stream.batches(0)
+    next(batches)
+    ready = time.perf_counter()
+    steps = min(options.steps if pxk else stream.steps_per_epoch, stream.steps_per_epoch)
+    for _ in range(steps - 1):
+        next(batches)
+    done = time.perf_counter()
+    batches.close()
+    return ready - begun, (steps - 1) * options.batch / (done - ready)
+
+
+def serve(folder: Path, options: argparse.Namespace, pipe: Connection) -> None:
+    """The server's process: answers what was asked of it."""
+    with serving(Web(folder, latency=options.latency, rate=options.rate)) as web:
+        pipe.send(web.address)
+        while (word := pipe.recv()) != "end":
+            if word == "reset":
+                web.requests, web.sent = Counter(), Counter()
+            else:
+                pipe.send((web.requests.total(), web.sent.total()))
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -140,7 +141,7 @@ class Worker:
             if isinstance(files[shard], UserError):
                 return found
             rows = np.arange(task.rows.start, task.rows.stop)
-            for row, place in enumerate(places_in(split, task.shard, index, rows)):
+            for row, place in enumerate(places_in(Path(shard.name), index, rows)):
                 found.labels[row] = place.label
                 try:
                     payload = read_bytes(files[shard], place)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,11 +36,12 @@ def pictures(split: Split, positions: Sequence[int]) -> list[NDArray[np.uint8]]:
     drawn = []
     for position in positions:
         shard = int(np.searchsorted(split.ends, position, side="right"))
-        index = split.index(shard)
-        (place,) = places_in(split, shard, index, np.array([position - (int(split.ends[shard]) - index.samples)]))
-        with split.store.open({place.file: [(place.offset, place.size)]}) as files:
-            payload = read_bytes(files[place.file], place)
-        drawn.append(load_image(payload, _PREVIEW, f"{place.file.name}: {place.key}").transpose(1, 2, 0))
+        index, file = split.index(shard), split.shards[shard].file
+        row = position - (int(split.ends[shard]) - index.samples)
+        (place,) = places_in(Path(file.name), index, np.array([row]))
+        with split.store.open({file: [(place.offset, place.size)]}) as files:
+            payload = read_bytes(files[file], place)
+        drawn.append(load_image(payload, _PREVIEW, f"{file.name}: {place.key}").transpose(1, 2, 0))
     return drawn
 
 

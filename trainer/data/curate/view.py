@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from trainer.atomic import Kind, fresh_file, fresh_folder
 from trainer.data.index import ShardIndex, make_index, open_index, write_index
 from trainer.data.manifest import MANIFEST_FILE, Manifest
+from trainer.data.remote import is_remote, join
 from trainer.data.split import ShardEntry, Split, SplitEntry
 from trainer.data.tables import Classes, TableFile, write_by_class, write_classes
 from trainer.errors import UserError
@@ -217,5 +218,7 @@ def _keys(index: ShardIndex, rows: NDArray[np.int64]) -> Sequence[str] | int:
 
 def _url(split: Split, entry: ShardEntry, out: Path) -> str:
     """Where a shard lies: an address as it is, a path as seen from `out`, so that sets may be moved together."""
-    place = split.store.shown(entry.file)
-    return os.path.relpath(os.path.abspath(place), out) if split.store.is_local(entry.file) else place
+    place, address = (entry.url or entry.name).removeprefix("file://"), split.store.address
+    if split.store.is_local(entry.file):
+        return os.path.relpath(os.path.join(os.path.abspath(address), place), out)
+    return place if is_remote(place) else join(address, place)

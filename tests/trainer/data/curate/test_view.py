@@ -1,5 +1,6 @@
 """`data merge` and `data split`: the same samples under new manifests."""
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +146,15 @@ def test_one_set_alone_and_two_of_one_name_are_refused(sets: dict[str, Path], tm
         merge([sets["one"]], tmp_path / "out")
     with pytest.raises(UserError, match=r"two of the sets are called 'one.set'; rename"):
         merge([sets["one"], sets["one"]], tmp_path / "out")
+
+
+def test_sets_of_different_content_are_refused(sets: dict[str, Path], tmp_path: Path) -> None:
+    other = Manifest.read(sets["two"]).model_copy(update={"content": "vector", "image_mode": None, "shape": [3]})
+    shutil.copytree(sets["two"], tmp_path / "vectors")
+    other.write(tmp_path / "vectors")
+    with pytest.raises(UserError, match=r"'vectors' holds vectors of shape \[3\], but 'one.set' holds images; merge"):
+        merge([sets["one"], tmp_path / "vectors"], tmp_path / "both", prefix=True)
+    assert not (tmp_path / "both").exists()
 
 
 def test_attributes_are_merged_by_name(sets: dict[str, Path], attributed: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from trainer.errors import UserError
 AUTO_CACHE_BYTES = 2**30
 _KEEP_INDEXES = 128  # mapped at a time, each with an open file; P x K batches reach into all shards
 _VERIFY = f"run 'hypersphere data verify' and {REMEDY}"
+_KEEP_PLACES = 16  # batches
 Progress = Callable[[str, int, int], None]  # stage, done, total
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -122,6 +123,7 @@ class Reader:
         self._threads, self._processes = threads, processes
         self._scattered = scattered
         self._index = lru_cache(_KEEP_INDEXES)(split.index)
+        self._places = lru_cache(_KEEP_PLACES)(self._look_up)  # a batch is looked up once to fetch and once to read it
         # What places and messages call each shard: where it lies, or its name where it lies elsewhere.
         self._paths = [
             split.path(i) if split.store.is_local(x.file) else Path(x.name) for i, x in enumerate(split.shards)
@@ -157,7 +159,7 @@ class Reader:
             UserError: a label is outside the manifest's classes.
         """
         unique, inverse = np.unique(positions, return_inverse=True)
-        places = self._places(unique)
+        places = self._places(unique.tobytes())
         labels = np.array([place.label for place in places])
         if (wrong := np.flatnonzero(labels >= self.split.identities)).size:
             place, classes = places[wrong[0]], self.split.identities
@@ -173,7 +175,7 @@ class Reader:
         """Have what is read of these samples fetched in the background, where it lies elsewhere."""
         split = self.split
         if self._scattered:
-            split.store.later(lambda: split.store.want(self._ranges(self._places(np.unique(positions)))))
+            split.store.later(lambda: split.store.want(self._ranges(self._places(np.unique(positions).tobytes()))))
             return
         shards = set(np.searchsorted(split.ends, positions, side="right").tolist())
         fresh, self._wanted = shards - self._wanted, shards  # the batches of a window want the same shards
@@ -187,8 +189,9 @@ class Reader:
             wanted.setdefault(self._files[place.shard], []).append((place.offset, place.size))
         return {file: ranges if self._scattered else None for file, ranges in wanted.items()}
 
-    def _places(self, positions: NDArray[np.int64]) -> list[Place]:
-        """Of positions in rising order."""
+    def _look_up(self, rising: bytes) -> list[Place]:
+        """Where samples lie; their positions are int64 in rising order."""
+        positions = np.frombuffer(rising, np.int64)
         shards, firsts = np.unique(np.searchsorted(self.split.ends, positions, side="right"), return_index=True)
         self.split.want_indexes(shards.tolist())
         places: list[Place] = []

@@ -21,6 +21,7 @@ from trainer.data.importers.run import ImportOptions, run_import
 from trainer.data.manifest import Manifest
 from trainer.data.store import CacheConfig, File, open_store
 from trainer.data.stream import Batch, DataConfig, Stream
+from trainer.data.verify import verify
 from trainer.errors import UserError
 
 
@@ -317,3 +318,21 @@ def test_addresses_in_a_config(tmp_path: Path):
     assert DataConfig.model_validate(config.model_dump(mode="json")) == config
     with pytest.raises(ValueError, match="7 is neither a folder nor an address such as s3://bucket/faces"):
         DataConfig(path=7)
+
+
+def test_verification_from_afar(web: Web, settings: DataConfig):
+    verify(Manifest.read(Path(web.address), settings.remote_cache))  # as the command line has it
+    shutil.rmtree(settings.cache_dir or "")
+    with (web.folder / "train-000002.tar").open("r+b") as file:
+        file.write(b"x")
+    with pytest.raises(UserError, match=r"^'http://.*/train-000002.tar' does not have the SHA-256 [0-9a-f]{64}"):
+        verify(Manifest.read(web.address, settings.remote_cache))
+
+
+def test_a_set_of_format_1_from_afar(settings: DataConfig, tmp_path: Path):
+    folder = Path(shutil.copytree(Path(__file__).parent / "format1", tmp_path / "old"))
+    with serving(Web(folder)) as site:
+        far = with_(settings, path=site.address, shuffle_window=5, batch_size=3)
+        found = list(stream(far).batches(0))
+        assert shards_sent(site) == {path.name: path.stat().st_size for path in folder.glob("train*.tar")}
+    assert_equal(found, list(stream(with_(far, path=folder)).batches(0)))

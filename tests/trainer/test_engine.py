@@ -20,9 +20,9 @@ def small_network() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
 
 
-def make(stage: int, bf16: bool, name: str, clipping: float = 0.0) -> Engine:
+def make(stage: int, bf16: bool, name: str, clipping: float = 0.0, momentum: float = 0.9) -> Engine:
     settings = EngineConfig(zero_stage=stage, bf16=bf16, gradient_clipping=clipping)  # type: ignore[arg-type]
-    optimizer = OptimizerConfig(name=name, lr=0.1)  # type: ignore[arg-type]
+    optimizer = OptimizerConfig(name=name, lr=0.1, momentum=momentum)  # type: ignore[arg-type]
     config = Config(engine=settings, optimizer=optimizer, data=DataConfig(batch_size=8))
     return Engine(small_network(), config, torch.device("cpu"))
 
@@ -83,6 +83,26 @@ def averages_and_leaves_the_head_alone(rank: int) -> None:
             clipped = gradient * 1e-3 / norm
             # Nesterov's first step is (1 + momentum) times the gradient.
             torch.testing.assert_close(after[f"weight.{name}"], start - 1.9 * (clipped + decay), atol=2e-6, rtol=1e-4)
+
+
+def the_same_gradients_at_every_stage(rank: int) -> None:
+    """With momentum 0 and the rate 1 a step is the averaged gradient; weight decay is the same in all."""
+    taken: list[dict[str, torch.Tensor]] = []
+    for stage in (0, 1, 2):
+        engine = make(stage, True, "sgd", momentum=0.0)
+        before = engine.state()
+        x_BD = torch.randn(4, 8, generator=torch.Generator().manual_seed(rank))
+        engine.backward(engine(x_BD).square().mean() * 100)
+        engine.step(1.0)
+        after = engine.state()
+        taken.append({name: before[name] - after[name] for name in before if name.startswith("weight.")})
+    for stage in (1, 2):
+        for name, gradient in taken[0].items():
+            torch.testing.assert_close(taken[stage][name], gradient, rtol=1e-6, atol=1e-6, msg=f"{name}, ZeRO {stage}")
+
+
+def test_bf16_adds_gradients_up_in_fp32_at_every_stage() -> None:
+    run_on_ranks(2, the_same_gradients_at_every_stage)
 
 
 def test_state_survives_a_restart_at_every_stage() -> None:

@@ -167,8 +167,8 @@ def _initialize(module: nn.Module, config: Config, device: torch.device) -> Any:
         "train_batch_size": config.data.batch_size,
         "train_micro_batch_size_per_gpu": config.data.batch_size // Group.current().size,
         "gradient_clipping": config.engine.gradient_clipping,
-        # Autocast keeps the weights, the moments and the batch norms in fp32. The list is of the modules whose gradients
-        # ZeRO would send in bf16: with none, every stage adds gradients up in fp32, as stage 0 always does.
+        # Autocast keeps the weights, the moments and the batch norms in fp32. ZeRO would send the gradients of the
+        # modules in the list in bf16; with none there, every stage adds gradients up in fp32, as stage 0 always does.
         "torch_autocast": {"enabled": config.engine.bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero,

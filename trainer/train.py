@@ -82,7 +82,7 @@ class _Run:
         turns = 4 if config.augment.quarter_turns else 1
         self.classes = turns * split.identities
         self.class_digest = split.class_digest  # which centre belongs to whom
-        torch.manual_seed(seed)
+        torch.manual_seed(config.run.torch_seed)
         pixels = preprocessing(manifest, data)
         backbone = build(config.backbone, pixels.channels, pixels.height, pixels.width).to(device)
         self.engine = Engine(backbone, config, device)
@@ -117,7 +117,7 @@ class _Run:
     def _step(self, batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
         """One update of backbone and head; the losses of the global batch, still on the device."""
         config = self.config
-        torch.manual_seed((config.run.seed * _DROPOUT_PRIME + self.step) * _DROPOUT_PRIME + self.group.rank)
+        torch.manual_seed(_dropout_seed(config.run.torch_seed, self.step, self.group.rank))
         images_BCHW, labels_B = self.augment(batch.to(self.device), epoch, self.step, config.data.batch_size)
         x_BD = self.engine(images_BCHW)
         # The engine averages gradients over the ranks, but each rank's gradient is its part of one global mean: the sum
@@ -203,6 +203,11 @@ class _Run:
                 f"the checkpoint '{found.folder}' is at step {found.step}, the run ends at {self.total_steps}; "
                 "raise run.epochs or run.max_steps to train on"
             )
+
+
+def _dropout_seed(seed: int, step: int, rank: int) -> int:
+    """What torch is seeded with for a step. torch takes 64 bits."""
+    return ((seed * _DROPOUT_PRIME + step) * _DROPOUT_PRIME + rank) % 2**64
 
 
 class _Meter:

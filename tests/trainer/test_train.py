@@ -13,7 +13,7 @@ from trainer.config import Config, load
 from trainer.data.importers import ImportOptions
 from trainer.data.importers.run import run_import
 from trainer.errors import UserError
-from trainer.train import Record, run
+from trainer.train import Record, _dropout_seed, run
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +143,26 @@ def from_a_mix(rank: int, data: Path, folder: Path) -> None:
 
 def test_a_mix_from_decoder_processes_resumes_exactly(data: Path, tmp_path: Path) -> None:
     run_on_ranks(1, from_a_mix, data, tmp_path)
+
+
+def with_large_seeds(rank: int, data: Path, folder: Path) -> None:
+    found = set()
+    for number, seed in enumerate((2**63 - 1, 2**63 - 1 - 2**40, 18_446_375, 18_446_376)):
+        overrides = ["scaling.workers=1", f"run.seed={seed}", "run.max_steps=2", "backbone.dropout=0.2"]
+        first = losses(train(config(data, folder / str(number), *overrides), folder, rank))
+        assert all(map(math.isfinite, first.values()))
+        found.add(first[1])
+    assert len(found) == 4
+
+
+def test_any_seed_of_63_bits_trains(data: Path, tmp_path: Path) -> None:
+    run_on_ranks(1, with_large_seeds, data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("seed", "step", "rank", "expected"),
+    [(0, 0, 0, 0), (1, 0, 0, 1000006000009), (7, 3, 1, 7000045000073), (18_446_633, 99, 3, 18446743680063019997)],
+)
+def test_the_seeds_of_dropout_stay(seed: int, step: int, rank: int, expected: int) -> None:
+    assert load(None, [f"run.seed={seed}"]).run.torch_seed == seed
+    assert _dropout_seed(seed, step, rank) == expected

@@ -83,7 +83,7 @@ class HeadMember(Member):
     ) -> None:
         group = Group.current()
         check_share(classes, group)
-        seed, dimension = config.run.seed, config.backbone.dimension
+        seed, dimension = config.run.torch_seed, config.backbone.dimension
         head = Head(spec, classes, dimension, config.head, seed=seed, class_counts=counts, device=device, group=group)
         super().__init__(spec, head)
         self._optimizer = HeadOptimizer(head)
@@ -160,7 +160,7 @@ class BatchMember(Member):
     ) -> None:
         if spec.needs_positives:
             _check_positives(spec.name, config, counts)
-        module = BatchLossModule(spec, classes, config.backbone.dimension, seed=config.run.seed, device=device)
+        module = BatchLossModule(spec, classes, config.backbone.dimension, seed=config.run.torch_seed, device=device)
         super().__init__(spec, module)
         self._optimizer = _optimizer(module, config) if len(module.values) else None
         self._state = {} if self._optimizer is None else self._optimizer.state

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from trainer.data.augment import AugmentConfig
+from trainer.data.remote import is_remote, shown
 from trainer.data.stream import DataConfig
 from trainer.errors import UserError
 from trainer.head.settings import HeadConfig
@@ -114,12 +115,29 @@ class RunConfig(Strict):
     out: Path = Field(Path("runs/default"), description="folder of checkpoints and of the resolved config")
     epochs: int = Field(20, ge=1)
     max_steps: int | None = Field(None, ge=1, description="stop earlier, after so many steps; the schedules end there")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     log_every: int = Field(10, ge=1, description="steps")
     eval_every: int = Field(1, ge=0, description="epochs between evaluations on the validation split; 0: never")
     collapse: bool = Field(False, description="neural collapse at each evaluation, on up to 512 training identities")
     checkpoint_every: int = Field(1000, ge=0, description="steps; 0: only at the end")
     keep_checkpoints: int = Field(2, ge=1)
+
+    @field_validator("out", mode="before")
+    @classmethod
+    def _a_folder(cls, value: Any) -> Any:
+        if isinstance(value, str | Path) and is_remote(value):
+            raise ValueError(
+                f"'{shown(value)}' is an address, and a run is written to a folder; name a folder that every node sees"
+            )
+        return value
+
+    @property
+    def torch_seed(self) -> int:
+        """The seed for torch, whose generator on the CPU takes the lower 32 bits only: the upper ones are mixed in.
+
+        A seed below 2**32 is itself.
+        """
+        return self.seed + (self.seed >> 32) * 0x9E3779B1
 
 
 class Config(Strict):

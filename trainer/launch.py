@@ -9,12 +9,14 @@ import asyncio
 import math
 import os
 import shlex
+import signal
 import socket
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,15 @@ import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from trainer.config import Config, ScalingConfig, from_tree
+from trainer.distributed import Group
 from trainer.errors import UserError
+from trainer.locks import try_lock, within
 from trainer.train import Record, run
 
 _POLL_S = 0.3
 _ANSWER_S = 10
+_SIGHT_S = 30  # until a network file system shows to one node what another wrote, or a killed run's ranks are gone
+_WRITER = ".writer"  # in run.out: locked by the rank that writes checkpoints there, and seen by the others
 _ENVIRONMENT = {  # the processes of a cluster started here inherit it
     "RAY_USAGE_STATS_ENABLED": "0",  # the report would wait for a network that may not be there
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -87,7 +93,12 @@ def _train(config: Config, resume: bool, on_record: Callable[[Record], None]) ->
     resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.use_gpu else {})
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "resume": resume, "board": board},
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "resume": resume,
+            "board": board,
+            "token": uuid.uuid4().hex,
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=scaling.workers, use_gpu=scaling.use_gpu, resources_per_worker=resources
         ),
@@ -99,6 +110,10 @@ def _train(config: Config, resume: bool, on_record: Callable[[Record], None]) ->
     try:
         with _records(board, on_record) as errors:
             trainer.fit()
+    except SystemExit as ended:
+        if ended.code == 0:  # Ray's answer to Ctrl-C, which would pass for success
+            raise KeyboardInterrupt from ended
+        raise
     except ray.train.TrainingFailedError as error:
         if errors:
             raise UserError(errors[0]) from error
@@ -115,7 +130,10 @@ def _connect(scaling: ScalingConfig, address: str | None) -> None:
         host, _, port = (address or "").removeprefix("ray://").rpartition(":")
         if host and port.isdecimal():  # Ray itself would try for minutes; "auto" and the like are left to it
             socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         ray.init(**where, log_to_driver=False, logging_level="ERROR")
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there
     except (OSError, OverflowError, ValueError, RuntimeError) as error:
         raise UserError(
             f"cannot reach the Ray cluster '{address or 'local'}': {str(error).splitlines()[0]}; start one with "
@@ -146,10 +164,58 @@ def _worker(settings: dict[str, Any]) -> None:
             board.put.remote(record)
 
     try:
-        run(config, resume=settings["resume"], report=report, local_rank=context.get_local_rank())
+        with sole_writer(config.run.out, settings["token"], Group.current()):
+            run(config, resume=settings["resume"], report=report, local_rank=context.get_local_rank())
     except UserError as error:
         ray.get(board.put.remote(Record(kind="error", text=str(error))))
         raise
+
+
+@contextmanager
+def sole_writer(folder: Path, token: str, group: Group, patience_s: float = _SIGHT_S) -> Iterator[None]:
+    """Hold a run's folder for the ranks of `group` while the block runs. A collective: two barriers.
+
+    Rank 0 locks a file there, which the system unlocks when that process ends, and writes the token into it; the others
+    look for it.
+
+    Args:
+        token: the same on every rank, and no other group's.
+        patience_s: how long the file may stay locked by another group, or unseen.
+
+    Raises:
+        UserError: the folder cannot be written, is not shared with this rank, or another run writes there.
+    """
+    path, here = folder / _WRITER, f"rank {group.rank} on {socket.gethostname()}"
+    with ExitStack() as held:
+        if group.rank == 0:
+            try:
+                held.enter_context(_locked(path, token, patience_s))
+            except OSError as error:
+                reason = f"{here} cannot write into run.out '{folder}': {error.strerror}"
+                raise UserError(f"{reason}; choose a folder that every node can write") from error
+        group.barrier()
+        if not within(patience_s, lambda: path.is_file() and path.read_text() == token):
+            raise UserError(
+                f"{here} does not see in run.out '{folder}' what rank 0 writes there; choose a folder that all nodes "
+                "share, or train on one node"
+            )
+        group.barrier()
+        yield
+
+
+@contextmanager
+def _locked(path: Path, token: str, patience_s: float) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:  # for writing: network file systems lock nothing else
+        if not within(patience_s, lambda: try_lock(file)):
+            raise UserError(
+                f"another run is writing into '{path.parent}' now; wait for its end, or choose another run.out"
+            )
+        file.truncate(0)
+        file.write(token.encode())
+        file.flush()
+        os.fsync(file.fileno())
+        yield
 
 
 @contextmanager
@@ -176,7 +242,8 @@ def _records(board: Any, on_record: Callable[[Record], None]) -> Iterator[list[s
     finally:
         stopped.set()
         thread.join()
-        drain()
+        with suppress(ray.exceptions.RayError):  # the board may be gone with the cluster, and is not what went wrong
+            drain()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from trainer.config import RENAMED, Config, ScheduleConfig, load
+from trainer.config import RENAMED, Config, RunConfig, ScheduleConfig, load
 from trainer.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -40,6 +40,27 @@ def test_overrides_are_yaml_and_come_after_the_file(tmp_path: Path) -> None:
 )
 def test_the_heads_rate_where_none_is_given(overrides: list[str], rate: float) -> None:
     assert load(None, ["optimizer.lr=0.03", *overrides]).head_lr() == rate
+
+
+@pytest.mark.parametrize("address", ["s3://key:secret@bucket/run", "gs://bucket", "file:///tmp/run"])
+def test_a_run_is_written_to_a_folder_only(address: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(None, [f"run.out={address}"])
+    plain = address.replace("key:secret@", "")
+    said = f"config: run.out: '{plain}' is an address, and a run is written to a folder; "
+    assert str(caught.value) == said + "name a folder that every node sees"
+    with pytest.raises(ValidationError, match="is an address"):
+        RunConfig(out=Path(address))
+
+
+def test_a_seed_has_at_most_63_bits() -> None:
+    assert load(None, [f"run.seed={2**63 - 1}"]).run.seed == 2**63 - 1
+    with pytest.raises(
+        UserError, match=r"run\.seed=9223372036854775808: input should be less than 9223372036854775808"
+    ):
+        load(None, [f"run.seed={2**63}"])
+    above = {load(None, [f"run.seed={5 + part * 2**32}"]).run.torch_seed % 2**32 for part in range(100)}
+    assert len(above) == 100
 
 
 def test_a_loss_can_be_given_by_its_name_alone() -> None:

@@ -1,12 +1,16 @@
-"""What is refused before Ray starts anything. Runs that do start are in tests/test_end_to_end.py."""
+"""What is refused before Ray starts, and who writes a run's folder. Runs that start are in tests/test_end_to_end.py."""
+
+from pathlib import Path
 
 import pytest
 import ray
 import torch
 
+from tests.ranks import run_on_ranks
 from trainer.config import from_tree
+from trainer.distributed import Group
 from trainer.errors import UserError
-from trainer.launch import launch
+from trainer.launch import launch, sole_writer
 
 
 def test_more_gpus_than_this_machine_has_are_refused_before_ray_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,3 +37,48 @@ def test_a_cluster_that_is_not_there_is_named_at_once(address: str) -> None:
     assert message.startswith(f"cannot reach the Ray cluster '{address}': ")
     assert "start one with 'ray start --head', or leave scaling.address and RAY_ADDRESS empty" in message
     assert not ray.is_initialized()
+
+
+def shared_by_both(rank: int, folder: Path) -> None:
+    group = Group.current()
+    with sole_writer(folder, "one", group):
+        assert (folder / ".writer").read_text() == "one"
+        other = r"another run is writing into '.*run' now; wait for its end, or choose another run\.out"
+        with pytest.raises(UserError, match=other), sole_writer(folder, "two", Group(), patience_s=0.3):
+            pass
+        group.barrier()
+    group.barrier()
+    with sole_writer(folder, "three", group):  # free again
+        assert (folder / ".writer").read_text() == "three"
+
+
+def test_a_runs_folder_is_held_by_one_group_of_ranks(tmp_path: Path) -> None:
+    run_on_ranks(2, shared_by_both, tmp_path / "run")
+
+
+def one_folder_a_rank(rank: int, folder: Path) -> None:
+    group = Group.current()
+    own = folder / f"node{rank}" / "run"
+    (own).mkdir(parents=True)
+    (own / ".writer").write_text("an earlier run's")
+    if rank == 0:
+        with sole_writer(own, "token", group):
+            pass
+    else:
+        with (
+            pytest.raises(UserError, match=r"^rank 1 on \S+ does not see in run\.out '.*node1/run' what rank 0 writes"),
+            sole_writer(own, "token", group, patience_s=0.3),
+        ):
+            pass
+        group.barrier()  # where rank 0 waits
+
+
+def test_a_folder_that_the_nodes_do_not_share_is_noticed_before_the_first_step(tmp_path: Path) -> None:
+    run_on_ranks(2, one_folder_a_rank, tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    words = r"cannot write into run\.out '.*file/run': Not a directory; choose a folder"
+    with pytest.raises(UserError, match=words), sole_writer(tmp_path / "file" / "run", "token", Group()):
+        pass

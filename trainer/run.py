@@ -3,13 +3,19 @@
 run.out/  config.yaml          the resolved config
           checkpoints/         step-00001000/, ...
           run.json             the MLflow run, so that later commands add to it, and what each evaluation measured
+          tracking/            what MLflow has still to take
+          .lock, .writer       held by the launching process, and by the rank that writes the checkpoints
           neural_collapse.png  the course of its measures over the run
           embedder/            what `export` makes of it
 """
 
-from collections.abc import Callable, Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from pydantic import Field, ValidationError
@@ -22,11 +28,12 @@ from trainer.data.manifest import Manifest
 from trainer.data.remote import shown
 from trainer.data.stream import preprocessing
 from trainer.errors import UserError
+from trainer.locks import try_lock
 from trainer.strict import Strict
-from trainer.tracking import Status, Tracker, absolute_uri
+from trainer.tracking import Status, Tracker, absolute_uri, public_uri
 from trainer.train import Record
 
-NOTE = "run.json"
+NOTE, TRACKING = "run.json", "tracking"
 COLLAPSE = "neural_collapse"  # what its measures' names begin with, and the name of their picture
 
 
@@ -76,6 +83,26 @@ def resolved(config: Config) -> Config:
     return config.model_copy(update={"data": data, "run": run, "tracking": tracking})
 
 
+class _Notes:
+    """`run.json`, written as the run goes: by the thread of the records, and by that of MLflow."""
+
+    def __init__(self, folder: Path, note: RunNote) -> None:
+        self._folder, self._lock = folder, threading.Lock()
+        self.note = note
+
+    def change(self, **changes: Any) -> None:
+        with self._lock:
+            self.note = self.note.model_copy(update=changes)
+            write_file(self._folder / NOTE, self.note.model_dump_json(indent=1) + "\n")
+
+    def measured(self, step: int, values: Mapping[str, float]) -> None:
+        """Note an evaluation, in place of an earlier one of the step."""
+        finite = {name: value for name, value in values.items() if isfinite(value)}  # JSON has no infinity
+        others = [one for one in self.note.evaluations if one.step != step]
+        found = sorted([*others, Evaluation(step=step, values=finite)], key=lambda one: one.step)
+        self.change(evaluations=tuple(found))
+
+
 def start(config: Config, resume: bool, on_record: Callable[[Record], None], on_trouble: Callable[[str], None]) -> Path:
     """Check a config, train it (or go on) on Ray workers, and write MLflow from this process; returns the run's folder.
 
@@ -84,24 +111,40 @@ def start(config: Config, resume: bool, on_record: Callable[[Record], None], on_
         on_trouble: called with one sentence when MLflow cannot be used.
 
     Raises:
-        UserError: config, data or an earlier run do not fit together, or what `launch` finds wrong.
+        UserError: config, data or an earlier run do not fit together, another process writes into the run's folder, or
+            what `launch` finds wrong.
         trainer.launch.TrainingFailed: a worker failed by no fault of the input.
+        SystemExit: with 143, after SIGTERM.
     """
     config = resolved(config)
-    folder, kind = config.run.out, check(config, resume).kind
+    folder, kind = config.run.out, check(config).kind
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "config.yaml", config.to_yaml())
-    note = RunNote.read(folder) if resume else RunNote()
-    tracker = Tracker(config.tracking, on_trouble, note.mlflow_run_id or None)
-    public = _public(config)
-    facts = {"data": str(public.data.path), "data_kind": kind}
-    tracker.start(public.model_dump(mode="json"), public.to_yaml(), facts)
-    measured = {one.step: one.values for one in note.evaluations}
+    with _alone_in(folder), _ended_by_sigterm():
+        _refuse_earlier(config, resume)
+        write_file(folder / "config.yaml", config.to_yaml())
+        notes = _Notes(folder, RunNote.read(folder) if resume else RunNote())
+        notes.change(tracking_uri=config.tracking.uri)
+        run_id = notes.note.mlflow_run_id if resume else None
+        tracker = Tracker(
+            config.tracking, on_trouble, run_id,
+            folder=folder / TRACKING, on_run=lambda found: notes.change(mlflow_run_id=found),
+        )  # fmt: skip
+        public = _public(config)
+        facts = {"data": str(public.data.path), "data_kind": kind}
+        tracker.start(public.model_dump(mode="json"), public.to_yaml(), facts)
+        _launch(config, resume, on_record, notes, tracker)
+    return folder
+
+
+def _launch(config: Config, resume: bool, on_record: Callable[[Record], None], notes: _Notes, tracker: Tracker) -> None:
+    """Train; however that ends, draw what was measured, and end MLflow's run."""
 
     def dispatch(record: Record) -> None:
         on_record(record)
-        if record.kind == "metrics":  # JSON has no infinity, which a measure of collapsed embeddings may be
-            measured[record.step] = {name: value for name, value in record.values.items() if isfinite(value)}
+        if record.kind == "start":
+            tracker.wake()
+        if record.kind == "metrics":
+            notes.measured(record.step, record.values)
         if record.kind in ("step", "metrics"):
             tracker.metrics(record.values, record.step, record.time_ms)
 
@@ -111,48 +154,67 @@ def start(config: Config, resume: bool, on_record: Callable[[Record], None], on_
     try:
         launch(config, resume, dispatch)
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
     finally:
-        _finish(config, tracker, status, measured)
-    return folder
+        if course := notes.note.course():
+            from trainer.evaluation.plots import course_plot  # matplotlib, which the workers do not need
+
+            tracker.artifact(course_plot(course, config.run.out / f"{COLLAPSE}.png"))
+        tracker.close(status)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    with (folder / ".lock").open("ab") as file:
+        if not try_lock(file):
+            raise UserError(f"another run is writing into '{folder}' now; wait for its end, or choose another run.out")
+        yield
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit in the block, as Ctrl-C raises KeyboardInterrupt, where signals can be taken."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _public(config: Config) -> Config:
     """The config as others may read it: addresses without passwords and tokens."""
     mix = tuple(part.model_copy(update={"path": shown(part.path)}) for part in config.data.mix)
     data = config.data.model_copy(update={"path": shown(config.data.path), "mix": mix})
-    return config.model_copy(update={"data": data})
+    tracking = config.tracking.model_copy(update={"uri": public_uri(config.tracking.uri)})
+    return config.model_copy(update={"data": data, "tracking": tracking})
 
 
-def _finish(config: Config, tracker: Tracker, status: Status, measured: Mapping[int, dict[str, float]]) -> None:
-    """Write the note, and the picture of what was measured (by step), and end MLflow's run, however the run ended."""
-    evaluations = tuple(Evaluation(step=step, values=measured[step]) for step in sorted(measured))
-    note = RunNote(mlflow_run_id=tracker.run_id() or "", tracking_uri=config.tracking.uri, evaluations=evaluations)
-    folder = config.run.out
-    write_file(folder / NOTE, note.model_dump_json(indent=1) + "\n")
-    if course := note.course():
-        from trainer.evaluation.plots import course_plot  # matplotlib, which the workers do not need
-
-        tracker.artifact(course_plot(course, folder / f"{COLLAPSE}.png"))
-    tracker.close(status)
-
-
-def check(config: Config, resume: bool) -> Manifest:
+def check(config: Config) -> Manifest:
     """What can be seen to be wrong before Ray is started; the data set's manifest.
 
     Raises:
-        UserError: no such data set or split, an earlier run in the folder, or a backbone that cannot be built.
+        UserError: no such data set or split, or a backbone that cannot be built.
     """
     manifest = Manifest.read(config.data.path, config.data.remote_cache)
     manifest.split(config.data.train_split)
+    pixels = preprocessing(manifest, config.data)
+    with torch.device("meta"):
+        build(config.backbone, pixels.channels, pixels.height, pixels.width)
+    return manifest
+
+
+def _refuse_earlier(config: Config, resume: bool) -> None:
     if not resume and latest(config.run.out / CHECKPOINTS) is not None:
         raise UserError(
             f"'{config.run.out}' holds the checkpoints of an earlier run; "
             "add --resume to go on with it, or choose another run.out"
         )
-    pixels = preprocessing(manifest, config.data)
-    with torch.device("meta"):
-        build(config.backbone, pixels.channels, pixels.height, pixels.width)
-    return manifest

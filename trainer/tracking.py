@@ -1,23 +1,31 @@
-"""MLflow: the only door to it.
+"""Tracking of a run in MLflow, as far as MLflow is there.
 
-Everything goes through one background thread, so that a slow or absent server never holds up a training step. A server
-that cannot be reached is reported once; the run goes on without it.
+What is recorded goes into an outbox, and from there in a background thread to MLflow: a slow or absent server never
+holds up a training step, and gets later what it missed. With a folder, the outbox outlives the process; a guard process
+sends the rest of it, should this one be killed, so that no run stays RUNNING.
 """
 
-import logging
-import os
-import queue
+import json
+import re
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
+from trainer.guard import Guard
+from trainer.outbox import Entry, Outbox, queue_inode
+from trainer.sender import Sender, first_line, refused
 from trainer.strict import Strict
 
-_PATIENCE_S = 60
+_PATIENCE_S = 30  # that the end of a command waits for MLflow
+_GUARD_PATIENCE_S = 600
+_LONGEST_PAUSE_S = 15  # between two tries
+_TRIES = 5  # of one entry that fails while MLflow answers otherwise
+_BATCH = 500  # entries at once
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -39,143 +47,193 @@ def absolute_uri(uri: str, base: Path) -> str:
     return uri
 
 
+def public_uri(uri: str) -> str:
+    """A tracking URI without user and password."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
 class Tracker:
     """One MLflow run, written in the background.
 
-    After `start`, MLflow is imported and called when there is something to write beside the config: its import costs
-    seconds of a core, which the start-up of the workers needs more.
+    After `start`, MLflow is imported and called when `wake` is called or there is something to write beside the config:
+    its import costs seconds of a core, which the start-up of the workers needs more.
 
     Args:
         config: where to, and under which names; `enabled: false` makes every call do nothing.
-        on_trouble: called with one sentence when MLflow cannot be used.
-        run_id: an existing run to add to; None: a new one is made by `start`.
+        on_trouble: called with one sentence when MLflow cannot be used, and when it can be again.
+        run_id: an existing run to add to; empty: the one that the folder's last entries belong to; None: `start` makes
+            a new one.
+        folder: of the outbox, for one process at a time; None: what MLflow has not taken by the end is lost.
+        on_run: called, in the background thread, with the identity of the run that `start` made or found.
+        patience_s: how long `run_id` and `close` wait for MLflow.
     """
 
-    def __init__(self, config: TrackingConfig, on_trouble: Callable[[str], None], run_id: str | None = None) -> None:
-        self._config, self._on_trouble, self._run_id = config, on_trouble, run_id
-        self._client: Any = None
-        self._broken = not config.enabled
-        self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue()  # None: the end
-        self._ready, self._wanted = threading.Event(), threading.Event()
+    def __init__(
+        self,
+        config: TrackingConfig,
+        on_trouble: Callable[[str], None],
+        run_id: str | None = None,
+        *,
+        folder: Path | None = None,
+        on_run: Callable[[str], None] | None = None,
+        patience_s: float = _PATIENCE_S,
+    ) -> None:
+        self._config, self._on_trouble, self._patience_s = config, on_trouble, patience_s
+        self._given = run_id
+        self._outbox = Outbox(folder if config.enabled else None, on_trouble)
+        if folder is None:
+            self._outbox.note(run_id=run_id or "")
+        self._sender = Sender(config.uri, config.experiment, config.model_name, self._outbox, on_run)
+        self._guard: Guard | None = None
+        self._broken, self._closing = not config.enabled, False
+        self._trouble: str | None = None  # why MLflow does not take the next entry
+        self._wanted, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 
     def start(self, tree: Mapping[str, Any], text: str, tags: Mapping[str, str]) -> None:
-        """Make the run (or go on with the one named), with the config's tree as parameters and its text as a file."""
-        now_ms = int(time.time() * 1000)
+        """Make the run (or go on with the one named), with the config's tree as parameters and its text as a file.
 
-        def call() -> None:
-            from mlflow.entities import Param
+        Parameters never change in MLflow: those of a run that goes on with others become tags `changed.KEY`.
+        """
+        if self._broken:
+            return
+        if not self._outbox.state.ended:  # an earlier process was killed, and its guard, too
+            self._outbox.put(_status("KILLED"))
+        self._outbox.put({"kind": "run", "key": uuid.uuid4().hex, "run_id": self._given, "time_ms": _now_ms(),
+                          "name": self._config.run_name, "tags": dict(tags)})  # fmt: skip
+        self._outbox.put({"kind": "params", "values": {key: str(v)[:6000] for key, v in _flatten(tree).items()}})
+        self._outbox.put({"kind": "text", "text": text, "name": "config.yaml"})
+        self._outbox.note(ended=False)
+        if (box := self._outbox.folder) is not None:
+            config = self._config.model_dump(mode="json")
+            task = {"config": config, "folder": str(box), "inode": queue_inode(box)}
+            self._guard = Guard(outlive, json.dumps(task))
 
-            if self._run_id is None:
-                experiment, name = _experiment(self._client, self._config), self._config.run_name
-                run = self._client.create_run(experiment, start_time=now_ms, run_name=name, tags=dict(tags))
-                self._run_id = run.info.run_id
-            else:
-                self._client.update_run(self._run_id, status="RUNNING")
-            self._ready.set()
-            params = [Param(key, str(value)[:6000]) for key, value in _flatten(tree).items()]
-            self._client.log_batch(self._run_id, params=params)
-            self._client.log_text(self._run_id, text, "config.yaml")
-
-        self._calls.put(call)
+    def wake(self) -> None:
+        """Import MLflow and begin to send."""
+        self._wanted.set()
 
     def run_id(self) -> str | None:
         """Identity of the run, once MLflow has answered; None where it has not."""
-        self._wanted.set()
-        self._ready.wait(_PATIENCE_S)
-        return self._run_id
+        self.wake()
+        until = time.monotonic() + self._patience_s
+        while not (self._broken or self._sender.found) and time.monotonic() < until:
+            time.sleep(0.05)
+        return (self._outbox.state.run_id or None) if self._sender.found or self._given else None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the end of the folder's run is recorded."""
+        return self._outbox.state.ended
 
     def metrics(self, values: Mapping[str, float], step: int, time_ms: int) -> None:
         """Record numbers of one step."""
-
-        def call() -> None:
-            from mlflow.entities import Metric
-
-            metrics = [Metric(key, value, time_ms, step) for key, value in values.items()]
-            self._client.log_batch(self._run_id, metrics=metrics)
-
-        self._put(call)
+        self._put({"kind": "metrics", "values": dict(values), "step": step, "time_ms": time_ms})
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Store a file, or a folder with all it holds."""
-
-        def call() -> None:
-            store = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
-            store(self._run_id, str(path), folder)
-
-        self._put(call)
+        """Store a file, or a folder with all it holds, as it is when MLflow takes it."""
+        self._put({"kind": "artifact", "path": str(path.absolute()), "folder": folder})
 
     def register(self, embedder: Path, model_id: str) -> None:
         """Store an Embedder with the run, register it as a model version, and give that the alias `champion`."""
-
-        def call() -> None:
-            from mlflow.exceptions import MlflowException
-
-            client, name = self._client, self._config.model_name
-            client.log_artifacts(self._run_id, str(embedder), "embedder")
-            try:
-                client.get_registered_model(name)
-            except MlflowException:
-                client.create_registered_model(name, description="Embedders of Hypersphere: image to unit vector")
-            source = f"{client.get_run(self._run_id).info.artifact_uri}/embedder"
-            version = client.create_model_version(name, source, self._run_id, tags={"model_id": model_id})
-            client.set_registered_model_alias(name, "champion", version.version)
-
-        self._put(call)
+        self._put({"kind": "register", "path": str(embedder.absolute()), "model_id": model_id})
 
     def close(self, status: Status | None = None) -> None:
-        """Write what is queued and end the run; None leaves the run's status as it is."""
-        if status is not None:
-            self._put(lambda: self._client.set_terminated(self._run_id, status))
-        self._put(None)
-        self._thread.join(_PATIENCE_S)
-        if self._thread.is_alive():
-            self._trouble(f"it did not take the last records within {_PATIENCE_S} s")
+        """Send what waits and end the run; None leaves the run's status as it is."""
+        if status is not None and not self._broken:
+            self._put(_status(status))
+            self._outbox.note(ended=True)
+        self._closing = True
+        self.wake()
+        self._outbox.wake()
+        self._thread.join(self._patience_s)
+        self._stop.set()
+        self._outbox.wake()
+        waiting = 0 if self._broken else len(self._outbox)
+        self._outbox.close()
+        if self._guard is not None:
+            self._guard.release() if waiting else self._guard.dismiss()
+        if waiting:
+            reason = self._trouble or f"it was too slow for {waiting} records"
+            self._say(f"cannot be used: {reason}", "what it missed is lost", (
+                f"{waiting} records wait in '{self._outbox.folder}'; they are sent if it answers within "
+                f"{_GUARD_PATIENCE_S // 60} minutes, or when the run goes on with --resume"
+            ))  # fmt: skip
 
-    def _put(self, call: Callable[[], None] | None) -> None:
-        self._calls.put(call)
-        self._wanted.set()
+    def _put(self, entry: Entry) -> None:
+        if not self._broken:
+            self._outbox.put(entry)
+            self.wake()
 
     def _work(self) -> None:
         self._wanted.wait()
-        while (call := self._calls.get()) is not None:
-            if self._broken:
-                self._ready.set()
+        most, tries, outbox = _BATCH, 0, self._outbox
+        while not (self._broken or self._stop.is_set() or (self._closing and not outbox)):
+            entries = outbox.head(most)
+            if not entries:
+                outbox.wait(1)
                 continue
+            if not outbox.mine():  # the run goes on in another process, which has taken the entries over
+                self._broken = True
+                break
             try:
-                if self._client is None:
-                    self._client = _client(self._config.uri)
-                call()
+                count = self._sender.send(entries)
             except Exception as error:  # noqa: BLE001  whatever MLflow, its database or the network raises, training goes on
-                self._trouble(str(error).splitlines()[0] if str(error) else type(error).__name__)
+                tries += 1
+                useless = refused(error) or (tries >= _TRIES and self._sender.answers())
+                if useless and most > 1:
+                    most = 1  # one of them is wrong: which?
+                elif useless:
+                    most, tries = _BATCH, 0
+                    self._drop(entries[0], error)
+                else:
+                    self._away(error)
+                    self._stop.wait(min(_LONGEST_PAUSE_S, 2.0 ** (tries - 1)))
+                continue
+            outbox.taken(count)
+            tries = 0
+            self._back()
 
-    def _trouble(self, reason: str) -> None:
-        self._broken = True
-        self._ready.set()
-        self._on_trouble(f"MLflow at '{self._config.uri}' cannot be used: {reason}; going on without tracking")
+    def _drop(self, entry: Entry, error: Exception) -> None:
+        """MLflow will never take this entry: without a run there is nothing to record, without another there is."""
+        self._broken = entry["kind"] == "run"
+        self._outbox.taken(1)
+        what = "cannot be used" if self._broken else f"does not take the run's {entry['kind']}"
+        self._say(f"{what}: {first_line(error)}", "going on without" + (" tracking" if self._broken else ""))
+
+    def _away(self, error: Exception) -> None:
+        if self._trouble is None and self._outbox.folder is not None:
+            self._say(f"cannot be used: {first_line(error)}", f"what it misses waits in '{self._outbox.folder}'")
+        self._trouble = first_line(error)
+
+    def _back(self) -> None:
+        if self._trouble is not None and self._outbox.folder is not None:
+            self._say("answers again", "it is sent what it missed")
+        self._trouble = None
+
+    def _say(self, what: str, consequence: str, with_folder: str | None = None) -> None:
+        consequence = with_folder if with_folder and self._outbox.folder is not None else consequence
+        self._on_trouble(f"MLflow at '{public_uri(self._config.uri)}' {public_uri(what)}; {consequence}")
 
 
-def _client(uri: str) -> Any:
-    # MLflow reads these when it is imported. Its own patience with a dead server is several minutes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    from mlflow import MlflowClient
+def outlive(task: str) -> None:
+    """What the guard does when a run's process was killed: send what waits, and end the run."""
+    settings = json.loads(task)
+    folder = Path(settings["folder"])
+    if queue_inode(folder) != settings["inode"]:  # the run goes on already
+        return
+    config = TrackingConfig.model_validate(settings["config"])
+    tracker = Tracker(config, lambda _: None, "", folder=folder, patience_s=_GUARD_PATIENCE_S)
+    tracker.close(None if tracker.ended else "KILLED")
 
-    logging.getLogger("mlflow").setLevel(logging.WARNING)  # a new store's tables are no news
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+def _status(status: Status) -> Entry:
+    return {"kind": "status", "status": status, "time_ms": _now_ms()}
 
 
-def _experiment(client: Any, config: TrackingConfig) -> str:
-    found = client.get_experiment_by_name(config.experiment)
-    if found is not None:
-        return str(found.experiment_id)
-    # Beside the database, wherever the run was started from; a server chooses its own place.
-    location = None
-    if config.uri.startswith("sqlite:////"):
-        location = (Path(config.uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
-    return str(client.create_experiment(config.experiment, artifact_location=location))
+def _now_ms() -> int:
+    return int(time.time() * 1000)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

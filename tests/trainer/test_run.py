@@ -1,6 +1,11 @@
 """A run's folder: what is noted in it, however the run ends, and what is refused before it starts."""
 
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,6 +85,86 @@ def test_paths_mean_the_same_from_everywhere(data: Path, tmp_path: Path, monkeyp
     assert written.tracking.uri == f"sqlite:///{tmp_path}/mlflow.db"
     assert RunNote.read(tmp_path / "here").tracking_uri == written.tracking.uri
     assert not (tmp_path / "here" / "neural_collapse.png").exists()
+
+
+def test_two_runs_in_one_folder(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def work(given: Config, resume: bool, on_record: Callable[[Record], None]) -> None:
+        for again in (False, True):
+            with pytest.raises(UserError) as caught:
+                start(config(data, tmp_path / "run", "run.seed=9"), again, lambda _: None, pytest.fail)
+            said.append(str(caught.value))
+        assert load(tmp_path / "run" / "config.yaml").run.seed == 0
+
+    monkeypatch.setattr(launch, "launch", work)
+    start(config(data, tmp_path / "run"), False, lambda _: None, pytest.fail)
+    other = f"another run is writing into '{tmp_path / 'run'}' now; wait for its end, or choose another run.out"
+    assert said == [other, other]
+    monkeypatch.setattr(launch, "launch", workers())
+    start(config(data, tmp_path / "run"), False, lambda _: None, pytest.fail)  # free again
+
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from trainer import launch, run
+from trainer.config import load
+from trainer.train import Record
+
+def work(config, resume, on_record):
+    on_record(Record("start", 0, 99))
+    on_record(Record("step", 1, 99, {"loss": 1.0}))
+    while not run.RunNote.read(config.run.out).mlflow_run_id:
+        time.sleep(0.1)
+    print("training", flush=True)
+    time.sleep(600)
+
+launch.launch = work
+run.start(load(Path(sys.argv[1])), False, lambda record: None, print)
+"""
+
+
+@pytest.mark.filterwarnings("default")  # MLflow's own imports warn of what they use
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_what_a_signal_ends_is_killed_in_mlflow_and_free(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    """The run's identity is noted while it trains; the lock on its folder dies with the process."""
+    from mlflow import MlflowClient
+
+    uri, out = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "run"
+    overrides = ("tracking.enabled=true", f"tracking.uri={uri}")
+    (tmp_path / "config.yaml").write_text(config(data, out, *overrides).to_yaml())
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "config.yaml")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "training\n"
+        with pytest.raises(UserError, match="another run is writing into"):
+            start(config(data, out), False, lambda _: None, pytest.fail)
+        run_id = RunNote.read(out).mlflow_run_id
+        process.send_signal(number)
+        assert process.wait(60) == code
+    client = MlflowClient(uri, uri)
+    assert eventually(lambda: client.get_run(run_id).info.status == "KILLED")
+    assert [m.step for m in client.get_metric_history(run_id, "loss")] == [1]
+    monkeypatch.setattr(launch, "launch", workers(2))
+    start(config(data, out, *overrides), True, lambda _: None, pytest.fail)
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert [m.step for m in client.get_metric_history(run_id, "loss")] == [1, 2]
+
+
+def eventually(done: Callable[[], bool], patience_s: float = 120) -> bool:
+    until = time.monotonic() + patience_s
+    while not done():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def test_a_folder_without_a_note_and_one_with_a_spoilt_one(tmp_path: Path) -> None:

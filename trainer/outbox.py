@@ -125,7 +125,7 @@ class Outbox:
             except ValueError:  # the process or the machine died while it wrote this one
                 continue
         fresh = folder / f".{_QUEUE}-{os.getpid()}"
-        self._file = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        self._file = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
         for number, (entry, _) in enumerate(self._entries):
             line = _line(entry)
             self._entries[number] = (entry, len(line))

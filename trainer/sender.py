@@ -137,6 +137,8 @@ class Sender:
         client.set_registered_model_alias(name, "champion", version.version)
 
     def _status(self, entry: Entry) -> None:
+        if "unless_ended" in entry and self._client.get_run(self._run_id).info.status != "RUNNING":
+            return
         self._client.set_terminated(self._run_id, entry["status"], entry["time_ms"])
 
 

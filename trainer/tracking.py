@@ -99,12 +99,12 @@ class Tracker:
         if self._broken:
             return
         if not self._outbox.state.ended:  # an earlier process was killed, and its guard, too
-            self._outbox.put(_status("KILLED"))
+            self._outbox.put(_status("KILLED") | {"unless_ended": True})
+        self._outbox.note(ended=False)
         self._outbox.put({"kind": "run", "key": uuid.uuid4().hex, "run_id": self._given, "time_ms": _now_ms(),
                           "name": self._config.run_name, "tags": dict(tags)})  # fmt: skip
         self._outbox.put({"kind": "params", "values": {key: str(v)[:6000] for key, v in _flatten(tree).items()}})
         self._outbox.put({"kind": "text", "text": text, "name": "config.yaml"})
-        self._outbox.note(ended=False)
         if (box := self._outbox.folder) is not None:
             config = self._config.model_dump(mode="json")
             task = {"config": config, "folder": str(box), "inode": queue_inode(box)}
@@ -189,7 +189,7 @@ class Tracker:
                     self._drop(entries[0], error)
                 else:
                     self._away(error)
-                    self._stop.wait(min(_LONGEST_PAUSE_S, 2.0 ** (tries - 1)))
+                    self._stop.wait(min(_LONGEST_PAUSE_S, 2 ** min(tries - 1, 10)))
                 continue
             outbox.taken(count)
             tries = 0
@@ -198,7 +198,9 @@ class Tracker:
     def _drop(self, entry: Entry, error: Exception) -> None:
         """MLflow will never take this entry: without a run there is nothing to record, without another there is."""
         self._broken = entry["kind"] == "run"
-        self._outbox.taken(1)
+        self._outbox.taken(len(self._outbox) if self._broken else 1)
+        if self._broken:
+            self._outbox.note(ended=True)
         what = "cannot be used" if self._broken else f"does not take the run's {entry['kind']}"
         self._say(f"{what}: {first_line(error)}", "going on without" + (" tracking" if self._broken else ""))
 

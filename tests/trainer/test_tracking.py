@@ -217,6 +217,37 @@ def test_a_run_that_was_left_running_is_ended_by_the_next_one(tmp_path: Path) ->
     assert troubles == []
 
 
+def test_a_run_whose_end_was_taken_but_not_noted_keeps_it(tmp_path: Path) -> None:
+    uri, folder = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "box"
+    ids: list[str] = []
+    for _ in range(2):
+        tracker = Tracker(TrackingConfig(uri=uri), pytest.fail, folder=folder, on_run=ids.append)
+        tracker.start({}, "", {})
+        tracker.close("FINISHED")
+        state = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(state | {"ended": False}))
+    assert [MlflowClient(uri).get_run(run_id).info.status for run_id in ids] == ["FINISHED", "FINISHED"]
+
+
+def test_records_of_a_run_that_mlflow_refuses_never_reach_another(tmp_path: Path) -> None:
+    uri, folder = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "box"
+    troubles: list[str] = []
+    ids: list[str] = []
+    client = MlflowClient(uri)
+    for experiment in ("good", "deleted", "good"):
+        if experiment == "deleted":
+            client.delete_experiment(client.create_experiment(experiment))
+        config = TrackingConfig(uri=uri, experiment=experiment)
+        tracker = Tracker(config, troubles.append, folder=folder, on_run=ids.append)
+        tracker.start({}, "", {})
+        tracker.metrics({"loss": 1.0}, len(ids), 1)
+        tracker.close("FINISHED")
+    assert len(troubles) == 1
+    assert troubles[0].startswith(f"MLflow at '{uri}' cannot be used: ")
+    assert troubles[0].endswith("; going on without tracking")
+    assert [losses(client, run_id) for run_id in ids] == [[0], [1]]
+
+
 def test_a_torn_line_of_a_queue_is_left_out(tmp_path: Path) -> None:
     uri, folder = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "box"
     folder.mkdir()

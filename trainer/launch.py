@@ -110,10 +110,6 @@ def _train(config: Config, resume: bool, on_record: Callable[[Record], None]) ->
     try:
         with _records(board, on_record) as errors:
             trainer.fit()
-    except SystemExit as ended:
-        if ended.code == 0:  # Ray's answer to Ctrl-C, which would pass for success
-            raise KeyboardInterrupt from ended
-        raise
     except ray.train.TrainingFailedError as error:
         if errors:
             raise UserError(errors[0]) from error
@@ -133,7 +129,7 @@ def _connect(scaling: ScalingConfig, address: str | None) -> None:
         on_sigterm = signal.getsignal(signal.SIGTERM)
         ray.init(**where, log_to_driver=False, logging_level="ERROR")
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put one of its own there
     except (OSError, OverflowError, ValueError, RuntimeError) as error:
         raise UserError(
             f"cannot reach the Ray cluster '{address or 'local'}': {str(error).splitlines()[0]}; start one with "

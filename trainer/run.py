@@ -34,6 +34,7 @@ from trainer.tracking import Status, Tracker, absolute_uri, public_uri
 from trainer.train import Record
 
 NOTE, TRACKING = "run.json", "tracking"
+_TERMINATED = 128 + signal.SIGTERM  # exit code, as shells count
 COLLAPSE = "neural_collapse"  # what its measures' names begin with, and the name of their picture
 
 
@@ -175,17 +176,22 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM raise SystemExit in the block, as Ctrl-C raises KeyboardInterrupt, where signals can be taken."""
+    """Let SIGTERM raise SystemExit from the block, and Ctrl-C KeyboardInterrupt, where signals can be taken."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    taken = threading.Event()
+
     def end(number: int, frame: object) -> NoReturn:
-        raise SystemExit(128 + number)
+        taken.set()
+        raise SystemExit(_TERMINATED)
 
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
+    except SystemExit as ended:  # Ray changes the code, and raises this at Ctrl-C, too
+        raise SystemExit(_TERMINATED) if taken.is_set() else KeyboardInterrupt from ended
     finally:
         signal.signal(signal.SIGTERM, before)
 

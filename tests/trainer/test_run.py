@@ -118,7 +118,10 @@ def work(config, resume, on_record):
     while not run.RunNote.read(config.run.out).mlflow_run_id:
         time.sleep(0.1)
     print("training", flush=True)
-    time.sleep(600)
+    try:
+        time.sleep(600)
+    except (KeyboardInterrupt, SystemExit):
+        raise SystemExit(1)  # as Ray does, whatever the signal
 
 launch.launch = work
 run.start(load(Path(sys.argv[1])), False, lambda record: None, print)

@@ -34,7 +34,8 @@ from rich.console import Console
 from benchmarks.intervals import interval
 from serving.cli.terminal import progress
 from trainer.config import Config, load
-from trainer.data.importers.run import ImportOptions, run_import
+from trainer.data.importers import ImportOptions
+from trainer.data.importers.run import run_import
 from trainer.errors import UserError
 from trainer.losses import by_name
 from trainer.losses.base import LossSpec

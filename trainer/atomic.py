@@ -46,11 +46,12 @@ class Kind:
 
 
 @contextmanager
-def fresh_folder(out: Path, kind: Kind, overwrite: bool = False) -> Iterator[Path]:
+def fresh_folder(out: Path, kind: Kind, overwrite: bool = False, *, resumable: bool = False) -> Iterator[Path]:
     """A hidden sibling of `out` to write into; it takes `out`'s name when the block ends without an exception.
 
-    What a killed process left behind is removed by the next one. A lock on the sibling, which the system drops with
-    the process that holds it, tells leftovers from a writer that is at work.
+    What a killed process left behind is removed by the next one, or, if the work is `resumable`, given to it; then it
+    also stays after an exception. A lock on the sibling, which the system drops with the process that holds it, tells
+    leftovers from a writer that is at work. Children that a resumable writer starts without `close_fds` hold it too.
 
     Raises:
         UserError: `out` is there already (and not a folder of this kind that `overwrite` allows to replace), or another
@@ -63,13 +64,17 @@ def fresh_folder(out: Path, kind: Kind, overwrite: bool = False) -> Iterator[Pat
         old.rename(out)
     _check(out, kind, overwrite)
     lock = _claim(work, out)
+    if resumable:
+        os.set_inheritable(lock, True)
+    else:
+        empty(work)
     finished = False
     try:
         yield work
         publish(work, out)
         finished = True
     finally:
-        if not finished:  # afterwards the name may already be another writer's
+        if not finished and not resumable:  # afterwards the name may already be another writer's
             shutil.rmtree(work, ignore_errors=True)
         os.close(lock)
 
@@ -108,7 +113,7 @@ def _check(out: Path, kind: Kind, overwrite: bool) -> None:
 
 
 def _claim(work: Path, out: Path) -> int:
-    """Take the sibling folder, clearing it of leftovers; the lock is on the folder itself, so it leaves no file."""
+    """Take the sibling folder; the lock is on the folder itself, so it leaves no file."""
     while True:
         work.mkdir(exist_ok=True)
         lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
@@ -122,9 +127,15 @@ def _claim(work: Path, out: Path) -> int:
         if work.exists() and os.stat(work).st_ino == os.fstat(lock).st_ino:
             break
         os.close(lock)  # its former owner finished between our open and our lock
-    for path in work.iterdir():
+    return lock
+
+
+def empty(folder: Path, but: str = "") -> None:
+    """Remove all that is in a folder, except what is named `but`."""
+    for path in folder.iterdir():
+        if path.name == but:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
-    return lock

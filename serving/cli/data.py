@@ -40,7 +40,8 @@ def import_(
 
     Example: `hypersphere data import faces/ --kind folder --out data/faces --holdout-share 0.1`
     """
-    from trainer.data.importers.run import ImportOptions, run_import
+    from trainer.data.importers import ImportOptions
+    from trainer.data.importers.run import run_import
 
     options = ImportOptions(holdout_alphabets, holdout_share, max_bad, min_samples, seed, samples_per_shard, overwrite)
     with progress() as show:

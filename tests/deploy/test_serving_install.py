@@ -27,8 +27,7 @@ from PIL import Image
 
 from serving.cli import app
 from trainer.data.image import Preprocessing
-from trainer.data.importers import Sample
-from trainer.data.importers.run import write_shards
+from trainer.data.importers.shards import Sample, write_shard
 from trainer.data.manifest import Manifest
 from trainer.data.split import write_split
 from trainer.embedder import MODEL_FILE, Embedder, EmbedderManifest, model_id, write_manifest
@@ -229,8 +228,8 @@ def data_set(installed: Installed) -> Path:
             pixels = (face + generator.normal(scale=20, size=face.shape)).clip(0, 255).astype(np.uint8)
             file = io.BytesIO()
             Image.fromarray(pixels).save(file, "PNG")
-            samples.append((file.getvalue(), "png", label, Sample(name, f"{name}/{number}.png")))
-    shards = write_shards(folder, "val", samples)
+            samples.append(Sample(len(samples), label, name, f"{name}/{number}.png", {}, "png", file.getvalue()))
+    shards = [write_shard(folder, "val-000000.tar", samples)]
     split = write_split(folder, "val", classes, np.full(20, 5), shards)
     Manifest(kind="folder", image_mode="L", splits={"val": split}).write(folder)
     return folder
@@ -258,8 +257,22 @@ def test_an_embedder_is_evaluated_and_calibrated_and_data_verified(
     assert (calibration.identify.rate, calibration.identify.gallery_size) == (0.1, 20)
 
 
+def test_data_are_held_out_merged_and_cleaned(installed: Installed, embedder: Path, data_set: Path) -> None:
+    drawn, both, cleaned = (str(installed.folder / name) for name in ("drawn", "both", "cleaned"))
+    for words in (
+        ["split", str(data_set), "--out", drawn, "--split", "val", "--into", "test", "--by", "sample"],
+        ["merge", str(data_set), drawn, "--out", both, "--prefix"],
+        ["clean", str(data_set), "--out", cleaned, "--split", "val", "--embedder", str(embedder)],
+    ):
+        result = installed.run(["hypersphere", "data", *words])
+        assert result.returncode == 0, result.stderr
+    assert (installed.folder / "cleaned/suspects.png").stat().st_size > 0
+    assert installed.run(["hypersphere", "data", "verify", both]).returncode == 0
+
+
+WITHOUT_EXTRAS = ("import", "verify", "merge", "split", "clean")
 OTHERS = {
-    "data import": ["--kind", "glyphs", "--out", "set"],
+    "data check": ["set"],
     "train": [],
     "submit": ["--address", "http://127.0.0.1:1"],
     "export": ["--run", "run"],
@@ -286,5 +299,5 @@ def test_no_command_is_left_out_above() -> None:
         return [above.strip()] if below is None else [n for key, c in below.items() for n in names(c, f"{above} {key}")]
 
     assert sorted(names(typer.main.get_command(app), "")) == sorted(
-        ["serve", "evaluate", "calibrate", "data verify", *OTHERS]
+        ["serve", "evaluate", "calibrate", *(f"data {word}" for word in WITHOUT_EXTRAS), *OTHERS]
     )

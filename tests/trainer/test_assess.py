@@ -11,7 +11,8 @@ from PIL import Image
 from tests.serving.conftest import onnx_model, write_embedder
 from trainer.assess import calibrate_on_split, embed_split, evaluate_split
 from trainer.data.image import load_image
-from trainer.data.importers.run import ImportOptions, run_import
+from trainer.data.importers import ImportOptions
+from trainer.data.importers.run import run_import
 from trainer.data.manifest import Manifest
 from trainer.embedder import Embedder
 from trainer.errors import UserError

@@ -11,7 +11,8 @@ from torch import nn
 from tests.ranks import folder_of_shapes, run_on_ranks
 from trainer.config import Config, load
 from trainer.data.augment import to_float
-from trainer.data.importers.run import ImportOptions, run_import
+from trainer.data.importers import ImportOptions
+from trainer.data.importers.run import run_import
 from trainer.data.manifest import Manifest
 from trainer.data.stream import Batch, Stream
 from trainer.distributed import Group

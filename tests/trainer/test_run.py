@@ -11,7 +11,8 @@ from tests.ranks import folder_of_shapes
 from tests.web import Web, serving
 from trainer import launch
 from trainer.config import Config, load
-from trainer.data.importers.run import ImportOptions, run_import
+from trainer.data.importers import ImportOptions
+from trainer.data.importers.run import run_import
 from trainer.errors import UserError
 from trainer.run import RunNote, start
 from trainer.tracking import Tracker

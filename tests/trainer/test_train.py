@@ -10,7 +10,8 @@ import pytest
 from tests.ranks import folder_of_shapes, run_on_ranks
 from trainer.checkpoint import latest
 from trainer.config import Config, load
-from trainer.data.importers.run import ImportOptions, run_import
+from trainer.data.importers import ImportOptions
+from trainer.data.importers.run import run_import
 from trainer.errors import UserError
 from trainer.train import Record, run
 

@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from trainer.data.image import load_image
-from trainer.data.importers import Sample
-from trainer.data.importers.run import write_shards
+from trainer.data.importers.shards import Sample, write_shard
 from trainer.data.index import make_index, open_index, write_index
 from trainer.data.manifest import Manifest
 from trainer.data.reader import Reader
@@ -210,7 +209,8 @@ def test_label_outside_the_classes_is_named(tmp_path: Path, noise, config: DataC
     noise(1).save(tmp_path / "x.png")
     image = (tmp_path / "x.png").read_bytes()
     labels = (0, 1, 1)
-    shards = write_shards(tmp_path, "train", [(image, "png", label, Sample("who", "x.png")) for label in labels])
+    samples = [Sample(i, label, "who", "x.png", {}, "png", image) for i, label in enumerate(labels)]
+    shards = [write_shard(tmp_path, "train-000000.tar", samples)]
     split = write_split(tmp_path, "train", ["a", "b"], np.array([1, 2]), shards)
     path = tmp_path / "train-000000.idx"
     index = open_index(path)

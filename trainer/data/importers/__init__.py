@@ -1,108 +1,164 @@
-"""Importers: each hands over a Source, a list of samples and how to read one."""
+"""Importers: what each kind of source hands over. The engine (`run`) does everything else.
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+A kind is a module with two functions, and one line in `kinds.KINDS`:
+
+    list_<kind>(source, options, progress) -> Listing      walks the source once, in the importing process
+    read_<kind>(source, options) -> Read                   opened once in each process that writes shards
+
+Both are plain functions of modules, because the processes that write shards find them by the name of the kind.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from trainer.data.image import read_file
+from trainer.data.manifest import Manifest
 from trainer.errors import UserError
 
-_LITTER = {"thumbs.db", "desktop.ini", "__macosx"}  # what file managers leave behind
+Progress = Callable[[str, int, int], None]  # stage, done, total (0: not known)
+Read = Callable[[str], bytes]
+"""place -> payload; called from several threads. Raises UserError for a sample that cannot be read: it is left out."""
+HeldOut = Callable[[Sequence[str]], Iterable[int]]
+"""All identities, sorted -> numbers (0..) of those that form the validation split."""
+Content = Literal["image", "vector", "spectrogram"]
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """`identity` is the class, `name` tells a person where the image came from; a pair occurs once."""
+class Entry(NamedTuple):
+    """One sample of a source.
+
+    Attributes:
+        identity: its class.
+        name: tells a person where it came from; stored with the sample.
+        place: where `Read` finds it, in words of the kind's own (a path, an offset, an address).
+        split: "train", "val" or another, where the source says so; None leaves it to `Listing.held_out`. All samples
+            of an identity are in one split.
+        attributes: more of the sample, by the names in `Listing.attributes`; a name that is left out has no value.
+        size: bytes of the payload, where the source knows them cheaply; shards are cut by it.
+        stamp: changes when the payload does (time and size of a file). An interrupted import goes on only where all
+            stamps are as they were.
+    """
 
     identity: str
     name: str
+    place: str
+    split: str | None = None
+    attributes: dict[str, str | int | float | bool | None] | None = None
+    size: int | None = None
+    stamp: str = ""
+
+
+class PassedOver(NamedTuple):
+    """Something in the source that is no sample (a link that leads nowhere, a folder, a device), and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(slots=True)
+class Listing:
+    """What a source holds.
+
+    Attributes:
+        entries: iterated once, in an order that depends on the input alone; made as they are asked for, so that a
+            hundred million of them need no memory. The other fields may be filled until the last one is out.
+        source: what the processes that write shards pass to `read_<kind>`: the address, resolved.
+        held_out: which identities form the validation split, of those whose entries name no split.
+        provenance: for the manifest; nothing that changes from one run to the next.
+        drop_duplicates: leave out payloads that are byte for byte an earlier one of the same identity.
+        content: what a payload is: an image in any format that `trainer.data.image` reads, else a file that
+            `trainer.data.arrays` reads.
+        shape: of each vector or spectrogram; None for images.
+        attributes: names of the attributes and their Arrow types by alias ("string", "int64", "double", "bool").
+        passed_over: what was left out of the listing, to be told and stored.
+        threads: payloads that one process reads at a time; more than 1 for reads that wait on a network.
+    """
+
+    entries: Iterable[Entry]
+    source: str
+    held_out: HeldOut
+    provenance: dict[str, str] = field(default_factory=dict)
+    drop_duplicates: bool = False
+    content: Content = "image"
+    shape: tuple[int, ...] | None = None
+    attributes: dict[str, str] = field(default_factory=dict)
+    passed_over: list[PassedOver] = field(default_factory=list)
+    threads: int = 1
+
+
+class Kind(NamedTuple):
+    """One line of `kinds.KINDS`.
+
+    Attributes:
+        list: lists a source; None as `source` where the user named none.
+        read: opens it for reading payloads.
+        in_place: with `options.in_place`, instead of both: writes indexes and tables of shards that stay where they lie
+            into a new folder (the source's address, that folder, options, progress); None: cannot be done.
+    """
+
+    list: Callable[[str | None, "ImportOptions", Progress], Listing]
+    read: Callable[[str, "ImportOptions"], Read]
+    in_place: Callable[[str, Path, "ImportOptions", Progress], Manifest] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Images to be imported.
+class ImportOptions:
+    """How to import; see `hypersphere data import --help`. Kinds add their own options here, with defaults.
 
-    Attributes:
-        samples: in an order that depends on the input alone.
-        read: the file of `samples[i]`, in any format that `trainer.data.image` reads; called from several threads.
-        held_out: identities of the validation split.
-        provenance: for the manifest; nothing that changes from one run to the next.
-        drop_duplicates: leave out files that are byte for byte an earlier one of the same identity.
+    All but `max_bad`, `overwrite` and `jobs` decide about the result's bytes.
     """
 
-    samples: Sequence[Sample]
-    read: Callable[[int], bytes]
-    held_out: frozenset[str]
-    provenance: dict[str, str]
-    drop_duplicates: bool = False
+    holdout_alphabets: int | None = None
+    holdout_share: float = 0.1
+    max_bad: float = 0.01
+    min_samples: int = 1
+    seed: int = 0
+    samples_per_shard: int = 10_000
+    overwrite: bool = False
+    jobs: int | None = None  # processes; None: as many as there are cores
+    check: bool = True  # decode every payload
+    max_side: int | None = None  # pixels; larger images are stored smaller
+    in_place: bool = False  # write no shards; see Kind
+
+    def __post_init__(self) -> None:
+        for name, value, allowed, valid in (
+            ("--max-bad", self.max_bad, "a share from 0 to 1", 0 <= self.max_bad <= 1),
+            ("--holdout-share", self.holdout_share, "a share from 0 to 1", 0 <= self.holdout_share <= 1),
+            ("--min-samples", self.min_samples, "1 or more", self.min_samples >= 1),
+            ("--seed", self.seed, "0 or more", self.seed >= 0),
+            ("--samples-per-shard", self.samples_per_shard, "1 or more", self.samples_per_shard >= 1),
+            ("--jobs", self.jobs, "1 or more", self.jobs is None or self.jobs >= 1),
+            ("--max-side", self.max_side, "8 pixels or more", self.max_side is None or self.max_side >= 8),
+        ):
+            if not valid:
+                raise UserError(f"{name} {value} is not allowed; give {allowed}")
 
 
-def hold_out_share(identities: list[str], share: float, seed: int) -> frozenset[str]:
+def share_held_out(share: float, seed: int) -> HeldOut:
     """Choose `share` (0 to 1) of the identities, rounded, by the seed, so that neither split has just one identity.
 
     A split of one identity teaches and measures nothing: so at least two are held out and two are left, and of fewer
     than four none is held out. A share of 0 holds out none, one of 1 all.
     """
-    total = len(identities)
-    count = round(share * total)
-    if 0 < share < 1:
-        count = min(max(2, count), total - 2) if total >= 4 else 0
-    return frozenset(choose(identities, count, seed))
+
+    def numbers(identities: Sequence[str]) -> Iterable[int]:
+        total = len(identities)
+        count = round(share * total)
+        if 0 < share < 1:
+            count = min(max(2, count), total - 2) if total >= 4 else 0
+        return _draw(total, count, seed)
+
+    return numbers
 
 
 def choose(names: list[str], count: int, seed: int) -> list[str]:
     """`count` of the names, by the seed; independent of the order in which the names come."""
     ordered = sorted(names)
-    picked = np.random.default_rng([seed, 0x401D]).permutation(len(ordered))[:count]
-    return sorted(ordered[i] for i in picked)
+    return sorted(ordered[i] for i in _draw(len(ordered), count, seed))
 
 
-@contextmanager
-def open_folder(source: Path | None, holdout_share: float, seed: int) -> Iterator[Source]:
-    """The plainest importer: every folder below `source` that holds files is an identity, named by its path.
-
-    Hidden files and the litter of file managers are passed over; folders without files are no identities; a file that
-    is byte for byte another one of the same identity is left out. Links to files are followed, links to folders not.
-
-    Raises:
-        UserError: `source` is not a folder, holds files directly, or no images.
-    """
-    if source is None or not source.is_dir():
-        raise UserError(f"SOURCE '{source or ''}' is not a folder; give one that holds a folder of images per identity")
-    samples, paths = [], []
-    for path in _files(source):
-        relative = path.relative_to(source)
-        samples.append(Sample(_text(relative.parent), _text(relative)))
-        paths.append(path)
-    if not samples:
-        raise UserError(f"SOURCE '{source}' holds no files; give a folder that holds a folder of images per identity")
-    yield Source(
-        samples=samples,
-        read=lambda row: read_file(paths[row], samples[row].name),
-        held_out=hold_out_share(list({sample.identity for sample in samples}), holdout_share, seed),
-        provenance={"source": source.resolve().name, "held_out": f"{holdout_share:g} of the identities"},
-        drop_duplicates=True,
-    )
-
-
-def _files(source: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(source):
-        folders[:] = sorted(name for name in folders if not _hidden(name))
-        for name in sorted(name for name in names if not _hidden(name)):
-            path = Path(folder, name)
-            if path.parent == source:
-                raise UserError(f"'{path}' lies directly in SOURCE; put every image into the folder of its identity")
-            yield path
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in _LITTER
-
-
-def _text(path: Path) -> str:
-    """A path as text that every file can hold; bytes that are no UTF-8 are written out as \\xNN."""
-    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+def _draw(total: int, count: int, seed: int) -> list[int]:
+    picked: list[int] = np.random.default_rng([seed, 0x401D]).permutation(total)[:count].tolist()
+    return picked

@@ -5,8 +5,6 @@ An identity is a character across faces and weights: 105 x 105 pixels, dark stro
 
 import threading
 import unicodedata
-from collections.abc import Iterator
-from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageFont, ImageOps
 
-from trainer.data.importers import Sample, Source, hold_out_share
+from trainer.data.importers import Entry, ImportOptions, Listing, Progress, Read, share_held_out
 from trainer.errors import UserError
 
 SIDE = 105
@@ -52,8 +50,7 @@ _GREYS = np.arange(256) / 255
 _ALIKE = 0.9  # correlation of two characters, brought to one size, above which they count as one
 
 
-@contextmanager
-def open_glyphs(holdout_share: float, seed: int) -> Iterator[Source]:
+def list_glyphs(source: str | None, options: ImportOptions, progress: Progress) -> Listing:
     """Several hundred characters with 20 samples each; the same fonts and seed give the same pixels.
 
     Characters that look alike (Latin A, Greek Alpha, Cyrillic A; s and S, since size is no feature; d and p, a half
@@ -63,19 +60,29 @@ def open_glyphs(holdout_share: float, seed: int) -> Iterator[Source]:
         UserError: matplotlib, whose fonts are used, is not installed.
     """
     fonts = _Fonts()
-    characters = _distinct(fonts, MAX_CHARACTERS)
-    jobs = [(code, faces[j % len(faces)], j) for code, faces in characters for j in range(SAMPLES)]
-    samples = [Sample(_identity(code), f"U+{code:04X}/{face}/{j:02d}") for code, face, j in jobs]
-    held_out = hold_out_share([_identity(code) for code, _ in characters], holdout_share, seed)
-    yield Source(
-        samples=samples,
-        read=lambda row: _draw(fonts, *jobs[row], seed),
-        held_out=held_out,
+    samples = (
+        (code, faces[j % len(faces)], j) for code, faces in _distinct(fonts, MAX_CHARACTERS) for j in range(SAMPLES)
+    )
+    return Listing(
+        entries=(Entry(_identity(code), name := f"U+{code:04X}/{face}/{j:02d}", name) for code, face, j in samples),
+        source="",
+        held_out=share_held_out(options.holdout_share, options.seed),
         provenance={
             "source": f"fonts of matplotlib {fonts.version}",
-            "held_out": f"{holdout_share:g} of the characters",
+            "held_out": f"{options.holdout_share:g} of the characters",
         },
     )
+
+
+def read_glyphs(source: str, options: ImportOptions) -> Read:
+    """Draws a sample by its name."""
+    fonts = _Fonts()
+
+    def draw(place: str) -> bytes:
+        code, face, number = place.removeprefix("U+").split("/")
+        return _draw(fonts, int(code, 16), face, int(number), options.seed)
+
+    return draw
 
 
 class _Fonts:

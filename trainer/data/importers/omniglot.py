@@ -10,16 +10,14 @@ import re
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
 
 from trainer.atomic import fresh_file
-from trainer.data.image import MAX_BYTES, read_file
-from trainer.data.importers import Sample, Source, choose
-from trainer.data.reader import Progress
+from trainer.data.image import MAX_BYTES
+from trainer.data.importers import Entry, ImportOptions, Listing, Progress, Read, choose
+from trainer.data.importers.folder import read_folder
 from trainer.errors import UserError
 
 URL = "https://github.com/brendenlake/omniglot/raw/master/python/images_background.zip"
@@ -35,14 +33,11 @@ _CHUNK = 2**18
 _TIMEOUT_S = 30
 
 
-@contextmanager
-def open_omniglot(
-    source: Path | None, holdout_alphabets: int | None, seed: int, progress: Progress | None = None
-) -> Iterator[Source]:
+def list_omniglot(source: str | None, options: ImportOptions, progress: Progress) -> Listing:
     """An identity is a character ("Greek/character03"); whole alphabets are held out.
 
-    `holdout_alphabets` of them are chosen by the seed. By default those of images_evaluation are held out where it is
-    part of the source, else 5.
+    `options.holdout_alphabets` of them are chosen by the seed. By default those of images_evaluation are held out where
+    it is part of the source, else 5.
 
     Args:
         source: a zip or folder; None: the zip that the environment variable OMNIGLOT_ZIP names, else a download from
@@ -51,26 +46,31 @@ def open_omniglot(
     Raises:
         UserError: no source can be had, or it does not have the layout.
     """
-    path = source or _default(progress)
+    path = Path(source) if source is not None else _default(progress)
     if path.is_dir():
-        names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*.png"))
-        yield _source(path, names, lambda name: read_file(path / name, name), holdout_alphabets, seed)
-        return
-    try:
-        archive = zipfile.ZipFile(path)
-    except OSError as error:
-        raise UserError(f"cannot read SOURCE '{path}': {error.strerror}; give Omniglot's zip or folder") from error
-    except zipfile.BadZipFile as error:
-        raise UserError(f"SOURCE '{path}' is not a zip ({error}); give images_background.zip or its folder") from error
-    with archive:
-        members = archive.infolist()
-        if len(members) > _MAX_MEMBERS:
-            raise UserError(f"SOURCE '{path}' has {len(members)} members; at most {_MAX_MEMBERS} are read")
-        by_name = {member.filename: member for member in members}
-        yield _source(path, sorted(by_name), lambda name: _read(archive, by_name[name]), holdout_alphabets, seed)
+        sizes = {file.relative_to(path).as_posix(): _stamp(file) for file in path.rglob("*.png")}
+    else:
+        with _open(path) as archive:
+            sizes = {member.filename: (member.file_size, str(member.CRC)) for member in archive.infolist()}
+    entries, roots = _entries(path, sizes)
+    held = _held_out(roots, options.holdout_alphabets, options.seed)
+    return Listing(
+        entries=entries,
+        source=os.path.abspath(path),
+        held_out=lambda names: [i for i, name in enumerate(names) if name.split("/")[0] in held],
+        provenance={"source": path.name, "held_out_alphabets": ", ".join(sorted(held)), "licence": "MIT, B. Lake"},
+    )
 
 
-def _default(progress: Progress | None) -> Path:
+def read_omniglot(source: str, options: ImportOptions) -> Read:
+    """Reads the members of a zip, or the files of a folder, by name."""
+    if Path(source).is_dir():
+        return read_folder(source, options)
+    archive = _open(Path(source))
+    return lambda name: _read(archive, archive.getinfo(name))
+
+
+def _default(progress: Progress) -> Path:
     named = os.environ.get(VARIABLE)
     if not named:
         return fetch(URL, MD5, progress)
@@ -79,12 +79,30 @@ def _default(progress: Progress | None) -> Path:
     return Path(named)
 
 
-def _source(
-    path: Path, names: list[str], read: Callable[[str], bytes], holdout_alphabets: int | None, seed: int
-) -> Source:
-    samples: list[Sample] = []
+def _open(path: Path) -> zipfile.ZipFile:
+    try:
+        archive = zipfile.ZipFile(path)
+    except OSError as error:
+        raise UserError(f"cannot read SOURCE '{path}': {error.strerror}; give Omniglot's zip or folder") from error
+    except zipfile.BadZipFile as error:
+        raise UserError(f"SOURCE '{path}' is not a zip ({error}); give images_background.zip or its folder") from error
+    members = len(archive.infolist())
+    if members > _MAX_MEMBERS:
+        archive.close()
+        raise UserError(f"SOURCE '{path}' has {members} members; at most {_MAX_MEMBERS} are read")
+    return archive
+
+
+def _stamp(file: Path) -> tuple[int, str]:
+    status = file.stat()
+    return status.st_size, str(status.st_mtime_ns)
+
+
+def _entries(path: Path, sizes: dict[str, tuple[int, str]]) -> tuple[list[Entry], dict[str, str]]:
+    """The images by name, and the root of each alphabet."""
+    entries: list[Entry] = []
     roots: dict[str, str] = {}
-    for name in names:
+    for name, (size, stamp) in sorted(sizes.items()):
         match = _LAYOUT.fullmatch(name)
         if match is None or any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
             continue
@@ -94,19 +112,13 @@ def _source(
                 f"the alphabet '{alphabet}' is in '{roots[alphabet]}' and in '{root}' of SOURCE '{path}'; "
                 "give a source that holds each alphabet once"
             )
-        samples.append(Sample(f"{alphabet}/{match['character']}", name))
-    if not samples:
+        entries.append(Entry(f"{alphabet}/{match['character']}", name, name, size=size, stamp=stamp))
+    if not entries:
         raise UserError(
             f"SOURCE '{path}' does not have Omniglot's layout; "
             "expected images_background/<Alphabet>/character<NN>/<id>_<drawer>.png"
         )
-    held = _held_out(roots, holdout_alphabets, seed)
-    return Source(
-        samples=samples,
-        read=lambda row: read(samples[row].name),
-        held_out=frozenset(sample.identity for sample in samples if sample.identity.split("/")[0] in held),
-        provenance={"source": path.name, "held_out_alphabets": ", ".join(sorted(held)), "licence": "MIT, B. Lake"},
-    )
+    return entries, roots
 
 
 def _held_out(roots: dict[str, str], count: int | None, seed: int) -> set[str]:

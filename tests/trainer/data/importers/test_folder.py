@@ -1,9 +1,11 @@
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
-from trainer.data.importers import open_folder
+from trainer.data.importers import Entry, ImportOptions, Listing, share_held_out
+from trainer.data.importers.folder import list_folder, read_folder
 from trainer.errors import UserError
 
 
@@ -13,65 +15,106 @@ def touch(root: Path, *names: str) -> None:
         (root / name).write_text(name)
 
 
+def listed(source: Path | str | None) -> tuple[list[Entry], Listing]:
+    listing = list_folder(None if source is None else str(source), ImportOptions(), lambda *_: None)
+    return list(listing.entries), listing
+
+
 def test_folders_are_identities_at_any_depth(tmp_path: Path):
-    touch(tmp_path, "b/2.png", "b/10.png", "a/x/1.png", "a/y/1.png")
-    with open_folder(tmp_path, 0, 0) as source:
-        assert [(sample.identity, sample.name) for sample in source.samples] == [
-            ("a/x", "a/x/1.png"),
-            ("a/y", "a/y/1.png"),
-            ("b", "b/10.png"),
-            ("b", "b/2.png"),
-        ]
-        assert source.read(2) == b"b/10.png"
+    touch(tmp_path, "b/2.png", "b/10.png", "a/x/1.png", "a/y/1.png", "a/0.png")
+    entries, listing = listed(tmp_path)
+    assert [(entry.identity, entry.name, entry.size) for entry in entries] == [
+        ("a", "a/0.png", 7),
+        ("a/x", "a/x/1.png", 9),
+        ("a/y", "a/y/1.png", 9),
+        ("b", "b/10.png", 8),
+        ("b", "b/2.png", 7),
+    ]
+    assert read_folder(listing.source, ImportOptions())(entries[3].place) == b"b/10.png"
 
 
 def test_litter_and_empty_folders_are_passed_over(tmp_path: Path):
-    touch(tmp_path, "a/1.png", "b/1.png", "a/.DS_Store", "a/Thumbs.db", ".git/config", "__MACOSX/a/1.png", "c/.hidden")
+    touch(tmp_path, "a/1.png", "b/1.png", "a/.DS_Store", "a/Thumbs.db", "__MACOSX/a/1.png", "c/.hidden", ".DS_Store")
     (tmp_path / "empty").mkdir()
-    with open_folder(tmp_path, 0, 0) as source:
-        assert {sample.name for sample in source.samples} == {"a/1.png", "b/1.png"}
+    entries, listing = listed(tmp_path)
+    assert {entry.name for entry in entries} == {"a/1.png", "b/1.png"}
+    assert listing.passed_over == []
 
 
-def test_links_to_folders_do_not_go_in_circles(tmp_path: Path):
+def test_what_is_no_file_is_left_out_and_named(tmp_path: Path):
+    touch(tmp_path, "a/1.png", "b/1.png", ".git/config")
+    os.mkfifo(tmp_path / "a" / "fifo.png")
+    (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "b" / "null.png").symlink_to("/dev/null")
+    (tmp_path / "b" / "up").symlink_to(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "b" / "socket"))
+        entries, listing = listed(tmp_path)
+    assert [entry.name for entry in entries] == ["a/1.png", "b/1.png"]
+    assert {one.name: one.reason for one in listing.passed_over} == {
+        ".git": "is a hidden folder",
+        "a/fifo.png": "is a FIFO, not a file",
+        "a/gone.png": "is a link that leads nowhere: No such file or directory",
+        "b/null.png": "is a device, not a file",
+        "b/up": "is a link to a folder, and only links to files are followed",
+        "b/socket": "is a socket, not a file",
+    }
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read every folder")
+def test_folder_that_cannot_be_read_is_named(tmp_path: Path):
+    touch(tmp_path, "a/1.png", "b/1.png", "c/1.png")
+    (tmp_path / "c").chmod(0)
+    entries, listing = listed(tmp_path)
+    (tmp_path / "c").chmod(0o700)
+    assert [entry.identity for entry in entries] == ["a", "b"]
+    assert listing.passed_over == [("c/", "is a folder that cannot be read: Permission denied")]
+
+
+def test_file_that_became_a_fifo_does_not_hang(tmp_path: Path):
     touch(tmp_path, "a/1.png", "b/1.png")
-    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "1.png").unlink()
+    os.mkfifo(tmp_path / "a" / "1.png")
+    with pytest.raises(UserError, match=r"'a/1\.png' is not a plain file"):
+        read_folder(str(tmp_path), ImportOptions())("a/1.png")
+
+
+def test_links_to_files_are_followed(tmp_path: Path):
+    touch(tmp_path, "a/1.png", "b/1.png")
     (tmp_path / "b" / "2.png").symlink_to(tmp_path / "a" / "1.png")
-    with open_folder(tmp_path, 0, 0) as source:
-        assert [sample.name for sample in source.samples] == ["a/1.png", "b/1.png", "b/2.png"]
+    entries, listing = listed(tmp_path)
+    assert [entry.name for entry in entries] == ["a/1.png", "b/1.png", "b/2.png"]
+    assert read_folder(listing.source, ImportOptions())("b/2.png") == b"a/1.png"
 
 
 def test_names_of_any_bytes_can_be_told(tmp_path: Path):
     touch(tmp_path, "ä/1.png", "b/1.png")
     (tmp_path / os.fsdecode(b"c\xff")).mkdir()
     (tmp_path / os.fsdecode(b"c\xff") / "1.png").write_text("x")
-    with open_folder(tmp_path, 0, 0) as source:
-        names = [sample.identity for sample in source.samples]
-        assert sorted(names) == ["b", "c\\xff", "ä"]
-        assert source.read(names.index("c\\xff")) == b"x"
+    entries, listing = listed(tmp_path)
+    found = {entry.identity: entry.place for entry in entries}
+    assert sorted(found) == ["b", "c\\xff", "ä"]
+    assert read_folder(listing.source, ImportOptions())(found["c\\xff"]) == b"x"
 
 
 @pytest.mark.parametrize(("share", "count"), [(0, 0), (0.01, 2), (0.25, 5), (1, 20)])
-def test_share_held_out(tmp_path: Path, share: float, count: int):
-    touch(tmp_path, *(f"{i}/1.png" for i in range(20)))
-    with open_folder(tmp_path, share, 3) as source, open_folder(tmp_path, share, 3) as again:
-        assert len(source.held_out) == count
-        assert source.held_out == again.held_out
-        assert source.held_out <= {sample.identity for sample in source.samples}
+def test_share_held_out(share: float, count: int):
+    names = [f"{i}" for i in range(20)]
+    chosen = list(share_held_out(share, 3)(names))
+    assert len(set(chosen)) == len(chosen) == count
+    assert chosen == list(share_held_out(share, 3)(names))
+    assert set(chosen) <= set(range(20))
 
 
 @pytest.mark.parametrize(("identities", "count"), [(2, 0), (3, 0), (4, 2), (5, 3)])
-def test_neither_split_is_left_with_one_identity(tmp_path: Path, identities: int, count: int):
-    touch(tmp_path, *(f"{i}/1.png" for i in range(identities)))
-    with open_folder(tmp_path, 0.9, 3) as source:
-        assert len(source.held_out) == count
+def test_neither_split_is_left_with_one_identity(identities: int, count: int):
+    assert len(list(share_held_out(0.9, 3)([str(i) for i in range(identities)]))) == count
 
 
 def test_sources_that_cannot_be_used(tmp_path: Path):
     for wrong in (None, tmp_path / "none"):
-        with pytest.raises(UserError, match="is not a folder"), open_folder(wrong, 0, 0):
-            pass
-    with pytest.raises(UserError, match="holds no files"), open_folder(tmp_path, 0, 0):
-        pass
+        with pytest.raises(UserError, match="is not a folder"):
+            listed(wrong)
     touch(tmp_path, "a/1.png", "loose.png")
-    with pytest.raises(UserError, match=r"loose\.png' lies directly in SOURCE"), open_folder(tmp_path, 0, 0):
-        pass
+    with pytest.raises(UserError, match=r"loose\.png' lies directly in SOURCE"):
+        listed(tmp_path)

@@ -1,0 +1,132 @@
+"""The plainest kind: every folder that holds files is an identity."""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer.data.image import MAX_BYTES
+from trainer.data.importers import Entry, ImportOptions, Listing, PassedOver, Progress, Read, share_held_out
+from trainer.errors import UserError
+
+_LITTER = {"thumbs.db", "desktop.ini", "__macosx"}  # what file managers leave behind
+_REGULAR = stat.S_IFREG
+_OTHER = {
+    stat.S_IFIFO: "is a FIFO",
+    stat.S_IFSOCK: "is a socket",
+    stat.S_IFCHR: "is a device",
+    stat.S_IFBLK: "is a device",
+}
+
+
+def list_folder(source: str | None, options: ImportOptions, progress: Progress) -> Listing:
+    """Every folder below `source` that holds files is an identity, named by its path.
+
+    The litter of file managers and hidden files are passed over; hidden folders, links to folders (which could go in
+    circles), links that lead nowhere and what is no file at all are passed over and named. Links to files are followed.
+    Folders without files are no identities.
+
+    Raises:
+        UserError: `source` is not a folder, or holds files directly.
+    """
+    if source is None or not os.path.isdir(source):
+        raise UserError(f"SOURCE '{source or ''}' is not a folder; give one that holds a folder of images per identity")
+    passed_over: list[PassedOver] = []
+    return Listing(
+        entries=_entries(source, passed_over),
+        source=os.path.abspath(source),
+        held_out=share_held_out(options.holdout_share, options.seed),
+        provenance={
+            "source": Path(source).resolve().name,
+            "held_out": f"{options.holdout_share:g} of the identities",
+        },
+        drop_duplicates=True,
+        passed_over=passed_over,
+    )
+
+
+def read_folder(source: str, options: ImportOptions) -> Read:
+    """Reads files by their path below `source`."""
+    return lambda place: read_regular(os.path.join(source, place), place)
+
+
+def read_regular(path: str, name: str) -> bytes:
+    """The bytes of a file; at most one more than an image may have.
+
+    Raises:
+        UserError: it cannot be read, or is no longer a plain file.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait for a writer for ever
+        try:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(f"image '{name}' is not a plain file; give an image file")
+            return os.read(handle, min(status.st_size, MAX_BYTES) + 1)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise UserError(f"image '{name}' cannot be read: {error.strerror}; give a readable image file") from error
+
+
+def _entries(source: str, passed_over: list[PassedOver]) -> Iterator[Entry]:
+    """The files of a folder before those of the folders in it, both by name."""
+    waiting = [""]  # paths below the source, each with its slash; the next one last
+    while waiting:
+        folder = waiting.pop()
+        identity = text(folder[:-1])
+        folders: list[str] = []
+        for found in _sorted(source, folder, passed_over):
+            place, name = folder + found.name, text(folder + found.name)
+            if found.name.lower() in _LITTER:
+                continue
+            if found.is_dir():
+                reason = _why_not_entered(found)
+                if reason is None:
+                    folders.append(place + "/")
+                else:
+                    passed_over.append(PassedOver(name, reason))
+            elif not found.name.startswith("."):
+                status = _status(found, name, passed_over)
+                if status is not None:
+                    if not folder:
+                        path = os.path.join(source, place)
+                        raise UserError(
+                            f"'{path}' lies directly in SOURCE; put every image into the folder of its identity"
+                        )
+                    yield Entry(identity, name, place, size=status.st_size, stamp=str(status.st_mtime_ns))
+        waiting += reversed(folders)
+
+
+def _sorted(source: str, folder: str, passed_over: list[PassedOver]) -> list["os.DirEntry[str]"]:
+    try:
+        with os.scandir(os.path.join(source, folder)) as found:
+            return sorted(found, key=lambda one: one.name)
+    except OSError as error:
+        passed_over.append(PassedOver(text(folder), f"is a folder that cannot be read: {error.strerror}"))
+        return []
+
+
+def _why_not_entered(folder: "os.DirEntry[str]") -> str | None:
+    if folder.name.startswith("."):
+        return "is a hidden folder"
+    return "is a link to a folder, and only links to files are followed" if folder.is_symlink() else None
+
+
+def _status(file: "os.DirEntry[str]", name: str, passed_over: list[PassedOver]) -> os.stat_result | None:
+    """Size and time of a plain file; None for what is none, which is noted."""
+    try:
+        status = file.stat()
+    except OSError as error:
+        what = "is a link that leads nowhere" if file.is_symlink() else "cannot be read"
+        passed_over.append(PassedOver(name, f"{what}: {error.strerror}"))
+        return None
+    if stat.S_ISREG(status.st_mode):
+        return status
+    passed_over.append(PassedOver(name, f"{_OTHER.get(stat.S_IFMT(status.st_mode), 'is something')}, not a file"))
+    return None
+
+
+def text(path: str) -> str:
+    """A path as text that every file can hold; bytes that are no UTF-8 are written out as \\xNN."""
+    return path if path.isascii() else os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -1,0 +1,147 @@
+"""Tables that users give, CSV or Parquet, read batch by batch; from this machine or any fsspec address."""
+
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from trainer.data.remote import fetch, is_remote, shown
+from trainer.errors import UserError
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_BATCH = 10_000  # rows
+_BLOCK = 2**20  # bytes of a CSV file that are parsed at a time; no row may be longer
+
+
+class Table:
+    """A table with named columns.
+
+    Args:
+        source: path or address of a .csv, .tsv or .parquet file.
+
+    Attributes:
+        address: where it lies.
+        shown: the address for messages.
+        schema: names and types of the columns; those of a CSV file, which knows no types, are text.
+
+    Raises:
+        UserError: it cannot be read, or two columns have one name, or a column has none.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.address = source if is_remote(source) else os.path.abspath(source)
+        self.shown = shown(source)
+        self._suffix = os.path.splitext(self.shown)[1].lower()
+        if self._suffix not in (*_DELIMITERS, ".parquet"):
+            raise UserError(f"'{self.shown}' is not a table; give a .csv, .tsv or .parquet file")
+        if not is_remote(source) and not os.path.isfile(source):
+            raise UserError(f"'{source}' is not a file; give a .csv, .tsv or .parquet file")
+        self._file = pa.BufferReader(fetch(source)) if is_remote(source) else None
+        with self._guard():
+            self.schema = self._parquet().schema_arrow if self._suffix == ".parquet" else self._csv_schema()
+        self._check_names()
+
+    def batches(self, columns: Collection[str]) -> Iterator[pa.RecordBatch]:
+        """Some of the columns, batch by batch.
+
+        Raises:
+            UserError: the file is damaged, or no table; at the batch that it concerns.
+        """
+        with self._guard():
+            if self._suffix == ".parquet":
+                found = self._parquet().iter_batches(_BATCH, columns=list(columns))
+            else:
+                types = {name: pa.string() for name in self.schema.names}
+                found = self._csv(pa.csv.ConvertOptions(column_types=types, include_columns=list(columns)))
+        while True:
+            with self._guard():  # around the reading alone, not around what is done with it
+                batch = next(iter(found), None)
+            if batch is None:
+                return
+            yield batch.select(list(columns))
+
+    def check_text(self, *columns: str) -> None:
+        """Those of these columns that are there hold text.
+
+        Raises:
+            UserError: one holds something else.
+        """
+        for column in columns:
+            if column in self.schema.names and _alias(self.schema.field(column).type) != "string":
+                kind = self.schema.field(column).type
+                raise UserError(f"the column '{column}' of '{self.shown}' holds {kind}, not text; write it as text")
+
+    def attributes(self, without: Collection[str]) -> dict[str, str]:
+        """The other columns and their types, by alias.
+
+        Raises:
+            UserError: a column is neither text nor numbers nor yes and no, or has a name that is taken.
+        """
+        found: dict[str, str] = {}
+        for column in self.schema:
+            if column.name in without:
+                continue
+            alias = _alias(column.type)
+            if alias is None or column.name == "key":
+                what = "is called 'key', a name that is taken" if alias else f"holds {column.type}"
+                raise UserError(
+                    f"the column '{column.name}' of '{self.shown}' {what}; attributes are text, numbers or booleans: "
+                    "rename it, or leave it out"
+                )
+            found[column.name] = alias
+        return found
+
+    def _parquet(self) -> pa.parquet.ParquetFile:
+        return pa.parquet.ParquetFile(self._file or self.address, pre_buffer=False)
+
+    def _csv_schema(self) -> pa.Schema:
+        return pa.schema([(name, pa.string()) for name in self._csv(None).schema.names])
+
+    def _csv(self, convert: pa.csv.ConvertOptions | None) -> pa.csv.CSVStreamingReader:
+        if self._file is not None:
+            self._file.seek(0)
+        return pa.csv.open_csv(
+            self._file or self.address,
+            pa.csv.ReadOptions(use_threads=False, block_size=_BLOCK),
+            pa.csv.ParseOptions(delimiter=_DELIMITERS[self._suffix], newlines_in_values=True),
+            convert,
+        )
+
+    def _check_names(self) -> None:
+        names = self.schema.names
+        twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
+        if twice is not None:
+            raise UserError(f"two columns of '{self.shown}' are called '{twice}'; rename one of them")
+        if "" in names:
+            raise UserError(f"column {names.index('') + 1} of '{self.shown}' has no name; name it, or leave it out")
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """Say in one sentence what Arrow finds wrong with the file."""
+        try:
+            yield
+        except (pa.ArrowException, OSError, UnicodeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"'{self.shown}' cannot be read as a table ({reason}); mend it or write it again"
+            ) from error
+
+
+def _alias(kind: Any) -> str | None:
+    """The type of an attribute, of those that a sample may have."""
+    types = pa.types
+    if types.is_dictionary(kind):
+        return _alias(kind.value_type)
+    for alias, fits in (
+        ("string", (types.is_string, types.is_large_string, types.is_string_view, types.is_null)),
+        ("int64", (types.is_integer,)),
+        ("double", (types.is_floating,)),
+        ("bool", (types.is_boolean,)),
+    ):
+        if any(test(kind) for test in fits):
+            return alias
+    return None

@@ -1,7 +1,7 @@
 """`hypersphere data`: images to WebDataset shards, and shards checked."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -20,30 +20,57 @@ def _source_is_an_argument(value: str | None) -> None:
 
 @app.command("import")
 def import_(
-    source: Annotated[Path | None, typer.Argument(help="Zip or folder; glyphs need none.")] = None,
+    source: Annotated[str | None, typer.Argument(help="Folder, file or address; glyphs need none.")] = None,
     *,
-    kind: Annotated[Literal["omniglot", "folder", "glyphs"], typer.Option(help="Layout of the source.")],
-    to: Annotated[Path, typer.Option("--out", help="New folder for shards and manifest.json.")],
+    kind: Annotated[str, typer.Option(help="folder, list, tars, recordio, arrays, omniglot or glyphs.")],
+    to: Annotated[str, typer.Option("--out", help="New folder on this machine for shards and manifest.json.")],
     holdout_alphabets: Annotated[int | None, typer.Option(help="omniglot: whole alphabets held out.")] = None,
-    holdout_share: Annotated[float, typer.Option(help="folder, glyphs: share of the identities held out.")] = 0.1,
+    holdout_share: Annotated[float, typer.Option(help="Share of the identities held out (not of omniglot).")] = 0.1,
     max_bad: Annotated[float, typer.Option(help="Share of unreadable images past which the import fails.")] = 0.01,
     min_samples: Annotated[int, typer.Option(help="Leave out identities with fewer images.")] = 1,
-    samples_per_shard: Annotated[int, typer.Option(help="Images in one tar file.")] = 10_000,
+    samples_per_shard: Annotated[int, typer.Option(help="Images in one tar file; fewer where they exceed 1 GiB.")] = (
+        10_000
+    ),
+    max_side: Annotated[int | None, typer.Option(help="Store larger images with this many pixels a side.")] = None,
+    check: Annotated[bool, typer.Option(help="Decode every image, to leave out those that are damaged.")] = True,
+    jobs: Annotated[int | None, typer.Option(help="Processes that write shards; by default one a core.")] = None,
+    label_field: Annotated[str, typer.Option(help="tars: the field of .json with the label, instead of .cls.")] = "cls",
+    labels: Annotated[str | None, typer.Option(help="arrays: file with a label for each row, .npy or .csv.")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="tars: index them where they lie, copy none.")] = False,
     seed: Annotated[int, typer.Option(help="Chooses what is held out, and the order.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     _: Annotated[str | None, typer.Option("--source", hidden=True, callback=_source_is_an_argument)] = None,
 ) -> None:
     """Import images as WebDataset shards with a manifest.
 
-    **omniglot**: the official layout, from a zip or folder, from `$OMNIGLOT_ZIP`, or downloaded. Identity = character.
-    **folder**: one folder per identity, any format that Pillow reads. **glyphs**: rendered from installed fonts.
+    **folder**: one folder per identity, any format that Pillow reads. **omniglot**: the official layout, from a zip or
+    folder, from `$OMNIGLOT_ZIP`, or downloaded; identity = character. **glyphs**: rendered from installed fonts.
+    **list**: a CSV or Parquet file with the columns path or url, and label. **tars**: WebDataset tars of others, from
+    here or an address. **recordio**: InsightFace's train.rec. **arrays**: vectors or spectrograms in a .npy file (with
+    `--labels`) or a Parquet file.
+
+    An import that was interrupted goes on where it was when the same command is given again.
 
     Example: `hypersphere data import faces/ --kind folder --out data/faces --holdout-share 0.1`
     """
     from trainer.data.importers import ImportOptions
     from trainer.data.importers.run import run_import
 
-    options = ImportOptions(holdout_alphabets, holdout_share, max_bad, min_samples, seed, samples_per_shard, overwrite)
+    options = ImportOptions(
+        holdout_alphabets=holdout_alphabets,
+        holdout_share=holdout_share,
+        max_bad=max_bad,
+        min_samples=min_samples,
+        seed=seed,
+        samples_per_shard=samples_per_shard,
+        overwrite=overwrite,
+        jobs=jobs,
+        check=check,
+        max_side=max_side,
+        label_field=label_field,
+        labels=labels,
+        in_place=in_place,
+    )
     with progress() as show:
         manifest = run_import(kind, source, to, options, show)
     for name, split in manifest.splits.items():
@@ -51,7 +78,9 @@ def import_(
     for bad in manifest.bad[:20]:
         err.print(f"left out: {bad.name}: {bad.reason}")
     if manifest.bad:
-        err.print(f"{len(manifest.bad)} unreadable images were left out; all are named in {to}/manifest.json")
+        err.print(f"{len(manifest.bad)} were left out; all are named in {to}/manifest.json")
+    if shared := manifest.provenance.get("images_of_several_identities"):
+        err.print(f"images that several identities have: {shared}")
 
 
 @app.command()

@@ -8,6 +8,8 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from io import BytesIO
+from tokenize import TokenError
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +17,9 @@ from numpy.typing import NDArray
 from trainer.errors import UserError
 
 STORED = ("float32", "float16", "uint8")  # what is stored as it is; other numbers become float32
+# What numpy raises over a header, which it parses as Python.
+NOT_NPY = (ValueError, SyntaxError, TokenError, OverflowError, RecursionError, MemoryError, Warning)
 MAX_VALUES = 2**22  # of one sample: as float32, 16 MB
-AXES = {"vector": ("dimension",), "spectrogram": ("frequency", "time")}
 
 
 def as_payload(values: NDArray[np.generic]) -> bytes:
@@ -56,6 +59,36 @@ def as_array(data: bytes, shape: Sequence[int], name: str | None = None) -> NDAr
     raise UserError(
         f"{label} ({len(data)} bytes) is not a whole .npy file of shape {expected} and type "
         f"{', '.join(STORED[:-1])} or {STORED[-1]}; import the data again"
+    )
+
+
+def content_of(data: bytes, name: str) -> tuple[Literal["vector", "spectrogram"], tuple[int, ...]]:
+    """What the samples are of a set whose first one this is, and their shape.
+
+    Raises:
+        UserError: it is not a .npy file with one or two axes.
+    """
+    file = BytesIO(data)
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("its version is not 1.0")
+        shape, _, _ = np.lib.format.read_array_header_1_0(file)
+    except NOT_NPY as error:
+        raise UserError(f"'{name}' is not a .npy file of numbers: {error}; save it anew") from error
+    return content_of_shape(shape), shape
+
+
+def content_of_shape(shape: tuple[int, ...]) -> Literal["vector", "spectrogram"]:
+    """What a sample of this shape is.
+
+    Raises:
+        UserError: it has not one or two axes, or no values, or more than `MAX_VALUES`.
+    """
+    if len(shape) in (1, 2) and 0 < math.prod(shape) <= MAX_VALUES:
+        return "vector" if len(shape) == 1 else "spectrogram"
+    raise UserError(
+        f"a sample of shape {shape} is neither a vector (dimension) nor a spectrogram (frequency, time) of at most "
+        f"{MAX_VALUES} values; store it in such a shape"
     )
 
 

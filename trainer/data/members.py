@@ -16,7 +16,7 @@ BLOCK = 512
 _END = bytes(BLOCK)
 _MAX_NAME = 2**16  # bytes of a long name
 _MAX_HEADER = 2**20  # bytes of a header that describes the next one
-_REMEDY = "fetch or pack the archive again"
+_REMEDY = "fetch it anew, or pack it again"
 _REGULAR, _FOLDER, _LABEL = b"0\x007", b"5", b"V"
 _LONG_NAME, _LONG_LINK, _PAX_GLOBAL = b"L", b"K", b"g"
 _DESCRIBES = _LONG_NAME + _LONG_LINK + _PAX_GLOBAL + b"x"
@@ -41,7 +41,7 @@ def members(file: BinaryIO, archive: str) -> Iterator[Member]:
 
     Args:
         file: seekable; a buffer of 64 KiB makes the walk over small members several times as fast.
-        archive: what messages call it.
+        archive: what messages call it, behind the word shard.
 
     Raises:
         UserError: the archive is compressed, cut off or damaged (named with the byte), or holds a path that climbs out
@@ -62,10 +62,13 @@ def members(file: BinaryIO, archive: str) -> Iterator[Member]:
             (common if kind == _PAX_GLOBAL else extended).read(kind, content, archive, offset)
         else:
             name = _text(extended.path or common.path or _name(header))
-            _refuse(name, kind, extended.sparse, archive)
-            size = _first(extended.size, common.size, size) if kind in _REGULAR else 0
+            if kind not in _REGULAR or ".." in name or name.startswith("/") or extended.path or extended.sparse:
+                _refuse(name, kind, extended.sparse, archive)
+            size = extended.size if extended.size is not None else size if common.size is None else common.size
+            if kind not in _REGULAR:
+                size = 0
             if offset + BLOCK + size > end:
-                raise UserError(f"'{archive}' is cut off at byte {end}, inside '{name}'; {_REMEDY}")
+                raise UserError(f"shard '{archive}' is cut off at byte {end}, inside {name[:300]!r}; {_REMEDY}")
             if kind in _REGULAR and not name.endswith("/"):  # before ustar, a slash at the end made a folder
                 yield Member(name.removeprefix("./"), offset + BLOCK, size)
             extended = _Extended()
@@ -106,7 +109,7 @@ class _Extended:
 def _check(header: bytes, archive: str, offset: int) -> None:
     """A whole block whose sum is the one that it carries."""
     if len(header) < BLOCK:
-        raise UserError(f"'{archive}' is cut off at byte {offset + len(header)}; {_REMEDY}")
+        raise UserError(f"shard '{archive}' is cut off at byte {offset + len(header)}; {_REMEDY}")
     # Adler-32's lower half is the sum of the bytes plus one, modulo 65521, at 30 times the speed of `sum`. A header's
     # own sum counts the field that holds it as eight spaces.
     found = adler32(header[156:], adler32(b" " * 8, adler32(header[:148]))) & 0xFFFF
@@ -115,8 +118,8 @@ def _check(header: bytes, archive: str, offset: int) -> None:
         if offset == 0:
             for magic, name in _COMPRESSED.items():
                 if header.startswith(magic):
-                    raise UserError(f"'{archive}' is compressed ({name}); unpack it to a plain tar first")
-            raise UserError(f"'{archive}' is not a tar, or is damaged at byte 0; give a plain tar")
+                    raise UserError(f"shard '{archive}' is compressed ({name}); unpack it to a plain tar first")
+            raise UserError(f"shard '{archive}' is not a tar, or is damaged at byte 0; give a plain tar")
         raise _damaged(archive, offset)
 
 
@@ -133,15 +136,13 @@ def _number(field: bytes, archive: str, offset: int) -> int:
 def _content(file: BinaryIO, size: int, archive: str, offset: int) -> bytes:
     """The content of a header that only describes the next one."""
     if size > _MAX_HEADER:
-        raise UserError(f"'{archive}' has a header of {size} bytes at byte {offset}; at most {_MAX_HEADER} are read")
+        raise UserError(
+            f"shard '{archive}' has a header of {size} bytes at byte {offset}; at most {_MAX_HEADER} are read"
+        )
     content = file.read(size)
     if len(content) < size:
-        raise UserError(f"'{archive}' is cut off at byte {offset + BLOCK + len(content)}; {_REMEDY}")
+        raise UserError(f"shard '{archive}' is cut off at byte {offset + BLOCK + len(content)}; {_REMEDY}")
     return content
-
-
-def _first(*sizes: int | None) -> int:
-    return next(size for size in sizes if size is not None)
 
 
 def _name(header: bytes) -> bytes:
@@ -155,11 +156,11 @@ def _name(header: bytes) -> bytes:
 def _refuse(name: str, kind: bytes, sparse: bool, archive: str) -> None:
     if kind in _REFUSED or sparse:
         what = "a sparse file" if sparse else _REFUSED[kind]
-        raise UserError(f"'{name[:200]}' in '{archive}' is {what}; pack plain files only")
+        raise UserError(f"{name[:300]!r} in shard '{archive}' is {what}; pack plain files only")
     if kind not in _REGULAR + _FOLDER + _LABEL:
-        raise UserError(f"'{name[:200]}' in '{archive}' is of the unknown type {kind!r}; pack plain files only")
+        raise UserError(f"{name[:300]!r} in shard '{archive}' is of the unknown type {kind!r}; pack plain files only")
     if len(name) > _MAX_NAME or name.startswith("/") or ".." in name.split("/") or "\0" in name:
-        raise UserError(f"the path '{name[:200]}' leads out of '{archive}'; pack it with paths below one folder")
+        raise UserError(f"shard '{archive}' holds {name[:300]!r}, a path that leads out of it; do not use this archive")
 
 
 def _text(name: bytes) -> str:
@@ -168,4 +169,4 @@ def _text(name: bytes) -> str:
 
 
 def _damaged(archive: str, offset: int) -> UserError:
-    return UserError(f"'{archive}' is damaged at byte {offset}; {_REMEDY}")
+    return UserError(f"shard '{archive}' is damaged at byte {offset}; {_REMEDY}")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import fsspec
 
@@ -61,7 +61,7 @@ def shown(address: str | Path) -> str:
     if not is_remote(text):
         return text
     parts = urlsplit(text)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def join(address: str, name: str) -> str:
@@ -91,6 +91,40 @@ def fetch(address: str, start: int = 0, stop: int | None = None) -> bytes:
         return data
 
     return _patiently(address, read)
+
+
+def listed(address: str) -> list[dict[str, Any]]:
+    """What lies directly in a folder, as fsspec tells it: `name`, `type` ("file" or "directory"), `size` and others.
+
+    Raises:
+        UserError: as `fetch`.
+    """
+    return _patiently(address, lambda files, path: list(files.ls(path, detail=True)))
+
+
+def matching(pattern: str) -> list[str]:
+    """The addresses that a pattern with stars names, sorted; none, if the storage has no such files.
+
+    Raises:
+        UserError: as `fetch`.
+    """
+    return _patiently(pattern, lambda files, path: sorted(map(files.unstrip_protocol, files.glob(path))))
+
+
+def size_of(address: str) -> int:
+    """The file's size in bytes.
+
+    Raises:
+        UserError: as `fetch`; or the server does not tell it.
+    """
+
+    def ask(files: Any, path: str) -> int:
+        size = files.info(path).get("size")
+        if size is None:
+            raise _Cut("the server does not say how large it is")
+        return int(size)
+
+    return _patiently(address, ask)
 
 
 def _patiently(address: str, work: Callable[[Any, str], Result]) -> Result:

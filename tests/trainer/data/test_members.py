@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.peak import at_most
 from trainer.data.members import Member, members
 from trainer.errors import UserError
 
@@ -31,7 +32,8 @@ def packed(*entries: tuple[tarfile.TarInfo, bytes], format: str = "pax") -> byte
 
 
 def walk(data: bytes) -> list[Member]:
-    return list(members(io.BytesIO(data), "x.tar"))
+    file = io.BufferedReader(io.BytesIO(data))  # which takes the memory that it is asked to fill
+    return list(members(file, "x.tar"))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -70,7 +72,7 @@ def test_sizes_of_8_gib_and_more():
 @pytest.mark.parametrize("name", ["../up.jpg", "a/../../up.jpg", "/etc/passwd", "a/.."])
 @pytest.mark.parametrize("format", FORMATS)
 def test_paths_that_climb_out_are_refused(name: str, format: str):
-    with pytest.raises(UserError, match=r"the path '.*' leads out of 'x\.tar'"):
+    with pytest.raises(UserError, match=r"shard 'x\.tar' holds '.*', a path that leads out of it"):
         walk(packed((info(name, 1), b"a"), format=format))
 
 
@@ -87,14 +89,14 @@ def test_paths_that_climb_out_are_refused(name: str, format: str):
     ],
 )
 def test_what_is_no_plain_file_is_named(kind: bytes, says: str):
-    with pytest.raises(UserError, match=f"'odd' in 'x.tar' is {says}"):
+    with pytest.raises(UserError, match=f"'odd' in shard 'x.tar' is {says}"):
         walk(packed((info("odd", kind=kind, link="a"), b"")))
 
 
 def test_a_file_that_pax_calls_sparse_is_refused():
     entry = info("hole", 1)
     entry.pax_headers = {"GNU.sparse.major": "1"}
-    with pytest.raises(UserError, match=r"'hole' in 'x\.tar' is a sparse file"):
+    with pytest.raises(UserError, match=r"'hole' in shard 'x\.tar' is a sparse file"):
         walk(packed((entry, b"a")))
 
 
@@ -119,7 +121,7 @@ def test_damage_is_named_with_its_byte(spoil: Callable[[bytes], bytes], says: st
 
 def test_a_header_may_not_ask_for_much_memory():
     header = info("@LongLink", 2**30, tarfile.GNUTYPE_LONGNAME).tobuf(tarfile.GNU_FORMAT)
-    with pytest.raises(UserError, match="1073741824 bytes at byte 0; at most 1048576"):
+    with pytest.raises(UserError, match="1073741824 bytes at byte 0; at most 1048576"), at_most(2**20):
         walk(header)
 
 
@@ -144,11 +146,8 @@ def test_damage_raises_nothing_else(changes: list[tuple[int, int]], length: int)
     for place, value in changes:
         data[place] = value
     del data[length:]
-    try:
-        found = walk(bytes(data))
-    except UserError:
-        return
-    assert all(member.offset + member.size <= len(data) for member in found)
+    with contextlib.suppress(UserError), at_most(2 * len(WHOLE) + 2**20):
+        assert all(member.offset + member.size <= len(data) for member in walk(bytes(data)))
 
 
 @given(st.binary(max_size=2000), st.sampled_from([b"x", b"g", b"L", b"K"]))

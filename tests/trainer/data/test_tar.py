@@ -58,13 +58,12 @@ def test_long_names_are_read_whole(tmp_path: Path, form: int):
     assert [sample.payload for sample in samples] == [members[f"{key}.jpg"] for key in keys]
 
 
-def test_global_headers_and_folders_and_links_are_passed_over(tmp_path: Path):
+def test_global_headers_and_folders_are_passed_over(tmp_path: Path):
     path = tmp_path / "s.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "made by hand"}) as tar:
-        for name, kind in (("d", tarfile.DIRTYPE), ("d/link.png", tarfile.SYMTYPE), ("d/fifo", tarfile.FIFOTYPE)):
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "x" * 300
-            tar.addfile(info)
+        info = tarfile.TarInfo("d")
+        info.type = tarfile.DIRTYPE
+        tar.addfile(info)
         info = tarfile.TarInfo("d/a.png")
         info.size = 3
         tar.addfile(info, io.BytesIO(b"abc"))

@@ -73,6 +73,8 @@ class Listing:
         shape: of each vector or spectrogram; None for images.
         attributes: names of the attributes and their Arrow types by alias ("string", "int64", "double", "bool").
         passed_over: what was left out of the listing, to be told and stored.
+        prepare: called after the last entry, with a folder that goes when the import ends: makes there what
+            `read_<kind>` gets instead of `source`, and returns its path. For sources that cannot be read in any order.
         threads: payloads that one process reads at a time; more than 1 for reads that wait on a network.
     """
 
@@ -85,6 +87,7 @@ class Listing:
     shape: tuple[int, ...] | None = None
     attributes: dict[str, str] = field(default_factory=dict)
     passed_over: list[PassedOver] = field(default_factory=list)
+    prepare: Callable[[Path], str] | None = None
     threads: int = 1
 
 
@@ -121,6 +124,8 @@ class ImportOptions:
     check: bool = True  # decode every payload
     max_side: int | None = None  # pixels; larger images are stored smaller
     in_place: bool = False  # write no shards; see Kind
+    label_field: str = "cls"  # tars: the label is in `.cls`, or in this field of `.json`
+    labels: str | None = None  # arrays: the file with a label for each row
 
     def __post_init__(self) -> None:
         for name, value, allowed, valid in (

@@ -1,16 +1,19 @@
 """The plainest kind: every folder that holds files is an identity."""
 
 import os
+import posixpath
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from trainer.data.image import MAX_BYTES
 from trainer.data.importers import Entry, ImportOptions, Listing, PassedOver, Progress, Read, share_held_out
+from trainer.data.remote import fetch, is_remote, join, listed, shown
 from trainer.errors import UserError
 
 _LITTER = {"thumbs.db", "desktop.ini", "__macosx"}  # what file managers leave behind
-_REGULAR = stat.S_IFREG
+_CONNECTIONS = 16  # that each process reads an address with
+_STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated")  # what file systems tell of a file's content
 _OTHER = {
     stat.S_IFIFO: "is a FIFO",
     stat.S_IFSOCK: "is a socket",
@@ -26,18 +29,23 @@ def list_folder(source: str | None, options: ImportOptions, progress: Progress) 
     circles), links that lead nowhere and what is no file at all are passed over and named. Links to files are followed.
     Folders without files are no identities.
 
+    Args:
+        source: a folder of this machine, or an fsspec address of one, such as s3://bucket/faces.
+
     Raises:
         UserError: `source` is not a folder, or holds files directly.
     """
-    if source is None or not os.path.isdir(source):
+    remote = source is not None and is_remote(source)
+    if source is None or not (remote or os.path.isdir(source)):
         raise UserError(f"SOURCE '{source or ''}' is not a folder; give one that holds a folder of images per identity")
     passed_over: list[PassedOver] = []
     return Listing(
-        entries=_entries(source, passed_over),
-        source=os.path.abspath(source),
+        entries=(_addressed if remote else _entries)(source, passed_over),
+        source=source if remote else os.path.abspath(source),
+        threads=_CONNECTIONS if remote else 1,
         held_out=share_held_out(options.holdout_share, options.seed),
         provenance={
-            "source": Path(source).resolve().name,
+            "source": posixpath.basename(shown(source).rstrip("/")) if remote else Path(source).resolve().name,
             "held_out": f"{options.holdout_share:g} of the identities",
         },
         drop_duplicates=True,
@@ -47,7 +55,9 @@ def list_folder(source: str | None, options: ImportOptions, progress: Progress) 
 
 def read_folder(source: str, options: ImportOptions) -> Read:
     """Reads files by their path below `source`."""
-    return lambda place: read_regular(os.path.join(source, place), place)
+    if is_remote(source):
+        return lambda place: fetch(join(source, place))
+    return lambda place: read_regular(f"{source}/{place}", place)
 
 
 def read_regular(path: str, name: str) -> bytes:
@@ -77,7 +87,8 @@ def _entries(source: str, passed_over: list[PassedOver]) -> Iterator[Entry]:
         identity = text(folder[:-1])
         folders: list[str] = []
         for found in _sorted(source, folder, passed_over):
-            place, name = folder + found.name, text(folder + found.name)
+            place = folder + found.name
+            name = text(place)
             if found.name.lower() in _LITTER:
                 continue
             if found.is_dir():
@@ -89,13 +100,37 @@ def _entries(source: str, passed_over: list[PassedOver]) -> Iterator[Entry]:
             elif not found.name.startswith("."):
                 status = _status(found, name, passed_over)
                 if status is not None:
-                    if not folder:
-                        path = os.path.join(source, place)
-                        raise UserError(
-                            f"'{path}' lies directly in SOURCE; put every image into the folder of its identity"
-                        )
+                    _check_folder(folder, f"{source}/{place}")
                     yield Entry(identity, name, place, size=status.st_size, stamp=str(status.st_mtime_ns))
         waiting += reversed(folders)
+
+
+def _addressed(source: str, passed_over: list[PassedOver]) -> Iterator[Entry]:
+    """As `_entries`, of an fsspec address."""
+    waiting = [""]
+    while waiting:
+        folder = waiting.pop()
+        folders: list[str] = []
+        for found in sorted(listed(join(source, folder)), key=lambda one: str(one["name"])):
+            name = posixpath.basename(found["name"].rstrip("/"))
+            place = folder + name
+            if name.lower() in _LITTER or (found["type"] == "file" and found["name"].endswith("/")):
+                continue  # the latter is how an object store notes an empty folder
+            if found["type"] == "directory":
+                if name.startswith("."):
+                    passed_over.append(PassedOver(place, "is a hidden folder"))
+                else:
+                    folders.append(place + "/")
+            elif not name.startswith("."):
+                _check_folder(folder, join(shown(source), place))
+                stamp = "".join(str(found[key]) for key in _STAMPS if key in found)
+                yield Entry(folder[:-1], place, place, size=found.get("size"), stamp=stamp)
+        waiting += reversed(folders)
+
+
+def _check_folder(folder: str, path: str) -> None:
+    if not folder:
+        raise UserError(f"'{path}' lies directly in SOURCE; put every image into the folder of its identity")
 
 
 def _sorted(source: str, folder: str, passed_over: list[PassedOver]) -> list["os.DirEntry[str]"]:

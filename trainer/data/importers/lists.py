@@ -31,13 +31,9 @@ def list_list(source: str | None, options: ImportOptions, progress: Progress) ->
             name one file, or files are missing, and then the message names them, up to a limit.
     """
     table = Table(source or "")
-    where = next((name for name in ("path", "url") if name in table.schema.names), None)
-    if where is None or "label" not in table.schema.names:
-        missing = "'label'" if where else "'path' or 'url'"
-        raise UserError(
-            f"'{table.shown}' has no column {missing} but {', '.join(map(repr, table.schema.names[:10]))}; its first "
-            "line names the columns, with commas between (tabs in a .tsv file)"
-        )
+    where = "url" if "url" in table.schema.names and "path" not in table.schema.names else "path"
+    table.check_has(where)
+    table.check_has("label")
     table.check_text(where, "split")
     listing = Listing(
         entries=(),

@@ -18,7 +18,7 @@ from trainer.strict import Strict
 
 PLAN_FOLDER = ".plan"  # in the folder of the unfinished data set
 PLAN_FILE, ENTRIES_FILE, IDENTITIES_FILE = "plan.json", "entries.arrow", "identities.arrow"
-BATCH = 2**14  # entries that are in memory at a time
+BATCH = 2**13  # entries that are in memory at a time
 COLUMNS = ("identity", "name", "place", "split", "size")  # of the entries; after them come the attributes
 
 
@@ -93,7 +93,7 @@ class Plan:
         self.file = PlanFile.model_validate_json((folder / PLAN_FILE).read_bytes())
         self.shards = self.file.shards
         self._entries = open_arrow(folder / ENTRIES_FILE)
-        self._batches: dict[int, pa.RecordBatch] = {}
+        self._batches: dict[int, list[pa.Array]] = {}
 
     @cached_property
     def identities(self) -> Names:
@@ -134,11 +134,10 @@ class Plan:
         """Name, place and attributes of a row."""
         number, at = divmod(row, BATCH)
         if number not in self._batches:
-            self._batches[number] = self._entries.get_batch(number)
-        batch = self._batches[number]
-        name, place = batch.column(1)[at].as_py(), batch.column(2)[at].as_py()
-        values = {key: batch.column(len(COLUMNS) + i)[at].as_py() for i, key in enumerate(self.file.attributes)}
-        return name, place.decode("utf-8", "surrogateescape"), values
+            self._batches[number] = self._entries.get_batch(number).columns
+        _, names, places, _, _, *attributes = self._batches[number]
+        values = {key: column[at].as_py() for key, column in zip(self.file.attributes, attributes, strict=True)}
+        return names[at].as_py(), places[at].as_py().decode("utf-8", "surrogateescape"), values
 
     def _array(self, name: str) -> NDArray[Any]:
         found: NDArray[Any] = np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)

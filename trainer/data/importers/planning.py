@@ -52,9 +52,12 @@ def make_plan(folder: Path, kind: str, listing: Listing, options: ImportOptions,
     """
     digest = _digest(kind, listing, options)
     total = _write_entries(folder / ENTRIES_FILE, listing, digest, show)
+    if listing.prepare is not None:
+        listing.source = listing.prepare(folder)
     table = open_arrow(folder / ENTRIES_FILE).read_all()
-    codes, identities = _encode(table["identity"])
-    split_names, split_of = _splits(table["split"], codes, Names(identities), listing)
+    codes = _number(table["identity"], folder / IDENTITIES_FILE)
+    identities = Names(open_arrow(folder / IDENTITIES_FILE).get_batch(0).column(0))
+    split_names, split_of = _splits(table["split"], codes, identities, listing)
     kept = np.bincount(codes, minlength=len(identities)) >= options.min_samples
     labels = np.full(len(identities), -1, np.int32)
     shards: list[PlannedShard] = []
@@ -65,13 +68,12 @@ def make_plan(folder: Path, kind: str, listing: Listing, options: ImportOptions,
             check_classes(len(classes), split, options.min_samples)
             labels[classes] = np.arange(len(classes))
             if split == "train":
-                rows = rows[np.random.default_rng([options.seed, _SHUFFLE]).permutation(len(rows))]
-            shards += _cut(split, table["size"].to_numpy()[rows], options.samples_per_shard)
+                np.random.default_rng([options.seed, _SHUFFLE]).shuffle(rows)
+            shards += _cut(split, table["size"].to_numpy(), rows, options.samples_per_shard)
             _save(folder, {f"classes-{split}": classes, f"rows-{split}": rows})
     if not shards:
         check_classes(0, None, options.min_samples)
     _save(folder, {"codes": codes, "labels": labels})
-    _write_names(folder / IDENTITIES_FILE, identities)
     names = ("source", "content", "shape", "attributes", "drop_duplicates", "threads", "provenance", "passed_over")
     file = PlanFile(
         digest=digest.hexdigest(),
@@ -127,17 +129,24 @@ def _columns(batch: list[Entry], attributes: list[str], digest: "_Hash") -> list
     coded = [place.encode("utf-8", "surrogateescape") for place in places]  # names of files may be any bytes
     further = [[(found or {}).get(key) for found in values] for key in attributes]
     columns = [identities, names, coded, splits, [min(size or 0, MAX_SHARD_BYTES) for size in sizes], *further]
-    digest.update(repr((columns, stamps)).encode())
+    for column in (*columns, stamps):
+        digest.update(repr(column).encode())
     return columns
 
 
-def _encode(column: pa.ChunkedArray) -> tuple[NDArray[np.int32], pa.Array]:
-    """The number of each entry's identity among the sorted identities, and these."""
+def _number(column: pa.ChunkedArray, path: Path) -> NDArray[np.int32]:
+    """The number of each entry's identity among the sorted identities, which are written as an Arrow file."""
     encoded = column.dictionary_encode().combine_chunks()
-    order = pc.sort_indices(encoded.dictionary).to_numpy()
+    order = pc.sort_indices(encoded.dictionary)
+    table = pa.table({"name": encoded.dictionary.cast(pa.large_string()).take(order)})
+    with path.open("wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=len(table))
     rank = np.empty(len(order), np.int32)
-    rank[order] = np.arange(len(order))
-    return rank[encoded.indices.to_numpy()], encoded.dictionary.cast(pa.large_string()).take(pa.array(order))
+    rank[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
+    codes: NDArray[np.int32] = rank[encoded.indices.to_numpy()]
+    del encoded, table, order
+    pa.default_memory_pool().release_unused()
+    return codes
 
 
 def _splits(
@@ -167,15 +176,13 @@ def _splits(
     return names, split_of
 
 
-def _cut(split: str, sizes: NDArray[np.int32], samples_per_shard: int) -> list[PlannedShard]:
+def _cut(split: str, sizes: NDArray[np.int32], rows: NDArray[np.int64], samples_per_shard: int) -> list[PlannedShard]:
     """Shards of so many samples, or of fewer where these would have more than `MAX_SHARD_BYTES`."""
-    ends = np.cumsum(sizes.astype(np.int64) + _TAR_BYTES)
     shards: list[PlannedShard] = []
     first = 0
-    while first < len(sizes):
-        begun = int(ends[first - 1]) if first else 0
-        fit = int(np.searchsorted(ends, begun + MAX_SHARD_BYTES, side="right")) - first
-        samples = min(samples_per_shard, max(1, fit), len(sizes) - first)
+    while first < len(rows):
+        ends = np.cumsum(sizes[rows[first : first + samples_per_shard]] + np.int64(_TAR_BYTES))
+        samples = max(1, int(np.searchsorted(ends, MAX_SHARD_BYTES, side="right")))
         shards.append(PlannedShard(name=f"{split}-{len(shards):06d}.tar", split=split, first=first, samples=samples))
         first += samples
     return shards
@@ -184,9 +191,3 @@ def _cut(split: str, sizes: NDArray[np.int32], samples_per_shard: int) -> list[P
 def _save(folder: Path, arrays: dict[str, NDArray[Any]]) -> None:
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array, allow_pickle=False)
-
-
-def _write_names(path: Path, names: pa.Array) -> None:
-    table = pa.table({"name": names})
-    with path.open("wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table, max_chunksize=len(names))

@@ -24,6 +24,7 @@ from trainer.data.importers.planning import make_plan
 from trainer.data.importers.processes import Setup, cannot_write, run_tasks
 from trainer.data.importers.work import REDONE, RESULTS, WORK_FOLDER, Bad, Result, Task, Tell, result_file
 from trainer.data.manifest import MANIFEST_FILE, Manifest
+from trainer.data.remote import is_remote, shown
 from trainer.errors import UserError
 
 _DATA_SET = Kind("a data set", MANIFEST_FILE)
@@ -34,7 +35,7 @@ _WORTH_A_PROCESS = 4_000  # samples: fewer are written before another process ha
 def run_import(
     kind: str,
     source: Path | str | None,
-    out: Path,
+    out: Path | str,
     options: ImportOptions | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
@@ -46,7 +47,9 @@ def run_import(
 
     Args:
         kind: one of `kinds.KINDS`.
-        source: what to read; None where the kind needs none (glyphs) or knows where to find it (omniglot).
+        source: a folder, file or address, as the kind says; None where it needs none (glyphs) or knows where to find it
+            (omniglot).
+        out: a folder of this machine.
         progress: called with a stage ("download", "list", "import", ...), what is done and what there is to do.
 
     Raises:
@@ -58,6 +61,12 @@ def run_import(
     show = progress or (lambda stage, done, total: None)
     if kind not in KINDS:
         raise UserError(f"--kind {kind} is not known; allowed: {', '.join(KINDS)}")
+    if is_remote(out):
+        raise UserError(
+            f"--out '{shown(out)}' is not a folder of this machine; import into one, and copy that to its address with "
+            "the storage's own tools: data sets are read from there as they are"
+        )
+    out = Path(out)
     with fresh_folder(out, _DATA_SET, options.overwrite, resumable=True) as folder:
         try:
             if options.in_place:

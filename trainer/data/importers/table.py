@@ -60,9 +60,27 @@ class Table:
         while True:
             with self._guard():  # around the reading alone, not around what is done with it
                 batch = next(iter(found), None)
-            if batch is None:
-                return
+                if batch is None:
+                    return
+                batch.validate(full=True)  # Arrow believes Parquet files that their text is UTF-8
             yield batch.select(list(columns))
+
+    def rows(self) -> int:
+        """How many rows a Parquet file says that it has."""
+        with self._guard():
+            return int(self._parquet().metadata.num_rows)
+
+    def check_has(self, column: str) -> None:
+        """The column is there.
+
+        Raises:
+            UserError: it is not.
+        """
+        if column not in self.schema.names:
+            raise UserError(
+                f"'{self.shown}' has no column '{column}' but {', '.join(map(repr, self.schema.names[:10]))}; the "
+                "first line names the columns, with commas between (tabs in a .tsv file)"
+            )
 
     def check_text(self, *columns: str) -> None:
         """Those of these columns that are there hold text.
@@ -75,7 +93,7 @@ class Table:
                 kind = self.schema.field(column).type
                 raise UserError(f"the column '{column}' of '{self.shown}' holds {kind}, not text; write it as text")
 
-    def attributes(self, without: Collection[str]) -> dict[str, str]:
+    def attributes(self, without: Collection[str | None]) -> dict[str, str]:
         """The other columns and their types, by alias.
 
         Raises:

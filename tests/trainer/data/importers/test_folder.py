@@ -6,6 +6,7 @@ import pytest
 
 from trainer.data.importers import Entry, ImportOptions, Listing, share_held_out
 from trainer.data.importers.folder import list_folder, read_folder
+from trainer.data.importers.run import run_import
 from trainer.errors import UserError
 
 
@@ -118,3 +119,24 @@ def test_sources_that_cannot_be_used(tmp_path: Path):
     touch(tmp_path, "a/1.png", "loose.png")
     with pytest.raises(UserError, match=r"loose\.png' lies directly in SOURCE"):
         listed(tmp_path)
+
+
+def test_folder_at_an_address_gives_the_bytes_of_a_local_one(tmp_path: Path, image_folder: Path):
+    options = ImportOptions(holdout_share=0.3, samples_per_shard=10)
+    here = run_import("folder", image_folder, tmp_path / "here", options)
+    there = run_import("folder", f"file://{image_folder}", tmp_path / "there", options)
+    assert there.model_dump() == here.model_dump()
+    (image_folder / ".hidden").mkdir()
+    entries, listing = listed(f"file://{image_folder}")
+    (image_folder / ".hidden").rmdir()
+    assert entries == [
+        entry._replace(stamp=at.stamp) for entry, at in zip(listed(image_folder)[0], entries, strict=True)
+    ]
+    assert all(entry.stamp for entry in entries)
+    assert listing.passed_over == [(".hidden", "is a hidden folder")]
+
+
+def test_loose_file_at_an_address(tmp_path: Path):
+    touch(tmp_path, "a/1.png", "loose.png")
+    with pytest.raises(UserError, match=r"file://.*/loose\.png' lies directly in SOURCE"):
+        listed(f"file://{tmp_path}")

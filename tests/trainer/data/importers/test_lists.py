@@ -1,10 +1,8 @@
 """Import from CSV and Parquet lists."""
 
 import contextlib
-import http.server
 import io
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.web import Web, serving
+from trainer.data import remote
 from trainer.data.importers import Entry, ImportOptions, Listing
 from trainer.data.importers.lists import list_list, read_list
 from trainer.data.importers.run import run_import
 from trainer.errors import UserError
 
 OPTIONS = ImportOptions()
+NO_TEXT = pa.array([b"\xff.jpg"]).cast(pa.string(), safe=False)
 
 
 def listing_of(source: Path | str) -> Listing:
@@ -114,8 +115,8 @@ def test_whole_floats_are_numbers_too(files: Path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("a.jpg,ada\n", r"list\.csv' has no column 'path' or 'url' but 'a\.jpg', 'ada'; its first line names"),
-        ("path;label\na.jpg;ada\n", "has no column 'path' or 'url' but 'path;label'"),
+        ("a.jpg,ada\n", r"list\.csv' has no column 'path' but 'a\.jpg', 'ada'; the first line names"),
+        ("path;label\na.jpg;ada\n", "has no column 'path' but 'path;label'"),
         ("path,name\na.jpg,ada\n", "has no column 'label' but 'path', 'name'"),
         ("path,label,label\na.jpg,ada,x\n", "two columns of .* are called 'label'"),
         (",path,label\n0,a.jpg,ada\n", "column 1 of .* has no name"),
@@ -150,6 +151,7 @@ def test_what_is_wrong_is_said_in_one_sentence(files: Path, text: str, says: str
         ({"path": ["a.jpg"], "label": [0.5]}, r"has the label 0\.5, which is neither"),
         ({"path": ["a.jpg"], "label": [-1]}, "has the negative label -1"),
         ({"path": ["a.jpg"], "label": [True]}, "has the label True, which is neither"),
+        ({"path": NO_TEXT, "label": ["x"]}, r"cannot be read as a table \(.*UTF8"),
         ({"path": [3], "label": ["x"]}, "'path' of .* holds int64, not text"),
         ({"path": ["a.jpg"], "label": ["x"], "split": [1]}, "'split' of .* holds int64, not text"),
         (
@@ -175,20 +177,12 @@ def test_a_name_that_looks_like_not_a_number_is_a_name(files: Path):
 
 
 @pytest.fixture
-def server(files: Path) -> Iterator[str]:
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args: object) -> None:
-            super().__init__(*args, directory=str(files))
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as listening:
-        thread = threading.Thread(target=listening.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{listening.server_port}"
-        listening.shutdown()
-        thread.join()
+def server(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(remote, "_FIRST_DELAY", 0.01)
+    web = Web(files)
+    web.faults["a.jpg"] = 2
+    with serving(web):
+        yield web.address
 
 
 def test_addresses_are_read_and_named_without_their_tokens(files: Path, server: str):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.peak import at_most
 from tests.trainer.data.importers.recordio_files import MAGIC, content, part, record
 from trainer.data.importers.records import Head, Records
 from trainer.errors import UserError
@@ -71,7 +72,7 @@ def test_a_record_larger_than_an_image_may_be_is_not_read(tmp_path: Path):
     path = saved(tmp_path, MAGIC + struct.pack("<I", 2**29 - 1))
     with path.open("r+b") as file:
         file.truncate(2**29 + 8)  # a hole: takes no room on the disk
-    with pytest.raises(UserError, match=r"the record at byte 0 .* store its image smaller"):
+    with pytest.raises(UserError, match=r"the record at byte 0 .* store its image smaller"), at_most(2**20):
         Records(path).image(0)
 
 
@@ -86,7 +87,7 @@ def test_damage_raises_nothing_else(changes: list[tuple[int, int]], length: int)
     data = bytearray(WHOLE)
     for place, value in changes:
         data[place] = value
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(UserError):
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(UserError), at_most(2 * len(WHOLE) + 2**20):
         records = Records(saved(Path(folder), bytes(data[:length])))
         for offset in records.offsets():
             image = records.image(offset)

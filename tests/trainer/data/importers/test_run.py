@@ -3,13 +3,14 @@ import shutil
 import tarfile
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
 from trainer.data.image import decode
-from trainer.data.importers import ImportOptions, share_held_out
+from trainer.data.importers import ImportOptions, shards, share_held_out
 from trainer.data.importers.run import run_import
 from trainer.data.manifest import Manifest
 from trainer.data.verify import verify
@@ -214,9 +215,38 @@ def test_options_out_of_range(options: dict, words: str):
 
 
 def test_unknown_kind(tmp_path: Path):
-    with pytest.raises(UserError, match="--kind faces is not known; allowed: omniglot, folder, glyphs"):
+    with pytest.raises(UserError, match=r"--kind faces is not known; allowed: omniglot, folder, glyphs"):
         run_import("faces", tmp_path, tmp_path / "set")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_set_is_written_to_a_folder_of_this_machine(tmp_path: Path, image_folder: Path, jobs: int):
+    with pytest.raises(UserError, match=r"--out 's3://bucket/set' is not a folder of this machine; import into one"):
+        run_import("folder", image_folder, "s3://key:secret@bucket/set", ImportOptions(jobs=jobs))
+
+
+def test_image_of_two_identities_is_listed(tmp_path: Path, people: Path):
+    shutil.copy(people / "ada" / "00.png", people / "bob" / "copy.png")
+    shutil.copy(people / "ada" / "00.png", people / "cy" / "copy.png")
+    shutil.copy(people / "eve" / "00.png", people / "fay" / "copy.png")
+    made = run_import("folder", people, tmp_path / "set", WHOLE)
+    assert made.provenance["images_of_several_identities"] == "2, all in duplicates.jsonl"
+    lines = (tmp_path / "set" / "duplicates.jsonl").read_text().splitlines()
+    found = {frozenset(image["name"] for image in json.loads(line)["images"]) for line in lines}
+    assert found == {
+        frozenset({"ada/00.png", "bob/copy.png", "cy/copy.png"}), frozenset({"eve/00.png", "fay/copy.png"})
+    }  # fmt: skip
+    assert made.splits["train"].samples == 50
+
+
+def test_same_checksum_and_size_make_no_duplicates(tmp_path: Path, people: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shards, "zlib", SimpleNamespace(crc32=lambda data: 7))
+    monkeypatch.setattr("trainer.data.importers.decide._AT_A_TIME", 10)
+    shutil.copy(people / "ada" / "00.png", people / "ada" / "copy.png")
+    made = run_import("folder", people, tmp_path / "set", WHOLE)
+    assert made.provenance["duplicates_left_out"] == "1"
+    assert made.splits["train"].samples == 47
 
 
 def test_duplicates_within_an_identity_are_left_out(tmp_path: Path, people: Path):

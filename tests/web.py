@@ -23,7 +23,7 @@ class Web:
         latency: seconds before each answer.
         rate: bytes a second of each connection; None: as fast as it goes.
         faults: how many answers of a file are spoilt, by its name, in the way `fault` says: "cut" ends in the middle,
-            "busy" is a 503, "silent" closes without a word, "flip" has its middle byte changed.
+            "busy" is a 503, "silent" closes without a word, "hang" does so after 3 s, "flip" changes its middle byte.
         password: "user:password" that is asked for.
         token: that the query has to carry.
         ranges: False: answers whole files always.
@@ -92,7 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._say(404)
         elif fault == "busy":
             self._say(503)
-        elif fault == "silent":
+        elif fault in ("silent", "hang"):
+            time.sleep(3 * (fault == "hang"))
             self.close_connection = True
         else:
             self._send(name, fault)

@@ -104,16 +104,15 @@ class Collapse:
 
     def __init__(self, config: Config, manifest: Manifest, group: Group) -> None:
         split = training_split(manifest, config.data)
-        counts = split.classes.counts()
-        self._each = min(SAMPLES_A_CLASS, int(counts.min()))
+        least = int(split.classes.by_size()[-1])
+        self._each = min(SAMPLES_A_CLASS, int(split.classes.counts()[least]))
         if self._each < 2:
-            least = split.classes[int(counts.argmin())]
             raise UserError(
-                f"run.collapse compares images of one identity, but '{least}' has {counts.min()}; "
+                f"run.collapse compares images of one identity, but '{split.classes[least]}' has {self._each}; "
                 "import with --min-samples 2, or set run.collapse=false"
             )
         self._group, self._bf16 = group, config.engine.bf16
-        self._classes = min(MOST_CLASSES, len(counts))
+        self._classes = min(MOST_CLASSES, split.identities)
         self._together = min(_CLASSES_A_STEP, -(-self._classes // group.size))
         self._steps = -(-self._classes // self._together)
         size = {"batch_size": self._together * self._each, "identities_per_batch": self._together}

@@ -93,9 +93,9 @@ def start(config: Config, resume: bool, on_record: Callable[[Record], None], on_
     write_file(folder / "config.yaml", config.to_yaml())
     note = RunNote.read(folder) if resume else RunNote()
     tracker = Tracker(config.tracking, on_trouble, note.mlflow_run_id or None)
-    address = shown(config.data.path)  # what others read carries no password
-    public = config.model_copy(update={"data": config.data.model_copy(update={"path": address})})
-    tracker.start(public.model_dump(mode="json"), public.to_yaml(), {"data": address, "data_kind": kind})
+    public = _public(config)
+    facts = {"data": str(public.data.path), "data_kind": kind}
+    tracker.start(public.model_dump(mode="json"), public.to_yaml(), facts)
     measured = {one.step: one.values for one in note.evaluations}
 
     def dispatch(record: Record) -> None:
@@ -117,6 +117,13 @@ def start(config: Config, resume: bool, on_record: Callable[[Record], None], on_
     finally:
         _finish(config, tracker, status, measured)
     return folder
+
+
+def _public(config: Config) -> Config:
+    """The config as others may read it: addresses without passwords and tokens."""
+    mix = tuple(part.model_copy(update={"path": shown(part.path)}) for part in config.data.mix)
+    data = config.data.model_copy(update={"path": shown(config.data.path), "mix": mix})
+    return config.model_copy(update={"data": data})
 
 
 def _finish(config: Config, tracker: Tracker, status: Status, measured: Mapping[int, dict[str, float]]) -> None:

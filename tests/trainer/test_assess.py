@@ -1,5 +1,9 @@
 """An Embedder on a split: the vectors of each sample, in order, and what is found with them."""
 
+import shutil
+from collections import Counter
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -72,3 +76,11 @@ def test_thresholds_name_the_model_the_split_and_the_gallery(data, embedder):
 def test_a_split_that_is_not_there_is_named(data, embedder):
     with pytest.raises(UserError, match="no split 'test'"):
         evaluate_split(embedder, data, "test")
+
+
+def test_a_data_set_of_format_1_is_evaluated(tmp_path, embedder):
+    old = shutil.copytree(Path(__file__).parent / "data" / "format1", tmp_path / "old")
+    split = Manifest.read(old).split("val")
+    vectors_ND, labels_N = embed_split(embedder, split)
+    assert vectors_ND.shape[0] == split.samples == 9
+    assert Counter(split.classes[label] for label in labels_N) == {"ada": 4, "fay": 5}

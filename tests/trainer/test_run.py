@@ -8,12 +8,14 @@ import pytest
 from PIL import Image
 
 from tests.ranks import folder_of_shapes
+from tests.web import Web, serving
 from trainer import launch
 from trainer.config import Config, load
 from trainer.data.importers import ImportOptions
 from trainer.data.importers.run import run_import
 from trainer.errors import UserError
 from trainer.run import RunNote, start
+from trainer.tracking import Tracker
 from trainer.train import Record
 
 Workers = Callable[[Config, bool, Callable[[Record], None]], None]
@@ -85,3 +87,15 @@ def test_a_folder_without_a_note_and_one_with_a_spoilt_one(tmp_path: Path) -> No
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(UserError, match="is not a run's note"):
         RunNote.read(tmp_path)
+
+
+def test_what_mlflow_is_told_carries_no_password(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(Tracker, "start", lambda _, *arguments: told.extend(arguments))
+    monkeypatch.setattr(launch, "launch", workers(10))
+    with serving(Web(data, password="annie:s3cret", token="t0ken")) as web:
+        address = f"http://annie:s3cret@127.0.0.1:{web.port}/?key=t0ken"
+        mix, cache = f"data.mix=[{{path: '{address}'}}]", f"data.cache_dir={tmp_path}/cache"
+        start(config(data, tmp_path / "run", f"data.path={address}", mix, cache), False, lambda _: None, pytest.fail)
+    assert str(told).count(f"http://127.0.0.1:{web.port}/") == 5  # path and mix, as a tree and as text, and the fact
+    assert not any(secret in str(told) for secret in ("annie", "s3cret", "t0ken"))

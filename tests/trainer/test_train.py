@@ -127,3 +127,19 @@ def other_world(rank: int, data: Path, folder: Path) -> None:
 
 def test_another_number_of_workers_is_refused_for_now(data: Path, resumed: Path) -> None:
     run_on_ranks(1, other_world, data, resumed)
+
+
+def from_a_mix(rank: int, data: Path, folder: Path) -> None:
+    mix = f"data.mix=[{{path: {data}, weight: 2}}, {{path: {data}, weight: 1}}]"
+    overrides = ["scaling.workers=1", mix, "data.decode_processes=1", "data.cache=none", "data.max_bad=1"]
+    overrides += ["run.checkpoint_every=4", "run.max_steps=7", "augment.jpeg=0.5", "augment.blur=0.5"]
+    whole = losses(train(config(data, folder / "whole", *overrides), folder, rank))
+    cut = config(data, folder / "cut", *overrides)
+    train(cut, folder, rank, stop_at=5)
+    after = train(cut, folder, rank, resume=True)
+    assert losses(after) == {step: loss for step, loss in whole.items() if step > 4}
+    assert [record.values["bad_samples"] for record in after if record.kind == "step"] == [0, 0, 0]
+
+
+def test_a_mix_from_decoder_processes_resumes_exactly(data: Path, tmp_path: Path) -> None:
+    run_on_ranks(1, from_a_mix, data, tmp_path)

@@ -41,9 +41,8 @@ class Cache:
         self.folder = folder
         self.limit = limit
 
-    @contextmanager
-    def open(self, digest: str, size: int | None) -> Iterator["CachedFile"]:
-        """The file with this SHA-256, which may have nothing in it yet; it is not removed before the block ends.
+    def open(self, digest: str, size: int | None) -> "CachedFile":
+        """The file with this SHA-256, which may have nothing in it yet; for a `with` block.
 
         Args:
             digest: SHA-256 of the whole.
@@ -52,16 +51,19 @@ class Cache:
         Raises:
             UserError: the folder cannot be written to.
         """
+        path = os.path.join(self.folder, digest)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # the data may be private
-            file = _open_locked(self.folder / digest)
+            try:
+                file = _open_locked(path)
+            except FileNotFoundError:
+                self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # the data may be private
+                file = _open_locked(path)
         except OSError as error:
             raise UserError(
                 f"the cache '{self.folder}' cannot be used: {error.strerror}; set data.cache_dir to a folder that can "
                 "be written to"
             ) from error
-        with file:
-            yield CachedFile(self, file, self.folder / digest, size)
+        return CachedFile(self, file, path, size)
 
     def reserve(self, size: int) -> None:
         """Count `size` more bytes and a page of the map, removing what was used longest ago where they are too many.
@@ -98,9 +100,9 @@ class Cache:
 
 
 class CachedFile:
-    """One file of the cache, open; `size` is 0 while nobody knows it."""
+    """One file of the cache; not removed as long as it is open. `size` is 0 while nobody knows it."""
 
-    def __init__(self, cache: Cache, file: FileIO, path: Path, size: int | None) -> None:
+    def __init__(self, cache: Cache, file: FileIO, path: str, size: int | None) -> None:
         self.file = file
         self.path = path
         self._cache = cache
@@ -110,13 +112,24 @@ class CachedFile:
             os.ftruncate(file.fileno(), self.size)
         os.utime(file.fileno())  # the time of last use
 
+    def __enter__(self) -> "CachedFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
     def missing(self, ranges: Ranges | None) -> list[tuple[int, int]]:
         """Runs of blocks (first, stop) to fetch for these ranges (None: for all), each of at most PART bytes."""
-        wanted = np.zeros(_blocks(self.size), bool)
-        for offset, size in [(0, self.size)] if ranges is None else ranges:
-            wanted[offset // BLOCK : _blocks(offset + size)] = True
+        blocks = _blocks(self.size)
+        spans = [(0, blocks)] if ranges is None else [(at // BLOCK, _blocks(at + size)) for at, size in ranges]
         with self._map() as handle:
-            wanted &= _read_map(handle, 0, len(wanted)) == 0
+            there = os.pread(handle, blocks, 1).ljust(blocks, b"\0")
+        if not any(b"\0" in there[first:stop] for first, stop in spans):
+            return []
+        wanted = np.zeros(blocks, bool)
+        for first, stop in spans:
+            wanted[first:stop] = True
+        wanted &= np.frombuffer(there, np.uint8) == 0
         return [
             (first, min(first + PART // BLOCK, stop))
             for start, stop in _runs(wanted)
@@ -131,7 +144,8 @@ class CachedFile:
         """
         with self._map() as handle:
             _lock(handle, 1 + first, stop - first)
-            for start, end in _runs(_read_map(handle, first, stop) == 0):
+            there = os.pread(handle, stop - first, 1 + first).ljust(stop - first, b"\0")
+            for start, end in _runs(np.frombuffer(there, np.uint8) == 0):
                 begin, past = (first + start) * BLOCK, min((first + end) * BLOCK, self.size)
                 self._write(fetch, begin, past)
                 os.pwrite(handle, b"\1" * (end - start), 1 + first + start)
@@ -168,7 +182,7 @@ class CachedFile:
             if os.pread(handle, 1, 0) == b"\1":
                 return True
             with FileIO(self.path) as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != self.path.name:
+                if hashlib.file_digest(file, "sha256").hexdigest() != os.path.basename(self.path):
                     return False
             os.fdatasync(self.file.fileno())  # so that the map never says more than the disk, should the power fail
             os.pwrite(handle, b"\1", 0)
@@ -198,13 +212,13 @@ class CachedFile:
             os.close(handle)
 
 
-def _open_locked(path: Path) -> FileIO:
+def _open_locked(path: str) -> FileIO:
     """The file, made if it is not there, with a shared lock."""
     while True:
         file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
         fcntl.flock(file, fcntl.LOCK_SH)
         try:
-            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
                 return file
         except FileNotFoundError:
             pass
@@ -233,11 +247,6 @@ def _lock(handle: int, start: int, size: int) -> None:
     """Wait for bytes of the map (size 0: for all from `start` on), and hold them until it is closed."""
     wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, size, 0)
     fcntl.fcntl(handle, fcntl.F_OFD_SETLKW, wanted)
-
-
-def _read_map(handle: int, first: int, stop: int) -> NDArray[np.uint8]:
-    """Blocks `first` to before `stop` of the map; those that it does not reach yet are missing."""
-    return np.frombuffer(os.pread(handle, stop - first, 1 + first).ljust(stop - first, b"\0"), np.uint8)
 
 
 def _blocks(size: int) -> int:

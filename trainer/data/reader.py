@@ -29,6 +29,7 @@ from trainer.errors import UserError
 AUTO_CACHE_BYTES = 2**30
 _KEEP_INDEXES = 128  # mapped at a time, each with an open file; P x K batches reach into all shards
 _VERIFY = f"run 'hypersphere data verify' and {REMEDY}"
+_KEEP_PLACES = 16  # batches
 Progress = Callable[[str, int, int], None]  # stage, done, total
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -122,6 +123,7 @@ class Reader:
         self._threads, self._processes = threads, processes
         self._scattered = scattered
         self._index = lru_cache(_KEEP_INDEXES)(split.index)
+        self._places = lru_cache(_KEEP_PLACES)(self._look_up)  # a batch is looked up once to fetch and once to read it
         # What places and messages call each shard: where it lies, or its name where it lies elsewhere.
         self._paths = [
             split.path(i) if split.store.is_local(x.file) else Path(x.name) for i, x in enumerate(split.shards)
@@ -157,7 +159,7 @@ class Reader:
             UserError: a label is outside the manifest's classes.
         """
         unique, inverse = np.unique(positions, return_inverse=True)
-        places = self._places(unique)
+        places = self._places(unique.tobytes())
         labels = np.array([place.label for place in places])
         if (wrong := np.flatnonzero(labels >= self.split.identities)).size:
             place, classes = places[wrong[0]], self.split.identities
@@ -173,22 +175,23 @@ class Reader:
         """Have what is read of these samples fetched in the background, where it lies elsewhere."""
         split = self.split
         if self._scattered:
-            split.store.later(lambda: split.store.want(self._ranges(self._places(np.unique(positions)))))
+            split.store.later(lambda: split.store.want(self._ranges(self._places(np.unique(positions).tobytes()))))
             return
         shards = set(np.searchsorted(split.ends, positions, side="right").tolist())
         fresh, self._wanted = shards - self._wanted, shards  # the batches of a window want the same shards
         split.want_indexes(fresh)
         split.store.want({split.shards[shard].file: None for shard in fresh})
 
-    def _ranges(self, places: list[Place]) -> dict[File, list[tuple[int, int]] | None]:
+    def _ranges(self, places: list[Place]) -> dict[File, list[tuple[int, int]]]:
         """What is read of each shard."""
         wanted: dict[File, list[tuple[int, int]]] = {}
         for place in places:
             wanted.setdefault(self._files[place.shard], []).append((place.offset, place.size))
-        return {file: ranges if self._scattered else None for file, ranges in wanted.items()}
+        return wanted
 
-    def _places(self, positions: NDArray[np.int64]) -> list[Place]:
-        """Of positions in rising order."""
+    def _look_up(self, rising: bytes) -> list[Place]:
+        """Where samples lie; their positions are int64 in rising order."""
+        positions = np.frombuffer(rising, np.int64)
         shards, firsts = np.unique(np.searchsorted(self.split.ends, positions, side="right"), return_index=True)
         self.split.want_indexes(shards.tolist())
         places: list[Place] = []
@@ -216,7 +219,7 @@ class Reader:
         return images
 
     def _decode(self, places: list[Place], pool: Decoders) -> tuple[NDArray[np.uint8], Faults]:
-        with self.split.store.open(self._ranges(places)) as files:
+        with self.split.store.open(self._ranges(places), whole=not self._scattered) as files:
 
             def read(i: int) -> bytes:
                 return self._payload(files[self._files[places[i].shard]], places[i])
@@ -224,14 +227,16 @@ class Reader:
             return pool.decode([f"{place.shard.name}: {place.key}" for place in places], read)
 
     def _payload(self, shard: FileIO | UserError, place: Place) -> bytes:
-        """The checked bytes of a sample; a copy of a shard from elsewhere that is wrong there is fetched once more."""
+        """The checked bytes of a sample. Of a copy that is wrong there, or not whole, its part is fetched once more."""
         store, file, part = self.split.store, self._files[place.shard], [(place.offset, place.size)]
         try:
             return read_bytes(shard, place)
         except UserError:
-            if isinstance(shard, UserError) or not store.forget(file, part):
+            if store.is_local(file):
                 raise
-        with store.open({file: part}) as files:
+            if not isinstance(shard, UserError):
+                store.forget(file, part)
+        with store.open({file: part}, whole=False) as files:
             return read_bytes(files[file], place)
 
 

@@ -21,19 +21,28 @@ ATTEMPTS = 5
 _FIRST_DELAY = 0.2  # seconds; doubled after each further failure
 _CONNECT, _SILENCE = 10, 30  # seconds until a server that does not accept, or falls silent, counts as broken
 _BUSY = (408, 425, 429)  # statuses of HTTP below 500 that pass
-# What the libraries behind fsspec raise beyond OSError, by module: those that nobody imported raise nothing.
+# What the libraries behind fsspec raise, by module: those that nobody imported raise nothing.
 _FAULTS = {
+    "builtins": ("OSError",),
     "aiohttp": ("ClientError",),
     "botocore.exceptions": ("BotoCoreError", "ClientError"),
     "gcsfs.retry": ("HttpError",),
     "google.auth.exceptions": ("GoogleAuthError",),
 }
 _LOST_SLASH = re.compile(r"^([a-z][a-z0-9+]+):/(?=[^/])")
+_NO_CREDENTIALS = {
+    "botocore.exceptions": ("NoCredentialsError", "PartialCredentialsError"),
+    "google.auth.exceptions": ("DefaultCredentialsError",),
+}
 Result = TypeVar("Result")
 
 
 class _Cut(OSError):
     """Fewer or more bytes than asked for."""
+
+
+class _NoRanges(_Cut):
+    """The whole file instead of a range."""
 
 
 def text_of(address: str | Path) -> str:
@@ -76,7 +85,7 @@ def fetch(address: str, start: int = 0, stop: int | None = None) -> bytes:
             return whole
         data = bytes(files.cat_file(path, start=start, end=stop))
         if len(data) > stop - start:
-            raise _Cut("the server sends whole files where ranges are asked for")
+            raise _NoRanges("the server sends whole files where ranges are asked for")
         if len(data) < stop - start:
             raise _Cut(f"it ended {stop - start - len(data)} bytes early")
         return data
@@ -119,20 +128,18 @@ def size_of(address: str) -> int:
 
 
 def _patiently(address: str, work: Callable[[Any, str], Result]) -> Result:
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(_FIRST_DELAY * 2 ** (attempt - 1) * random.uniform(0.5, 1))  # ranks do not come back in step
+    attempt = 1
+    while True:
         try:
             return work(*_filesystem(address))
-        except _faults() as error:
+        except _loaded(_FAULTS) as error:
             lasting = _lasting(error)
-            if lasting or attempt == ATTEMPTS - 1:
+            if lasting or attempt == ATTEMPTS:
                 tried = "" if lasting else f", {ATTEMPTS} times"
-                # From None: a trace of the cause would show the address as it is.
-                raise UserError(
-                    f"'{shown(address)}' cannot be read: {_reason(error)}{tried}; {_remedy(error)}"
-                ) from None
-    raise AssertionError("unreachable")
+                told = f"'{shown(address)}' cannot be read: {_reason(error)}{tried}; {_remedy(error)}"
+                raise UserError(told) from None  # a trace of the cause would show the address as it is
+        time.sleep(_FIRST_DELAY * 2 ** (attempt - 1) * random.uniform(0.5, 1))  # ranks do not come back in step
+        attempt += 1
 
 
 def _filesystem(address: str) -> tuple[Any, str]:
@@ -159,9 +166,10 @@ def _filesystem(address: str) -> tuple[Any, str]:
     return files, path
 
 
-def _faults() -> tuple[type[BaseException], ...]:
-    loaded = [(sys.modules[module], names) for module, names in _FAULTS.items() if module in sys.modules]
-    return (OSError, *(getattr(module, name) for module, names in loaded for name in names))
+def _loaded(table: dict[str, tuple[str, ...]]) -> tuple[type[BaseException], ...]:
+    """The classes of a table whose modules somebody has imported."""
+    modules = [(sys.modules[module], names) for module, names in table.items() if module in sys.modules]
+    return tuple(getattr(module, name) for module, names in modules for name in names)
 
 
 def _status(error: BaseException) -> int | None:
@@ -174,11 +182,11 @@ def _lasting(error: BaseException) -> bool:
     """Whether another attempt would end alike."""
     status = _status(error)
     refused = status is not None and 400 <= status < 500 and status not in _BUSY
-    return refused or isinstance(error, FileNotFoundError | PermissionError) or _no_credentials(error)
+    return refused or isinstance(error, FileNotFoundError | PermissionError | _NoRanges) or _no_credentials(error)
 
 
 def _no_credentials(error: BaseException) -> bool:
-    return type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError")
+    return isinstance(error, _loaded(_NO_CREDENTIALS))
 
 
 def _reason(error: BaseException) -> str:
@@ -194,6 +202,8 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return "the server is silent"
     status = _status(error)
+    if status == 416:
+        return "it ends before the bytes that are wanted"
     return f"the server answers {status}" if status else getattr(error, "strerror", None) or type(error).__name__
 
 

@@ -25,7 +25,7 @@ from trainer.data.tables import (
     write_by_class,
     write_classes,
 )
-from trainer.data.tar import REMEDY, samples_of
+from trainer.data.tar import REMEDY, TarSample, samples_of
 from trainer.errors import UserError
 from trainer.strict import Strict
 
@@ -218,33 +218,33 @@ def index_shard(path: Path, entry: ShardEntry, classes: int) -> ShardIndex:
         UserError: the shard is missing, cut off or not the one of the manifest; or a sample is incomplete or its label
             not below `classes`, and then the message names the sample.
     """
+    keys: list[str] = []
+    records: list[tuple[int, int, int, int, int]] = []
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
             if digest != entry.sha256:
                 raise UserError(f"shard '{path}' has SHA-256 {digest}, but the manifest says {entry.sha256}; {REMEDY}")
-            samples = [
-                (sample.key, (sample.offset, len(sample.payload), sample.label, zlib.crc32(sample.payload), 0))
-                for sample in samples_of(file, str(path))
-                if _labelled(sample.key, sample.label, path, classes)
-            ]
+            for sample in samples_of(file, str(path)):
+                keys.append(sample.key)
+                label = _label(sample, path, classes)
+                records.append((sample.offset, len(sample.payload), label, zlib.crc32(sample.payload), 0))
     except OSError as error:
         raise UserError(f"shard '{path}' cannot be opened: {error.strerror}; {REMEDY}") from error
-    keys, records = zip(*samples, strict=True)
-    index = make_index(np.array(list(records), RECORD), keys, entry.bytes)
+    index = make_index(np.array(records, RECORD), keys, entry.bytes)
     _compare(path, index, entry)
     return index
 
 
-def _labelled(key: str, label: int | None, path: Path, classes: int) -> bool:
-    if label is None or label >= classes:
-        what = "lacks a label (.cls)" if label is None else f"has label {label}"
+def _label(sample: TarSample, path: Path, classes: int) -> int:
+    if sample.label is None or sample.label >= classes:
+        what = "no label (.cls)" if sample.label is None else f"label {sample.label}"
         raise UserError(
-            f"sample '{key}' of shard '{path}' {what}, but the manifest has {classes} classes "
+            f"sample '{sample.key}' of shard '{path}' has {what}, but the manifest has {classes} classes "
             f"(0 to {classes - 1}); {REMEDY}"
         )
-    return True
+    return sample.label
 
 
 def _compare(path: Path, index: ShardIndex, entry: ShardEntry) -> None:

@@ -79,6 +79,7 @@ class Store:
         self._cache = self._config.open()
         local = not is_remote(self._base) and os.access(self._base, os.W_OK)
         self.scratch = Path(self._base) if local else None
+        self._broken: set[File] = set()
         self._held: deque[int] = deque()
         weakref.finalize(self, _close_all, self._held)
 
@@ -123,17 +124,22 @@ class Store:
                     _wait(_begin(file, place, None))
                 if file.verified():
                     self._hold(file)
-                    return file.path
+                    return Path(file.path)
                 file.forget()
         raise UserError(
             f"'{shown(place)}' does not have the SHA-256 {sha256} of the manifest: it was cut off or changed; {_REMEDY}"
         )
 
     @contextmanager
-    def open(self, wanted: Mapping[File, Ranges | None]) -> Iterator[dict[File, FileIO | UserError]]:
-        """Shards in which the bytes of these ranges (offset, size; None: all) can be read until the block ends.
+    def open(self, wanted: Mapping[File, Ranges], *, whole: bool) -> Iterator[dict[File, FileIO | UserError]]:
+        """Shards in which the bytes of these ranges (offset, size) can be read until the block ends.
 
-        A shard that cannot be had is represented by what is wrong with it.
+        Args:
+            wanted: what is going to be read.
+            whole: fetch the rest of these shards, too, as it will be read soon.
+
+        A shard of which not all that was to be fetched could be had is represented by what is wrong with it; of it,
+        only ranges are fetched from then on.
         """
         files: dict[File, FileIO | UserError] = {}
         begun: list[tuple[File, list[Future[None]]]] = []
@@ -149,35 +155,34 @@ class Store:
                     files[file] = error
                     continue
                 files[file] = cached.file
-                begun.append((file, _begin(cached, place, ranges)))
+                every = whole and file not in self._broken
+                begun.append((file, _begin(cached, place, None if every else ranges)))
                 stack.callback(_cancel, begun[-1][1])
             for file, futures in begun:
                 try:
                     _wait(futures)
                 except UserError as error:
                     files[file] = error
+                    self._broken.add(file)
             yield files
 
-    def want(self, files: Mapping[File, Ranges | None]) -> None:
+    def want(self, files: Mapping[File, Ranges] | Mapping[File, None]) -> None:
         """Fetch files or ranges of them in the background, in this order; `path` and `open` wait for what is under way.
 
         What goes wrong is said when the file is asked for.
         """
         for file, ranges in files.items():
-            if not self.is_local(file):
+            if not self.is_local(file) and file not in self._broken:
                 self.later(partial(self._fetch_ahead, file, ranges))
 
     def later(self, work: Callable[[], None]) -> None:
         """Have `work` done by a thread that fetches ahead, after what is waiting already."""
         _queue(os.getpid()).put(work)
 
-    def forget(self, file: File, ranges: Ranges) -> bool:
-        """Fetch these bytes anew when they are next asked for, as they are wrong; False: they are not a copy."""
-        if self.is_local(file):
-            return False
+    def forget(self, file: File, ranges: Ranges) -> None:
+        """Fetch these bytes of a file from elsewhere anew when they are next asked for, as they are wrong."""
         with self._cache.open(_digest(file.name, file.sha256), file.size) as cached:
             cached.forget(ranges)
-        return True
 
     def _fetch_ahead(self, file: File, ranges: Ranges | None) -> None:
         if file.size is None:

@@ -29,6 +29,16 @@ def test_whole_files_and_ranges(web: Web):
     assert web.sent["a.bin"] == len(DATA) + 4900
 
 
+def test_a_server_that_falls_silent_is_not_waited_for(web: Web, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(remote, "_SILENCE", 0.2)
+    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    web.fault, web.faults["a.bin"] = "hang", 1
+    assert fetch(f"{web.address}/a.bin", 0, 5000) == DATA[:5000]
+    web.faults["a.bin"] = 2
+    with pytest.raises(UserError, match=r"a.bin' cannot be read: the server is silent, 2 times; try again later"):
+        fetch(f"{web.address}/a.bin", 0, 5000)
+
+
 @pytest.mark.parametrize("fault", ["cut", "busy", "silent"])
 def test_a_broken_transfer_is_tried_again(web: Web, fault: str):
     web.fault, web.faults["a.bin"] = fault, 3
@@ -72,6 +82,7 @@ def test_a_server_without_ranges_is_named_as_that(web: Web):
     web.ranges = False
     with pytest.raises(UserError, match="the server sends whole files where ranges are asked for"):
         fetch(f"{web.address}/a.bin", 0, 10)
+    assert web.requests["a.bin"] == 1
 
 
 def test_passwords_and_tokens_are_used_and_never_shown(web: Web, caplog: pytest.LogCaptureFixture):

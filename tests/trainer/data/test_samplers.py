@@ -120,6 +120,24 @@ def test_every_batch_is_p_identities_of_k_samples(counts: list[int], p: int, k: 
 
 
 @pytest.mark.usefixtures("either_deal")
+def test_a_part_is_those_rows_of_the_batch():
+    shuffled = ShuffledSampler(SHARDS, 10, 20, seed=3)
+    for order in (shuffled, SequentialSampler(47, 10), pk(tables_of([6] * 9), 5, 10, 1)):
+        for step in range(order.steps_per_epoch):
+            whole = order.positions(2, step)
+            for rows in (np.arange(3, 8), np.arange(10), np.array([9, 0])):
+                np.testing.assert_array_equal(order.part(2, step, rows), whole[rows % len(whole)])
+
+
+def test_a_part_looks_only_its_own_identities_up(monkeypatch: pytest.MonkeyPatch):
+    order, looked_up = pk(tables_of([6] * 9), 5, 10, 1), []
+    group = order._group
+    monkeypatch.setattr(order, "_group", lambda *which: looked_up.append(which) or group(*which))
+    order.part(0, 0, np.arange(4, 6))
+    assert len(looked_up) == 1
+
+
+@pytest.mark.usefixtures("either_deal")
 def test_epoch_uses_all_groups_of_a_balanced_set_once():
     batches = epoch_of(pk(tables_of([8] * 6), 3, 12, 0), 0)
     assert sorted(np.concatenate(batches).tolist()) == list(range(48))

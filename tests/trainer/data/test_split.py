@@ -1,5 +1,6 @@
 """A split's tables and indexes: what is read as it lies, what is made once, and what is refused."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 
 from trainer.data.index import make_index, open_index, write_index
 from trainer.data.manifest import Manifest
-from trainer.data.split import Split, write_split
+from trainer.data.split import ShardEntry, Split, index_shard, write_split
+from trainer.data.stream import DataConfig, Stream
 from trainer.data.tar import samples_of
 from trainer.errors import UserError
 
@@ -142,3 +144,27 @@ def test_a_sample_may_be_listed_by_several_splits_under_other_labels(copy: Path,
     assert found.path(0).samefile(copy / "train-000000.tar")
     assert [found.index(0).key(row) for row in range(2)] == ["000000007", "000000002"]
     assert found.by_class.tolist() == [1, 0]
+
+
+def test_format_1_gives_the_batches_that_it_always_gave(old: Path):
+    """A run that was begun on such a set, with the version that wrote it, goes on with the same batches."""
+    manifest, digest = Manifest.read(old), hashlib.sha256()
+    for split, identities, shuffle in (("train", None, True), ("train", 2, True), ("val", None, False)):
+        config = DataConfig(height=12, width=12, batch_size=6, shuffle_window=7, identities_per_batch=identities)
+        stream = Stream(manifest, split, config, seed=5, shuffle=shuffle)
+        for batch in (batch for epoch in range(2) for batch in stream.batches(epoch)):
+            digest.update(batch.images_BCHW.numpy().tobytes() + batch.labels_B.numpy().tobytes())
+            digest.update(" ".join(batch.keys).encode())
+    assert digest.hexdigest() == "37efce522e40f7acdb03ac19baa782f5dd93ae9da12f0fcdd3bd74a3a1a46f77"
+
+
+@pytest.mark.parametrize(("label", "words"), [(b"7", "has label 7"), (None, r"has no label \(\.cls\)")])
+def test_a_label_that_format_1_does_not_know_is_named(old: Path, label: bytes | None, words: str):
+    path = old / "train-000002.tar"
+    data = path.read_bytes()
+    at = data.index(b"000000017.cls")
+    wrong = data[: at + 512] + label + data[at + 513 :] if label else data.replace(b"000000017.cls", b"000000017.txt")
+    path.write_bytes(wrong)
+    entry = ShardEntry(name=path.name, samples=2, bytes=len(wrong), sha256=hashlib.sha256(wrong).hexdigest())
+    with pytest.raises(UserError, match=rf"sample '000000017' of shard '.*' {words}, but the manifest has 4 classes"):
+        index_shard(path, entry, 4)

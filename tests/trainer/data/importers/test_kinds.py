@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from typer.testing import CliRunner
 
@@ -44,6 +46,43 @@ def test_records_become_a_data_set(image_folder: Path, tmp_path: Path):
         stored[label].append(tar[offset : offset + size])
     assert [sorted(images) for images in stored] == [sorted(images) for images in people]
     verify(manifest)
+
+
+def source_of(kind: str, folder: Path) -> Path:
+    """A small source of a kind, with 24 samples of 4 identities."""
+    if kind == "arrays":
+        table = pa.table({"label": np.arange(24) % 4, "vector": np.arange(48.0).reshape(24, 2).tolist()})
+        pa.parquet.write_table(table, folder / "x.parquet", row_group_size=5)
+        return folder / "x.parquet"
+    images = [picture(row) for row in range(24)]
+    if kind == "tars":
+        pack(folder / "x.tar", [{"cls": b"%d" % (row % 4), "jpg": image} for row, image in enumerate(images)])
+        return folder / "x.tar"
+    if kind == "recordio":
+        write_insightface(folder / "x.rec", [images[label::4] for label in range(4)])
+        return folder / "x.rec"
+    for row, image in enumerate(images):
+        (folder / f"{row}.jpg").write_bytes(image)
+    (folder / "x.csv").write_text("path,label,age\n" + "".join(f"{row}.jpg,p{row % 4},{row}\n" for row in range(24)))
+    return folder / "x.csv"
+
+
+@pytest.mark.parametrize("kind", ["arrays", "list", "recordio", "tars"])
+def test_an_interrupted_import_goes_on_to_the_bytes_of_an_undisturbed_one(tmp_path: Path, kind: str):
+    source = source_of(kind, tmp_path)
+    options = ImportOptions(holdout_share=0.5, samples_per_shard=3)
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage == "import" and done >= 9:
+            raise UserError("stopped")
+
+    with pytest.raises(UserError, match="stopped"):
+        run_import(kind, source, tmp_path / "set", options, interrupt)
+    assert list(tmp_path.glob(".set.partial/train-00000*.tar"))
+    for out in ("set", "undisturbed"):
+        run_import(kind, source, tmp_path / out, options)
+    files = [{path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("set", "undisturbed")]
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("option", [["--labels", "labels.npy", "--kind", "arrays"], ["--in-place", "--kind", "tars"]])

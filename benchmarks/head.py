@@ -283,11 +283,11 @@ def report(
     for name in missing:
         print(f"{name} is not installed: left out")
     floor = next((row["step_s"] for row in rows if row["contender"] == "floor"), None)
-    print(f"{'contender':16}{'step s':>9}{'x floor':>9}{'+opt. s':>9}{'extra MB':>10}{'KB sent':>9}{'msgs':>6}", end="")
+    print(f"{'contender':24}{'step s':>9}{'x floor':>9}{'+opt. s':>9}{'extra MB':>10}{'KB sent':>9}{'msgs':>6}", end="")
     print(f"{'error dx':>11}{'error dW':>11}")
     for row in rows:
         times = "" if floor is None else f"{row['step_s'] / floor:.2f}"
-        print(f"{row['contender']:16}{row['step_s']:9.4f}{times:>9}{row['step_with_optimizer_s']:9.4f}", end="")
+        print(f"{row['contender']:24}{row['step_s']:9.4f}{times:>9}{row['step_with_optimizer_s']:9.4f}", end="")
         print(f"{row['peak_extra_mb']:10.0f}{row['bytes'] / 1e3:9.0f}{row['collectives']:6}", end="")
         print(
             "".join(
@@ -304,6 +304,10 @@ def report(
         options.json.write_text(
             json.dumps({"config": config, "rows": rows, "floor_fp32_s": floor_fp32}, indent=2) + "\n"
         )
+
+
+def device_name(kind: str) -> str:
+    return torch.cuda.get_device_name() if kind == "cuda" else f"{os.cpu_count()} CPUs"
 
 
 def main() -> None:

@@ -3,10 +3,11 @@
     python benchmarks/head_scale.py --classes 4000000 --batch 64 --weights fp32 --state fp32
     python benchmarks/head_scale.py --device cuda --classes 10000000 --batch 1024 --dtype bf16 --algorithm store
 
-Without --algorithm store nothing of size [B, C] and no gradient [C, D] is stored, so that memory is the centres and the optimizer's state:
-4 + 4 bytes a number in fp32, 2 + 1 with bf16 centres and int8 momentum. Every step has the same batch, so that its loss
-must fall. Prints seconds a step and the highest memory; fails if the loss does not fall. With --graph on a GPU a step
-(forward and backward) is also captured in a CUDA graph, and its replay's time and gradient are printed beside.
+Without --algorithm store nothing of size [B, C] and no gradient [C, D] is stored, so that memory is the centres and the
+optimizer's state: 4 + 4 bytes a number in fp32, 2 + 1 with bf16 centres and int8 momentum. Every step has the same
+batch, so that its loss must fall. Prints seconds a step and the highest memory; fails if the loss does not fall. With
+--graph on a GPU a step (forward and backward) is also captured in a CUDA graph; the time of its replay is printed, and
+by how much its gradient differs.
 """
 
 import argparse

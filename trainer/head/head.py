@@ -319,8 +319,11 @@ class Step:
         )
 
     def _class_values(self) -> Tensor | None:
-        table_C = self.head._class_values
-        return None if table_C is None else table_C[self.labels_B.clamp(0, self.head.classes - 1)]
+        head, device = self.head, self.labels_B.device
+        if head._class_values is None:
+            return None
+        head._class_values = head._class_values.to(device)  # the head may have been moved
+        return head._class_values[self.labels_B.clamp(0, head.classes - 1)]
 
 
 def _length(vectors: Tensor) -> tuple[Tensor, Tensor]:

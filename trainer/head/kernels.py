@@ -32,6 +32,11 @@ _HEIGHT, _WIDTH, _DEPTH = 128, 128, 64
 _PASS_HEIGHT = 32
 
 
+def interprets() -> bool:
+    """Whether Triton's interpreter runs, which needs no GPU."""
+    return bool(triton.knobs.runtime.interpret)
+
+
 class Epilogue(NamedTuple):
     """What becomes of the logits of a tile.
 

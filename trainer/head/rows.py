@@ -228,7 +228,7 @@ def sample_classes(start: int, stop: int, rate: float, seed: int, device: torch.
         whole = first % SAMPLING_BLOCK == 0 and last % SAMPLING_BLOCK == 0
         # Of a block that is cut the host finds out how many classes are inside, so that the device need not be asked.
         drawn = _drawn(first // SAMPLING_BLOCK, -(-last // SAMPLING_BLOCK), rate, seed, device if whole else CPU)
-        parts.append(drawn if whole else drawn[(drawn >= first) & (drawn < last)].to(device))
+        parts.append(drawn if whole else drawn[(drawn >= first) & (drawn < last)].to(device, non_blocking=True))
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
 
 

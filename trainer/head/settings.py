@@ -21,7 +21,7 @@ class HeadConfig(Checked):
     """How the class centres are kept and computed."""
 
     algorithm: Literal["auto", "store", "recompute"] = "auto"  # auto: store when P fits the memory
-    # Of the matrix products' operands and of the stored P. tf32: fp32 numbers, of which a GPU multiplies the first 10 bits.
+    # Of the matrix products' operands and of the stored P. tf32: fp32, of which a GPU multiplies the first 10 bits.
     compute_dtype: Literal["fp32", "tf32", "bf16"] = "fp32"
     param_dtype: Literal["fp32", "bf16"] = "fp32"  # of the class centres
     # Centres of margins on the cosine: unit = kept at length 1; free = divided by their length.

@@ -167,9 +167,9 @@ def uses_kernels(choice: Kernels, device: torch.device) -> bool:
     if not _installed():
         raise UserError("head.kernels=triton, but Triton is not installed; pip install 'hypersphere[gpu]' or use auto")
     if device.type != "cuda":
-        import triton
+        from trainer.head import kernels
 
-        if not triton.knobs.runtime.interpret:
+        if not kernels.interprets():
             raise UserError(f"head.kernels=triton cannot run on {device.type}; use auto, which takes torch there")
     return True
 

@@ -1,6 +1,5 @@
 """The Triton kernels against torch: on a GPU where there is one, else in Triton's interpreter."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,16 +19,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRODUCTS = ("bf16", 1e-2) if DEVICE == "cuda" else ("fp32", 2e-5)
 # The interpreter computes lanes, too, that a mask leaves out.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning", "ignore:TRITON_DEFAULT_FP_FUSION:UserWarning"),
     pytest.mark.skipif(not uses_kernels("auto", torch.device("cuda")), reason="Triton is not installed"),
 ]
 
 
 @pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    yield
 
 
 def relative(found: Tensor | None, wanted: Tensor | None) -> float:

@@ -11,11 +11,13 @@ The mass of a sample is m_i = sum over j of |r_i Q_ij|, known from the forward: 
 margin that re-weights negatives. Without the samples of a set U the errors are, by the triangle inequality,
 
     E:  |error| = sqrt(sum over U of |dE_i|^2)                <= w sqrt(sum over U of m_i^2),   w the longest row
-    W:  |error| = |sum over U of r_i Q_i e_i^T|               <= sum over U of m_i |e_i|
+    W:  |error| = |sum over U of r_i Q_i e_i^T|               <= sum over U of m_i |e_i|,
+                                                         and  <= |E|_2 sqrt(sum over U of m_i^2)
 
-in the Frobenius norm (of the outer product |Q_i| |e_i|, and |Q_i| is at most the sum of its entries). Rows that are
-divided by their length count as 1 in the first bound, and the second is divided by the shortest; the Jacobian of the
-division is a projection and adds nothing. What the errors are compared with is never greater than the whole:
+in the Frobenius norm (of an outer product |Q_i| |e_i|, and |Q_i| is at most the sum of its entries; of a product
+|A B| <= |A| |B|_2, with the spectral norm |B|_2). The second is the smaller one where embeddings differ. Rows that are
+divided by their length count as 1 in E's bound, and W's is divided by the shortest; the Jacobian of the division is a
+projection and adds nothing. What the errors are compared with is never greater than the whole:
 
     E:  the norm of dE over the samples that are kept. Should it be too small for the first choice, more are kept.
     W:  the norm of dW over the rows of the batch's own classes alone, which cost B/C of a product.
@@ -39,39 +41,41 @@ from torch import Tensor
 from trainer.head.softening import Hardening
 
 SLACK = 1.01  # for what rounding to bf16 adds to the length of a unit row or to P
-GUESS = 0.125  # of |dE| / sqrt(sum of m_i^2): the gradients of many negatives partly cancel
+GUESS = 0.5  # of |dE| / sqrt(sum of m_i^2): the gradients of several negatives partly cancel
+SQUARINGS = 3  # of the Gram matrix, for a bound of its greatest eigenvalue within B^(1/16)
 WORTH = 0.8  # of the samples; where more must be kept, to gather them costs more than it spares
 MULTIPLE = 16  # samples; what matrix products like
 
 
 class Errors(NamedTuple):
-    """The most that leaving out a sample changes dE and dW by, [B]."""
+    """What leaving out samples changes at most, by their `mass_B`: dE by sqrt(sum of squares), dW by the lesser of
+    sum(mass x `each_B`) and sqrt(sum of squares) x `together`."""
 
-    embedding_B: Tensor
-    rows_B: Tensor
+    mass_B: Tensor
+    each_B: Tensor
+    together: Tensor
 
     @classmethod
     def of(
         cls,
         mass_B: Tensor,
-        lengths_B: Tensor,
-        longest: float | Tensor,
-        shortest: float | Tensor,
+        e_BD: Tensor,
+        lengths: tuple[float | Tensor, float | Tensor],
         hardening: Hardening | None,
     ) -> "Errors":
         """
         Args:
             mass_B: |r_i| S_i.
-            lengths_B: |e_i|.
-            longest: row of W that is not divided by its length; 1 where all are.
-            shortest: row of W that is divided by its length; 1 where none is.
+            lengths: see `bounds_of_lengths`.
             hardening: what re-weights the negatives: its slope is b + 2 c cos.
         """
+        longest, shortest = lengths
         if hardening is not None:
             _, _, b, c = hardening.numbers_4.to(mass_B).abs()
             mass_B = mass_B * (b + 2 * c).clamp_min(1)
-        mass_B = SLACK * mass_B
-        return cls(mass_B * longest, mass_B * lengths_B / shortest)
+        per_mass = longest * shortest
+        each_B = torch.linalg.vector_norm(e_BD, dim=1) / per_mass
+        return cls(SLACK * mass_B * longest, each_B, spectral_bound(e_BD) / per_mass)
 
 
 class Kept(NamedTuple):
@@ -93,9 +97,10 @@ def essential(
         tolerance: relative, above 0.
         embeddings: dE of some samples, [n, D], by their numbers [n].
     """
-    order_B = torch.argsort(errors.embedding_B, descending=True)
-    left_out = _without(errors.embedding_B[order_B].double().square()).sqrt()  # by the number that are kept, 0 to B
-    for_rows = _least(_without(errors.rows_B[order_B].double()), tolerance * rows_norm)
+    mass_B, order_B = errors.mass_B.double().sort(descending=True)
+    left_out = _without(mass_B.square()).sqrt()  # by the number that are kept, 0 to B
+    one_by_one, together = _without(mass_B * errors.each_B.double()[order_B]), left_out * errors.together.double()
+    for_rows = _least(torch.minimum(one_by_one, together), tolerance * rows_norm)
     guess = _least(left_out, tolerance * GUESS * left_out[0])
     rows, count = torch.stack([for_rows, guess]).tolist()
     B = len(order_B)
@@ -111,9 +116,20 @@ def essential(
 
 
 def bounds_of_lengths(weight_RD: Tensor, normalise: bool) -> tuple[Tensor | float, Tensor | float]:
-    """The longest row and the shortest, for `Errors.of`."""
+    """The longest of the rows that are not divided by their length, the shortest of those that are; 1 for none."""
     lengths_R = torch.linalg.vector_norm(weight_RD, dim=1)
     return (1.0, lengths_R.min().clamp_min(1e-12)) if normalise else (lengths_R.max(), 1.0)
+
+
+def spectral_bound(e_BD: Tensor) -> Tensor:
+    """Not less than |E|_2, and at most B^(1/32) times as much: with G = E E^T, |E|_2^16 = |G^8|_2 <= |G^8|."""
+    gram_BB = e_BD.double() @ e_BD.double().t()
+    scale = gram_BB.diagonal().sum().clamp_min(torch.finfo(torch.float64).tiny)
+    power_BB = gram_BB / scale
+    for _ in range(SQUARINGS):
+        power_BB = power_BB @ power_BB
+    eigenvalue: Tensor = scale * torch.linalg.matrix_norm(power_BB) ** (0.5**SQUARINGS)
+    return eigenvalue.sqrt()
 
 
 def norm_of_own_rows(rows_BKD: Tensor, own_BKD: Tensor, place_B: Tensor, mask_B: Tensor) -> Tensor:

@@ -232,9 +232,8 @@ class Tiles:
         if not plan.skip or self.kept_RB is None or not plan.classes:
             return None
         mass_B = self.dresult_B.abs() * (self.result_B if plan.shift is not None else 1)
-        lengths_B = torch.linalg.vector_norm(self.e_BD, dim=1)
-        longest, shortest = (1.0, 1.0) if plan.unit_rows else bounds_of_lengths(self.rows.weight_RD, plan.normalise)
-        errors = Errors.of(mass_B, lengths_B, longest, shortest, plan.hardening)
+        lengths = (1.0, 1.0) if plan.unit_rows else bounds_of_lengths(self.rows.weight_RD, plan.normalise)
+        errors = Errors.of(mass_B, self.e_BD, lengths, plan.hardening)
         own_BKD = torch.where(self.own.mask_B[:, None, None], dcentres_BKD, 0)
         least = norm_of_own_rows(self._pushed_BKD(), own_BKD, self.own.place_B, self.own.mask_B)
         return essential(errors, least, plan.skip, self._embeddings_of)

@@ -13,7 +13,7 @@ from tests.ranks import run_on_ranks
 from tests.trainer.head.cases import DIMENSION, MARGINS, make_head
 from trainer.distributed import Group
 from trainer.head import Head, HeadConfig, tiles
-from trainer.head.skipping import Errors, Kept, essential
+from trainer.head.skipping import Errors, Kept, essential, spectral_bound
 from trainer.losses import ArcFace, Margin
 
 CLASSES, BATCH = 2 * DIMENSION, 48
@@ -160,7 +160,12 @@ def test_more_are_kept_where_the_gradients_cancel(powers: list[float], cancellin
     mass_B = 10.0 ** torch.tensor(powers, dtype=torch.float64)
     exact_BD = mass_B[:, None] * cancelling * torch.tensor([[0.6, 0.8]], dtype=torch.float64)
     norm = mass_B.max()
-    kept = essential(Errors(mass_B, mass_B), norm, tolerance, lambda samples_n: exact_BD[samples_n])
+    kept = essential(
+        Errors(mass_B, torch.ones_like(mass_B), torch.tensor(9.0)),
+        norm,
+        tolerance,
+        lambda samples_n: exact_BD[samples_n],
+    )
     if kept is None:
         return
     assert (kept.de_BD - exact_BD).norm() <= tolerance * exact_BD.norm()
@@ -168,13 +173,21 @@ def test_more_are_kept_where_the_gradients_cancel(powers: list[float], cancellin
     assert lost_B.sum() <= tolerance * norm * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("alike", [0.0, 1.0, 100.0])
+def test_the_spectral_norm_is_bounded_closely(alike: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    e_BD = 64 * torch.randn(128, 32, generator=generator) + alike * 64
+    exact, bound = torch.linalg.matrix_norm(e_BD.double(), 2), spectral_bound(e_BD)
+    assert exact * (1 - 1e-9) <= bound <= exact * 128 ** (1 / 32)
+
+
 def test_where_all_samples_weigh_the_same_none_is_left_out_and_none_is_computed_twice() -> None:
     def never(samples_n: Tensor) -> Tensor:
         raise AssertionError(samples_n)
 
-    equal_B = torch.ones(64)
-    assert essential(Errors(equal_B, equal_B), equal_B[0], 1e-3, never) is None
+    equal_B, one = torch.ones(64), torch.ones(())
+    assert essential(Errors(equal_B, equal_B, one), one, 1e-3, never) is None
     unknown_B = torch.full((64,), torch.nan)
-    assert essential(Errors(unknown_B, unknown_B), equal_B[0], 1e-3, never) is None
+    assert essential(Errors(unknown_B, equal_B, one), one, 1e-3, never) is None
     nothing_known = torch.zeros(())
-    assert essential(Errors(10.0 ** -torch.arange(64.0), equal_B), nothing_known, 1e-3, never) is None
+    assert essential(Errors(0.5 ** torch.arange(64.0), equal_B, one), nothing_known, 1e-3, never) is None

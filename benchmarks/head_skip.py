@@ -34,7 +34,7 @@ from trainer.losses import ArcFace
 
 LATENT = 64  # dimensions in which the identities differ, and as many in which they do not
 LEARNED = 2000  # identities that the network is trained on
-STAGES = (0, 20, 35, 50, 100)  # steps after which a batch is measured
+STAGES = (0, 20, 35, 50, 100, 200)  # steps after which a batch is measured
 
 
 def parse() -> argparse.Namespace:

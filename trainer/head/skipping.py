@@ -29,7 +29,7 @@ ranks' dE add up. A learnable scale's gradient is off by at most the sum of the 
 For the optimizer nothing changes: rows keep a dense gradient, in which only terms below the tolerance are missing.
 
 Leaving out classes instead does not pay. A row of P matters as soon as one hard sample finds it near, so that the
-masses of the classes are nearly equal: for a relative error of 1e-3 more than nine in ten had to be kept.
+masses of the classes are nearly equal: for a relative error of 1e-3 nearly nine in ten or more had to be kept.
 """
 
 from collections.abc import Callable

@@ -101,11 +101,13 @@ class Outbox:
         """Change the state."""
         with self._changed:
             self.state = self.state.model_copy(update=changes)
-            self._on_disk(self._write_state)
+            if self.mine():
+                self._on_disk(self._write_state)
 
     def mine(self) -> bool:
         """Whether no other process has opened the folder since this one did."""
-        return self.folder is None or self._file is None or queue_inode(self.folder) == os.fstat(self._file).st_ino
+        with self._changed:
+            return self.folder is None or self._file is None or queue_inode(self.folder) == os.fstat(self._file).st_ino
 
     def close(self) -> None:
         """Stop writing to the folder, which keeps what was not taken."""

@@ -1,13 +1,13 @@
 """How fast data comes: the stream beside WebDataset, torch's DataLoader and MosaicML Streaming, one decoder for all.
 
-    python benchmarks/data.py --images 6000 --processes 0 1 2 --repeats 5 --streaming /tmp/mds --json data.json
+    python benchmarks/data.py --images 5000 --processes 0 1 2 --repeats 3 --streaming /tmp/mds --json data.json
 
 Each contender is a process of its own, one after the other, all of them again in each repeat, so that a busy machine
 slows all of them alike. Figures are of the third batch to four fifths of the epoch; the first batch is timed apart. CPU
-and memory are those of the process and its children; CPU a sample is what a loaded machine changes least. `--streaming` names a folder with mosaicml-streaming and what it needs;
-without it that contender is left out.
+and memory are those of the process and its children; CPU a sample is what a loaded machine changes least.
+`--streaming` names a folder with mosaicml-streaming and what it needs; without it that contender is left out.
 
-    python benchmarks/data.py --wait      # what a training step waits for data, on one core of two
+    python benchmarks/data.py --wait      # what a training step waits for data
     python benchmarks/data.py --memory    # an epoch of a million tiny samples
 """
 
@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,7 +35,7 @@ from trainer.data.manifest import Manifest
 from trainer.data.split import write_split
 
 SIDE = 112
-TINY = 1_000_000
+_STEPS, _WARMUP = 24, 4  # of --wait
 
 
 def parse() -> argparse.Namespace:
@@ -49,7 +48,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--streaming", type=Path, help="folder with mosaicml-streaming")
     parser.add_argument("--wait", action="store_true")
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--tiny", type=int, default=TINY, help="samples for --memory")
+    parser.add_argument("--tiny", type=int, default=1_000_000, help="samples for --memory")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=3, metavar=("CONTENDER", "PROCESSES", "FOLDER"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -93,17 +92,18 @@ def cpu_of_tree() -> float:
     """CPU seconds of this process and of its children's, while they live."""
     here = psutil.Process()
     used = [process.cpu_times() for process in [here, *here.children(recursive=True)]]
-    return sum(times.user + times.system for times in used)
+    return float(sum(times.user + times.system for times in used))
 
 
 def memory_of_tree() -> float:
     """Proportional set size in MB: shared pages count once."""
     here = psutil.Process()
-    return sum(process.memory_full_info().pss for process in [here, *here.children(recursive=True)]) / 2**20
+    tree = [here, *here.children(recursive=True)]
+    return float(sum(process.memory_full_info().pss for process in tree)) / 2**20
 
 
 def compare(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Medians over the repeats."""
+    """The best over the repeats: what else runs on the machine only ever takes away."""
     environment = dict(os.environ)
     if options.streaming:
         environment["PYTHONPATH"] = os.pathsep.join([str(options.streaming), environment.get("PYTHONPATH", "")])
@@ -120,9 +120,10 @@ def compare(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             if done.returncode:
                 sys.exit(f"{name} with {processes} processes failed:\n{done.stderr}")
             found[name, processes].append(json.loads(done.stdout.splitlines()[-1]))
+            print(name, processes, found[name, processes][-1], file=sys.stderr, flush=True)
     return [
         {"contender": name, "processes": processes}
-        | {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        | {key: (max if key == "samples_s" else min)(run[key] for run in runs) for key in runs[0]}
         for (name, processes), runs in found.items()
     ]
 
@@ -148,28 +149,27 @@ def wait(folder: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     backbone = build(BackboneConfig(name="mobilefacenet", dimension=128), 3, SIDE, SIDE).to(device)
-    size = 1024 if device.type == "cuda" else 64
-    for threads, processes in ((1, 0), (2, 0), (1, 1), (1, 2)):
+    size = 1024 if device.type == "cuda" else 32
+    for threads, processes in ((2, 0), (1, 1)):
         changes = {"batch_size": size, "decode_threads": threads}
         waited = worked = 0.0
-        batches = iter(stream(folder, processes, **changes).batches(0))
-        for step in range(24):
+        batches = stream(folder, processes, **changes).batches(0)
+        for step in range(_STEPS):
             begin = time.perf_counter()
             batch = next(batches).to(device)
             middle = time.perf_counter()
             backbone(to_float(batch.images_BCHW)).square().mean().backward()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            if step >= 4:  # the first ones fill what is prepared ahead
+            if step >= _WARMUP:
                 waited, worked = waited + middle - begin, worked + time.perf_counter() - middle
-        batches.close()
         how = f"{processes} processes" if processes else f"{threads} threads"
-        share = waited / (waited + worked)
-        print(f"{device.type}, batch {size}, {how}: step {1000 * worked / 20:.0f} ms, waiting {100 * share:.2f} %")
+        share, step_ms = waited / (waited + worked), 1000 * worked / (_STEPS - _WARMUP)
+        print(f"{device.type}, batch {size}, {how}: step {step_ms:.0f} ms, waiting {100 * share:.2f} %", flush=True)
 
 
 def memory(folder: Path, samples: int) -> None:
-    """Resident memory through an epoch of tiny samples: one shard, whose index lists its 20 images again and again."""
+    """Memory through an epoch of tiny samples: one shard, whose index lists its 20 images again and again."""
     source = Manifest.read(make_set(folder, 20, 16))
     split = source.split("train")
     records = np.resize(split.index(0).records, samples)
@@ -183,9 +183,11 @@ def memory(folder: Path, samples: int) -> None:
     source.model_copy(update={"splits": {"train": entry}}).write(tiny)
     here, seen, mark = psutil.Process(), 0, 1
     for batch in stream(tiny, 0, height=8, width=8).batches(0):
-        seen += len(batch.keys)
+        seen += int((batch.labels_B >= 0).sum())
         if seen >= mark * samples // 10:
-            print(f"{seen} samples: {here.memory_info().rss / 2**20:.0f} MB", flush=True)
+            found = here.memory_info()  # the index is mapped: its pages are the system's, which may drop them
+            own, mapped = (found.rss - found.shared) / 2**20, found.shared / 2**20
+            print(f"{seen} samples: {own:.0f} MB, and {mapped:.0f} MB of files", flush=True)
             mark += 1
 
 

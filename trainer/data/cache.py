@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from trainer.errors import UserError
 
 BLOCK = 2**16  # holds a few samples: a random sample costs little more than itself and the way there and back
-PART = 2**23  # bytes of one request: at 25 MB/s and 20 ms its latency is 6 % of it
+PART = 2**21  # bytes of one request at most, which every connection holds in memory
 Ranges = Iterable[tuple[int, int]]  # offset and size
 Fetch = Callable[[int, int], bytes]  # from the first byte to before the second
 _KEPT_FREE = 50  # room is made for 1/50 of the limit more than asked, so that files are not counted at every request

@@ -25,7 +25,7 @@ from trainer.data.remote import fetch, is_remote, join, shown, text_of
 from trainer.errors import UserError
 
 DEFAULT_CACHE_BYTES = 50 * 10**9
-_CONNECTIONS = 16  # of each process, for what is needed now; and as many for what will be needed
+_CONNECTIONS = 32  # of each process, for what is needed now; and as many for what will be needed
 _HELD = 8  # paths given out last, whose files are not removed: their callers may be about to open them
 _REMEDY = "run 'hypersphere data verify', and import the data again or fetch this file anew"
 
@@ -189,9 +189,15 @@ class Store:
             self.path(*file)
             return
         with self._cache.open(_digest(file.name, file.sha256), file.size) as cached:
-            place = str(self._place(file.name, file.url))
-            for first, stop in cached.missing(ranges):
-                cached.fill(first, stop, partial(fetch, place))
+            missing = cached.missing(ranges)
+        for first, stop in missing[1:]:  # by other threads: a whole shard is many parts
+            self.later(partial(self._fill, file, first, stop))
+        for first, stop in missing[:1]:
+            self._fill(file, first, stop)
+
+    def _fill(self, file: File, first: int, stop: int) -> None:
+        with self._cache.open(_digest(file.name, file.sha256), file.size) as cached:
+            cached.fill(first, stop, partial(fetch, str(self._place(file.name, file.url))))
 
     def _hold(self, file: CachedFile) -> None:
         self._held.append(os.dup(file.file.fileno()))  # shares the lock

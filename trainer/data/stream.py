@@ -118,7 +118,15 @@ class DataConfig(Strict):
 
 
 def preprocessing(manifest: Manifest, config: DataConfig) -> Preprocessing:
-    """How this data set's images are read, for the stream and for the Embedder that is trained on it."""
+    """How this data set's images are read, for the stream and for the Embedder that is trained on it.
+
+    Raises:
+        UserError: it holds no images.
+    """
+    if manifest.image_mode is None:
+        raise UserError(
+            f"the data set holds samples of the kind {manifest.content}; images are read: choose another set"
+        )
     return Preprocessing(mode=manifest.image_mode, height=config.height, width=config.width)
 
 

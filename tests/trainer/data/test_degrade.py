@@ -155,3 +155,13 @@ def test_more_switches_do_not_move_the_draws_of_others():
     both, _ = Augment(AugmentConfig(flip=True, jpeg=0.3), 0, 40)(batch, 0, 0, 40)
     same = (alone == both).flatten(1).all(1)
     assert 15 < int(same.sum()) < 40
+
+
+@pytest.mark.parametrize("more", [{}, {"rotate_degrees": 20, "shear_degrees": 10, "translate": 0.1}])
+def test_pixels_stay_on_their_device(more: dict[str, float]):
+    """Torch refuses to mix devices, and "meta" is another one than that of the random numbers."""
+    config = AugmentConfig.model_validate(ALL.model_dump() | {"flip": True, "quarter_turns": True} | more)
+    batch = Batch(torch.zeros(16, 3, 24, 24, dtype=torch.uint8), torch.arange(16), ("",) * 16, torch.arange(16))
+    images, labels = Augment(config, 0, 16)(batch.to(torch.device("meta")), 0, 0, 16)
+    assert (images.device.type, labels.device.type) == ("meta", "meta")
+    assert images.shape == (16, 3, 24, 24)

@@ -124,9 +124,7 @@ def preprocessing(manifest: Manifest, config: DataConfig) -> Preprocessing:
         UserError: it holds no images.
     """
     if manifest.image_mode is None:
-        raise UserError(
-            f"the data set holds samples of the kind {manifest.content}; images are read: choose another set"
-        )
+        raise UserError(f"the data set holds {manifest.content}s, and only images are read here; choose another set")
     return Preprocessing(mode=manifest.image_mode, height=config.height, width=config.width)
 
 

@@ -270,7 +270,7 @@ def test_cache_that_does_not_fit_is_refused(
 
 
 def test_grey_and_colour_data_sets(tmp_path: Path, config: DataConfig):
-    with pytest.raises(UserError, match="holds samples of the kind vector; images are read"):
+    with pytest.raises(UserError, match="holds vectors, and only images are read here"):
         preprocessing(Manifest.model_construct(image_mode=None, content="vector"), config)
     manifest = Manifest.model_construct(image_mode="RGB")
     assert preprocessing(manifest, config).channels == 3

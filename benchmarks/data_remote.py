@@ -2,7 +2,8 @@
 
 Each round reads an epoch from the folder and from the server, with an empty cache, in turn; samples are decoded. The
 table says when the first batch was there, the rate from then on, and what was fetched. For shuffled windows and for
-P x K batches both ways are measured: whole shards, and the blocks in which samples lie.
+P x K batches both ways are measured: whole shards, and the blocks in which samples lie. A second table has the rate and
+the CPU time of requests by their size.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.web import Web, serving
 from trainer.data.importers.run import ImportOptions, run_import
 from trainer.data.manifest import Manifest
+from trainer.data.remote import fetch
 from trainer.data.stream import DataConfig, Stream
 
 
@@ -44,8 +47,10 @@ def main() -> None:
     # What is being fetched ahead when the last epoch ends may still arrive: hence the errors.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         rows = measure(options, make_set(Path(name), options), Path(name) / "cache")
-    for row in rows:
-        print(" | ".join(f"{value:>12}" for value in row.values()))
+    for table in rows:
+        for row in [{name: name for name in table[0]}, *table]:
+            print(" | ".join(f"{value:>12}" for value in row.values()))
+        print()
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
@@ -64,12 +69,22 @@ def make_set(root: Path, options: argparse.Namespace) -> Path:
     return root / "set"
 
 
-def measure(options: argparse.Namespace, folder: Path, cache: Path) -> list[dict[str, str]]:
-    """One row for each way of reading."""
+def measure(options: argparse.Namespace, folder: Path, cache: Path) -> list[list[dict[str, str]]]:
+    """The two tables."""
     here, there = multiprocessing.Pipe()
-    server = multiprocessing.get_context("spawn").Process(target=serve, args=(folder, options, there), daemon=True)
+    server = multiprocessing.get_context("fork").Process(target=serve, args=(folder, options, there), daemon=True)
     server.start()
     address = here.recv()
+    tables = [ways_of_reading(options, folder, address, cache, here), sizes_of_requests(folder, address)]
+    here.send("end")
+    server.join()
+    return tables
+
+
+def ways_of_reading(
+    options: argparse.Namespace, folder: Path, address: str, cache: Path, server: Connection
+) -> list[dict[str, str]]:
+    """One row for each order and each way."""
     rows = []
     for order in ("shuffled", "P x K"):
         ways = [("folder", folder, None), ("whole shards", address, False), ("blocks", address, True)]
@@ -77,10 +92,10 @@ def measure(options: argparse.Namespace, folder: Path, cache: Path) -> list[dict
         for _ in range(options.rounds):
             for way, path, blocks in ways:
                 shutil.rmtree(cache, ignore_errors=True)
-                here.send("reset")
+                ask(server, "reset")
                 first, rate = read(options, path, cache, order == "P x K", blocks)
-                here.send("count")
-                runs[way].append((first, rate, *here.recv()))
+                runs[way].append((first, rate, *ask(server, "count")))
+                settle(server)
         for way, found in runs.items():
             first, rate, requests, sent = (statistics.median(column) for column in zip(*found, strict=True))
             against = statistics.median(a[1] / b[1] for a, b in zip(found, runs["folder"], strict=True))
@@ -95,9 +110,42 @@ def measure(options: argparse.Namespace, folder: Path, cache: Path) -> list[dict
                     "MB": f"{sent / 1e6:.1f}",
                 }
             )
-    here.send("end")
-    server.join()
-    return [{name: name for name in rows[0]}, *rows]
+    return rows
+
+
+def ask(server: Connection, word: str) -> tuple[int, int]:
+    """Requests and bytes since the last reset."""
+    server.send(word)
+    found: tuple[int, int] = server.recv()
+    return found
+
+
+def settle(server: Connection) -> None:
+    """Wait until what was being fetched ahead has arrived."""
+    before = None
+    while before != (before := ask(server, "count")):
+        time.sleep(0.5)
+
+
+def sizes_of_requests(folder: Path, address: str) -> list[dict[str, str]]:
+    """Ranges of one shard, by 32 threads."""
+    shard = next(folder.glob("*.tar"))
+    rows = []
+    for size in [size for size in (2**16, 2**18, 2**20, 2**21) if size < shard.stat().st_size]:
+        starts = np.random.default_rng(0).integers(0, shard.stat().st_size - size, 2**26 // size // 2 + 32).tolist()
+        cpu, begun = time.process_time(), time.perf_counter()
+        with ThreadPoolExecutor(32) as pool:
+            list(pool.map(lambda start, size=size: fetch(f"{address}/{shard.name}", start, start + size), starts))
+        wall, cpu = time.perf_counter() - begun, time.process_time() - cpu
+        rows.append(
+            {
+                "KiB": str(size // 1024),
+                "requests/s": f"{len(starts) / wall:.0f}",
+                "MB/s": f"{len(starts) * size / wall / 1e6:.0f}",
+                "CPU ms each": f"{cpu / len(starts) * 1e3:.2f}",
+            }
+        )
+    return rows
 
 
 def read(
@@ -134,8 +182,7 @@ def serve(folder: Path, options: argparse.Namespace, pipe: Connection) -> None:
         while (word := pipe.recv()) != "end":
             if word == "reset":
                 web.requests, web.sent = Counter(), Counter()
-            else:
-                pipe.send((web.requests.total(), web.sent.total()))
+            pipe.send((web.requests.total(), web.sent.total()))
 
 
 if __name__ == "__main__":

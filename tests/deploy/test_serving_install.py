@@ -257,7 +257,22 @@ def test_an_embedder_is_evaluated_and_calibrated_and_data_verified(
     assert (calibration.identify.rate, calibration.identify.gallery_size) == (0.1, 20)
 
 
+def test_data_are_held_out_merged_and_cleaned(installed: Installed, embedder: Path, data_set: Path) -> None:
+    drawn, both, cleaned = (str(installed.folder / name) for name in ("drawn", "both", "cleaned"))
+    for words in (
+        ["split", str(data_set), "--out", drawn, "--split", "val", "--into", "test", "--by", "sample"],
+        ["merge", str(data_set), drawn, "--out", both, "--prefix"],
+        ["clean", str(data_set), "--out", cleaned, "--split", "val", "--embedder", str(embedder)],
+    ):
+        result = installed.run(["hypersphere", "data", *words])
+        assert result.returncode == 0, result.stderr
+    assert (installed.folder / "cleaned/suspects.png").stat().st_size > 0
+    assert installed.run(["hypersphere", "data", "verify", both]).returncode == 0
+
+
+WITHOUT_EXTRAS = ("import", "verify", "merge", "split", "clean")
 OTHERS = {
+    "data check": ["set"],
     "train": [],
     "submit": ["--address", "http://127.0.0.1:1"],
     "export": ["--run", "run"],
@@ -284,5 +299,5 @@ def test_no_command_is_left_out_above() -> None:
         return [above.strip()] if below is None else [n for key, c in below.items() for n in names(c, f"{above} {key}")]
 
     assert sorted(names(typer.main.get_command(app), "")) == sorted(
-        ["serve", "evaluate", "calibrate", "data import", "data verify", *OTHERS]
+        ["serve", "evaluate", "calibrate", *(f"data {word}" for word in WITHOUT_EXTRAS), *OTHERS]
     )

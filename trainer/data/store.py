@@ -264,7 +264,7 @@ def _queue(process: int) -> "SimpleQueue[Callable[[], None]]":
 
     def work() -> None:
         while True:
-            with suppress(UserError):
+            with suppress(UserError, OSError):
                 queue.get()()
 
     for _ in range(_CONNECTIONS):

@@ -109,7 +109,9 @@ def _attribute(split: Split, name: str) -> tuple[NDArray[np.int64], list[str]]:
     elif samples is not None and name in samples.column_names:
         column, rows = samples[name], np.arange(split.samples)
     else:
-        known = sorted({*identities.column_names, *(samples.column_names if samples is not None else [])} - {"name"})
+        known = sorted(
+            {*identities.column_names, *(samples.column_names if samples is not None else [])} - {"name", "key"}
+        )
         raise UserError(
             f"--by '{name}' is neither 'identity' nor 'sample' nor an attribute of the set, which has "
             f"{', '.join(known) or 'no attributes'}; name one of these"

@@ -1,12 +1,13 @@
 """Data sets joined into one, whose identities are different persons or, by name, the same."""
 
 from collections.abc import Sequence
-from itertools import permutations
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from trainer.data.curate.view import Piece, fresh_view, identities_of
 from trainer.data.manifest import Manifest
@@ -31,13 +32,6 @@ def merge(
         UserError: sets of different content, identities that clash, or `out` exists.
     """
     sets = _named(addresses)
-    first = next(iter(sets.values()))
-    for name, manifest in sets.items():
-        if (manifest.content, manifest.shape) != (first.content, first.shape):
-            raise UserError(
-                f"'{name}' holds {_content(manifest)}, but '{next(iter(sets))}' holds {_content(first)}; "
-                "merge sets of one content"
-            )
     people = {
         (name, split): _identities(manifest, split, f"{name}/" if prefix else "")
         for name, manifest in sets.items()
@@ -46,15 +40,7 @@ def merge(
     _refuse_clashes(people, shared)
     told = {f"{name}/{key}": value for name, manifest in sets.items() for key, value in manifest.provenance.items()}
     told["merged"] = f"{', '.join(sets)}; identities {'shared by name' if shared else 'disjoint'}"
-    joined = first.model_copy(
-        update={
-            "kind": first.kind if len({manifest.kind for manifest in sets.values()}) == 1 else "merged",
-            "image_mode": _mode(list(sets.values())),
-            "bad": [bad for manifest in sets.values() for bad in manifest.bad],
-            "provenance": {},
-        }
-    )
-    with fresh_view(out, overwrite, joined, told) as view:
+    with fresh_view(out, overwrite, _described(sets), told) as view:
         for split in dict.fromkeys(split for _, split in people):
             tables = {name: people[name, split] for name in sets if (name, split) in people}
             identities = _join(list(tables.values()))
@@ -79,14 +65,28 @@ def _named(addresses: Sequence[str | Path]) -> dict[str, Manifest]:
     return sets
 
 
+def _described(sets: dict[str, Manifest]) -> Manifest:
+    """What is said of all sets together, but for splits and provenance."""
+    (first_name, first), *others = sets.items()
+    for name, manifest in others:
+        if (manifest.content, manifest.shape) != (first.content, first.shape):
+            raise UserError(
+                f"'{name}' holds {_content(manifest)}, but '{first_name}' holds {_content(first)}; "
+                "merge sets of one content"
+            )
+    kinds, modes = ({getattr(manifest, field) for manifest in sets.values()} for field in ("kind", "image_mode"))
+    return first.model_copy(
+        update={
+            "kind": first.kind if len(kinds) == 1 else "merged",
+            "image_mode": first.image_mode if len(modes) == 1 else "RGB",  # grey images serve among coloured ones
+            "bad": [bad for manifest in sets.values() for bad in manifest.bad],
+            "provenance": {},
+        }
+    )
+
+
 def _content(manifest: Manifest) -> str:
     return f"{manifest.content}s" + (f" of shape {manifest.shape}" if manifest.shape else "")
-
-
-def _mode(manifests: list[Manifest]) -> str | None:
-    """Grey where all are; a grey image serves among coloured ones."""
-    modes = {manifest.image_mode for manifest in manifests}
-    return modes.pop() if len(modes) == 1 else "RGB"
 
 
 def _identities(manifest: Manifest, split: str, prefix: str) -> pa.Table:
@@ -99,7 +99,7 @@ def _identities(manifest: Manifest, split: str, prefix: str) -> pa.Table:
 
 
 def _refuse_clashes(people: dict[tuple[str, str], pa.Table], shared: bool) -> None:
-    for (one, here), (two, there) in permutations(people, 2):
+    for (one, here), (two, there) in combinations(people, 2):
         if one == two or (here == there and shared):
             continue
         names = people[one, here]["name"]
@@ -107,14 +107,14 @@ def _refuse_clashes(people: dict[tuple[str, str], pa.Table], shared: bool) -> No
         if not len(common):
             continue
         some = ", ".join(f"'{name}'" for name in common[:3].to_pylist())
-        found = f"{len(common)} identities ({some}{', ...' if len(common) > 3 else ''})"
+        found = f"{some}{', ...' if len(common) > 3 else ''} ({len(common)} in all)"
         if here != there:
             raise UserError(
-                f"{found} are in the split '{here}' of '{one}' and in the split '{there}' of '{two}', and would be in "
-                "both splits; add --prefix if they are different persons, or draw the splits anew after merging"
+                f"the split '{here}' of '{one}' and the split '{there}' of '{two}' both have {found}, who would be in "
+                "two splits of the whole; add --prefix if they are different persons, or draw the splits after merging"
             )
         raise UserError(
-            f"{found} are in '{one}' and in '{two}'; say --identities shared if they are the same persons, "
+            f"'{one}' and '{two}' both have {found}; say --identities shared if they are the same persons, "
             "or add --prefix if they are not"
         )
 
@@ -138,7 +138,7 @@ def _join(tables: list[pa.Table]) -> pa.Table:
     return pa.table(columns)
 
 
-def _rows(names: pa.ChunkedArray, among: pa.ChunkedArray) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+def _rows(names: pa.ChunkedArray, among: pa.ChunkedArray) -> NDArray[np.int64]:
     """For each name its row among the others."""
     rows = pc.index_in(names, value_set=among.combine_chunks())
     return np.asarray(rows.to_numpy()).astype(np.int64)

@@ -109,7 +109,7 @@ def find_twins(
     b_pq, the mean cosine of a sample of p with one of q, is about w_p, the mean cosine of two samples of p, where p and
     q are one person. The statistic is b_pq / sqrt(w_p w_q): the cosine of the two means, freed of the shortening that
     few samples give a mean, so that it does not sink with small classes. w_p is drawn towards that of all classes where
-    p has few samples. C x C x D products are taken: an hour for 500,000 classes of 512 dimensions at 40 Gflop/s.
+    p has few samples. C x C x D / 2 products are taken: 0.9 hours for 500,000 classes of 512 dimensions at 40 Gflop/s.
 
     Args:
         kept_N: the samples that count; suspects are best left out.
@@ -129,12 +129,11 @@ def find_twins(
     scaled_CD = sums_CD * scale_C[:, np.newaxis].astype(np.float32)
     first, second, similarity = [], [], []
     for rows in _blocks(classes, classes):
-        found_BC = scaled_CD[rows] @ scaled_CD.T
+        found_BC = np.triu(scaled_CD[rows] @ scaled_CD[rows.start :].T, 1)
         row, column = np.nonzero(found_BC > alike)
-        later = column > row + rows.start
-        first.append(row[later] + rows.start)
-        second.append(column[later])
-        similarity.append(found_BC[row[later], column[later]])
+        first.append(row + rows.start)
+        second.append(column + rows.start)
+        similarity.append(found_BC[row, column])
         if progress is not None:
             progress("classes", rows.stop, classes)
     values = np.concatenate(similarity).astype(np.float64)

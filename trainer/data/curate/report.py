@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
@@ -14,6 +15,8 @@ from trainer.atomic import write_file
 from trainer.data.curate.check import Check
 from trainer.data.curate.sheet import Row, draw, pictures
 from trainer.data.curate.view import key_at
+from trainer.data.split import Split
+from trainer.errors import UserError
 
 _ROWS, _COLUMNS = 8, 8  # of samples: identities of each split, samples of each
 _COPIES = 40  # pairs that are drawn
@@ -90,7 +93,14 @@ def tell(found: Check, position: int) -> Told:
     """Where a sample is, by its position among all."""
     name, inside = found.scan.place(position)
     split = found.splits[name]
-    return Told(name, *key_at(split, inside), split.classes[int(found.scan.labels[position])])
+    return Told(name, *key_at(split, inside), _identity(split, int(found.scan.labels[position])))
+
+
+def _identity(split: Split, label: int) -> str:
+    """The name of an identity, or its label where the table of names is among what is damaged."""
+    with suppress(UserError, IndexError):
+        return split.classes[label]
+    return f"label {label}"
 
 
 def _sample_rows(found: Check, seed: int) -> Iterator[Row]:
@@ -104,7 +114,7 @@ def _sample_rows(found: Check, seed: int) -> Iterator[Row]:
         for label in np.sort(random.permutation(present)[:_ROWS]).tolist():
             of_it = np.flatnonzero(labels == label)
             chosen = np.sort(random.permutation(of_it)[:_COLUMNS])
-            text = f"{name}: {split.classes[label]}, {len(of_it)} samples"
+            text = f"{name}: {_identity(split, label)}, {len(of_it)} samples"
             yield Row(text, pictures(split, chosen.tolist()))
 
 

@@ -5,16 +5,17 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from io import BytesIO
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.data.arrays import as_array
 from trainer.data.curate.duplicates import HASH_BYTES, digest, perceptual_hash
 from trainer.data.image import decode
 from trainer.data.manifest import Manifest
-from trainer.data.reader import Place, Progress, places_in, read_bytes
+from trainer.data.reader import Progress, places_in, read_bytes
 from trainer.errors import UserError
 
 _CHUNK = 1024  # samples of one task
@@ -102,8 +103,7 @@ def scan(address: str, manifest: Manifest, jobs: int, progress: Progress | None 
 
 def _run(address: str, tasks: list[_Task], jobs: int) -> Iterator[_Found]:
     if jobs == 1:
-        worker = _Worker(address)
-        yield from map(worker.scan, tasks)
+        yield from map(Worker(Manifest.read(address)).scan, tasks)
         return
     # New processes, not copies of this one, whose threads they would not have.
     spawn = multiprocessing.get_context("spawn")
@@ -118,12 +118,12 @@ def _run(address: str, tasks: list[_Task], jobs: int) -> Iterator[_Found]:
             pool.shutdown(cancel_futures=True)
 
 
-class _Worker:
+class Worker:
     """Reads the tasks of one process."""
 
-    def __init__(self, address: str) -> None:
-        self._manifest = Manifest.read(address)
-        self._splits = {name: self._manifest.split(name) for name in self._manifest.splits}
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._splits = {name: manifest.split(name) for name in manifest.splits}
 
     def scan(self, task: _Task) -> _Found:
         samples = task.rows.stop - task.rows.start
@@ -132,44 +132,44 @@ class _Worker:
             np.zeros(samples, bool), [],
         )  # fmt: skip
         split = self._splits[task.split]
+        shard = split.shards[task.shard].file
         try:
-            index, path = split.index(task.shard), split.path(task.shard)
-            file = path.open("rb", buffering=0)
-        except (OSError, UserError):
-            return found  # the verification names the file and what is wrong with it
-        with file:
-            for row, place in enumerate(places_in(path, index, np.arange(task.rows.start, task.rows.stop))):
+            index = split.index(task.shard)
+        except UserError:
+            return found  # the verification says what is wrong with the file; so below
+        with split.store.open({shard: None}) as files:
+            if isinstance(files[shard], UserError):
+                return found
+            rows = np.arange(task.rows.start, task.rows.stop)
+            for row, place in enumerate(places_in(Path(shard.name), index, rows)):
                 found.labels[row] = place.label
                 try:
-                    payload = read_bytes(file, place)
-                    found.hashes[row] = self._decode(payload, place)
+                    payload = read_bytes(files[shard], place)
+                    found.hashes[row] = self.decode(payload, f"{shard.name}: {place.key}")
                 except UserError as error:
                     found.faults.append(str(error))
                     continue
                 found.digests[row], found.good[row] = digest(payload), True
         return found
 
-    def _decode(self, payload: bytes, place: Place) -> NDArray[np.uint8] | int:
-        name = f"{place.shard.name}: {place.key}"
+    def decode(self, payload: bytes, name: str) -> NDArray[np.uint8] | int:
+        """The perceptual hash of an image; 0 for an array.
+
+        Raises:
+            UserError: the payload is not what the manifest says that the set holds.
+        """
         if self._manifest.content == "image":
             return np.frombuffer(perceptual_hash(decode(payload, name).image), np.uint8)
-        try:
-            values = np.load(BytesIO(payload), allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"'{name}' is not a .npy file: {error}; import the data again") from error
-        if list(values.shape) != self._manifest.shape:
-            raise UserError(f"'{name}' has shape {values.shape}, but the manifest says {self._manifest.shape}")
-        if not np.isfinite(values).all():
-            raise UserError(f"'{name}' has values that are no numbers (NaN or infinite); leave it out")
+        as_array(payload, tuple(self._manifest.shape), name)
         return 0
 
 
-_worker: _Worker | None = None  # of a process of the pool
+_worker: Worker | None = None  # of a process of the pool
 
 
 def _start(address: str) -> None:
     global _worker
-    _worker = _Worker(address)
+    _worker = Worker(Manifest.read(address))
 
 
 def _scan(task: _Task) -> _Found:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,17 +31,17 @@ def pictures(split: Split, positions: Sequence[int]) -> list[NDArray[np.uint8]]:
     """The samples at these positions as RGB pixels [CELL, CELL, 3].
 
     Raises:
-        UserError: one of the samples is damaged.
-        OSError: a shard cannot be opened.
+        UserError: a shard cannot be had, or one of the samples is damaged.
     """
     drawn = []
     for position in positions:
         shard = int(np.searchsorted(split.ends, position, side="right"))
-        index, path = split.index(shard), split.path(shard)
-        (place,) = places_in(path, index, np.array([position - (int(split.ends[shard]) - index.samples)]))
-        with path.open("rb", buffering=0) as file:
-            pixels = load_image(read_bytes(file, place), _PREVIEW, f"{path.name}: {place.key}")
-        drawn.append(pixels.transpose(1, 2, 0))
+        index, file = split.index(shard), split.shards[shard].file
+        row = position - (int(split.ends[shard]) - index.samples)
+        (place,) = places_in(Path(file.name), index, np.array([row]))
+        with split.store.open({file: [(place.offset, place.size)]}) as files:
+            payload = read_bytes(files[file], place)
+        drawn.append(load_image(payload, _PREVIEW, f"{file.name}: {place.key}").transpose(1, 2, 0))
     return drawn
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from trainer.atomic import Kind, fresh_file, fresh_folder
 from trainer.data.index import ShardIndex, make_index, open_index, write_index
 from trainer.data.manifest import MANIFEST_FILE, Manifest
+from trainer.data.remote import is_remote, join
 from trainer.data.split import ShardEntry, Split, SplitEntry
 from trainer.data.tables import Classes, TableFile, write_by_class, write_classes
 from trainer.errors import UserError
@@ -49,10 +50,20 @@ class Piece:
                 yield shard, rows
 
     def counts(self, identities: int) -> NDArray[np.int64]:
-        """How many samples of each new identity it brings."""
+        """How many samples of each new identity it brings.
+
+        Raises:
+            UserError: an index has a label that the split does not have.
+        """
         counts = np.zeros(identities, np.int64)
         for shard, rows in self.shards():
-            counts += np.bincount(self.relabel[self.split.index(shard).labels[rows]], minlength=identities)
+            labels = self.split.index(shard).labels[rows]
+            if (largest := int(labels.max())) >= len(self.relabel):
+                raise UserError(
+                    f"the index of shard '{self.split.shards[shard].name}' has label {largest}, but the split "
+                    f"'{self.split.name}' has {len(self.relabel)} identities; import the data again"
+                )
+            np.add.at(counts, self.relabel[labels], 1)
         return counts
 
 
@@ -206,10 +217,8 @@ def _keys(index: ShardIndex, rows: NDArray[np.int64]) -> Sequence[str] | int:
 
 
 def _url(split: Split, entry: ShardEntry, out: Path) -> str:
-    """Where a shard lies: an address as it is, a path seen from `out`, so that sets may be moved together."""
-    place, address = entry.url or entry.name, split.store.address
-    if "://" in place:
-        return place
-    if "://" in address:
-        return f"{address.rstrip('/')}/{place}"
-    return os.path.relpath(os.path.join(os.path.abspath(address), place), out)
+    """Where a shard lies: an address as it is, a path as seen from `out`, so that sets may be moved together."""
+    place, address = (entry.url or entry.name).removeprefix("file://"), split.store.address
+    if split.store.is_local(entry.file):
+        return os.path.relpath(os.path.join(os.path.abspath(address), place), out)
+    return place if is_remote(place) else join(address, place)

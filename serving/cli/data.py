@@ -74,7 +74,7 @@ def import_(
     with progress() as show:
         manifest = run_import(kind, source, to, options, show)
     for name, split in manifest.splits.items():
-        out.print(f"{name}: {split.samples} images of {split.identities} identities in {len(split.shards)} shards")
+        out.print(f"{name}: {split.samples} samples of {split.identities} identities in {len(split.shards)} shards")
     for bad in manifest.bad[:20]:
         err.print(f"left out: {bad.name}: {bad.reason}")
     if manifest.bad:

@@ -1,6 +1,6 @@
 """The one training loop. Every rank runs it, on one machine or many, on CPUs or GPUs.
 
-    pixels -> backbone (inside the DeepSpeed engine) -> head -> loss -> both are stepped, visibly
+    samples -> backbone (inside the DeepSpeed engine) -> head -> loss -> both are stepped, visibly
 
 Nothing random is carried from step to step: order, augmentation, dropout and margins' noise are functions of the seed
 and the step. A resumed run therefore needs no generator's state, and gives the losses of the uninterrupted one.
@@ -19,7 +19,7 @@ import torch
 from trainer.backbones import build
 from trainer.checkpoint import CHECKPOINTS, Checkpoint, CheckpointManifest, latest, save
 from trainer.config import Config
-from trainer.data.augment import Augment
+from trainer.data.augment import Augment, check_augment
 from trainer.data.manifest import Manifest
 from trainer.data.remote import shown
 from trainer.data.stream import Batch, Stream, preprocessing
@@ -73,6 +73,7 @@ class _Run:
         self.checkpoints = config.run.out / CHECKPOINTS
         data, seed, self.group = config.data, config.run.seed, (group := Group.current())
         manifest = Manifest.read(data.path, data.remote_cache)
+        check_augment(config.augment, form := preprocessing(manifest, data))
         rank, size, cuda = group.rank, group.size, device.type == "cuda"
         self.stream = Stream(manifest, data.train_split, data, rank=rank, world_size=size, seed=seed, pin=cuda)
         split = self.stream.split
@@ -83,8 +84,7 @@ class _Run:
         self.classes = turns * split.identities
         self.class_digest = split.class_digest  # which centre belongs to whom
         torch.manual_seed(seed)
-        pixels = preprocessing(manifest, data)
-        backbone = build(config.backbone, pixels.channels, pixels.height, pixels.width).to(device)
+        backbone = build(config.backbone, *form.shape_CHW).to(device)
         self.engine = Engine(backbone, config, device)
         counts = torch.from_numpy(np.tile(split.classes.counts(), turns))
         self.objective = Objective(config, self.classes, counts, device)

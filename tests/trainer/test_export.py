@@ -192,5 +192,5 @@ def test_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         export(Flat(), GREY, tmp_path / "embedder", drawings(2).float(), {})
     with pytest.raises(UserError, match=r"shape \(2, 1, 27, 28\)"):
         export(Flat(), GREY, tmp_path / "embedder", drawings(2)[:, :, 1:], {})
-    with pytest.raises(UserError, match=r"shape \(0, 1, 28, 28\); give one real image or more"):
+    with pytest.raises(UserError, match=r"shape \(0, 1, 28, 28\); give one real sample or more"):
         export(Flat(), GREY, tmp_path / "embedder", drawings(2)[:0], {})

@@ -8,10 +8,11 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PositiveInt, PrivateAttr, ValidationError, model_validator
 from pydantic_core import from_json
 
 from trainer.atomic import write_file
+from trainer.data.arrays import content_of_shape, described
 from trainer.data.format1 import upgrade
 from trainer.data.split import Split, SplitEntry
 from trainer.data.store import CacheConfig, Store, open_store
@@ -36,7 +37,7 @@ class Manifest(Strict):
     kind: str = Field(description="the importer: omniglot, folder, glyphs")
     image_mode: Literal["L", "RGB"] | None = None
     content: Literal["image", "vector", "spectrogram"] = "image"
-    shape: list[int] = Field(default_factory=list, description="of a vector or spectrogram")
+    shape: list[PositiveInt] = Field(default_factory=list, description="of a vector or spectrogram")
     splits: dict[str, SplitEntry] = Field(min_length=1)
     bad: list[BadSample] = Field(default_factory=list, description="left out as unreadable")
     provenance: dict[str, str] = Field(default_factory=dict, description="source, seed, what was held out")
@@ -47,9 +48,15 @@ class Manifest(Strict):
     def _content(self) -> "Manifest":
         if (self.content == "image") != (self.image_mode is not None):
             raise ValueError(f"image_mode is {self.image_mode or 'null'}, but content is {self.content}")
-        if (self.content == "image") != (not self.shape):
+        image = self.content == "image"
+        if self.shape if image else content_of_shape(tuple(self.shape)) != self.content:
             raise ValueError(f"shape is {self.shape}, but content is {self.content}")
         return self
+
+    @property
+    def holds(self) -> str:
+        """What its samples are, in words; what the `Form` that fits says it reads."""
+        return described(self.content, self.shape)
 
     def __eq__(self, other: object) -> bool:
         """Whether they say the same, wherever they were read."""
@@ -114,4 +121,4 @@ class Manifest(Strict):
             )
         if self._store is None:
             raise ValueError("this manifest was not read from anywhere, so that its tables cannot be opened")
-        return Split(name, self.splits[name], self._store, self._classes.get(name))
+        return Split(name, self.splits[name], self._store, self._classes.get(name), self.holds)

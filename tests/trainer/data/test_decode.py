@@ -186,7 +186,7 @@ def test_large_images_travel_few_at_a_time(files: list[bytes]):
         assert decoders._together == 2
         pixels, faults = decoders.decode(names(files[:5]), lambda i: files[i])
     assert not faults
-    np.testing.assert_array_equal(pixels[4], load_image(files[4], large.preprocessing))
+    np.testing.assert_array_equal(pixels[4], load_image(files[4], large.form))
 
 
 @pytest.mark.parametrize("processes", [0, 1])

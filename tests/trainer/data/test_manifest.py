@@ -39,7 +39,7 @@ def split_with(**changes: object) -> dict:
         ({"format": 3}, "its format is 3, and 1 and 2 are read"),
         ({"image_mode": "CMYK"}, "image_mode"),
         ({"image_mode": None}, "image_mode is null, but content is image"),
-        ({"content": "vector", "image_mode": None}, r"shape is \[\], but content is vector"),
+        ({"content": "vector", "image_mode": None}, r"a sample of shape \(\) is neither a vector"),
         ({"content": "vector", "image_mode": "L", "shape": [8]}, "image_mode is L, but content is vector"),
         ({"extra": 1}, "extra"),
         ({"splits": {}}, "splits"),

@@ -69,7 +69,7 @@ class Decoding:
         return faults
 
 
-class Decoders:
+class DecoderPool:
     """Decodes in `processes`, or, where there are none, in `threads` of the caller. Use it in a `with` block.
 
     Processes are started when the first image is to be decoded, not before, and ended with the block.
@@ -86,7 +86,7 @@ class Decoders:
         for child in self._children:
             self._free.put(child)
 
-    def __enter__(self) -> "Decoders":
+    def __enter__(self) -> "DecoderPool":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -15,7 +15,7 @@ from trainer.atomic import write_file
 from trainer.data.arrays import content_of_shape, described
 from trainer.data.format1 import upgrade
 from trainer.data.split import Split, SplitEntry
-from trainer.data.store import CacheConfig, Store, open_store
+from trainer.data.store import CacheConfig, DataStore, open_store
 from trainer.data.tables import Classes
 from trainer.errors import UserError
 from trainer.strict import Strict
@@ -41,7 +41,7 @@ class Manifest(Strict):
     splits: dict[str, SplitEntry] = Field(min_length=1)
     bad: list[BadSample] = Field(default_factory=list, description="left out as unreadable")
     provenance: dict[str, str] = Field(default_factory=dict, description="source, seed, what was held out")
-    _store: Store | None = PrivateAttr(None)
+    _store: DataStore | None = PrivateAttr(None)
     _classes: dict[str, Classes] = PrivateAttr(default_factory=dict)  # of format 1
 
     @model_validator(mode="after")
@@ -84,7 +84,7 @@ class Manifest(Strict):
         return cls._of(tree, store, where)
 
     @classmethod
-    def _of(cls, tree: object, store: Store, where: str) -> "Manifest":
+    def _of(cls, tree: object, store: DataStore, where: str) -> "Manifest":
         found = tree.get("format") if isinstance(tree, dict) else None
         if found not in (1, 2):
             raise UserError(

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.arrays import Form, Pixels
-from trainer.data.decode import Decoders, Decoding, Faults
+from trainer.data.decode import DecoderPool, Decoding, Faults
 from trainer.data.index import ShardIndex
 from trainer.data.split import Split
 from trainer.data.store import File
@@ -139,11 +139,11 @@ class Reader:
         self._cached = np.zeros(split.samples if self._cache is not None else 0, dtype=bool)
         self.bad: dict[int, UserError] = {}
 
-    def pool(self, processes: bool = False) -> Decoders:
+    def pool(self, processes: bool = False) -> DecoderPool:
         """What decodes, for a `with` block; `processes`: in processes, if it may."""
-        return Decoders(self._decoding, threads=self._threads, processes=self._processes if processes else 0)
+        return DecoderPool(self._decoding, threads=self._threads, processes=self._processes if processes else 0)
 
-    def read(self, positions: NDArray[np.int64], pool: Decoders) -> tuple[Pixels, NDArray[np.int64], list[str]]:
+    def read(self, positions: NDArray[np.int64], pool: DecoderPool) -> tuple[Pixels, NDArray[np.int64], list[str]]:
         """Images [len(positions), C, H, W], labels and keys; a position that occurs twice is decoded once.
 
         Raises:
@@ -155,7 +155,7 @@ class Reader:
             raise fault
         return samples.images_BCHW, samples.labels_B, samples.keys
 
-    def try_read(self, positions: NDArray[np.int64], pool: Decoders) -> Samples:
+    def try_read(self, positions: NDArray[np.int64], pool: DecoderPool) -> Samples:
         """As `read`, but with what is wrong with single samples in the result.
 
         Raises:
@@ -203,7 +203,7 @@ class Reader:
             places += places_in(self._paths[shard], index, group - (self.split.ends[shard] - index.samples))
         return places
 
-    def _images(self, positions: NDArray[np.int64], places: list[Place], pool: Decoders) -> Pixels:
+    def _images(self, positions: NDArray[np.int64], places: list[Place], pool: DecoderPool) -> Pixels:
         """The pixels; what cannot be read is noted in `bad`."""
         known = np.array([position in self.bad for position in positions.tolist()])
         missing = np.flatnonzero(~known if self._cache is None else ~known & ~self._cached[positions])
@@ -222,7 +222,7 @@ class Reader:
         images[missing] = pixels
         return images
 
-    def _decode(self, places: list[Place], pool: Decoders) -> tuple[Pixels, Faults]:
+    def _decode(self, places: list[Place], pool: DecoderPool) -> tuple[Pixels, Faults]:
         with self.split.store.open(self._ranges(places), whole=not self._scattered) as files:
 
             def read(i: int) -> bytes:

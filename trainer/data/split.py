@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from trainer.data.index import RECORD, ShardIndex, make_index, open_index, write_index
-from trainer.data.store import File, Store
+from trainer.data.store import DataStore, File
 from trainer.data.tables import (
     Classes,
     ClassesFile,
@@ -85,7 +85,7 @@ class Split:
     """
 
     def __init__(
-        self, name: str, entry: SplitEntry, store: Store, classes: Classes | None = None, holds: str = "images"
+        self, name: str, entry: SplitEntry, store: DataStore, classes: Classes | None = None, holds: str = "images"
     ) -> None:
         self.name, self.entry, self.store, self.holds = name, entry, store, holds
         self.samples, self.identities, self.shards = entry.samples, entry.identities, entry.shards

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import ByteSize, Field, model_validator
 
 from trainer.data.arrays import ArrayForm, Form, Pixels
-from trainer.data.decode import Decoders
+from trainer.data.decode import DecoderPool
 from trainer.data.image import Preprocessing
 from trainer.data.manifest import Manifest
 from trainer.data.mix import Mixed, MixedPKSampler, MixedReader, MixedSampler, Part, open_mix
@@ -216,7 +216,7 @@ class Stream:
     def _want(self, epoch: int, step: int) -> None:
         self._reader.want(self._sampler.part(epoch, step, self._rows))
 
-    def _batch(self, epoch: int, step: int, pool: Decoders) -> Batch:
+    def _batch(self, epoch: int, step: int, pool: DecoderPool) -> Batch:
         self._prefetch(epoch, step)
         rows = self._rows
         real = rows < self._sampler.size(step)
@@ -233,7 +233,7 @@ class Stream:
         )
         return batch.pinned() if self._pin else batch
 
-    def _fill(self, image_CHW: Pixels, positions: NDArray[np.int64], fault: UserError, pool: Decoders) -> None:
+    def _fill(self, image_CHW: Pixels, positions: NDArray[np.int64], fault: UserError, pool: DecoderPool) -> None:
         """Put the first of `positions` that can be read where a bad sample was to be."""
         for position in positions:
             if self.bad > self._max_bad:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
+from tests.disk import small_disk
 from trainer.backbones import build, networks
 from trainer.config import BackboneConfig
 from trainer.data.image import Preprocessing
@@ -194,3 +195,10 @@ def test_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         export(Flat(), GREY, tmp_path / "embedder", drawings(2)[:, :, 1:], {})
     with pytest.raises(UserError, match=r"shape \(0, 1, 28, 28\); give one real image or more"):
         export(Flat(), GREY, tmp_path / "embedder", drawings(2)[:0], {})
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        with pytest.raises(UserError, match=f"the disk of '{disk}' is full, so that 'embedder' was not written; free"):
+            export(Flat(1000), GREY, disk / "embedder", drawings(2), {})
+        assert list(disk.iterdir()) == []

@@ -116,7 +116,7 @@ def save(
         Diverged: on every rank, where a tensor of one of them is not finite; nothing was written.
         UserError: on every rank, where one of them cannot write, or a rank's file is not there; nothing is left behind.
     """
-    _check_finite(manifest.step, files, group)
+    check_finite(manifest.step, files, group)
     final = parent / f"step-{manifest.step:08d}"
     partial = final.with_name(final.name + _PARTIAL)
     first = group.rank == 0
@@ -131,6 +131,17 @@ def save(
         raise
     _on_all(group, final, lambda: _remove_old(parent, keep, manifest.step) if first else None)
     return final
+
+
+def check_finite(step: int, files: Mapping[str, Mapping[str, Tensor]], group: Group) -> None:
+    """A collective; each rank gives the tensors that it holds.
+
+    Raises:
+        Diverged: on every rank, where a tensor of one of them is not finite.
+    """
+    bad = (f"'{key}' of {name}" for name, tensors in files.items() for key in tensors if not _finite(tensors[key]))
+    if found := [text for text in group.gather_text(next(bad, "")) if text]:
+        raise Diverged(f"the run has diverged: {found[0]} is not finite after step {step}")
 
 
 def latest(parent: Path) -> Checkpoint | None:
@@ -223,12 +234,6 @@ def _on_all(group: Group, folder: Path, work: Callable[[], str | None]) -> list[
         if "failed" in one:
             raise UserError(one["failed"] + (f" (worker {rank})" if group.size > 1 else ""))
     return [one["done"] for one in answers]
-
-
-def _check_finite(step: int, files: Mapping[str, Mapping[str, Tensor]], group: Group) -> None:
-    bad = (f"'{key}' of {name}" for name, tensors in files.items() for key in tensors if not _finite(tensors[key]))
-    if found := [text for text in group.gather_text(next(bad, "")) if text]:
-        raise Diverged(f"the run has diverged: {found[0]} is not finite after step {step}, so that it is not saved")
 
 
 def _finite(tensor: Tensor) -> bool:

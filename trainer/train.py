@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from trainer.backbones import build
-from trainer.checkpoint import CHECKPOINTS, Checkpoint, CheckpointManifest, agreed, save, set_aside
+from trainer.checkpoint import CHECKPOINTS, Checkpoint, CheckpointManifest, agreed, check_finite, save, set_aside
 from trainer.config import Config
 from trainer.data.augment import Augment
 from trainer.data.manifest import Manifest
@@ -161,6 +161,7 @@ class _Run:
         if not self.monitor or not every or (not last and (epoch + 1) % every):
             return
         average_buffers(self.engine.module, self.group)
+        check_finite(self.step, {"the backbone": self.engine.module.state_dict()}, self.group)  # else it embeds nothing
         values = self.monitor(self.engine.module, self.objective, self.device)
         self.report(Record("metrics", self.step, self.total_steps, values))
 

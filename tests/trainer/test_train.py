@@ -149,6 +149,9 @@ def test_a_mix_from_decoder_processes_resumes_exactly(data: Path, tmp_path: Path
 
 def diverges_and_goes_on(rank: int, data: Path, folder: Path) -> None:
     overrides = ["scaling.workers=1", "run.max_steps=6", "run.checkpoint_every=1", "run.log_every=1000"]
+    seldom = config(data, folder / "seldom", *overrides, "optimizer.lr=1e8", "run.checkpoint_every=0")
+    with pytest.raises(Diverged, match=r"not finite after step 3.* goes on from step 0"):  # seen by the evaluation
+        run(seldom, resume=False, report=lambda _: None)
     wild = config(data, folder / "run", *overrides, "optimizer.lr=1e8")
     with pytest.raises(Diverged, match=r"optimizer\.lr \(now 1e\+08\).* goes on from step 0"):
         run(wild, resume=False, report=lambda _: None)
@@ -199,8 +202,7 @@ LOSSES_OF_FORMAT_1 = {5: 7.686795234680176, 6: 7.151485443115234}
 
 def from_format_1(rank: int, folder: Path) -> None:
     written = json.loads((FORMAT_1 / "checkpoint.json").read_text())["config"]
-    data = str(Path(__file__).parent / "data" / "format1")
-    out = {"run": written["run"] | {"out": str(folder)}, "data": written["data"] | {"path": data}}
+    out = {"run": written["run"] | {"out": str(folder)}, "data": written["data"] | {"path": str(folder / "data")}}
     after = train(from_tree(written | out), folder, rank, resume=True)
     assert losses(after) == pytest.approx(LOSSES_OF_FORMAT_1, rel=1e-5)
     notes = [record.text for record in after if record.kind == "note"]
@@ -212,6 +214,7 @@ def from_format_1(rank: int, folder: Path) -> None:
 
 def test_a_checkpoint_of_format_1_is_gone_on_from(tmp_path: Path) -> None:
     shutil.copytree(FORMAT_1, tmp_path / "checkpoints" / "step-00000004")
+    shutil.copytree(Path(__file__).parent / "data" / "format1", tmp_path / "data")
     run_on_ranks(2, from_format_1, tmp_path)
 
 

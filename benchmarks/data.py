@@ -26,9 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import psutil
+import torch
 from PIL import Image
 
 from benchmarks.data_contenders import BATCH, CONTENDERS, stream, write_mosaic
+from trainer.backbones import build
+from trainer.config import BackboneConfig
+from trainer.data.augment import to_float
 from trainer.data.importers.run import ImportOptions, run_import
 from trainer.data.index import make_index, write_index
 from trainer.data.manifest import Manifest
@@ -40,7 +44,7 @@ _STEPS, _WARMUP = 24, 4  # of --wait
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--images", type=int, default=6000)
+    parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--side", type=int, default=SIDE, help="pixels of the stored JPEGs; they are read at 112 x 112")
     parser.add_argument("--processes", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--repeats", type=int, default=3)
@@ -139,33 +143,32 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def wait(folder: Path) -> None:
-    """Training steps of MobileFaceNet on one thread beside decoding: what share of them is spent waiting for data."""
-    import torch
+    """Training steps, every image decoded anew: what share of the time they wait for data.
 
-    from trainer.backbones import build
-    from trainer.config import BackboneConfig
-    from trainer.data.augment import to_float
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    On a GPU IResNet-50 at 112 x 112; on a CPU, one thread, the demo's network at 28 x 28.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
     torch.set_num_threads(1)
-    backbone = build(BackboneConfig(name="mobilefacenet", dimension=128), 3, SIDE, SIDE).to(device)
-    size = 1024 if device.type == "cuda" else 32
-    for threads, processes in ((2, 0), (1, 1)):
-        changes = {"batch_size": size, "decode_threads": threads}
-        waited = worked = 0.0
+    name, side, size = ("iresnet50", 112, 128) if cuda else ("convnet", 28, 128)
+    backbone = build(BackboneConfig(name=name, dimension=128), 3, side, side).to(device)
+    for threads, processes in ((2, 0), (1, 1), (1, 4)) if cuda else ((2, 0), (1, 1)):
+        changes = {"batch_size": size, "decode_threads": threads, "height": side, "width": side}
         batches = stream(folder, processes, **changes).batches(0)
+        waited = worked = 0.0
         for step in range(_STEPS):
             begin = time.perf_counter()
             batch = next(batches).to(device)
             middle = time.perf_counter()
-            backbone(to_float(batch.images_BCHW)).square().mean().backward()
-            if device.type == "cuda":
+            with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+                backbone(to_float(batch.images_BCHW)).square().mean().backward()
+            if cuda:
                 torch.cuda.synchronize()
             if step >= _WARMUP:
                 waited, worked = waited + middle - begin, worked + time.perf_counter() - middle
         how = f"{processes} processes" if processes else f"{threads} threads"
         share, step_ms = waited / (waited + worked), 1000 * worked / (_STEPS - _WARMUP)
-        print(f"{device.type}, batch {size}, {how}: step {step_ms:.0f} ms, waiting {100 * share:.2f} %", flush=True)
+        print(f"{name}, batch {size}, {how}: step {step_ms:.0f} ms, waiting {100 * share:.2f} %", flush=True)
 
 
 def memory(folder: Path, samples: int) -> None:
@@ -204,7 +207,8 @@ def main() -> None:
         if options.memory:
             memory(Path(name), options.tiny)
             return
-        folder = make_set(Path(name), options.images, options.side)
+        side = options.side if not options.wait or torch.cuda.is_available() else 28
+        folder = make_set(Path(name), options.images, side)
         if options.wait:
             wait(folder)
             return

@@ -143,16 +143,9 @@ def clean(
         opened = Embedder.open(embedder, threads)
         with progress() as show:
             found = search(
-                data,
-                to,
-                lambda part: embed_split(opened, part, show),
-                split=of,
-                deviations=distance,
-                alike=alike,
-                join=join,
-                overwrite=overwrite,
-                progress=show,
-            )
+                data, to, lambda part: embed_split(opened, part, show), split=of, deviations=distance, alike=alike,
+                join=join, overwrite=overwrite, progress=show,
+            )  # fmt: skip
     else:
         raise UserError("data clean needs either --embedder, to search with, or --lists, to go by; give one of them")
     what = "made one identity each" if join else "listed (--join makes each one identity)"

@@ -1,7 +1,7 @@
 """`hypersphere data`: images to WebDataset shards, and shards checked."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,6 +9,9 @@ from serving.cli import curate
 from serving.cli.embedder import ConfigOption, Overrides
 from serving.cli.terminal import err, out, progress
 from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.data.manifest import Manifest
 
 app = typer.Typer(no_args_is_help=True, help="Turn images into WebDataset shards, and check them.")
 
@@ -57,22 +60,15 @@ def import_(
     from trainer.data.importers.run import run_import
 
     options = ImportOptions(
-        holdout_alphabets=holdout_alphabets,
-        holdout_share=holdout_share,
-        max_bad=max_bad,
-        min_samples=min_samples,
-        seed=seed,
-        samples_per_shard=samples_per_shard,
-        overwrite=overwrite,
-        jobs=jobs,
-        check=check,
-        max_side=max_side,
-        label_field=label_field,
-        labels=labels,
-        in_place=in_place,
-    )
+        holdout_alphabets, holdout_share, max_bad, min_samples, seed, samples_per_shard, overwrite,
+        jobs=jobs, check=check, max_side=max_side, label_field=label_field, labels=labels, in_place=in_place,
+    )  # fmt: skip
     with progress() as show:
         manifest = run_import(kind, source, to, options, show)
+    _tell(manifest, to)
+
+
+def _tell(manifest: "Manifest", to: str) -> None:
     for name, split in manifest.splits.items():
         out.print(f"{name}: {split.samples} images of {split.identities} identities in {len(split.shards)} shards")
     for bad in manifest.bad[:20]:

@@ -273,6 +273,7 @@ def test_data_are_held_out_merged_and_cleaned(installed: Installed, embedder: Pa
 WITHOUT_EXTRAS = ("import", "verify", "merge", "split", "clean")
 OTHERS = {
     "data check": ["set"],
+    "data preview": [],
     "train": [],
     "submit": ["--address", "http://127.0.0.1:1"],
     "export": ["--run", "run"],

@@ -112,7 +112,7 @@ class Augment:
         if self.config.quarter_turns:
             turns_B = (draws["turn"] * 4).long().clamp_(max=3)
             images_BCHW = _quarter_turned(images_BCHW, turns_B)
-            shift_B = turns_B.to(labels_B.device) * self.classes
+            shift_B = turns_B.to(labels_B.device, non_blocking=True) * self.classes
             labels_B = torch.where(labels_B == PADDING, labels_B, labels_B + shift_B)
         images_BCHW = self._move(to_float(images_BCHW), draws)
         images_BCHW = self._colour(images_BCHW, draws)
@@ -138,11 +138,11 @@ class Augment:
         moves = (config.rotate_degrees, config.scale, config.shear_degrees, config.translate)
         if not any(moves):
             if config.flip:
-                mirrored_B = draws["flip"] < 0.5
-                images_BCHW[mirrored_B] = images_BCHW[mirrored_B].flip(-1)
+                mirrored_b = _places(draws["flip"] < 0.5, images_BCHW)
+                images_BCHW[mirrored_b] = images_BCHW[mirrored_b].flip(-1)
             return images_BCHW
         height, width = images_BCHW.shape[-2:]
-        theta_B23 = self._matrices(draws, width / height).to(images_BCHW.device)
+        theta_B23 = self._matrices(draws, width / height).to(images_BCHW.device, non_blocking=True)
         grid_BHW2 = F.affine_grid(theta_B23, list(images_BCHW.shape), align_corners=False)
         return F.grid_sample(images_BCHW, grid_BHW2, mode="bilinear", padding_mode="border", align_corners=False)
 
@@ -171,7 +171,9 @@ class Augment:
             return images_BCHW
         saturation_B = 1 + _symmetric(draws["saturation"]) * config.saturation
         saturation_B[draws["greyscale"] < config.greyscale] = 0
-        matrices_B33 = colour_matrices(saturation_B, _symmetric(draws["hue"]) * config.hue).to(images_BCHW.device)
+        matrices_B33 = colour_matrices(saturation_B, _symmetric(draws["hue"]) * config.hue).to(
+            images_BCHW.device, non_blocking=True
+        )
         return torch.einsum("bcd,bdhw->bchw", matrices_B33, images_BCHW).clamp_(-1.0, 1.0)
 
     def _degrade(self, images_BCHW: torch.Tensor, draws: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -190,7 +192,7 @@ class Augment:
         for effect, probability, draw_B, numbers in effects:
             chosen_b = torch.nonzero(draw_B < probability).flatten()
             if len(chosen_b):
-                rows_b = chosen_b.to(images_BCHW.device)
+                rows_b = chosen_b.to(images_BCHW.device, non_blocking=True)
                 images_BCHW[rows_b] = effect(images_BCHW[rows_b], *(number_B[chosen_b] for number_B in numbers))
         return images_BCHW
 
@@ -199,11 +201,15 @@ class Augment:
         aligned. Then fill one with the image's mean: random erasing (Zhong et al., 2020)."""
         if self.config.crop:
             inside_B1HW = _rectangle(draws, "crop", _KEPT_AREA, _KEPT_RATIO, images_BCHW)
-            whole_B111 = (draws["crop"] >= self.config.crop).to(images_BCHW.device)[:, None, None, None]
+            whole_B111 = (draws["crop"] >= self.config.crop).to(images_BCHW.device, non_blocking=True)[
+                :, None, None, None
+            ]
             images_BCHW = torch.where(inside_B1HW | whole_B111, images_BCHW, -1.0)
         if self.config.erase:
             inside_B1HW = _rectangle(draws, "erase", _ERASED_AREA, _ERASED_RATIO, images_BCHW)
-            chosen_B111 = (draws["erase"] < self.config.erase).to(images_BCHW.device)[:, None, None, None]
+            chosen_B111 = (draws["erase"] < self.config.erase).to(images_BCHW.device, non_blocking=True)[
+                :, None, None, None
+            ]
             images_BCHW = torch.where(inside_B1HW & chosen_B111, images_BCHW.mean((2, 3), keepdim=True), images_BCHW)
         return images_BCHW
 
@@ -213,13 +219,20 @@ class Augment:
             return images_BCHW
         factor_B = 1 + _symmetric(draws["contrast"]) * self.config.contrast
         shift_B = 2 * _symmetric(draws["brightness"]) * self.config.brightness
-        factor_B111, shift_B111 = (x_B.to(images_BCHW.device)[:, None, None, None] for x_B in (factor_B, shift_B))
+        factor_B111, shift_B111 = (
+            x_B.to(images_BCHW.device, non_blocking=True)[:, None, None, None] for x_B in (factor_B, shift_B)
+        )
         mean_B111 = images_BCHW.mean((1, 2, 3), keepdim=True)
         return ((images_BCHW - mean_B111) * factor_B111 + mean_B111 + shift_B111).clamp_(-1.0, 1.0)
 
 
 def _symmetric(uniform_B: torch.Tensor) -> torch.Tensor:
     return 2 * uniform_B - 1
+
+
+def _places(chosen_B: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Where the mask is true, on the device of the images, which need not be waited for."""
+    return torch.nonzero(chosen_B).flatten().to(like.device, non_blocking=True)
 
 
 def _rectangle(
@@ -231,8 +244,8 @@ def _rectangle(
     area_B = (low + (high - low) * draws[f"{of}_area"]) * height * width
     low, high = math.log(ratios[0]), math.log(ratios[1])
     ratio_B = torch.exp(low + (high - low) * draws[f"{of}_ratio"])
-    inside_BH = _interval(torch.sqrt(area_B * ratio_B), draws[f"{of}_y"], height).to(like.device)
-    inside_BW = _interval(torch.sqrt(area_B / ratio_B), draws[f"{of}_x"], width).to(like.device)
+    inside_BH = _interval(torch.sqrt(area_B * ratio_B), draws[f"{of}_y"], height).to(like.device, non_blocking=True)
+    inside_BW = _interval(torch.sqrt(area_B / ratio_B), draws[f"{of}_x"], width).to(like.device, non_blocking=True)
     return (inside_BH[:, :, None] & inside_BW[:, None, :]).unsqueeze(1)
 
 
@@ -253,6 +266,6 @@ def _quarter_turned(images_BCHW: torch.Tensor, turns_B: torch.Tensor) -> torch.T
         )
     turned_BCHW = images_BCHW.clone()
     for turns in (1, 2, 3):
-        chosen_B = turns_B == turns
-        turned_BCHW[chosen_B] = torch.rot90(images_BCHW[chosen_B], turns, (2, 3))
+        chosen_b = _places(turns_B == turns, images_BCHW)
+        turned_BCHW[chosen_b] = torch.rot90(images_BCHW[chosen_b], turns, (2, 3))
     return turned_BCHW

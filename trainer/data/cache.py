@@ -65,8 +65,10 @@ class Cache:
             ) from error
         return CachedFile(self, file, path, size)
 
-    def reserve(self, size: int) -> None:
-        """Count `size` more bytes and a page of the map, removing what was used longest ago where they are too many.
+    @contextmanager
+    def room(self, size: int) -> Iterator[None]:
+        """For a block that takes `size` more bytes of the disk: counts them and a page of the map, and removes what was
+        used longest ago where they are too many. The lock is held throughout, as what is not taken yet cannot be seen.
 
         Raises:
             UserError: there is not so much room, even when all goes that nobody reads now.
@@ -80,6 +82,7 @@ class Cache:
                 used = self._make_room(size)
             os.ftruncate(file.fileno(), 0)
             file.write((used + size).to_bytes(8, "little"))
+            yield
 
     def _make_room(self, size: int) -> int:
         """Bytes that are taken after files have been removed."""
@@ -190,9 +193,9 @@ class CachedFile:
 
     def _write(self, fetch: Fetch, start: int, stop: int) -> None:
         """Fetch and write. The room is taken first: it counts from then on, and a full disk costs no transfer."""
-        self._cache.reserve(stop - start)
         try:
-            os.posix_fallocate(self.file.fileno(), start, stop - start)
+            with self._cache.room(stop - start):
+                os.posix_fallocate(self.file.fileno(), start, stop - start)
             os.pwrite(self.file.fileno(), fetch(start, stop), start)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):

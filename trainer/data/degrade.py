@@ -45,7 +45,9 @@ def colour_matrices(saturation_B: Tensor, turn_B: Tensor) -> Tensor:
 def blur(images_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
     """Gaussian blur with a deviation of `sigma` pixels; beyond the border there is nothing, and weights sum to 1."""
     height, width = images_BCHW.shape[-2:]
-    rows_BHH, columns_BWW = (_gaussian(sigma_B, side).to(images_BCHW.device) for side in (height, width))
+    rows_BHH, columns_BWW = (
+        _gaussian(sigma_B, side).to(images_BCHW.device, non_blocking=True) for side in (height, width)
+    )
     return rows_BHH[:, None] @ images_BCHW @ columns_BWW[:, None].mT
 
 
@@ -77,14 +79,16 @@ def jpeg(images_BCHW: Tensor, quality_B: Tensor) -> Tensor:
     padded_BCHW = F.pad(grey_B, (0, -width % step, 0, -height % step), mode="replicate")
     luma_B188, chroma_B188 = (_quantisers(quality_B, table, grey_B.device) for table in (_LUMA_TABLE, _CHROMA_TABLE))
     if colour:
-        ycc_33 = _ycc().to(grey_B.device)
+        ycc_33 = _ycc().to(grey_B.device, non_blocking=True)
         ycc_BCHW = torch.einsum("cd,bdhw->bchw", ycc_33, padded_BCHW)
         luma_B1HW = _quantised(ycc_BCHW[:, :1].round() - 128, luma_B188) + 128
         half_B2hw = F.avg_pool2d(ycc_BCHW[:, 1:], 2).round_()
         # libjpeg's "fancy upsampling" weighs neighbours 3 : 1, as bilinear interpolation does
         chroma_B2HW = F.interpolate(_quantised(half_B2hw, chroma_B188), scale_factor=2, mode="bilinear")
         ycc_BCHW = torch.cat([luma_B1HW, chroma_B2HW], 1)
-        found_BCHW = torch.einsum("cd,bdhw->bchw", torch.linalg.inv(_ycc()).to(grey_B.device), ycc_BCHW)
+        found_BCHW = torch.einsum(
+            "cd,bdhw->bchw", torch.linalg.inv(_ycc()).to(grey_B.device, non_blocking=True), ycc_BCHW
+        )
     else:
         found_BCHW = _quantised(padded_BCHW - 128, luma_B188) + 128
     return found_BCHW[..., :height, :width].round().clamp_(0, 255).div_(127.5).sub_(1.0)
@@ -109,7 +113,7 @@ def _quantisers(quality_B: Tensor, table: tuple[tuple[int, ...], ...], device: t
     quality_B = quality_B.float().clamp(1, 100)
     percent_B = torch.where(quality_B < 50, (5000 / quality_B).floor(), 200 - 2 * quality_B)
     scaled_B88 = ((torch.tensor(table) * percent_B[:, None, None] + 50) / 100).floor_()
-    return scaled_B88.clamp_(1, 255)[:, None].to(device)
+    return scaled_B88.clamp_(1, 255)[:, None].to(device, non_blocking=True)
 
 
 def _quantised(planes_BCHW: Tensor, quantisers_B188: Tensor) -> Tensor:
@@ -117,7 +121,7 @@ def _quantised(planes_BCHW: Tensor, quantisers_B188: Tensor) -> Tensor:
     frequency = torch.arange(8, dtype=torch.float32)
     dct_88 = torch.cos(math.pi / 8 * (frequency + 0.5) * frequency[:, None]) / 2
     dct_88[0] /= math.sqrt(2)
-    dct_88 = dct_88.to(planes_BCHW.device)
+    dct_88 = dct_88.to(planes_BCHW.device, non_blocking=True)
     blocks_BCHW88 = planes_BCHW.unfold(2, 8, 8).unfold(3, 8, 8)
     steps_B11188 = quantisers_B188[:, :, None, None]
     kept_BCHW88 = (dct_88 @ blocks_BCHW88 @ dct_88.T / steps_B11188).round_() * steps_B11188

@@ -104,6 +104,14 @@ class MixedSampler:
         self._shares = [(exact[i] / sum(exact[i:], Fraction())).limit_denominator(_FINEST) for i in range(len(exact))]
         self.steps_per_epoch = -(-mixed.samples // batch_size)
 
+    def size(self, step: int) -> int:
+        """Samples of the global batch."""
+        return self._batch_size
+
+    def part(self, epoch: int, step: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions of these rows of the global batch."""
+        return self.positions(epoch, step)[rows]
+
     def positions(self, epoch: int, step: int) -> NDArray[np.int64]:
         """Positions in the mix of the samples of one global batch."""
         rows = np.arange(self._batch_size)
@@ -147,6 +155,7 @@ class MixedPKSampler:
                 "data.identities_per_batch"
             )
         k = batch_size // identities
+        self._ends = np.cumsum([0, *(quotas * k)])  # where the rows of each set begin in a batch, and the last end
         self._samplers = [
             PKSampler(part.classes, part.by_class, quota, quota * k, seed)
             for part, quota in zip(mixed.parts, quotas.tolist(), strict=True)
@@ -154,15 +163,24 @@ class MixedPKSampler:
         groups = sum(s.steps_per_epoch * quota for s, quota in zip(self._samplers, quotas.tolist(), strict=True))
         self.steps_per_epoch = -(-groups // identities)
 
+    def size(self, step: int) -> int:
+        """Samples of the global batch."""
+        return int(self._ends[-1])
+
     def positions(self, epoch: int, step: int) -> NDArray[np.int64]:
         """Positions in the mix of the samples of one global batch."""
+        return self.part(epoch, step, np.arange(self.size(step)))
+
+    def part(self, epoch: int, step: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions of these rows of the global batch; only their own identities are looked up."""
         number = epoch * self.steps_per_epoch + step
-        return np.concatenate(
-            [
-                start + sampler.positions(*divmod(number, sampler.steps_per_epoch))
-                for start, sampler in zip(self._starts, self._samplers, strict=False)
-            ]
-        )
+        owners = np.searchsorted(self._ends, rows, side="right") - 1
+        positions = np.empty(len(rows), np.int64)
+        for part in np.unique(owners).tolist():
+            own, sampler = owners == part, self._samplers[part]
+            at = divmod(number, sampler.steps_per_epoch)
+            positions[own] = self._starts[part] + sampler.part(*at, rows[own] - self._ends[part])
+        return positions
 
 
 class MixedReader:

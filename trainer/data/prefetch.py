@@ -1,8 +1,7 @@
 """What the coming steps read is on its way before they come. Runs without torch.
 
-Measured (benchmarks/data_remote.py, 20 ms and 200 Mbit/s a connection; the table is in docs/data.md): a window of
-shuffled samples is quickest by whole shards, of which every part is needed; a P x K batch by the blocks in which its
-samples lie, as one sample in a shard would cost all of it.
+A window of shuffled samples is fetched by whole shards, of which every part is needed; a P x K batch by the blocks in
+which its samples lie, as one sample in a shard would cost all of it (measured: docs/data_remote.md).
 """
 
 from collections.abc import Callable, Sequence

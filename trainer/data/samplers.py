@@ -30,6 +30,10 @@ class SequentialSampler:
         self._batch_size = batch_size
         self.steps_per_epoch = -(-samples // batch_size)
 
+    def size(self, step: int) -> int:
+        """Samples of the global batch."""
+        return min(self._batch_size, self._samples - step * self._batch_size)
+
     def part(self, epoch: int, step: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Positions of these rows of the global batch; past its end a short batch begins again."""
         positions = self.positions(epoch, step)
@@ -41,7 +45,7 @@ class SequentialSampler:
         They are fewer than batch_size only in the last one of an epoch.
         """
         start = step * self._batch_size
-        return np.arange(start, min(start + self._batch_size, self._samples))
+        return np.arange(start, start + self.size(step))
 
 
 class ShuffledSampler(SequentialSampler):
@@ -121,6 +125,10 @@ class PKSampler:
         else:
             self._deal = OnDemand(by_size, sizes, identities, key)
         self.steps_per_epoch = self._deal.steps
+
+    def size(self, step: int) -> int:
+        """Samples of the global batch: P * K."""
+        return self._p * self._k
 
     def positions(self, epoch: int, step: int) -> NDArray[np.int64]:
         """Positions of the samples of one global batch: 30 µs an identity."""

@@ -131,8 +131,10 @@ class Store:
         )
 
     @contextmanager
-    def open(self, wanted: Mapping[File, Ranges], *, whole: bool) -> Iterator[dict[File, FileIO | UserError]]:
-        """Shards in which the bytes of these ranges (offset, size) can be read until the block ends.
+    def open(
+        self, wanted: Mapping[File, Ranges] | Mapping[File, None], *, whole: bool = False
+    ) -> Iterator[dict[File, FileIO | UserError]]:
+        """Shards in which the bytes of these ranges (offset, size; None: all) can be read until the block ends.
 
         Args:
             wanted: what is going to be read.
@@ -264,7 +266,7 @@ def _queue(process: int) -> "SimpleQueue[Callable[[], None]]":
 
     def work() -> None:
         while True:
-            with suppress(UserError):
+            with suppress(UserError, OSError):
                 queue.get()()
 
     for _ in range(_CONNECTIONS):

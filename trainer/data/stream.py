@@ -217,16 +217,16 @@ class Stream:
             return self._batch(epoch, step, pool)
 
     def _want(self, epoch: int, step: int) -> None:
-        positions = self._sampler.positions(epoch, step)
-        self._reader.want(positions[self._rows % len(positions)])
+        self._reader.want(self._sampler.part(epoch, step, self._rows))
 
     def _batch(self, epoch: int, step: int, pool: Decoders) -> Batch:
         self._prefetch(epoch, step)
-        positions, rows = self._sampler.positions(epoch, step), self._rows
-        real = rows < len(positions)
-        samples = self._reader.try_read(positions[rows % len(positions)], pool)
+        rows = self._rows
+        real = rows < self._sampler.size(step)
+        samples = self._reader.try_read(self._sampler.part(epoch, step, rows), pool)
         for slot, fault in samples.faults.items():
-            self._fill(samples.images_BCHW[slot], np.roll(positions, -rows[slot]), fault, pool)
+            others = np.roll(self._sampler.positions(epoch, step), -rows[slot])
+            self._fill(samples.images_BCHW[slot], others, fault, pool)
             real[slot] = False
         batch = Batch(
             images_BCHW=torch.from_numpy(samples.images_BCHW),

@@ -154,7 +154,11 @@ class Head(nn.Module):
         store = self._stores((slots + copied) * classes * self.centres * dtype.itemsize)
         tile = self.config.tile or (self._gpu_tile(store, dtype) if self.weight.is_cuda else CPU_TILE)
         tf32 = self.config.compute_dtype == "tf32"
-        return TilePlan(classes, self.centres, tile, store, dtype, shift, normalise, hardening, self.uses_kernels, tf32)
+        return TilePlan(
+            *(classes, self.centres, tile, store, dtype, shift, normalise, hardening, self.uses_kernels, tf32),
+            skip=self.config.skip_tolerance,
+            unit_rows=self.unit_rows,
+        )
 
     def _gpu_tile(self, store: bool, dtype: torch.dtype) -> int:
         bare = store and self.uses_kernels and dtype == torch.bfloat16 and not self.config.fused

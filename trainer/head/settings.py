@@ -26,6 +26,9 @@ class HeadConfig(Checked):
     param_dtype: Literal["fp32", "bf16"] = "fp32"  # of the class centres
     # Centres of margins on the cosine: unit = kept at length 1; free = divided by their length.
     rows: Literal["unit", "free"] = "unit"
+    # Relative error that the gradients may have, so that samples which are learned can be left out of the backward
+    # (see `head.skipping`); 0: exact. With *store* only. On a GPU the host then waits for the device in each step.
+    skip_tolerance: Annotated[float, Within(ge=0, lt=1)] = 0.0
     fused: bool = False  # step the centres inside the backward, so that their gradient is never stored
     # auto: Triton's kernels on a GPU, where they are installed; torch's operations elsewhere.
     kernels: Literal["auto", "torch", "triton"] = "auto"

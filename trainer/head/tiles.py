@@ -27,6 +27,7 @@ from torch.autograd.function import FunctionCtx
 
 from trainer.head.matmul import Products, Workspace, tensor_cores
 from trainer.head.rows import GradientSink, Own, Rows, own_centres, rows_of
+from trainer.head.skipping import Errors, Kept, bounds_of_lengths, essential, norm_of_own_rows
 from trainer.head.softening import Hardening, Softening, Tile, TorchSoftening, TritonSoftening
 
 EMPTY = -1e30  # log S of a rank that has no class but the target's; finite, so that no difference of two is nan
@@ -45,6 +46,8 @@ class TilePlan:
         hardening: what a margin does to the logits of hard negatives.
         kernels: compute P by the Triton kernels.
         tf32: let a GPU round the operands of fp32 products.
+        skip: relative error of the gradients that the backward may make by leaving out samples, where P is stored.
+        unit_rows: each row of W has length 1.
     """
 
     classes: int
@@ -57,6 +60,8 @@ class TilePlan:
     hardening: Hardening | None = None
     kernels: bool = False
     tf32: bool = False
+    skip: float = 0.0
+    unit_rows: bool = False
 
     def tiles(self) -> list[tuple[int, int]]:
         return [(start, min(start + self.tile, self.classes)) for start in range(0, self.classes, self.tile)]
@@ -172,27 +177,29 @@ class Tiles:
 
     def backward(self, dresult_B: Tensor, dcentres_BKD: Tensor, down_B: Tensor) -> tuple[Tensor, None, Tensor | None]:
         """Products 2 and 3 of every tile; returns the gradients of E, W (that of W is the sink's) and the bias."""
-        plan, K, sink, fixed = self.plan, self.plan.centres, self.sink, self.plan.shift is not None
-        add = sink.begin(self.rows)
-        de_BD = torch.zeros_like(self.e_BD)
-        dbias: list[Tensor] = []
+        plan, K, sink = self.plan, self.plan.centres, self.sink
         empty_B = self.result_B <= EMPTY
-        finite_B, dresult_B = torch.where(empty_B, 0, self.result_B), torch.where(empty_B, 0, dresult_B)
-        r_B = dresult_B
-        re_BD = (self.e_BD * r_B[:, None]).to(plan.dtype)
+        self.finite_B, self.dresult_B = torch.where(empty_B, 0, self.result_B), torch.where(empty_B, 0, dresult_B)
+        kept = self._kept(dcentres_BKD)
+        add = sink.begin(self.rows)
+        de_BD = torch.zeros_like(self.e_BD) if kept is None else kept.de_BD
+        dbias: list[Tensor] = []
+        re_BD = (self.e_BD * self.dresult_B[:, None]).to(plan.dtype)
         for number, (start, stop) in enumerate(plan.tiles()):
-            if self.kept_RB is not None and not fixed:
-                r_B = dresult_B * (self.shifts[number] - finite_B).exp()
-                re_BD = (self.e_BD * r_B[:, None]).to(plan.dtype)
-            tile = self._tile(start, stop)
-            q_RB = self._factors(tile, None if fixed else finite_B)
-            self.products.add_embeddings(de_BD, q_RB, self.products.operand(tile.w_RD, "w"), None if fixed else r_B)
-            gradient = sink.tile(start * K, stop * K)
-            self._row_gradient(gradient, q_RB, re_BD, add, tile)
-            if not sink.keeps:
-                self._add_own(gradient, dcentres_BKD, start, stop)
+            tile, r_B = self._tile(start, stop), self._rates(number)
+            q_RB = self._factors(tile)
             if self.rows.bias_C is not None:
                 dbias.append(torch.mv(q_RB.to(self.wide), r_B))
+            if r_B is not self.dresult_B:
+                re_BD = (self.e_BD * r_B[:, None]).to(plan.dtype)
+            if kept is None:
+                self._add_embeddings(de_BD, q_RB, tile, r_B)
+            else:
+                q_RB = self._columns(q_RB, kept.samples_n)
+            gradient = sink.tile(start * K, stop * K)
+            self._row_gradient(gradient, q_RB, re_BD if kept is None else re_BD[kept.samples_n], add, tile)
+            if not sink.keeps:
+                self._add_own(gradient, dcentres_BKD, start, stop)
             sink.finished(self.rows.places(start, stop), gradient)
         if sink.keeps and plan.classes:
             self._add_own(sink.tile(0, plan.classes * K), dcentres_BKD, 0, plan.classes)
@@ -201,15 +208,68 @@ class Tiles:
             self.memory.give_back("P", self.kept_RB)
         if self.narrow_RD is not None:
             self.memory.give_back("W", self.narrow_RD)
-        return de_BD.mul_(dresult_B[:, None]) if fixed else de_BD, None, self._bias_gradient(dbias, down_B)
+        if kept is None and plan.shift is not None:
+            de_BD.mul_(self.dresult_B[:, None])
+        return de_BD, None, self._bias_gradient(dbias, down_B)
 
-    def _factors(self, tile: Tile, shift_B: Tensor | None) -> Tensor:
+    def _factors(self, tile: Tile) -> Tensor:
         """Q of the tile, saved or made again."""
         if self.kept_RB is not None:
             return self.kept_RB[tile.start * self.plan.centres : tile.stop * self.plan.centres]
         q_RB = self.memory.scratch("q", (len(tile.w_RD), len(self.e_BD)), self.plan.dtype, self.e_BD.device)
-        self.soften(tile, shift_B, q_RB)
+        self.soften(tile, None if self.plan.shift is not None else self.finite_B, q_RB)
         return q_RB
+
+    def _rates(self, number: int) -> Tensor:
+        """r of tile `number`: the gradient of each sample's S by the tile's own shift."""
+        if self.plan.shift is not None or self.kept_RB is None:
+            return self.dresult_B
+        return self.dresult_B * (self.shifts[number] - self.finite_B).exp()
+
+    def _kept(self, dcentres_BKD: Tensor) -> Kept | None:
+        """The samples that matter, and the gradient of E; None: all of them, and it is yet to be computed."""
+        plan = self.plan
+        if not plan.skip or self.kept_RB is None or not plan.classes:
+            return None
+        mass_B = self.dresult_B.abs() * (self.result_B if plan.shift is not None else 1)
+        lengths = (1.0, 1.0) if plan.unit_rows else bounds_of_lengths(self.rows.weight_RD, plan.normalise)
+        errors = Errors.of(mass_B, self.e_BD, lengths, plan.hardening)
+        own_BKD = torch.where(self.own.mask_B[:, None, None], dcentres_BKD, 0)
+        least = norm_of_own_rows(self._pushed_BKD(), own_BKD, self.own.place_B, self.own.mask_B)
+        return essential(errors, least, plan.skip, self._embeddings_of)
+
+    def _pushed_BKD(self) -> Tensor:
+        """The denominator's part of dW at the rows of each sample's class; of unit rows without the part along them."""
+        assert self.kept_RB is not None
+        K, place_B = self.plan.centres, self.own.place_B
+        number_B = place_B // self.plan.tile
+        r_BB = torch.stack([self._rates(n) for n in range(len(self.plan.tiles()))])[number_B]
+        q_RB = self.kept_RB.index_select(0, rows_of(place_B, K)).to(self.wide)
+        pushed_BKD = ((q_RB * r_BB.repeat_interleave(K, 0)) @ self.e_BD).view(len(place_B), K, -1)
+        if not self.plan.normalise and not self.plan.unit_rows:
+            return pushed_BKD
+        unit_BKD = torch.nn.functional.normalize(own_centres(self.rows, self.own, self.wide)[0], dim=2)
+        return pushed_BKD - unit_BKD * (pushed_BKD * unit_BKD).sum(dim=2, keepdim=True)
+
+    def _embeddings_of(self, samples_n: Tensor) -> Tensor:
+        """Product 2 of all tiles for these samples alone."""
+        de_nD = self.e_BD.new_zeros(len(samples_n), self.e_BD.shape[1])
+        for number, (start, stop) in enumerate(self.plan.tiles()):
+            tile = self._tile(start, stop)
+            self._add_embeddings(
+                de_nD, self._columns(self._factors(tile), samples_n), tile, self._rates(number)[samples_n]
+            )
+        return de_nD.mul_(self.dresult_B[samples_n, None]) if self.plan.shift is not None else de_nD
+
+    def _add_embeddings(self, total_BD: Tensor, q_RB: Tensor, tile: Tile, r_B: Tensor) -> None:
+        """Product 2; with a fixed shift the factor r is left to the end."""
+        w_RD = self.products.operand(tile.w_RD, "w")
+        self.products.add_embeddings(total_BD, q_RB, w_RD, None if self.plan.shift is not None else r_B)
+
+    def _columns(self, q_RB: Tensor, samples_n: Tensor) -> Tensor:
+        """Q of these samples, valid until the next call."""
+        out = self.memory.scratch("columns", (len(q_RB), len(samples_n)), q_RB.dtype, q_RB.device)
+        return torch.index_select(q_RB, 1, samples_n, out=out)
 
     def _row_gradient(self, out: Tensor, q_RB: Tensor, re_BD: Tensor, add: bool, tile: Tile) -> None:
         """Product 3 into `out`; for rows that are divided by their length, times the Jacobian (I - u u^T) / |w|."""

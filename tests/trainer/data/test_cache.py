@@ -1,5 +1,7 @@
 """The cache: what it holds, what it fetches, what it removes; several processes and killed ones."""
 
+import contextlib
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -214,3 +216,31 @@ def test_files_that_were_removed_by_hand_do_not_count_for_ever(cache: Cache):
     for seed in range(4, 8):
         keep(cache, content(20, seed))
     assert kept(cache) == {digest(content(20, seed)) for seed in range(4, 8)}
+
+
+def _wander(cache: Cache, seed: int) -> None:
+    """Read parts of files at random."""
+    random = np.random.default_rng(seed)
+    for _ in range(80):
+        data = content(20, int(random.integers(8)))
+        offset = int(random.integers(len(data) - 1))
+        keep(cache, data, [(offset, int(random.integers(1, len(data) - offset)))])
+
+
+def test_processes_that_crowd_each_other_out_read_right_and_keep_the_limit(cache: Cache):
+    fork = multiprocessing.get_context("fork")
+    children = [fork.Process(target=_wander, args=(cache, seed)) for seed in range(4)]
+    for child in children:
+        child.start()
+    most = 0
+    while any(child.is_alive() for child in children[1:]):
+        with contextlib.suppress(FileNotFoundError), (cache.folder / "used").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # so that nothing is removed while we look
+            most = max(most, on_disk(cache))
+        if most > cache.limit // 2:
+            children[0].kill()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children[1:]] == [0, 0, 0]
+    assert cache.limit // 2 < most <= cache.limit
+    _wander(cache, 9)

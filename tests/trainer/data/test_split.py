@@ -163,7 +163,9 @@ def test_a_label_that_format_1_does_not_know_is_named(old: Path, label: bytes | 
     path = old / "train-000002.tar"
     data = path.read_bytes()
     at = data.index(b"000000017.cls")
-    wrong = data[: at + 512] + label + data[at + 513 :] if label else data.replace(b"000000017.cls", b"000000017.txt")
+    wrong = (
+        data[: at + 512] + label + data[at + 513 :] if label else data.replace(b"000000017.cls", b"000000017.scl")
+    )  # of the same checksum
     path.write_bytes(wrong)
     entry = ShardEntry(name=path.name, samples=2, bytes=len(wrong), sha256=hashlib.sha256(wrong).hexdigest())
     with pytest.raises(UserError, match=rf"sample '000000017' of shard '.*' {words}, but the manifest has 4 classes"):

@@ -137,11 +137,12 @@ class Worker:
             index = split.index(task.shard)
         except UserError:
             return found  # the verification says what is wrong with the file; so below
-        with split.store.open({shard: None}) as files:
+        places = places_in(Path(shard.name), index, np.arange(task.rows.start, task.rows.stop))
+        ranges = [(place.offset, place.size) for place in places]
+        with split.store.open({shard: ranges}, whole=True) as files:
             if isinstance(files[shard], UserError):
                 return found
-            rows = np.arange(task.rows.start, task.rows.stop)
-            for row, place in enumerate(places_in(Path(shard.name), index, rows)):
+            for row, place in enumerate(places):
                 found.labels[row] = place.label
                 try:
                     payload = read_bytes(files[shard], place)

@@ -39,7 +39,7 @@ def pictures(split: Split, positions: Sequence[int]) -> list[NDArray[np.uint8]]:
         index, file = split.index(shard), split.shards[shard].file
         row = position - (int(split.ends[shard]) - index.samples)
         (place,) = places_in(Path(file.name), index, np.array([row]))
-        with split.store.open({file: [(place.offset, place.size)]}) as files:
+        with split.store.open({file: [(place.offset, place.size)]}, whole=False) as files:
             payload = read_bytes(files[file], place)
         drawn.append(load_image(payload, _PREVIEW, f"{file.name}: {place.key}").transpose(1, 2, 0))
     return drawn

@@ -11,7 +11,7 @@ from trainer.atomic import fresh_file
 from trainer.data.importers import ImportOptions
 from trainer.data.importers.decide import DUPLICATES_FILE, Decision
 from trainer.data.importers.plan import Plan
-from trainer.data.importers.work import REDONE, WORK_FOLDER, Result, Task, read_result, relabel_file
+from trainer.data.importers.work import Result, Task, put_in_place, read_result, relabel_file
 from trainer.data.index import open_index
 from trainer.data.manifest import BadSample, Manifest
 from trainer.data.split import ShardEntry, SplitEntry, write_split
@@ -19,13 +19,13 @@ from trainer.data.tables import TableFile
 
 
 def finish(folder: Path, kind: str, plan: Plan, decision: Decision, options: ImportOptions) -> None:
-    """Put the shards that were written anew in place, and write tables and manifest. May be done again after a kill."""
+    """Write tables and manifest. May be done again after a kill."""
     redone = {task.shard.name: task for task in decision.tasks}
     results = []
     for shard in plan.shards:
         results.append(read_result(folder, redone.get(shard.name) or Task(what="write", shard=shard)))
         if shard.name in redone:
-            _put_in_place(folder, shard.name, results[-1].entry)
+            put_in_place(folder, redone[shard.name], results[-1])  # where a kill came between
     splits = {}
     for name in plan.splits():
         entries = [
@@ -43,15 +43,6 @@ def finish(folder: Path, kind: str, plan: Plan, decision: Decision, options: Imp
         bad=_left_out(plan, results),
         provenance=_provenance(plan, decision, options),
     ).write(folder)
-
-
-def _put_in_place(folder: Path, name: str, entry: ShardEntry | None) -> None:
-    for file in (name, name.removesuffix(".tar") + ".idx"):
-        new = folder / WORK_FOLDER / REDONE / file
-        if entry is None:
-            (folder / file).unlink(missing_ok=True)
-        elif new.exists():  # else it was put there before a kill
-            new.replace(folder / file)
 
 
 def _write_split(folder: Path, plan: Plan, name: str, entries: list[ShardEntry]) -> SplitEntry:

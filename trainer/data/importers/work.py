@@ -136,7 +136,9 @@ class Worker:
                     yield Sample(number, int(relabel[label]), identity, name, attributes, suffix, payload)
 
         redone = write_shard(self._folder / WORK_FOLDER / REDONE, shard.name, kept())
-        self._finish(task, before.model_copy(update={"entry": redone}))
+        result = before.model_copy(update={"entry": redone})
+        self._finish(task, result)
+        put_in_place(self._folder, task, result)  # at once, so that the disk need not hold the whole set twice
         tell(entry.samples, [])
 
     def _finish(self, task: Task, result: Result) -> None:
@@ -149,6 +151,17 @@ def result_file(folder: Path, task: Task) -> Path:
 
 def read_result(folder: Path, task: Task) -> Result:
     return Result.model_validate_json(result_file(folder, task).read_bytes())
+
+
+def put_in_place(folder: Path, task: Task, result: Result) -> None:
+    """Replace a shard and its index by what was written anew; may be done again after a kill."""
+    name = task.shard.name
+    for file in (name, name.removesuffix(".tar") + ".idx"):
+        new = folder / WORK_FOLDER / REDONE / file
+        if result.entry is None:
+            (folder / file).unlink(missing_ok=True)
+        elif new.exists():
+            new.replace(folder / file)
 
 
 def relabel_file(folder: Path, split: str) -> Path:

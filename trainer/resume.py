@@ -57,7 +57,8 @@ RULES = (
     ),
     Rule("run.epochs run.max_steps schedule.*", "warns", "the learning rate and the margin follow another course"),
     Rule(
-        "optimizer.* head.optimizer.* engine.gradient_clipping loss.* auxiliary.* augment.* head.sample_* data.draft",
+        "optimizer.* head.optimizer.* engine.gradient_clipping loss.* auxiliary.* augment.* head.sample_* "
+        "head.skip_tolerance data.draft",
         "warns",
         "the losses from here on are not those of the uninterrupted run",
     ),

@@ -208,6 +208,26 @@ class _Run:
             )
 
 
+class _Meter:
+    """Samples a second since it was last read, and memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.restart()
+
+    def restart(self) -> None:
+        """Leave out what is not training, such as an evaluation."""
+        self.samples, self._since = 0, time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        values = {"samples_per_s": self.samples / max(1e-9, time.perf_counter() - self._since)}
+        values["memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        self.restart()
+        if self._device.type == "cuda":
+            values["gpu_memory_mb"] = torch.cuda.max_memory_allocated(self._device) / 2**20
+        return values
+
+
 class _Watch:
     """Looks at the loss of every step when the next one has been sent to the device, so that a GPU need not wait.
 
@@ -237,23 +257,3 @@ class _Watch:
             self._event.synchronize()
         if not math.isfinite(value := float(self._loss)):
             raise Diverged(f"the run has diverged: the loss at step {self._step} is {value}")
-
-
-class _Meter:
-    """Samples a second since it was last read, and memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.restart()
-
-    def restart(self) -> None:
-        """Leave out what is not training, such as an evaluation."""
-        self.samples, self._since = 0, time.perf_counter()
-
-    def read(self) -> dict[str, float]:
-        values = {"samples_per_s": self.samples / max(1e-9, time.perf_counter() - self._since)}
-        values["memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        self.restart()
-        if self._device.type == "cuda":
-            values["gpu_memory_mb"] = torch.cuda.max_memory_allocated(self._device) / 2**20
-        return values

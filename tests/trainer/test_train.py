@@ -204,7 +204,7 @@ def from_format_1(rank: int, folder: Path) -> None:
     written = json.loads((FORMAT_1 / "checkpoint.json").read_text())["config"]
     out = {"run": written["run"] | {"out": str(folder)}, "data": written["data"] | {"path": str(folder / "data")}}
     after = train(from_tree(written | out), folder, rank, resume=True)
-    assert losses(after) == pytest.approx(LOSSES_OF_FORMAT_1, rel=1e-5)
+    assert losses(after) == pytest.approx(LOSSES_OF_FORMAT_1, rel=1e-4)  # other processors round in another way
     notes = [record.text for record in after if record.kind == "note"]
     assert ["no digest of its shards" in note for note in notes[:2]] == [True, False]
     found = latest(folder / "checkpoints")

@@ -177,7 +177,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
 
     with monkeypatch.context() as patch:
         patch.setattr("trainer.export.write_manifest", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(UserError, match=f"the disk of '{tmp_path}' is full, so that 'embedder' was not written"):
             export(Flat(), GREY, tmp_path / "embedder", drawings(2), {}, overwrite=True)
     if before is None:
         assert list(tmp_path.iterdir()) == []

@@ -54,7 +54,7 @@ def undecoded(folder: Path, processes: int) -> Iterator[int]:
         def decode(self, names, read):  # type: ignore[no-untyped-def]
             for i in range(len(names)):
                 read(i)
-            return np.zeros((len(names), *self._decoding.shape), np.uint8), {}
+            return self._decoding.room(len(names)), {}
 
     found = stream(folder, processes)
     with Undecoded(found._reader._decoding) as pool:

@@ -48,7 +48,7 @@ with Path(out, f"{part}.bin").open("wb") as file:
 MADE_UP = """
 import sys, tempfile, threading
 from pathlib import Path
-from trainer.data.importers import Entry, ImportOptions, Kind, Listing, share_held_out
+from trainer.data.importers import Entry, ImportOptions, Importer, Listing, share_held_out
 from trainer.data.importers.kinds import KINDS
 from trainer.data.importers.run import run_import
 
@@ -64,7 +64,7 @@ def watch():
         found = Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]
         peak = max(peak, 1024 * int(found))
 
-KINDS["made up"] = Kind(listed, lambda source, options: lambda place: JPEG + place.encode())
+KINDS["made up"] = Importer(listed, lambda source, options: lambda place: JPEG + place.encode())
 peak, done = 0, threading.Event()
 threading.Thread(target=watch, daemon=True).start()
 with tempfile.TemporaryDirectory() as folder:

@@ -28,7 +28,8 @@ from onnx import TensorProto, helper, numpy_helper
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from trainer.embedder import EmbedderManifest, Preprocessing, model_id, write_manifest  # noqa: E402
+from trainer.data.image import Preprocessing  # noqa: E402
+from trainer.embedder import EmbedderManifest, model_id, write_manifest  # noqa: E402
 
 DIMENSION, SIDE = 512, 8
 PER_REQUEST, PER_SUBJECT = 32, 96  # vectors; the service's defaults allow 32 and 100

@@ -239,7 +239,7 @@ _STATUS = {
     408: "The body came too slowly",
     409: "Embeddings of another model, a reused idempotency key, or too many samples",
     413: "The body or an image is too large",
-    415: "Not an image in an allowed format, or another content type",
+    415: "Not an image in an allowed format, another content type, or images for a model that reads none",
     422: "A value that is not allowed",
     429: "Too many requests",
     500: "A fault of the service",

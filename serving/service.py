@@ -21,6 +21,7 @@ from serving.parsing import Sent, enrollable, idempotency_key, known, read_curso
 from serving.settings import Settings
 from serving.store import Store, StoreError
 from serving.threshold import rules
+from trainer.data.image import Preprocessing
 from trainer.embedder import Embedder
 from trainer.errors import UserError
 
@@ -48,7 +49,8 @@ class Service:
         store = Store(settings.store, *model, settings.idempotency_hours, settings.restored)
         self.gallery = Gallery(store, verify, identify, settings.threads, settings.max_samples)
         limits = Limits(seconds=settings.decode_cpu_s, pixels=settings.max_pixels)
-        self._decoders = Decoders(self.embedder.preprocessing, settings.workers, limits)
+        form = self.embedder.preprocessing
+        self._decoders = Decoders(form, settings.workers, limits) if isinstance(form, Preprocessing) else None
         self.metrics = Metrics(self.gallery)
         self._closing = threading.Event()
         self._watched, self._fault = time.monotonic(), ""
@@ -61,7 +63,8 @@ class Service:
     def stop(self) -> None:
         """End loading and decoding; requests that wait for them are refused."""
         self._closing.set()
-        self._decoders.close()
+        if self._decoders is not None:
+            self._decoders.close()
 
     def keep(self, on_fault: Callable[[UserError], object]) -> None:
         """Check the store and build the index, then watch the store until `stop`. Requests are refused until loaded."""
@@ -224,6 +227,10 @@ class Service:
 
     def _embed(self, sent: Sent, *parts: str) -> Vectors:
         """Unit vectors of the image files in these parts, in order; the message of a fault says which file."""
+        if self._decoders is None:
+            reads = self.embedder.preprocessing.reads
+            message = f"the model of this service reads {reads}, not images; send embeddings, as application/json"
+            raise ApiError(415, "no_images", message, {"reads": reads})
         limit = self.settings.max_image_bytes
         images = [(part, number, image) for part in parts for number, image in enumerate(sent.files.get(part, ()), 1)]
         names = [part if len(sent.files[part]) == 1 else f"{part} {number}" for part, number, _ in images]

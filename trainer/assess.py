@@ -1,6 +1,6 @@
 """An Embedder on the samples of a split: its embeddings, its Report, its Calibration. Runs without torch.
 
-Axes: N samples, B images, C channels, H and W pixels, D dimensions of the embedding.
+Axes: N samples, B of them, C channels, H and W pixels, D dimensions of the embedding.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from trainer.evaluation.calibration import HeldOut, calibrate
 from trainer.evaluation.protocols import evaluate
 from trainer.evaluation.report import Calibration, Report
 
-_BATCH = 256  # images decoded at a time
+_BATCH = 256  # samples decoded at a time
 _AHEAD = 3
 
 
@@ -79,7 +79,7 @@ def embed_split(
     """Unit vectors [N, D] and labels [N] of all samples of a split, in the order of its shards.
 
     Raises:
-        UserError: a damaged shard or image, or an image that has no embedding.
+        UserError: samples that the Embedder does not take, a damaged shard or sample, or one that has no embedding.
     """
     reader = Reader(split, embedder.preprocessing)
     vectors, labels = [], []

@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, and are on the disk when they do."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -12,16 +13,42 @@ from typing import BinaryIO
 from trainer.errors import UserError
 
 
+class DiskFull(OSError, UserError):
+    """There is no room on a disk. Whoever minds every OSError finds it among them; its message is the sentence."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Say in one sentence that `path` could not be written because its disk, or the user's share of it, is full.
+
+    Raises:
+        DiskFull: in place of the system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, DiskFull) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sentence = f"the disk of '{path.parent}' is full, so that '{path.name}' was not written; free some space there"
+        raise DiskFull(error.errno, f"{sentence} and run the command again", str(path)) from error
+
+
 @contextmanager
 def fresh_file(path: Path) -> Iterator[BinaryIO]:
     """A hidden sibling of `path` to write into; it takes `path`'s name when the block ends without an exception.
 
     Its name ends as `path`'s does, so that writers which go by the suffix do the same to it. Two processes may write
     one path at the same time: the last one to end wins, whole.
+
+    Raises:
+        DiskFull: there is no room for it.
     """
     partial = path.with_name(f".partial-{os.urandom(6).hex()}-{path.name}")
     try:
-        with partial.open("xb") as file:
+        with room_for(path), partial.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -55,7 +82,7 @@ def fresh_folder(out: Path, kind: Kind, overwrite: bool = False, *, resumable: b
 
     Raises:
         UserError: `out` is there already (and not a folder of this kind that `overwrite` allows to replace), or another
-            process is writing it.
+            process is writing it; DiskFull where there is no room.
     """
     out = Path(os.path.abspath(out))
     work, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.replaced")
@@ -70,8 +97,9 @@ def fresh_folder(out: Path, kind: Kind, overwrite: bool = False, *, resumable: b
         empty(work)
     finished = False
     try:
-        yield work
-        publish(work, out)
+        with room_for(out):
+            yield work
+            publish(work, out)
         finished = True
     finally:
         if not finished and not resumable:  # afterwards the name may already be another writer's

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from trainer.errors import UserError
+from trainer.errors import Diverged, UserError
 
 Map = Callable[[Tensor], Tensor]
 # Before torch 2.13 they had other names.
@@ -91,6 +91,17 @@ class Group:
         """Return when every rank has come here."""
         if self.size > 1:
             dist.barrier(group=self.handle)
+
+    def gather_text(self, text: str) -> list[str]:
+        """The texts of all ranks, in rank order; two messages, the second as long as the longest text on every rank."""
+        if self.size == 1:
+            return [text]
+        device = "cuda" if dist.get_backend(self.handle) == "nccl" else "cpu"
+        content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+        lengths = self.all_gather(torch.tensor([len(content)], device=device)).tolist()
+        padded = nn.functional.pad(content, (0, max(lengths) - len(content)))
+        rows = self.all_gather(padded).view(self.size, -1).tolist()
+        return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
     def check_equal(self, value: int, what: str) -> None:
         """One tiny message; every rank raises where the ranks do not agree.
@@ -326,7 +337,7 @@ class Gathered:
             )
         x_D = self.x_BD.detach()[slot]
         bad = x_D[~torch.isfinite(x_D)]
-        raise UserError(
+        raise Diverged(
             f"{who} has an embedding that is not finite ({len(bad)} of {len(x_D)} numbers, the first is "
             f"{float(bad[0])}); lower the learning rate or look at its image and the weights"
         )

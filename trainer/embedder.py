@@ -1,6 +1,6 @@
-"""The Embedder, image to unit vector: a folder with an ONNX file and a manifest, run by ONNX Runtime without torch.
+"""The Embedder, sample to unit vector: a folder with an ONNX file and a manifest, run by ONNX Runtime without torch.
 
-Axes: B images, C channels, H and W pixels, D dimensions of the embedding.
+Axes: B samples, C channels, H and W pixels, D dimensions of the embedding.
 """
 
 import hashlib
@@ -15,14 +15,14 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 from pydantic import Field, ValidationError
 
 from trainer.atomic import write_file
-from trainer.data.image import Preprocessing
+from trainer.data.arrays import Form, Pixels
 from trainer.errors import UserError
 from trainer.evaluation.report import Calibration
 from trainer.strict import Strict
 
 MODEL_FILE = "model.onnx"
 MANIFEST_FILE = "manifest.json"
-INPUT, OUTPUT = "images", "embeddings"
+OUTPUT = "embeddings"
 NORM_TOLERANCE = 1e-3  # of a unit vector; float32 and bfloat16 exports stay within it
 
 # ONNX Runtime's exceptions have no common base but Exception.
@@ -38,15 +38,20 @@ class EmbedderManifest(Strict):
     format: Literal[1] = 1
     model_id: str
     dimension: int = Field(ge=2)
-    preprocessing: Preprocessing
+    preprocessing: Form = Field(description="what it takes: images in this form, or vectors or spectrograms")
     calibration: Calibration | None = None
     provenance: dict[str, str] = Field(default_factory=dict, description="config digest, step, MLflow run, versions")
 
 
-def model_id(onnx: bytes, preprocessing: Preprocessing) -> str:
+def model_id(onnx: bytes, preprocessing: Form) -> str:
     """First 32 hexadecimal digits of SHA-256 over the preprocessing (canonical JSON), a zero byte and the ONNX file."""
     canonical = json.dumps(preprocessing.model_dump(), sort_keys=True).encode()
     return hashlib.sha256(canonical + b"\0" + onnx).hexdigest()[:32]
+
+
+def input_of(form: Form) -> str:
+    """The name of the model's input in the ONNX file."""
+    return "images" if form.reads == "images" else "samples"
 
 
 def write_manifest(folder: Path, manifest: EmbedderManifest) -> None:
@@ -100,15 +105,15 @@ class Embedder:
 
     @classmethod
     def open(cls, folder: Path, threads: int = 1, batch_size: int = 64) -> "Embedder":
-        """Open an Embedder folder, check the digest, and try the model on two images.
+        """Open an Embedder folder, check the digest, and try the model on two samples.
 
         Args:
             folder: holds `model.onnx` and `manifest.json`.
             threads: CPU threads of one call of the model.
-            batch_size: images in one call of the model; bounds the memory.
+            batch_size: samples in one call of the model; bounds the memory.
 
         Raises:
-            UserError: not an Embedder, changed after export, or a model that does not turn images into unit vectors.
+            UserError: not an Embedder, changed after export, or a model that does not turn samples into unit vectors.
         """
         manifest, onnx = _read(folder)
         try:
@@ -120,19 +125,20 @@ class Embedder:
         embedder._check(folder / MODEL_FILE)
         return embedder
 
-    def embed(self, images_BCHW: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def embed(self, images_BCHW: Pixels) -> NDArray[np.float32]:
         """Unit vectors [B, D] of uint8 pixels [B, C, H, W], in batches of at most `batch_size`.
 
+        What is no image is float32, a vector [dimension, 1, 1], a spectrogram [1, frequency, time]: see `ArrayForm`.
+
         Raises:
-            UserError: the pixels do not have the model's shape or type, or an image has no direction (the model gave
-                it a vector that is not of length 1).
+            UserError: the samples do not have the model's shape or type, or one has no direction (the model gave it a
+                vector that is not of length 1).
         """
         form = self.preprocessing
-        wanted = (form.channels, form.height, form.width)
-        if images_BCHW.ndim != 4 or images_BCHW.shape[1:] != wanted or images_BCHW.dtype != np.uint8:
+        if images_BCHW.shape[1:] != form.shape_CHW or images_BCHW.dtype != form.dtype:
             raise UserError(
-                f"images of shape {images_BCHW.shape} and type {images_BCHW.dtype} cannot be embedded: the model takes "
-                f"uint8 [B, {', '.join(map(str, wanted))}]; load them with the embedder's preprocessing"
+                f"samples of shape {images_BCHW.shape} and type {images_BCHW.dtype} cannot be embedded: the model takes"
+                f" {form.dtype} [B, {', '.join(map(str, form.shape_CHW))}]; load them with the embedder's preprocessing"
             )
         if not len(images_BCHW):
             return np.empty((0, self.manifest.dimension), np.float32)
@@ -143,32 +149,33 @@ class Embedder:
         if wrong_B.any():
             first = int(np.flatnonzero(wrong_B)[0])
             raise UserError(
-                f"the model gave image {first} a vector of length {norms_B[first]:.4g} instead of 1; "
-                "the image has nothing to go by (one flat colour?): take another one"
+                f"the model gave sample {first} a vector of length {norms_B[first]:.4g} instead of 1; "
+                "it has nothing to go by (one flat colour?): take another one"
             )
         return x_BD
 
-    def _run(self, images_BCHW: NDArray[np.uint8]) -> NDArray[np.float32]:
-        (x_BD,) = self._session.run([OUTPUT], {INPUT: np.ascontiguousarray(images_BCHW)})
+    def _run(self, images_BCHW: Pixels) -> NDArray[np.float32]:
+        (x_BD,) = self._session.run([OUTPUT], {input_of(self.preprocessing): np.ascontiguousarray(images_BCHW)})
         return np.asarray(x_BD, np.float32)
 
     def _check(self, path: Path) -> None:
-        """The model's signature, and one run of two images; a fault here is an export that went wrong."""
+        """The model's signature, and one run of two samples; a fault here is an export that went wrong."""
         inputs = [(item.name, item.type) for item in self._session.get_inputs()]
         outputs = [(item.name, item.type) for item in self._session.get_outputs()]
-        if inputs != [(INPUT, "tensor(uint8)")] or (OUTPUT, "tensor(float)") not in outputs:
-            wanted = f"an embedder takes uint8 '{INPUT}' and gives float32 '{OUTPUT}'"
-            raise _spoilt(path, f"takes {inputs} and gives {outputs}; {wanted}")
         form, dimension = self.preprocessing, self.manifest.dimension
-        shape = (2, form.channels, form.height, form.width)
-        images_BCHW = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        kind = "tensor(uint8)" if form.dtype == np.uint8 else "tensor(float)"
+        if inputs != [(input_of(form), kind)] or (OUTPUT, "tensor(float)") not in outputs:
+            wanted = f"an embedder of {form.reads} takes {form.dtype} '{input_of(form)}' and gives float32 '{OUTPUT}'"
+            raise _spoilt(path, f"takes {inputs} and gives {outputs}; {wanted}")
+        shape = (2, *form.shape_CHW)
+        images_BCHW: Pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8).astype(form.dtype)
         try:
             x_BD = self._run(images_BCHW)
         except RUNTIME_ERRORS as error:
-            what = f"does not run on images of shape {shape}, as its manifest says it should: {_first_line(error)}"
+            what = f"does not run on samples of shape {shape}, as its manifest says it should: {_first_line(error)}"
             raise _spoilt(path, what) from error
         if x_BD.shape != (2, dimension):
-            raise _spoilt(path, f"gives {x_BD.shape} for two images, but its manifest names dimension {dimension}")
+            raise _spoilt(path, f"gives {x_BD.shape} for two samples, but its manifest names dimension {dimension}")
         length = float(np.linalg.norm(x_BD[0]))
         if not abs(length - 1) <= NORM_TOLERANCE:
             what = f"gives vectors of length {length:.4g}; an embedder normalises them to 1 inside the model"

@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with 2; anything else is a fault of the program.
     """
+
+
+class Diverged(UserError):
+    """The training's numbers are no longer finite; every rank raises it in the same step."""

@@ -1,6 +1,6 @@
 """From a Checkpoint to an Embedder: a folder with `model.onnx` and `manifest.json`.
 
-Axes: B images, C channels, H and W pixels, D dimensions of the embedding.
+Axes: B samples, C channels, H and W pixels, D dimensions of the embedding.
 """
 
 import contextlib
@@ -20,55 +20,67 @@ from trainer.atomic import Kind, fresh_folder
 from trainer.backbones import build
 from trainer.checkpoint import CHECKPOINTS, MANIFEST, latest, open_checkpoint
 from trainer.config import Config, from_tree
-from trainer.data.image import Preprocessing
+from trainer.data.arrays import Form
 from trainer.data.manifest import Manifest
+from trainer.data.remote import shown
 from trainer.data.stream import Stream, preprocessing
-from trainer.embedder import INPUT, MODEL_FILE, OUTPUT, EmbedderManifest, model_id, open_session, write_manifest
+from trainer.embedder import MODEL_FILE, OUTPUT, EmbedderManifest, input_of, model_id, open_session, write_manifest
 from trainer.errors import UserError
 from trainer.objective import embedder_of
 from trainer.run import RunNote
 from trainer.tracking import Tracker
 
 _EMBEDDER = Kind("an embedder", MODEL_FILE)
-_COMPARED = 16  # images
+_COMPARED = 16  # samples
 TOLERANCE = 1e-4  # of a component of a unit vector, ONNX Runtime against torch
 LARGEST = 2_000_000_000  # bytes; protobuf ends at 2 GiB
 
 
 class UnitVectors(nn.Module):
-    """uint8 images_BCHW to unit vectors float32 [B, D]: F.normalize(backbone(images / 127.5 - 1))."""
+    """uint8 images_BCHW to unit vectors float32 [B, D]: F.normalize(backbone(images / 127.5 - 1)).
+
+    Of float32 samples, which are no images, F.normalize(backbone(samples)).
+    """
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return F.normalize(self.backbone(images.float() / 127.5 - 1.0), dim=1)
+        scaled = images if images.is_floating_point() else images.float() / 127.5 - 1.0
+        return F.normalize(self.backbone(scaled), dim=1)
 
 
 def export_run(
     run: Path, out: Path, *, data: Path | None, overwrite: bool, register: bool, on_trouble: Callable[[str], None]
 ) -> EmbedderManifest:
-    """Export the newest checkpoint of a run, compare it with torch on the data set's images, and register it in MLflow.
+    """Export the newest checkpoint of a run, compare it with torch on the set's samples, and register it in MLflow.
 
     Args:
         run: the run's folder, or that of one checkpoint.
-        data: a data set to take the images from; None: the one that the run was trained on.
+        data: a data set to take the samples from; None: the one that the run was trained on.
         on_trouble: called with one sentence when MLflow cannot be used.
 
     Raises:
-        UserError: no checkpoint, or as `export`.
+        UserError: no checkpoint, a data set of other samples than the run's, or as `export`.
     """
     found = open_checkpoint(run) if (run / MANIFEST).is_file() else latest(run / CHECKPOINTS)
     if found is None:
         raise UserError(f"'{run}' holds no checkpoint; give the run.out of a training run, or train one first")
     config = from_tree(found.manifest.config)
     manifest = Manifest.read(data or config.data.path, config.data.remote_cache)
-    pixels = preprocessing(manifest, config.data)
-    backbone = build(config.backbone, pixels.channels, pixels.height, pixels.width)
+    form = preprocessing(manifest, config.data)
+    backbone = build(config.backbone, *form.shape_CHW)
     # The backbone's weights and buffers, out of the engine's state.
     tensors = [(*name.partition("."), tensor) for name, tensor in found.read("backbone.safetensors").items()]
-    backbone.load_state_dict({name: tensor for kind, _, name, tensor in tensors if kind in ("weight", "buffer")})
+    weights = {name: tensor for kind, _, name, tensor in tensors if kind in ("weight", "buffer")}
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:  # with a list of all shapes
+        raise UserError(
+            f"the model in '{found.folder}' does not read the {manifest.holds} at '{shown(data or config.data.path)}'; "
+            "give a data set like the one that it was trained on"
+        ) from error
     note = RunNote.read(config.run.out)
     provenance = {
         "checkpoint_step": str(found.step),
@@ -79,15 +91,15 @@ def export_run(
         "data": manifest.kind,
     }
     model = embedder_of(config, found, backbone)
-    written = export(model, pixels, out, _images(manifest, config), provenance, overwrite=overwrite)
+    written = export(model, form, out, _samples(manifest, config), provenance, overwrite=overwrite)
     if register and note.mlflow_run_id:
         with contextlib.closing(Tracker(config.tracking, on_trouble, note.mlflow_run_id)) as tracker:
             tracker.register(out, written.model_id)
     return written
 
 
-def _images(manifest: Manifest, config: Config) -> torch.Tensor:
-    """Real images for the comparison, of the validation split where there is one."""
+def _samples(manifest: Manifest, config: Config) -> torch.Tensor:
+    """Real samples for the comparison, of the validation split where there is one."""
     split = config.data.val_split if config.data.val_split in manifest.splits else config.data.train_split
     settings = config.data.model_copy(update={"batch_size": _COMPARED, "cache": "none"})
     return Stream(manifest, split, settings, shuffle=False).batch(0, 0).images_BCHW
@@ -95,36 +107,36 @@ def _images(manifest: Manifest, config: Config) -> torch.Tensor:
 
 def export(
     backbone: nn.Module,
-    preprocessing: Preprocessing,
+    form: Form,
     out: Path,
     images_BCHW: torch.Tensor,
     provenance: dict[str, str],
     *,
     overwrite: bool = False,
 ) -> EmbedderManifest:
-    """Write the Embedder folder `out`, whole or not at all, after comparing ONNX Runtime with torch on real images.
+    """Write the Embedder folder `out`, whole or not at all, after comparing ONNX Runtime with torch on real samples.
 
     The caller's backbone is not changed: a float32 copy in eval mode on the CPU is exported.
 
     Args:
-        backbone: float images_BCHW in [-1, 1] to x_BD.
-        preprocessing: how an image becomes the pixels that the backbone was trained on.
-        images_BCHW: uint8, real images after that preprocessing; the outputs are compared on them.
+        backbone: float images_BCHW in [-1, 1], or what stands in their place, to x_BD.
+        form: how a sample becomes what the backbone was trained on.
+        images_BCHW: real samples in that form, uint8 or (no images) float32; the outputs are compared on them.
         provenance: where the weights come from; kept in the manifest.
         overwrite: replace an Embedder that is already in `out`.
 
     Raises:
-        UserError: `out` exists, the images do not fit the preprocessing, or the backbone has no ONNX form.
+        UserError: `out` exists, the samples do not fit the form, or the backbone has no ONNX form.
         RuntimeError: ONNX Runtime and torch differ by more than 1e-4.
     """
-    _check_images(images_BCHW, preprocessing)
+    _check_samples(images_BCHW, form)
     with fresh_folder(out, _EMBEDDER, overwrite) as folder:
         model = UnitVectors(copy.deepcopy(backbone)).float().cpu().eval()
-        onnx = _to_onnx(model, preprocessing)
+        onnx = _to_onnx(model, form)
         manifest = EmbedderManifest(
-            model_id=model_id(onnx, preprocessing),
-            dimension=_check(onnx, model, images_BCHW.cpu()),
-            preprocessing=preprocessing,
+            model_id=model_id(onnx, form),
+            dimension=_check(onnx, model, form, images_BCHW.cpu()),
+            preprocessing=form,
             provenance=provenance,
         )
         (folder / MODEL_FILE).write_bytes(onnx)
@@ -132,19 +144,19 @@ def export(
     return manifest
 
 
-def _check_images(images_BCHW: torch.Tensor, form: Preprocessing) -> None:
-    shape = tuple(images_BCHW.shape)
-    if images_BCHW.dtype != torch.uint8 or shape[1:] != (form.channels, form.height, form.width) or not shape[0]:
+def _check_samples(images_BCHW: torch.Tensor, form: Form) -> None:
+    shape, dtype = tuple(images_BCHW.shape), str(images_BCHW.dtype).removeprefix("torch.")
+    if dtype != form.dtype.name or shape[1:] != form.shape_CHW or not shape[0]:
         raise UserError(
-            f"export cannot compare the model with torch on images of type {images_BCHW.dtype} and shape {shape}; "
-            f"give one real image or more, uint8 [B, {form.channels}, {form.height}, {form.width}]"
+            f"export cannot compare the model with torch on samples of type {dtype} and shape {shape}; "
+            f"give one real sample or more, {form.dtype} [B, {', '.join(map(str, form.shape_CHW))}]"
         )
 
 
-def _to_onnx(model: UnitVectors, preprocessing: Preprocessing) -> bytes:
+def _to_onnx(model: UnitVectors, form: Form) -> bytes:
     """The ONNX file as bytes, with a free batch size; the same weights give the same bytes."""
-    # Two images, since torch.export takes a batch of one for a constant.
-    example = torch.zeros(2, preprocessing.channels, preprocessing.height, preprocessing.width, dtype=torch.uint8)
+    # Two samples, since torch.export takes a batch of one for a constant.
+    example = torch.from_numpy(np.zeros((2, *form.shape_CHW), form.dtype))
     try:
         with torch.no_grad(), _exporter_without_its_own_noise():
             program = torch.onnx.export(
@@ -152,7 +164,7 @@ def _to_onnx(model: UnitVectors, preprocessing: Preprocessing) -> bytes:
                 (example,),
                 dynamo=True,
                 verbose=False,
-                input_names=[INPUT],
+                input_names=[input_of(form)],
                 output_names=[OUTPUT],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
@@ -178,19 +190,19 @@ def _forget_the_source(proto: ModelProto) -> None:
         part.ClearField("doc_string")
 
 
-def _check(onnx: bytes, model: UnitVectors, images_BCHW: torch.Tensor) -> int:
-    """Compare ONNX Runtime with torch, on all images together and on the first alone; returns D."""
+def _check(onnx: bytes, model: UnitVectors, form: Form, images_BCHW: torch.Tensor) -> int:
+    """Compare ONNX Runtime with torch, on all samples together and on the first alone; returns D."""
     session = open_session(onnx, torch.get_num_threads())
     for part_BCHW in (images_BCHW, images_BCHW[:1]):
         with torch.no_grad():
             wanted_BD = model(part_BCHW).numpy()
-        (got_BD,) = session.run([OUTPUT], {INPUT: part_BCHW.numpy()})
+        (got_BD,) = session.run([OUTPUT], {input_of(form): part_BCHW.numpy()})
         if got_BD.shape != wanted_BD.shape or got_BD.dtype != np.float32:
             raise RuntimeError(f"the exported model gives {got_BD.dtype} {got_BD.shape}, torch {wanted_BD.shape}")
         difference = float(np.abs(got_BD - wanted_BD).max())
         if not difference <= TOLERANCE:  # also true of NaN
             raise RuntimeError(
-                f"the exported model differs from torch by {difference:.2e} on {len(part_BCHW)} images; "
+                f"the exported model differs from torch by {difference:.2e} on {len(part_BCHW)} samples; "
                 f"at most {TOLERANCE:.0e} is allowed, so nothing was written"
             )
     return int(wanted_BD.shape[1])

@@ -24,6 +24,7 @@ from trainer.atomic import write_file
 from trainer.backbones import build
 from trainer.checkpoint import CHECKPOINTS, latest
 from trainer.config import Config
+from trainer.data.augment import check_augment
 from trainer.data.manifest import Manifest
 from trainer.data.remote import shown
 from trainer.data.stream import preprocessing
@@ -208,13 +209,14 @@ def check(config: Config) -> Manifest:
     """What can be seen to be wrong before Ray is started; the data set's manifest.
 
     Raises:
-        UserError: no such data set or split, or a backbone that cannot be built.
+        UserError: no such data set or split, changes to images where there are none, or a backbone that cannot be
+            built.
     """
     manifest = Manifest.read(config.data.path, config.data.remote_cache)
     manifest.split(config.data.train_split)
-    pixels = preprocessing(manifest, config.data)
+    check_augment(config.augment, form := preprocessing(manifest, config.data))
     with torch.device("meta"):
-        build(config.backbone, pixels.channels, pixels.height, pixels.width)
+        build(config.backbone, *form.shape_CHW)
     return manifest
 
 

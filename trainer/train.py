@@ -1,6 +1,6 @@
 """The one training loop. Every rank runs it, on one machine or many, on CPUs or GPUs.
 
-    pixels -> backbone (inside the DeepSpeed engine) -> head -> loss -> both are stepped, visibly
+    samples -> backbone (inside the DeepSpeed engine) -> head -> loss -> both are stepped, visibly
 
 Nothing random is carried from step to step: order, augmentation, dropout and margins' noise are functions of the seed
 and the step. A resumed run therefore needs no generator's state, and gives the losses of the uninterrupted one.
@@ -17,17 +17,17 @@ import numpy as np
 import torch
 
 from trainer.backbones import build
-from trainer.checkpoint import CHECKPOINTS, Checkpoint, CheckpointManifest, latest, save
+from trainer.checkpoint import CHECKPOINTS, Checkpoint, CheckpointManifest, agreed, check_finite, save, set_aside
 from trainer.config import Config
-from trainer.data.augment import Augment
+from trainer.data.augment import Augment, check_augment
 from trainer.data.manifest import Manifest
-from trainer.data.remote import shown
 from trainer.data.stream import Batch, Stream, preprocessing
 from trainer.distributed import Group, average_buffers, sum_not_mean
 from trainer.engine import Engine
-from trainer.errors import UserError
+from trainer.errors import Diverged, UserError
 from trainer.monitor import Monitor
 from trainer.objective import Objective
+from trainer.resume import IDENTITIES, SHARDS, changes, data_digest, identities
 
 _DROPOUT_PRIME = 1_000_003  # spreads (seed, step, rank) over the generator's seeds
 
@@ -55,6 +55,7 @@ def run(config: Config, *, resume: bool, report: Callable[[Record], None], local
 
     Raises:
         UserError: data, config and checkpoint do not fit together, or a sample is bad.
+        Diverged: the numbers are no longer finite; checkpoints that may be spoilt are set aside.
     """
     device = torch.device("cuda", local_rank) if config.scaling.use_gpu else torch.device("cpu")
     if device.type == "cpu":
@@ -62,7 +63,13 @@ def run(config: Config, *, resume: bool, report: Callable[[Record], None], local
     trainer = _Run(config, device, report)
     if resume:
         trainer.resume()
-    trainer.train()
+    try:
+        trainer.train()
+    except Diverged as error:
+        good = set_aside(trainer.checkpoints, trainer.step, trainer.group)
+        remedy = f"lower optimizer.lr (now {config.optimizer.lr:g}), lengthen schedule.warmup_steps or set"
+        more = f"{remedy} engine.gradient_clipping, and --resume, which goes on from step {good}"
+        raise Diverged(f"{error}; {more}") from error
 
 
 class _Run:
@@ -73,6 +80,7 @@ class _Run:
         self.checkpoints = config.run.out / CHECKPOINTS
         data, seed, self.group = config.data, config.run.seed, (group := Group.current())
         manifest = Manifest.read(data.path, data.remote_cache)
+        check_augment(config.augment, form := preprocessing(manifest, data))
         rank, size, cuda = group.rank, group.size, device.type == "cuda"
         self.stream = Stream(manifest, data.train_split, data, rank=rank, world_size=size, seed=seed, pin=cuda)
         split = self.stream.split
@@ -81,16 +89,16 @@ class _Run:
         self.augment = Augment(config.augment, seed, split.identities, together)
         turns = 4 if config.augment.quarter_turns else 1
         self.classes = turns * split.identities
-        self.class_digest = split.class_digest  # which centre belongs to whom
+        self.class_digest, self.data_digest = split.class_digest, data_digest(split)
         torch.manual_seed(config.run.torch_seed)
-        pixels = preprocessing(manifest, data)
-        backbone = build(config.backbone, pixels.channels, pixels.height, pixels.width).to(device)
+        backbone = build(config.backbone, *form.shape_CHW).to(device)
         self.engine = Engine(backbone, config, device)
         counts = torch.from_numpy(np.tile(split.classes.counts(), turns))
         self.objective = Objective(config, self.classes, counts, device)
         steps = config.run.epochs * self.stream.steps_per_epoch
         self.total_steps = min(steps, config.run.max_steps or steps)
         self.step = 0
+        self.watch = _Watch()
 
     def train(self) -> None:
         """Every step that is left, with evaluations and checkpoints where the config wants them."""
@@ -103,6 +111,7 @@ class _Run:
                 losses = self._step(batch, epoch)
                 meter.samples += int((batch.labels_B >= 0).sum()) * self.group.size
                 self.step += 1
+                self.watch(losses["loss"], self.step)
                 if self.step % config.run.log_every == 0 or self.step == self.total_steps:
                     self._report_step(losses, meter)
                 if config.run.checkpoint_every and self.step % config.run.checkpoint_every == 0:
@@ -135,12 +144,9 @@ class _Run:
 
     def _report_step(self, losses: dict[str, torch.Tensor], meter: "_Meter") -> None:
         values = {name: float(value) for name, value in losses.items()}
-        lr = self.config.optimizer.lr
         if not all(map(math.isfinite, values.values())):
-            raise UserError(
-                f"the loss at step {self.step} is {values}: the run has diverged; lower optimizer.lr (now {lr}), "
-                "lengthen schedule.warmup_steps or set engine.gradient_clipping"
-            )
+            raise Diverged(f"the run has diverged: the loss at step {self.step} is {values}")
+        lr = self.config.optimizer.lr
         values["learning_rate"] = lr * self.config.schedule.learning_rate_factor(self.step - 1, self.total_steps)
         if (norm := self.engine.gradient_norm()) is not None:
             values["gradient_norm"] = norm
@@ -155,11 +161,13 @@ class _Run:
         if not self.monitor or not every or (not last and (epoch + 1) % every):
             return
         average_buffers(self.engine.module, self.group)
+        check_finite(self.step, {"the backbone": self.engine.module.state_dict()}, self.group)  # else it embeds nothing
         values = self.monitor(self.engine.module, self.objective, self.device)
         self.report(Record("metrics", self.step, self.total_steps, values))
 
     def save(self) -> None:
-        """Write a checkpoint of this step. A collective."""
+        """Write a checkpoint of this step, if it is sound. A collective."""
+        self.watch.look()
         average_buffers(self.engine.module, self.group)
         backbone = self.engine.state()
         files = self.objective.files() | ({"backbone.safetensors": backbone} if self.group.rank == 0 else {})
@@ -168,14 +176,15 @@ class _Run:
             world_size=self.group.size,
             classes=self.classes,
             class_digest=self.class_digest,
+            data_digest=self.data_digest,
             config=self.config.model_dump(mode="json"),
             files={},
         )
         save(self.checkpoints, manifest, files, self.config.run.keep_checkpoints, self.group)
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint; a run that has none starts from its first step."""
-        found = latest(self.checkpoints)
+        """Go on from the newest checkpoint; a run that has none starts from its first step. A collective."""
+        found = agreed(self.checkpoints, self.group)
         if found is None:
             self.report(Record("note", text=f"no checkpoint in '{self.config.run.out}' yet: starting at step 0"))
             return
@@ -186,18 +195,12 @@ class _Run:
         self.report(Record("note", text=f"going on from step {found.step} of '{found.folder}'"))
 
     def _check(self, found: Checkpoint) -> None:
-        manifest = found.manifest
-        if manifest.world_size != self.group.size:
-            raise UserError(
-                f"the checkpoint '{found.folder}' was written by {manifest.world_size} workers, this run has "
-                f"{self.group.size}; resume with scaling.workers={manifest.world_size}"
-            )
-        if (manifest.classes, manifest.class_digest) != (self.classes, self.class_digest):
-            raise UserError(
-                f"the checkpoint '{found.folder}' was trained on other classes ({manifest.classes}) than "
-                f"'{shown(self.config.data.path)}' has ({self.classes}); resume with the data set that it was "
-                "trained on"
-            )
+        facts = {IDENTITIES: identities(self.classes, self.class_digest), SHARDS: self.data_digest}
+        refused, warned = changes(found, self.config, facts | {"scaling.workers": self.group.size})
+        if refused:
+            raise UserError("\n".join(refused))
+        for text in warned:
+            self.report(Record("note", text=text))
         if found.step > self.total_steps:
             raise UserError(
                 f"the checkpoint '{found.folder}' is at step {found.step}, the run ends at {self.total_steps}; "
@@ -228,3 +231,34 @@ class _Meter:
         if self._device.type == "cuda":
             values["gpu_memory_mb"] = torch.cuda.max_memory_allocated(self._device) / 2**20
         return values
+
+
+class _Watch:
+    """Looks at the loss of every step when the next one has been sent to the device, so that a GPU need not wait.
+
+    Always one step late, never when it happens to be ready: all ranks then find a bad loss in the same step.
+    """
+
+    def __init__(self) -> None:
+        self._loss, self._step = torch.zeros(()), 0
+        self._event: torch.cuda.Event | None = None
+
+    def __call__(self, loss: torch.Tensor, step: int) -> None:
+        """Look at the loss given last, and take this one."""
+        self.look()
+        self._step, self._loss, self._event = step, loss, None
+        if loss.is_cuda:
+            self._loss = torch.empty((), dtype=loss.dtype, pin_memory=True).copy_(loss, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def look(self) -> None:
+        """Wait for the loss given last.
+
+        Raises:
+            Diverged: it is not finite.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        if not math.isfinite(value := float(self._loss)):
+            raise Diverged(f"the run has diverged: the loss at step {self._step} is {value}")

@@ -70,7 +70,7 @@ def import_(
 
 def _tell(manifest: "Manifest", to: str) -> None:
     for name, split in manifest.splits.items():
-        out.print(f"{name}: {split.samples} images of {split.identities} identities in {len(split.shards)} shards")
+        out.print(f"{name}: {split.samples} samples of {split.identities} identities in {len(split.shards)} shards")
     for bad in manifest.bad[:20]:
         err.print(f"left out: {bad.name}: {bad.reason}")
     if manifest.bad:

@@ -74,7 +74,7 @@ def export(
     register: Annotated[bool, typer.Option(help="Register it in MLflow with the alias champion.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
-    """Write the Embedder (ONNX and manifest) of a checkpoint, and check it against torch on real images."""
+    """Write the Embedder (ONNX and manifest) of a checkpoint, and check it against torch on real samples."""
     from trainer.export import export_run
 
     to = to or run / "embedder"
@@ -103,7 +103,7 @@ def evaluate(
     to = to or embedder / "evaluation"
     to.mkdir(parents=True, exist_ok=True)
     write_file(to / "report.json", report.to_json())
-    _print(f"{split}: {report.samples} images of {report.identities} identities", _report_rows(report))
+    _print(f"{split}: {report.samples} samples of {report.identities} identities", _report_rows(report))
     plots = []
     try:
         from trainer.evaluation.plots import report_plots

@@ -1,10 +1,11 @@
+import errno
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from trainer.atomic import Kind, fresh_file, fresh_folder, write_file
+from trainer.atomic import DiskFull, Kind, fresh_file, fresh_folder, write_file
 from trainer.errors import UserError
 
 SET = Kind("a data set", "manifest.json")
@@ -141,13 +142,29 @@ def test_a_file_appears_whole_or_the_old_one_stays(tmp_path: Path) -> None:
             assert (tmp_path / "file.json").read_text() == "old"
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match=f"the disk of '{tmp_path}' is full, so that 'file.json' was not written"):
         failing()
     assert (tmp_path / "file.json").read_text() == "old"
     assert names(tmp_path) == ["file.json"]
     write_file(tmp_path / "file.json", "n\N{LATIN SMALL LETTER E WITH ACUTE}w")
     assert (tmp_path / "file.json").read_bytes() == b"n\xc3\xa9w"
     assert names(tmp_path) == ["file.json"]
+
+
+def test_a_full_disk_is_one_sentence_that_still_is_the_system_s_error(tmp_path: Path) -> None:
+    def failing(number: int) -> None:
+        with fresh_folder(tmp_path / "set", SET) as folder, fresh_file(folder / "manifest.json"):
+            raise OSError(number, os.strerror(number), "f")
+
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        with pytest.raises(DiskFull, match="free some space") as raised:
+            failing(number)
+        assert isinstance(raised.value, UserError)
+        assert raised.value.errno == number
+        assert Path(raised.value.filename).name == "manifest.json"
+    with pytest.raises(PermissionError):
+        failing(errno.EACCES)
+    assert names(tmp_path) == []
 
 
 def test_a_file_may_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:

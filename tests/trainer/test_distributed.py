@@ -45,6 +45,7 @@ def collectives(rank: int) -> None:
     group = Group.current()
     gathering(group)
     joining(group)
+    texts(group)
     averaging_engine(group)
     with pytest.raises(UserError, match=r"the ranks got batches of sizes \[4, 5\]"):
         group.check_equal(4 + rank, "batches of sizes")
@@ -68,6 +69,13 @@ def gathering(group: Group) -> None:
     (own_slice(x_BD.sum(1), group) ** 2).sum().backward()
     assert x_bD.grad is not None
     assert x_bD.grad.tolist() == [[6.0] * 3] * 2  # once, though both ranks computed it
+
+
+def texts(group: Group) -> None:
+    """Of any length, none included, and in any script."""
+    assert group.gather_text("äö" * (1 + 1000 * group.rank)) == ["äö", "äö" * 1001]
+    assert group.gather_text("one" if group.rank else "") == ["", "one"]
+    assert group.gather_text("") == ["", ""]
 
 
 def joining(group: Group) -> None:

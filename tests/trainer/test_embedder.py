@@ -63,7 +63,7 @@ def test_other_shapes_and_types_are_refused(embedder, images):
 def test_an_image_without_direction_is_refused(embedder):
     images = np.full((2, 1, 16, 16), 7, np.uint8)
     images[0] = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    with pytest.raises(UserError, match="the model gave image 1 a vector of length"):
+    with pytest.raises(UserError, match="the model gave sample 1 a vector of length"):
         Embedder.open(embedder).embed(images)
 
 
@@ -102,7 +102,7 @@ def test_another_signature_is_refused(embedder, tmp_path):
         [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["B", 32])],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    with pytest.raises(UserError, match="an embedder takes uint8 'images'"):
+    with pytest.raises(UserError, match="an embedder of images takes uint8 'images'"):
         Embedder.open(_with_model(tmp_path / "other", embedder, model.SerializeToString()))
 
 

@@ -177,7 +177,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
 
     with monkeypatch.context() as patch:
         patch.setattr("trainer.export.write_manifest", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(UserError, match=f"the disk of '{tmp_path}' is full, so that 'embedder' was not written"):
             export(Flat(), GREY, tmp_path / "embedder", drawings(2), {}, overwrite=True)
     if before is None:
         assert list(tmp_path.iterdir()) == []
@@ -192,5 +192,5 @@ def test_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         export(Flat(), GREY, tmp_path / "embedder", drawings(2).float(), {})
     with pytest.raises(UserError, match=r"shape \(2, 1, 27, 28\)"):
         export(Flat(), GREY, tmp_path / "embedder", drawings(2)[:, :, 1:], {})
-    with pytest.raises(UserError, match=r"shape \(0, 1, 28, 28\); give one real image or more"):
+    with pytest.raises(UserError, match=r"shape \(0, 1, 28, 28\); give one real sample or more"):
         export(Flat(), GREY, tmp_path / "embedder", drawings(2)[:0], {})

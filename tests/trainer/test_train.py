@@ -2,18 +2,20 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.ranks import folder_of_shapes, run_on_ranks
 from trainer.checkpoint import latest
-from trainer.config import Config, load
+from trainer.config import Config, from_tree, load
 from trainer.data.importers import ImportOptions
 from trainer.data.importers.run import run_import
-from trainer.errors import UserError
-from trainer.train import Record, _dropout_seed, run
+from trainer.errors import Diverged, UserError
+from trainer.train import Record, _dropout_seed, _Watch, run
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +123,7 @@ def test_what_does_not_fit_is_named(data: Path, tmp_path: Path) -> None:
 
 
 def other_world(rank: int, data: Path, folder: Path) -> None:
-    with pytest.raises(UserError, match=r"written by 2 workers.*scaling\.workers=2"):
+    with pytest.raises(UserError, match=r"scaling\.workers is 1 now and was 2 .* set it back"):
         run(config(data, folder / "cut0", "scaling.workers=1"), resume=True, report=lambda _: None)
 
 
@@ -166,3 +168,100 @@ def test_any_seed_of_63_bits_trains(data: Path, tmp_path: Path) -> None:
 def test_the_seeds_of_dropout_stay(seed: int, step: int, rank: int, expected: int) -> None:
     assert load(None, [f"run.seed={seed}"]).run.torch_seed == seed
     assert _dropout_seed(seed, step, rank) == expected
+
+
+def diverges_and_goes_on(rank: int, data: Path, folder: Path) -> None:
+    overrides = ["scaling.workers=1", "run.max_steps=6", "run.checkpoint_every=1", "run.log_every=1000"]
+    seldom = config(data, folder / "seldom", *overrides, "optimizer.lr=1e8", "run.checkpoint_every=0")
+    with pytest.raises(Diverged, match=r"not finite after step 3.* goes on from step 0"):  # seen by the evaluation
+        run(seldom, resume=False, report=lambda _: None)
+    wild = config(data, folder / "run", *overrides, "optimizer.lr=1e8")
+    with pytest.raises(Diverged, match=r"optimizer\.lr \(now 1e\+08\).* goes on from step 0"):
+        run(wild, resume=False, report=lambda _: None)
+    found = sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
+    assert found
+    assert all(name.endswith(".diverged") for name in found)
+    after = train(config(data, folder / "run", *overrides, "optimizer.lr=0.01", "run.log_every=1"), folder, rank, True)
+    assert sorted(losses(after)) == [1, 2, 3, 4, 5, 6]
+    whole = train(config(data, folder / "whole", *overrides, "optimizer.lr=0.01", "run.log_every=1"), folder, rank)
+    assert losses(after) == losses(whole)
+    newest = latest(folder / "run" / "checkpoints")
+    assert newest is not None
+    assert newest.step == 6
+
+
+def test_a_run_that_diverged_goes_on_with_a_lower_rate(data: Path, tmp_path: Path) -> None:
+    run_on_ranks(1, diverges_and_goes_on, data, tmp_path)
+
+
+def test_the_loss_of_every_step_is_looked_at_one_step_later() -> None:
+    watch = _Watch()
+    watch(torch.tensor(1.0), 1)
+    watch(torch.tensor(math.nan), 2)
+    with pytest.raises(Diverged, match="the loss at step 2 is nan"):
+        watch(torch.tensor(1.0), 3)
+    with pytest.raises(Diverged, match="step 2"):
+        watch.look()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_looking_at_the_loss_does_not_make_a_gpu_wait() -> None:
+    watch, loss = _Watch(), torch.ones((), device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(1, 4):
+            loss = loss * math.inf if step == 3 else loss * 2
+            watch(loss, step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with pytest.raises(Diverged, match="the loss at step 3 is inf"):
+        watch.look()
+
+
+FORMAT_1 = Path(__file__).parent / "checkpoint1"
+# Of the run that wrote the checkpoint, after it.
+LOSSES_OF_FORMAT_1 = {5: 7.686795234680176, 6: 7.151485443115234}
+
+
+def from_format_1(rank: int, folder: Path) -> None:
+    written = json.loads((FORMAT_1 / "checkpoint.json").read_text())["config"]
+    out = {"run": written["run"] | {"out": str(folder)}, "data": written["data"] | {"path": str(folder / "data")}}
+    after = train(from_tree(written | out), folder, rank, resume=True)
+    assert losses(after) == pytest.approx(LOSSES_OF_FORMAT_1, rel=1e-4)  # other processors round in another way
+    notes = [record.text for record in after if record.kind == "note"]
+    assert ["no digest of its shards" in note for note in notes[:2]] == [True, False]
+    found = latest(folder / "checkpoints")
+    assert found is not None
+    assert (found.manifest.format, found.step) == (2, 6)
+
+
+def test_a_checkpoint_of_format_1_is_gone_on_from(tmp_path: Path) -> None:
+    shutil.copytree(FORMAT_1, tmp_path / "checkpoints" / "step-00000004")
+    shutil.copytree(Path(__file__).parent / "data" / "format1", tmp_path / "data")
+    run_on_ranks(2, from_format_1, tmp_path)
+
+
+def other_order(rank: int, data: Path, others: Path, folder: Path) -> None:
+    first = ["scaling.workers=1", "run.max_steps=4"]
+    train(config(data, folder, *first, "run.max_steps=2"), folder, rank)
+    for change, words in (
+        ("data.batch_size=10", "data.batch_size is 10 now and was 14 .* samples come in which step"),
+        ("run.seed=1", "run.seed is 1 now and was 0"),
+        ("data.shuffle_window=20", "data.shuffle_window is 20 now and was 50000"),
+        (f"data.path={others}", "shards is .* set it back"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(config(data, folder, *first, change), resume=True, report=lambda _: None)
+    moved = folder.with_name("moved")
+    shutil.copytree(data, moved)
+    after = train(config(moved, folder, *first, "loss.margin=0.1", "run.log_every=2"), folder, rank, resume=True)
+    notes = [record.text for record in after if record.kind == "note"]
+    assert [note.partition(" ")[0] for note in notes] == ["loss.margin", "run.max_steps", "going"]
+
+
+def test_what_would_change_the_order_of_the_samples_is_refused(data: Path, tmp_path: Path) -> None:
+    source = folder_of_shapes(tmp_path / "images", identities=8, samples=5)
+    image = source / "person00" / "0.png"
+    image.write_bytes(image.read_bytes() + b" ")
+    run_import("folder", source, tmp_path / "others", ImportOptions(holdout_share=0.3))
+    run_on_ranks(1, other_order, data, tmp_path / "others", tmp_path / "run")

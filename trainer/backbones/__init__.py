@@ -1,30 +1,33 @@
-"""Networks from pixels to embeddings, made by their name in the config."""
+"""Networks from samples to embeddings, made by their name in the config."""
 
 import difflib
 from typing import Any
 
 from torch import nn
 
-from trainer.backbones.networks import UNITS, ConvNet, IResNet, MobileFaceNet, VisionTransformer
+from trainer.backbones.networks import MLP, UNITS, ConvNet, IResNet, MobileFaceNet, VisionTransformer
 from trainer.config import BackboneConfig
 from trainer.errors import UserError
 
-NAMES = ("convnet", *UNITS, "mobilefacenet", "vit", "timm:<name>")
+NAMES = ("convnet", *UNITS, "mobilefacenet", "vit", "mlp", "timm:<name>")
 
 
 def build(config: BackboneConfig, channels: int, height: int, width: int) -> nn.Module:
     """The backbone: float images_BCHW in [-1, 1] to x_BD, not normalised, with fresh weights from torch's generator.
 
     Args:
-        channels, height, width: of the images; 1 or 3 channels, any size from 16 x 16.
+        channels, height, width: of images; of spectrograms 1, frequency and time; of vectors dimension, 1 and 1. All
+            networks take any size from 16 x 16, `mlp` takes any at all.
 
     Raises:
-        UserError: the name is not known, the images are too small, or timm cannot be used.
+        UserError: the name is not known, the samples are too small, or timm cannot be used.
     """
+    if config.name == "mlp":
+        return MLP(channels * height * width, config.dimension, config.width, config.dropout)
     if min(height, width) < 16:
         raise UserError(
-            f"images of {height} x {width} pixels are too small for a backbone; "
-            "set data.height and data.width to 16 or more"
+            f"samples of {height} x {width} are too small for backbone.name={config.name}, which takes 16 x 16 or "
+            "more; of images raise data.height and data.width, for vectors and small spectrograms take the mlp"
         )
     D, dropout = config.dimension, config.dropout
     match config.name:

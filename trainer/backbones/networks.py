@@ -1,7 +1,8 @@
-"""The networks: a small convolutional one, IResNet, MobileFaceNet and a vision transformer, each as in its paper.
+"""The networks: a small convolutional one, IResNet, MobileFaceNet, a vision transformer, and one for vectors.
 
 All take float images_BCHW and end in a linear layer, in the convolutional ones over all positions, so that the place of
-a feature counts. Sides of feature maps are rounded up where a stride divides them. Arguments that they have in common:
+a feature counts. A spectrogram is an image of one channel. Sides of feature maps are rounded up where a stride divides
+them. Arguments that they have in common:
 
     channels, height, width: of the images.
     dimension: D of the embedding.
@@ -13,6 +14,25 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+HIDDEN = 2  # layers of the MLP
+
+
+class MLP(nn.Sequential):
+    """For vectors: two hidden layers of linear, batch norm, ReLU and dropout, then linear and batch norm to D.
+
+    Args:
+        inputs: values of a sample, whatever its shape.
+        units: of each hidden layer.
+    """
+
+    def __init__(self, inputs: int, dimension: int, units: int, dropout: float) -> None:
+        layers: list[nn.Module] = [nn.Flatten()]
+        for _ in range(HIDDEN):
+            layers += [nn.Linear(inputs, units, bias=False), nn.BatchNorm1d(units), nn.ReLU(), nn.Dropout(dropout)]
+            inputs = units
+        super().__init__(*layers, nn.Linear(inputs, dimension, bias=False), nn.BatchNorm1d(dimension))
+
 
 STRIDES = (2, 1, 2, 1, 2)
 WIDENING = (1, 1, 1, 1, 2)

@@ -13,13 +13,55 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import PositiveInt, model_validator
 
+from trainer.data.image import Preprocessing
 from trainer.errors import UserError
+from trainer.strict import Strict
 
 STORED = ("float32", "float16", "uint8")  # what is stored as it is; other numbers become float32
 # What numpy raises over a header, which it parses as Python.
 NOT_NPY = (ValueError, SyntaxError, TokenError, OverflowError, RecursionError, MemoryError, Warning)
 MAX_VALUES = 2**22  # of one sample: as float32, 16 MB
+Pixels = NDArray[np.uint8 | np.float32]  # of images, or the values that stand in their place
+
+
+class ArrayForm(Strict):
+    """How a vector or spectrogram becomes what the model reads: its values as they are stored, as float32.
+
+    They are laid out like an image, a vector as [dimension, 1, 1] and a spectrogram as [1, frequency, time], and the
+    methods are those of `Preprocessing`: whoever holds one of the two need not ask which.
+    """
+
+    content: Literal["vector", "spectrogram"]
+    shape: tuple[PositiveInt, ...]
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ArrayForm":
+        if content_of_shape(self.shape) != self.content:
+            raise ValueError(f"shape is {list(self.shape)}, but content is {self.content}")
+        return self
+
+    @property
+    def shape_CHW(self) -> tuple[int, int, int]:
+        """Of one sample, in place of an image's channels, height and width."""
+        return (self.shape[0], 1, 1) if self.content == "vector" else (1, self.shape[0], self.shape[1])
+
+    @property
+    def dtype(self) -> np.dtype[np.float32]:
+        return np.dtype(np.float32)
+
+    @property
+    def reads(self) -> str:
+        """What it is made for, in words."""
+        return described(self.content, self.shape)
+
+    def load(self, data: bytes, name: str | None = None, *, draft: bool = False) -> NDArray[np.float32]:
+        """Read a sample as the model sees it, as `as_array`, laid out as `shape_CHW`; `draft` is for images."""
+        return as_array(data, self.shape, name).reshape(self.shape_CHW)
+
+
+Form = Preprocessing | ArrayForm  # of a model's input
 
 
 def as_payload(values: NDArray[np.generic]) -> bytes:
@@ -90,6 +132,11 @@ def content_of_shape(shape: tuple[int, ...]) -> Literal["vector", "spectrogram"]
         f"a sample of shape {shape} is neither a vector (dimension) nor a spectrogram (frequency, time) of at most "
         f"{MAX_VALUES} values; store it in such a shape"
     )
+
+
+def described(content: str, shape: Sequence[int]) -> str:
+    """Samples in words, those of a data set and those that a `Form` reads: equal words, equal samples."""
+    return f"{content}s" + (f" of shape {list(shape)}" if shape else "")
 
 
 @lru_cache(32)

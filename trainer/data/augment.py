@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
+from trainer.data.arrays import ArrayForm, Form
 from trainer.data.degrade import INTERPOLATIONS, blur, colour_matrices, jpeg, low_resolution
 from trainer.data.stream import PADDING, Batch
 from trainer.errors import UserError
@@ -71,8 +72,21 @@ class AugmentConfig(Strict):
     )
 
 
+def check_augment(config: AugmentConfig, form: Form) -> None:
+    """
+    Raises:
+        UserError: a change to images is switched on, and the samples are none.
+    """
+    on = [name for name, field in AugmentConfig.model_fields.items() if not field.default and getattr(config, name)]
+    if on and isinstance(form, ArrayForm):
+        raise UserError(f"augment.{on[0]} changes images, but the data set holds {form.reads}; switch it off")
+
+
 def to_float(images_BCHW: torch.Tensor) -> torch.Tensor:
-    """uint8 pixels to float32 in -1..1, as the exported model does it: x / 127.5 - 1. All that evaluation needs."""
+    """What the backbone reads, as the exported model makes it: of uint8 pixels x / 127.5 - 1, in -1..1; of vectors and
+    spectrograms, which are float32, themselves. All that evaluation needs."""
+    if images_BCHW.is_floating_point():
+        return images_BCHW
     return images_BCHW.to(torch.float32, copy=True).div_(127.5).sub_(1.0)
 
 
@@ -99,7 +113,7 @@ class Augment:
     def __call__(self, batch: Batch, epoch: int, step: int, global_batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Float images [B, C, H, W] in -1..1, on the device of the batch, and labels [B]; padding keeps `PADDING`.
 
-        The batch itself is not changed.
+        The batch itself is not changed. Vectors and spectrograms come back as they are.
 
         Args:
             global_batch: G, all ranks' slots; `batch.rows_B` are positions in it.
@@ -107,6 +121,8 @@ class Augment:
         Raises:
             UserError: quarter turns of images that are not square.
         """
+        if batch.images_BCHW.is_floating_point():
+            return batch.images_BCHW, batch.labels_B
         draws = self._draw(batch, epoch, step, global_batch)
         images_BCHW, labels_B = batch.images_BCHW, batch.labels_B
         if self.config.quarter_turns:

@@ -1,4 +1,4 @@
-"""Image files to pixels, beside the training: in threads, or in processes of their own. Runs without torch.
+"""Files of samples to pixels, beside the training: in threads, or in processes of their own. Runs without torch.
 
 A decoder process is a program (`python -m trainer.data.decode`), not a fork and not a child of multiprocessing: it has
 none of the caller's threads, locks, sockets and CUDA contexts, and the caller's main module is not run again in it. It
@@ -29,9 +29,9 @@ from io import BytesIO
 from multiprocessing.connection import Connection
 
 import numpy as np
-from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
-from trainer.data.image import Preprocessing, load_image
+from trainer.data.arrays import Form, Pixels
 from trainer.errors import UserError
 
 _TOGETHER = 32  # images that a process gets at a time: the way there and back is short beside their decoding
@@ -44,28 +44,32 @@ Faults = dict[int, UserError]  # what is wrong with which image, by position
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How image files become pixels: `draft` as for `load_image`."""
+    """How files become pixels: `draft` as for `load_image`."""
 
-    preprocessing: Preprocessing
+    form: Form
     draft: bool = False
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width."""
-        return self.preprocessing.channels, self.preprocessing.height, self.preprocessing.width
+    def room(self, samples: int) -> Pixels:
+        """For so many samples."""
+        return np.empty((samples, *self.form.shape_CHW), self.form.dtype)
 
-    def __call__(self, names: Sequence[str], files: Sequence[bytes], out_BCHW: NDArray[np.uint8]) -> Faults:
+    @property
+    def sample_bytes(self) -> int:
+        """Of the pixels of one sample."""
+        return math.prod(self.form.shape_CHW) * self.form.dtype.itemsize
+
+    def __call__(self, names: Sequence[str], files: Sequence[bytes], out_BCHW: Pixels) -> Faults:
         """Decode files, here and now, into the first of `out_BCHW`; `names` are what messages call them."""
         faults: Faults = {}
         for i, (name, file) in enumerate(zip(names, files, strict=True)):
             try:
-                out_BCHW[i] = load_image(file, self.preprocessing, name, draft=self.draft)
+                out_BCHW[i] = self.form.load(file, name, draft=self.draft)
             except UserError as error:
                 faults[i] = error
         return faults
 
 
-class Decoders:
+class DecoderPool:
     """Decodes in `processes`, or, where there are none, in `threads` of the caller. Use it in a `with` block.
 
     Processes are started when the first image is to be decoded, not before, and ended with the block.
@@ -73,7 +77,7 @@ class Decoders:
 
     def __init__(self, decoding: Decoding, *, threads: int = 2, processes: int = 0) -> None:
         self._decoding = decoding
-        most = max(1, min(_TOGETHER, _TOGETHER_BYTES // math.prod(decoding.shape)))
+        most = max(1, min(_TOGETHER, _TOGETHER_BYTES // decoding.sample_bytes))
         self._together = most if processes else 1
         # Two more threads than processes: they read the files that the next process to be free will decode.
         self._threads = ThreadPoolExecutor(processes + 2 if processes else threads, "decode")
@@ -82,7 +86,7 @@ class Decoders:
         for child in self._children:
             self._free.put(child)
 
-    def __enter__(self) -> "Decoders":
+    def __enter__(self) -> "DecoderPool":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -90,7 +94,7 @@ class Decoders:
         for child in self._children:
             child.end()
 
-    def decode(self, names: Sequence[str], read: Callable[[int], bytes]) -> tuple[NDArray[np.uint8], Faults]:
+    def decode(self, names: Sequence[str], read: Callable[[int], bytes]) -> tuple[Pixels, Faults]:
         """Pixels [len(names), C, H, W]; and, by position, what is wrong with those that have none.
 
         Args:
@@ -100,16 +104,14 @@ class Decoders:
         Raises:
             UserError: a process cannot be started, or does not answer.
         """
-        pixels_BCHW = np.empty((len(names), *self._decoding.shape), np.uint8)
+        pixels_BCHW = self._decoding.room(len(names))
         faults: Faults = {}
         starts = range(0, len(names), self._together)
         for found in self._threads.map(partial(self._part, names, read, pixels_BCHW), starts):
             faults |= found
         return pixels_BCHW, faults
 
-    def _part(
-        self, names: Sequence[str], read: Callable[[int], bytes], pixels_BCHW: NDArray[np.uint8], start: int
-    ) -> Faults:
+    def _part(self, names: Sequence[str], read: Callable[[int], bytes], pixels_BCHW: Pixels, start: int) -> Faults:
         faults: Faults = {}
         files: list[bytes] = []
         names = names[start : start + self._together]
@@ -122,7 +124,7 @@ class Decoders:
         found = self._decode(names, files, pixels_BCHW[start : start + len(names)])
         return {start + i: fault for i, fault in (found | faults).items()}
 
-    def _decode(self, names: Sequence[str], files: Sequence[bytes], out_BCHW: NDArray[np.uint8]) -> Faults:
+    def _decode(self, names: Sequence[str], files: Sequence[bytes], out_BCHW: Pixels) -> Faults:
         if not self._children:
             return self._decoding(names, files, out_BCHW)
         child = self._free.get()
@@ -140,14 +142,14 @@ class _Child:
     """The caller's end of one decoder process, which is started when it is needed, and anew when it has ended."""
 
     _pipe: Connection
-    _pixels_BCHW: NDArray[np.uint8]
+    _pixels_BCHW: Pixels
 
     def __init__(self, decoding: Decoding, most: int) -> None:
         self._decoding = decoding
-        self._shape = (most, *decoding.shape)
+        self._most = most
         self._process: subprocess.Popen[bytes] | None = None
 
-    def decode(self, names: Sequence[str], files: Sequence[bytes], out_BCHW: NDArray[np.uint8]) -> Faults:
+    def decode(self, names: Sequence[str], files: Sequence[bytes], out_BCHW: Pixels) -> Faults:
         """As a `Decoding`, in the process."""
         try:
             return self._ask(names, files, out_BCHW)
@@ -173,7 +175,7 @@ class _Child:
             self._pipe.close()
             self._process = None
 
-    def _ask(self, names: Sequence[str], files: Sequence[bytes], out_BCHW: NDArray[np.uint8]) -> Faults:
+    def _ask(self, names: Sequence[str], files: Sequence[bytes], out_BCHW: Pixels) -> Faults:
         if self._process is None:
             self._start()
         task = json.dumps([names, [len(file) for file in files]]).encode()
@@ -185,9 +187,9 @@ class _Child:
         ours, theirs = socket.socketpair()
         memory = os.memfd_create("pixels")  # has no name that anybody would have to remove
         try:
-            os.truncate(memory, math.prod(self._shape))
+            os.truncate(memory, self._most * self._decoding.sample_bytes)
             self._pixels_BCHW = _mapped(memory, self._decoding)
-            settings = self._decoding.preprocessing.model_dump_json()
+            settings = self._decoding.form.model_dump_json()
             handles = [str(theirs.fileno()), str(memory)]
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", __spec__.name, *handles, str(int(self._decoding.draft)), settings],
@@ -225,15 +227,17 @@ class _Child:
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-def _mapped(memory: int, decoding: Decoding) -> NDArray[np.uint8]:
-    return np.frombuffer(mmap.mmap(memory, 0), np.uint8).reshape(-1, *decoding.shape)
+def _mapped(memory: int, decoding: Decoding) -> Pixels:
+    pixels: Pixels = np.frombuffer(mmap.mmap(memory, 0), decoding.form.dtype)
+    return pixels.reshape(-1, *decoding.form.shape_CHW)
 
 
 def main() -> None:
     """The life of a decoder process: decode what comes, until the caller's end of the socket closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the whole group; the caller decides
     handle, memory, draft, settings = sys.argv[1:]
-    decoding = Decoding(Preprocessing.model_validate_json(settings), draft == "1")
+    form: Form = TypeAdapter(Form).validate_json(settings)
+    decoding = Decoding(form, draft == "1")
     pixels_BCHW = _mapped(int(memory), decoding)
     pipe = Connection(int(handle))
     with suppress(EOFError, OSError):

@@ -60,6 +60,24 @@ class Preprocessing(Strict):
     def channels(self) -> int:
         return 1 if self.mode == "L" else 3
 
+    @property
+    def shape_CHW(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return self.channels, self.height, self.width
+
+    @property
+    def dtype(self) -> np.dtype[np.uint8]:
+        return np.dtype(np.uint8)
+
+    @property
+    def reads(self) -> str:
+        """What it is made for, in words."""
+        return "images"
+
+    def load(self, data: bytes, name: str | None = None, *, draft: bool = False) -> NDArray[np.uint8]:
+        """As `load_image`."""
+        return load_image(data, self, name, draft=draft)
+
 
 class TooManyPixels(UserError):
     """An image with more pixels than may be decoded: `pixels`, where they could be counted, and in words `found`."""

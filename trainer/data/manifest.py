@@ -8,13 +8,14 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PositiveInt, PrivateAttr, ValidationError, model_validator
 from pydantic_core import from_json
 
 from trainer.atomic import write_file
+from trainer.data.arrays import content_of_shape, described
 from trainer.data.format1 import upgrade
 from trainer.data.split import Split, SplitEntry
-from trainer.data.store import CacheConfig, Store, open_store
+from trainer.data.store import CacheConfig, DataStore, open_store
 from trainer.data.tables import Classes
 from trainer.errors import UserError
 from trainer.strict import Strict
@@ -36,20 +37,26 @@ class Manifest(Strict):
     kind: str = Field(description="the importer: omniglot, folder, glyphs")
     image_mode: Literal["L", "RGB"] | None = None
     content: Literal["image", "vector", "spectrogram"] = "image"
-    shape: list[int] = Field(default_factory=list, description="of a vector or spectrogram")
+    shape: list[PositiveInt] = Field(default_factory=list, description="of a vector or spectrogram")
     splits: dict[str, SplitEntry] = Field(min_length=1)
     bad: list[BadSample] = Field(default_factory=list, description="left out as unreadable")
     provenance: dict[str, str] = Field(default_factory=dict, description="source, seed, what was held out")
-    _store: Store | None = PrivateAttr(None)
+    _store: DataStore | None = PrivateAttr(None)
     _classes: dict[str, Classes] = PrivateAttr(default_factory=dict)  # of format 1
 
     @model_validator(mode="after")
     def _content(self) -> "Manifest":
         if (self.content == "image") != (self.image_mode is not None):
             raise ValueError(f"image_mode is {self.image_mode or 'null'}, but content is {self.content}")
-        if (self.content == "image") != (not self.shape):
+        image = self.content == "image"
+        if self.shape if image else content_of_shape(tuple(self.shape)) != self.content:
             raise ValueError(f"shape is {self.shape}, but content is {self.content}")
         return self
+
+    @property
+    def holds(self) -> str:
+        """What its samples are, in words; what the `Form` that fits says it reads."""
+        return described(self.content, self.shape)
 
     def __eq__(self, other: object) -> bool:
         """Whether they say the same, wherever they were read."""
@@ -77,7 +84,7 @@ class Manifest(Strict):
         return cls._of(tree, store, where)
 
     @classmethod
-    def _of(cls, tree: object, store: Store, where: str) -> "Manifest":
+    def _of(cls, tree: object, store: DataStore, where: str) -> "Manifest":
         found = tree.get("format") if isinstance(tree, dict) else None
         if found not in (1, 2):
             raise UserError(
@@ -114,4 +121,4 @@ class Manifest(Strict):
             )
         if self._store is None:
             raise ValueError("this manifest was not read from anywhere, so that its tables cannot be opened")
-        return Split(name, self.splits[name], self._store, self._classes.get(name))
+        return Split(name, self.splits[name], self._store, self._classes.get(name), self.holds)

@@ -28,7 +28,7 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 _PAX_RECORD = re.compile(rb"([0-9]{1,7}) ([^=\n]+)=")
 
 
-class Member(NamedTuple):
+class TarMember(NamedTuple):
     """A regular file in the archive: `size` bytes of content from byte `offset` on."""
 
     name: str
@@ -36,7 +36,7 @@ class Member(NamedTuple):
     size: int
 
 
-def members(file: BinaryIO, archive: str) -> Iterator[Member]:
+def members(file: BinaryIO, archive: str) -> Iterator[TarMember]:
     """The regular files of a tar, in its order; folders are passed over.
 
     Args:
@@ -70,7 +70,7 @@ def members(file: BinaryIO, archive: str) -> Iterator[Member]:
             if offset + BLOCK + size > end:
                 raise UserError(f"shard '{archive}' is cut off at byte {end}, inside {name[:300]!r}; {_REMEDY}")
             if kind in _REGULAR and not name.endswith("/"):  # before ustar, a slash at the end made a folder
-                yield Member(name.removeprefix("./"), offset + BLOCK, size)
+                yield TarMember(name.removeprefix("./"), offset + BLOCK, size)
             extended = _Extended()
         offset += BLOCK + -(-size // BLOCK) * BLOCK
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from trainer.data.decode import Decoders
+from trainer.data.decode import DecoderPool
 from trainer.data.manifest import Manifest
 from trainer.data.reader import Reader, Samples
 from trainer.data.samplers import PKSampler, ShuffledSampler
@@ -197,7 +197,7 @@ class MixedReader:
             start + position for start, reader in zip(starts, self._readers, strict=False) for position in reader.bad
         ]
 
-    def pool(self, processes: bool = False) -> Decoders:
+    def pool(self, processes: bool = False) -> DecoderPool:
         """As of a Reader; all sets are decoded alike."""
         return self._readers[0].pool(processes)
 
@@ -207,7 +207,7 @@ class MixedReader:
         for part in np.unique(owners).tolist():
             self._readers[part].want(positions[owners == part] - self._mixed.starts[part])
 
-    def try_read(self, positions: NDArray[np.int64], pool: Decoders) -> Samples:
+    def try_read(self, positions: NDArray[np.int64], pool: DecoderPool) -> Samples:
         """As of a Reader, with labels of the mix."""
         owners = np.searchsorted(self._mixed.starts, positions, side="right") - 1
         order = np.argsort(owners, kind="stable")

@@ -9,16 +9,19 @@ from trainer.data.curate.sheet import CELL, Row, draw
 from trainer.data.manifest import Manifest
 from trainer.data.remote import shown
 from trainer.data.stream import DataConfig, Stream
+from trainer.errors import UserError
 
 
 def preview(config: DataConfig, augment: AugmentConfig, seed: int, *, samples: int = 8, versions: int = 8) -> bytes:
     """Draw the first samples of a run: in each row one of them, first without changes, then `versions` times changed.
 
     Raises:
-        UserError: the data set cannot be read.
+        UserError: the data set cannot be read, or holds no images.
     """
     alone = {"batch_size": samples, "identities_per_batch": None, "cache": "none"}
     manifest = Manifest.read(config.path, config.remote_cache)
+    if manifest.content != "image":
+        raise UserError(f"'{shown(config.path)}' holds {manifest.holds}, and previews show images; choose another set")
     stream = Stream(manifest, config.train_split, config.model_copy(update=alone), seed=seed)
     batch = stream.batch(0, 0)
     change = Augment(augment, seed, stream.split.identities)

@@ -4,7 +4,6 @@ The indexes give random access: a rank reads the bytes of its own samples and no
 and in the order in which they lie in the shards.
 """
 
-import math
 import os
 import zlib
 from collections import deque
@@ -18,8 +17,8 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.decode import Decoders, Decoding, Faults
-from trainer.data.image import Preprocessing
+from trainer.data.arrays import Form, Pixels
+from trainer.data.decode import DecoderPool, Decoding, Faults
 from trainer.data.index import ShardIndex
 from trainer.data.split import Split
 from trainer.data.store import File
@@ -75,13 +74,13 @@ class Samples(NamedTuple):
     """What was read of some positions, in their order.
 
     Attributes:
-        images_BCHW: uint8.
+        images_BCHW: uint8, or float32 where they are no images.
         labels_B: of the classes of the split.
         keys: names in the shards.
         faults: what is wrong with those that could not be read, by place in the batch; their pixels mean nothing.
     """
 
-    images_BCHW: NDArray[np.uint8]
+    images_BCHW: Pixels
     labels_B: NDArray[np.int64]
     keys: list[str]
     faults: Faults
@@ -92,7 +91,7 @@ class Reader:
 
     Args:
         split: what is read.
-        preprocessing: of each image.
+        form: how each sample becomes what the model reads.
         threads, processes: that decode images; processes, where there are any.
         draft: as for `load_image`.
         cache: keep decoded images: always, never, or ("auto") where they fit in 1 GiB.
@@ -103,13 +102,14 @@ class Reader:
         bad: what is wrong with the samples that could not be read so far, by position; they are not tried again.
 
     Raises:
-        UserError: a shard is missing or has another size than the manifest says, or the images do not fit the memory.
+        UserError: the samples are none that `form` reads, a shard is missing or has another size than the manifest
+            says, or the images do not fit the memory.
     """
 
     def __init__(
         self,
         split: Split,
-        preprocessing: Preprocessing,
+        form: Form,
         *,
         threads: int = 2,
         processes: int = 0,
@@ -117,9 +117,14 @@ class Reader:
         cache: Literal["auto", "memory", "none"] = "none",
         scattered: bool = False,
     ) -> None:
+        if split.holds != form.reads:
+            raise UserError(
+                f"the data set at '{split.store.address}' holds {split.holds}, and {form.reads} are read here; "
+                "choose another set"
+            )
         check_sizes(split)
         self.split = split
-        self._decoding = Decoding(preprocessing, draft)
+        self._decoding = Decoding(form, draft)
         self._threads, self._processes = threads, processes
         self._scattered = scattered
         self._index = lru_cache(_KEEP_INDEXES)(split.index)
@@ -130,17 +135,15 @@ class Reader:
         ]
         self._files = {path: entry.file for path, entry in zip(self._paths, split.shards, strict=True)}
         self._wanted: set[int] = set()
-        self._cache = _make_cache(split.samples, preprocessing, cache)
+        self._cache = _make_cache(split.samples, self._decoding, cache)
         self._cached = np.zeros(split.samples if self._cache is not None else 0, dtype=bool)
         self.bad: dict[int, UserError] = {}
 
-    def pool(self, processes: bool = False) -> Decoders:
+    def pool(self, processes: bool = False) -> DecoderPool:
         """What decodes, for a `with` block; `processes`: in processes, if it may."""
-        return Decoders(self._decoding, threads=self._threads, processes=self._processes if processes else 0)
+        return DecoderPool(self._decoding, threads=self._threads, processes=self._processes if processes else 0)
 
-    def read(
-        self, positions: NDArray[np.int64], pool: Decoders
-    ) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[str]]:
+    def read(self, positions: NDArray[np.int64], pool: DecoderPool) -> tuple[Pixels, NDArray[np.int64], list[str]]:
         """Images [len(positions), C, H, W], labels and keys; a position that occurs twice is decoded once.
 
         Raises:
@@ -152,7 +155,7 @@ class Reader:
             raise fault
         return samples.images_BCHW, samples.labels_B, samples.keys
 
-    def try_read(self, positions: NDArray[np.int64], pool: Decoders) -> Samples:
+    def try_read(self, positions: NDArray[np.int64], pool: DecoderPool) -> Samples:
         """As `read`, but with what is wrong with single samples in the result.
 
         Raises:
@@ -200,7 +203,7 @@ class Reader:
             places += places_in(self._paths[shard], index, group - (self.split.ends[shard] - index.samples))
         return places
 
-    def _images(self, positions: NDArray[np.int64], places: list[Place], pool: Decoders) -> NDArray[np.uint8]:
+    def _images(self, positions: NDArray[np.int64], places: list[Place], pool: DecoderPool) -> Pixels:
         """The pixels; what cannot be read is noted in `bad`."""
         known = np.array([position in self.bad for position in positions.tolist()])
         missing = np.flatnonzero(~known if self._cache is None else ~known & ~self._cached[positions])
@@ -214,11 +217,12 @@ class Reader:
             return self._cache[positions]
         if len(missing) == len(positions):
             return pixels
-        images = np.zeros((len(positions), *self._decoding.shape), np.uint8)
+        images = self._decoding.room(len(positions))
+        images[:] = 0
         images[missing] = pixels
         return images
 
-    def _decode(self, places: list[Place], pool: Decoders) -> tuple[NDArray[np.uint8], Faults]:
+    def _decode(self, places: list[Place], pool: DecoderPool) -> tuple[Pixels, Faults]:
         with self.split.store.open(self._ranges(places), whole=not self._scattered) as files:
 
             def read(i: int) -> bytes:
@@ -240,14 +244,13 @@ class Reader:
             return read_bytes(files[file], place)
 
 
-def _make_cache(samples: int, preprocessing: Preprocessing, cache: str) -> NDArray[np.uint8] | None:
+def _make_cache(samples: int, decoding: Decoding, cache: str) -> Pixels | None:
     """Room for the decoded split, or None. Memory is taken as it is written to, by every rank for what it has read."""
-    shape = (samples, preprocessing.channels, preprocessing.height, preprocessing.width)
-    size = math.prod(shape)
+    size = samples * decoding.sample_bytes
     if cache == "none" or (cache == "auto" and size > AUTO_CACHE_BYTES):
         return None
     try:
-        return np.empty(shape, dtype=np.uint8)
+        return decoding.room(samples)
     except MemoryError as error:
         raise UserError(
             f"data.cache=memory needs {size / 2**30:.1f} GiB a worker, which cannot be had; use auto or none"

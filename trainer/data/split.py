@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from trainer.data.index import RECORD, ShardIndex, make_index, open_index, write_index
-from trainer.data.store import File, Store
+from trainer.data.store import DataStore, File
 from trainer.data.tables import (
     Classes,
     ClassesFile,
@@ -81,10 +81,13 @@ class Split:
         entry: what the manifest says of it.
         store: where its files lie.
         classes: where they are not in a file of their own.
+        holds: what the samples are, in words, as `Form.reads` says it.
     """
 
-    def __init__(self, name: str, entry: SplitEntry, store: Store, classes: Classes | None = None) -> None:
-        self.name, self.entry, self.store = name, entry, store
+    def __init__(
+        self, name: str, entry: SplitEntry, store: DataStore, classes: Classes | None = None, holds: str = "images"
+    ) -> None:
+        self.name, self.entry, self.store, self.holds = name, entry, store, holds
         self.samples, self.identities, self.shards = entry.samples, entry.identities, entry.shards
         self._inline = classes
         self._checked: set[int] = set()

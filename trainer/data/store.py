@@ -61,7 +61,7 @@ class CacheConfig(NamedTuple):
         return Cache(self.folder or home / "hypersphere", self.limit)
 
 
-class Store:
+class DataStore:
     """The files of one data set. May be copied to other processes, by pickling or forking.
 
     Attributes:
@@ -84,7 +84,7 @@ class Store:
         weakref.finalize(self, _close_all, self._held)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store, (self._base, self._config)
+        return DataStore, (self._base, self._config)
 
     def read_bytes(self, name: str) -> bytes:
         """A small file, whole.
@@ -207,9 +207,9 @@ class Store:
             os.close(self._held.popleft())
 
 
-def open_store(address: str | Path, cache: CacheConfig | None = None) -> Store:
+def open_store(address: str | Path, cache: CacheConfig | None = None) -> DataStore:
     """The store at an address: a folder, or any fsspec address."""
-    return Store(address, cache)
+    return DataStore(address, cache)
 
 
 def _digest(name: str, sha256: str | None) -> str:

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from pydantic import ByteSize, Field, model_validator
 
-from trainer.data.decode import Decoders
+from trainer.data.arrays import ArrayForm, Form, Pixels
+from trainer.data.decode import DecoderPool
 from trainer.data.image import Preprocessing
 from trainer.data.manifest import Manifest
 from trainer.data.mix import Mixed, MixedPKSampler, MixedReader, MixedSampler, Part, open_mix
@@ -35,7 +36,7 @@ class Batch:
     batch of an epoch is short, the missing slots repeat an image and carry the label `PADDING`.
 
     Attributes:
-        images_BCHW: uint8 pixels.
+        images_BCHW: uint8 pixels; or float32 values, of vectors [B, D, 1, 1] and spectrograms [B, 1, frequency, time].
         labels_B: int64 class numbers, or `PADDING`.
         keys: the sample's name in its shard, for messages ("" for padding).
         rows_B: int64 position of each slot in the global batch of this step; augmentation draws its random numbers by
@@ -76,7 +77,7 @@ class DataConfig(Strict):
     )
     train_split: str = "train"
     val_split: str = "val"
-    height: int = Field(112, ge=8, le=1024, description="pixels; images are resized to it")
+    height: int = Field(112, ge=8, le=1024, description="pixels; images are resized to it, other samples are not")
     width: int = Field(112, ge=8, le=1024)
     batch_size: int = Field(256, ge=1, description="samples a step, over all ranks together")
     shuffle_window: int = Field(50_000, ge=1, description="samples among which the order is shuffled")
@@ -117,14 +118,10 @@ class DataConfig(Strict):
         return self
 
 
-def preprocessing(manifest: Manifest, config: DataConfig) -> Preprocessing:
-    """How this data set's images are read, for the stream and for the Embedder that is trained on it.
-
-    Raises:
-        UserError: it holds no images.
-    """
+def preprocessing(manifest: Manifest, config: DataConfig) -> Form:
+    """How this data set's samples are read, for the stream and for the Embedder that is trained on it."""
     if manifest.image_mode is None:
-        raise UserError(f"the data set holds {manifest.content}s, and only images are read here; choose another set")
+        return ArrayForm.model_validate({"content": manifest.content, "shape": manifest.shape})
     return Preprocessing(mode=manifest.image_mode, height=config.height, width=config.width)
 
 
@@ -219,7 +216,7 @@ class Stream:
     def _want(self, epoch: int, step: int) -> None:
         self._reader.want(self._sampler.part(epoch, step, self._rows))
 
-    def _batch(self, epoch: int, step: int, pool: Decoders) -> Batch:
+    def _batch(self, epoch: int, step: int, pool: DecoderPool) -> Batch:
         self._prefetch(epoch, step)
         rows = self._rows
         real = rows < self._sampler.size(step)
@@ -236,9 +233,7 @@ class Stream:
         )
         return batch.pinned() if self._pin else batch
 
-    def _fill(
-        self, image_CHW: NDArray[np.uint8], positions: NDArray[np.int64], fault: UserError, pool: Decoders
-    ) -> None:
+    def _fill(self, image_CHW: Pixels, positions: NDArray[np.int64], fault: UserError, pool: DecoderPool) -> None:
         """Put the first of `positions` that can be read where a bad sample was to be."""
         for position in positions:
             if self.bad > self._max_bad:
@@ -253,13 +248,11 @@ class Stream:
         raise UserError(f"{told}; the last: {fault}")
 
 
-def _make_reader(
-    split: Split | Mixed, pixels: Preprocessing, config: DataConfig, scattered: bool
-) -> Reader | MixedReader:
+def _make_reader(split: Split | Mixed, form: Form, config: DataConfig, scattered: bool) -> Reader | MixedReader:
     def make(part: Split) -> Reader:
         return Reader(
             part,
-            pixels,
+            form,
             threads=config.decode_threads,
             processes=config.decode_processes,
             draft=config.draft,

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import BinaryIO
 
 from trainer.data.image import MAX_BYTES
-from trainer.data.members import Member, members
+from trainer.data.members import TarMember, members
 from trainer.errors import UserError
 
 # The file that is the sample itself, in the order of preference where there are several.
@@ -58,8 +58,8 @@ def key_of(name: str) -> str:
     return folder + slash + base.partition(".")[0]
 
 
-def _sample(file: BinaryIO, shard: str, key: str, files: Iterator[Member], payloads: bool) -> TarSample:
-    found: dict[str, tuple[Member, bytes]] = {}
+def _sample(file: BinaryIO, shard: str, key: str, files: Iterator[TarMember], payloads: bool) -> TarSample:
+    found: dict[str, tuple[TarMember, bytes]] = {}
     for member in files:
         suffix = member.name[len(key) + 1 :].lower()
         most = MAX_BYTES if suffix in PAYLOADS else _MAX_TEXT if suffix in ("cls", "json") else None

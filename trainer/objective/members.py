@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.checkpoint import Checkpoint
+from trainer.checkpoint import Checkpoint, rows_file
 from trainer.config import Config
-from trainer.distributed import Group, RowRange
+from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.head import Head, HeadOptimizer
 from trainer.head.rows import Own
@@ -201,11 +201,6 @@ class BatchMember(Member):
 def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin so, without that beginning."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def rows_file(name: str, rows: RowRange) -> str:
-    """A file named by the classes whose rows it holds, whoever wrote it."""
-    return f"{name}-rows-{rows.start:010d}-{rows.stop:010d}.safetensors"
 
 
 def read_projection(specs: Sequence[LossSpec], checkpoint: Checkpoint) -> Tensor | None:

@@ -11,7 +11,7 @@ from trainer.backbones import build, networks
 from trainer.config import BackboneConfig
 from trainer.errors import UserError
 
-SMALL = ("convnet", "iresnet18", "mobilefacenet", "vit")
+SMALL = ("convnet", "iresnet18", "mobilefacenet", "vit", "mlp")
 
 
 def small(name: str, channels: int = 1, height: int = 28, width: int = 28, dimension: int = 32) -> nn.Module:
@@ -109,8 +109,8 @@ def test_an_unknown_name_lists_the_allowed_ones_and_the_closest() -> None:
         build(BackboneConfig(name="iresnet51"), 3, 112, 112)
 
 
-def test_images_below_16_pixels_are_refused() -> None:
-    with pytest.raises(UserError, match="15 x 28 pixels are too small"):
+def test_samples_below_16_are_refused() -> None:
+    with pytest.raises(UserError, match=r"samples of 15 x 28 are too small for backbone\.name=convnet"):
         build(BackboneConfig(name="convnet"), 1, 15, 28)
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from trainer.data import decode as module
-from trainer.data.decode import Decoders, Decoding
+from trainer.data.decode import DecoderPool, Decoding
 from trainer.data.image import Preprocessing, load_image
 from trainer.errors import UserError
 
@@ -41,7 +41,7 @@ def names(files: list[bytes]) -> list[str]:
 
 @pytest.mark.parametrize("processes", [0, 1, 3])
 def test_any_number_of_processes_gives_the_same_pixels(files: list[bytes], processes: int):
-    with Decoders(DECODING, threads=2, processes=processes) as decoders:
+    with DecoderPool(DECODING, threads=2, processes=processes) as decoders:
         for part in (files, files[:1], files[5:38]):
             pixels, faults = decoders.decode(names(part), lambda i, part=part: part[i])
             assert not faults
@@ -59,7 +59,7 @@ def test_what_cannot_be_decoded_or_read_is_told_by_position(files: list[bytes], 
             raise UserError("the shard is gone")
         return bad[i]
 
-    with Decoders(DECODING, processes=processes) as decoders:
+    with DecoderPool(DECODING, processes=processes) as decoders:
         pixels, faults = decoders.decode(names(bad), read)
     assert sorted(faults) == [3, 40, 60]
     assert str(faults[3]) == "the shard is gone"
@@ -75,7 +75,7 @@ def children() -> list[int]:
 
 
 def test_killed_processes_are_replaced(files: list[bytes]):
-    with Decoders(DECODING, processes=2) as decoders:
+    with DecoderPool(DECODING, processes=2) as decoders:
         decoders.decode(names(files), lambda i: files[i])
         before = children()
         assert len(before) == 2
@@ -89,7 +89,7 @@ def test_killed_processes_are_replaced(files: list[bytes]):
 
 
 def test_processes_killed_at_work_lose_nothing(files: list[bytes]):
-    with Decoders(DECODING, processes=2) as decoders:
+    with DecoderPool(DECODING, processes=2) as decoders:
         decoders.decode(names(files), lambda i: files[i])
         doomed = children()
 
@@ -116,7 +116,7 @@ def test_an_image_that_brings_decoders_down_is_named(files: list[bytes], monkeyp
     monkeypatch.setattr(module._Child, "_start", start_under_a_knife)
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "decoders"))
     deadly = [*files[:10], b"deadly", *files[10:20]]
-    with Decoders(DECODING, processes=1) as decoders:
+    with DecoderPool(DECODING, processes=1) as decoders:
         pixels, faults = decoders.decode(names(deadly), lambda i: deadly[i])
     assert list(faults) == [10]
     assert "image 'shard: 10' brings its decoder down (signal SIGKILL); replace the file" in str(faults[10])
@@ -125,15 +125,18 @@ def test_an_image_that_brings_decoders_down_is_named(files: list[bytes], monkeyp
 
 def test_a_process_that_cannot_start_is_said(files: list[bytes], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "__spec__", type("Spec", (), {"name": "trainer.data.no_such_module"}))
-    with Decoders(DECODING, processes=1) as decoders, pytest.raises(UserError, match=r"at its start \(exit code 1\)"):
+    with (
+        DecoderPool(DECODING, processes=1) as decoders,
+        pytest.raises(UserError, match=r"at its start \(exit code 1\)"),
+    ):
         decoders.decode(names(files), lambda i: files[i])
     monkeypatch.setattr(module.sys, "executable", "/no/such/python")
-    with Decoders(DECODING, processes=1) as decoders, pytest.raises(UserError, match="does not start: No such file"):
+    with DecoderPool(DECODING, processes=1) as decoders, pytest.raises(UserError, match="does not start: No such file"):
         decoders.decode(names(files), lambda i: files[i])
 
 
 def test_a_process_that_is_silent_is_said(files: list[bytes], monkeypatch: pytest.MonkeyPatch):
-    with Decoders(DECODING, processes=1) as decoders:
+    with DecoderPool(DECODING, processes=1) as decoders:
         decoders.decode(names(files), lambda i: files[i])
         (pid,) = children()
         os.kill(pid, signal.SIGSTOP)
@@ -146,9 +149,9 @@ def test_a_process_that_is_silent_is_said(files: list[bytes], monkeypatch: pytes
 def test_processes_end_with_their_caller(tmp_path: Path):
     code = f"""
 import os, signal
-from trainer.data.decode import Decoders, Decoding
+from trainer.data.decode import DecoderPool, Decoding
 from trainer.data.image import Preprocessing
-decoders = Decoders(Decoding(Preprocessing(height=20, width=24)), processes=2)
+decoders = DecoderPool(Decoding(Preprocessing(height=20, width=24)), processes=2)
 file = bytes.fromhex("{photo(0).hex()}")
 decoders.decode(["a"] * 64, lambda i: file)
 print(*(child._process.pid for child in decoders._children), flush=True)
@@ -182,11 +185,11 @@ def test_processes_import_no_torch():
 
 def test_large_images_travel_few_at_a_time(files: list[bytes]):
     large = Decoding(Preprocessing(mode="RGB", height=1024, width=1024))
-    with Decoders(large, processes=1) as decoders:
+    with DecoderPool(large, processes=1) as decoders:
         assert decoders._together == 2
         pixels, faults = decoders.decode(names(files[:5]), lambda i: files[i])
     assert not faults
-    np.testing.assert_array_equal(pixels[4], load_image(files[4], large.preprocessing))
+    np.testing.assert_array_equal(pixels[4], load_image(files[4], large.form))
 
 
 @pytest.mark.parametrize("processes", [0, 1])
@@ -196,7 +199,7 @@ def test_drafts_differ_little_and_only_where_the_image_is_large(processes: int):
     file = BytesIO()
     image.save(file, "JPEG", quality=95)
     data = [file.getvalue(), photo(1)]
-    with Decoders(Decoding(PIXELS, draft=True), processes=processes) as decoders:
+    with DecoderPool(Decoding(PIXELS, draft=True), processes=processes) as decoders:
         pixels, faults = decoders.decode(["a", "b"], lambda i: data[i])
     assert not faults
     full = expected(data).astype(int)

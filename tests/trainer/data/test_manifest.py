@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.disk import small_disk
 from trainer.data.manifest import BadSample, Manifest
 from trainer.data.split import SplitEntry
 from trainer.errors import UserError
@@ -29,6 +30,16 @@ def test_written_and_read_back(tmp_path: Path):
     assert (tmp_path / "manifest.json").read_bytes() == first
 
 
+def test_a_full_disk_is_one_sentence_and_the_old_one_stays(tmp_path: Path):
+    with small_disk(tmp_path / "disk") as disk:
+        Manifest.model_validate(TREE).write(disk)
+        provenance = {"source": "x" * 2**21}
+        with pytest.raises(UserError, match=f"the disk of '{disk}' is full, so that 'manifest.json' was not written"):
+            Manifest.model_validate(TREE | {"provenance": provenance}).write(disk)
+        assert [path.name for path in disk.iterdir()] == ["manifest.json"]
+        assert Manifest.read(disk) == Manifest.model_validate(TREE)
+
+
 def split_with(**changes: object) -> dict:
     return {"splits": {"train": {**SPLIT, **changes}}}
 
@@ -39,7 +50,7 @@ def split_with(**changes: object) -> dict:
         ({"format": 3}, "its format is 3, and 1 and 2 are read"),
         ({"image_mode": "CMYK"}, "image_mode"),
         ({"image_mode": None}, "image_mode is null, but content is image"),
-        ({"content": "vector", "image_mode": None}, r"shape is \[\], but content is vector"),
+        ({"content": "vector", "image_mode": None}, r"a sample of shape \(\) is neither a vector"),
         ({"content": "vector", "image_mode": "L", "shape": [8]}, "image_mode is L, but content is vector"),
         ({"extra": 1}, "extra"),
         ({"splits": {}}, "splits"),

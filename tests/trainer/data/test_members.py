@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.peak import at_most
-from trainer.data.members import Member, members
+from trainer.data.members import TarMember, members
 from trainer.errors import UserError
 
 NAMES = ["plain.jpg", "a/b/c.cls", "x" * 99, "é/字.png", "d" * 90 + "/" + "e" * 90 + ".jpg", "f" * 300 + ".json"]
@@ -31,7 +31,7 @@ def packed(*entries: tuple[tarfile.TarInfo, bytes], format: str = "pax") -> byte
     return buffer.getvalue()
 
 
-def walk(data: bytes) -> list[Member]:
+def walk(data: bytes) -> list[TarMember]:
     file = io.BufferedReader(io.BytesIO(data))  # which takes the memory that it is asked to fill
     return list(members(file, "x.tar"))
 
@@ -56,7 +56,7 @@ def with_global_header(data: bytes, **records: str) -> bytes:
 
 def test_global_pax_header_that_says_nothing_of_interest_is_passed_over():
     data = with_global_header(packed((info("a.jpg", 3), b"abc")), comment="made by git archive")
-    assert walk(data) == [Member("a.jpg", 1024 + 512, 3)]
+    assert walk(data) == [TarMember("a.jpg", 1024 + 512, 3)]
 
 
 def test_sizes_of_8_gib_and_more():

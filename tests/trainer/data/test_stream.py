@@ -125,7 +125,7 @@ def test_later_epochs_decode_nothing(
         decoded.append(arguments)
         return load_image(*arguments, **settings)
 
-    monkeypatch.setattr("trainer.data.decode.load_image", counting)
+    monkeypatch.setattr("trainer.data.image.load_image", counting)
     for cache, expected in (("none", 3 * 47), ("memory", 47), ("auto", 47)):
         decoded.clear()
         stream = Stream(manifest, "train", with_(config, cache=cache))
@@ -139,7 +139,7 @@ def test_a_rank_decodes_its_own_samples_only(
 ):
     decoded = []
     monkeypatch.setattr(
-        "trainer.data.decode.load_image",
+        "trainer.data.image.load_image",
         lambda *arguments, draft: decoded.append(arguments) or load_image(*arguments, draft=draft),
     )
     list(Stream(manifest, "train", config, rank=1, world_size=3).batches(0))
@@ -270,10 +270,8 @@ def test_cache_that_does_not_fit_is_refused(
 
 
 def test_grey_and_colour_data_sets(tmp_path: Path, config: DataConfig):
-    with pytest.raises(UserError, match="holds vectors, and only images are read here"):
-        preprocessing(Manifest.model_construct(image_mode=None, content="vector"), config)
-    manifest = Manifest.model_construct(image_mode="RGB")
-    assert preprocessing(manifest, config).channels == 3
+    for mode, channels in (("L", 1), ("RGB", 3)):
+        assert preprocessing(Manifest.model_construct(image_mode=mode), config).shape_CHW == (channels, 12, 12)
     assert Image.MAX_IMAGE_PIXELS  # Pillow's own limit stays on
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.curate.duplicates import MAX_DISTANCE, Pairs, equal_pairs, near_pairs
-from trainer.data.curate.scan import Scan, scan
+from trainer.data.curate.scan import Findings, scan
 from trainer.data.manifest import Manifest
 from trainer.data.reader import Progress
 from trainer.data.split import Split
@@ -53,7 +53,7 @@ class Check:
 
     manifest: Manifest
     splits: dict[str, Split]
-    scan: Scan
+    scan: Findings
     balance: dict[str, Balance]
     faults: list[str]
     equal: Pairs
@@ -117,7 +117,7 @@ def _at(good: NDArray[np.int64], pairs: Pairs) -> Pairs:
     return Pairs(good[pairs.first], good[pairs.second], pairs.distance)
 
 
-def _apart(found: Scan, pairs: Pairs) -> tuple[Pairs, int]:
+def _apart(found: Findings, pairs: Pairs) -> tuple[Pairs, int]:
     """The pairs in two identities or splits, and the number of the others."""
     other_split = found.split_of(pairs.first) != found.split_of(pairs.second)
     apart = other_split | (found.labels[pairs.first] != found.labels[pairs.second])

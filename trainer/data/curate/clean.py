@@ -47,7 +47,7 @@ def clean(
 ) -> Found:
     """Write a data set at `out` without the samples of a split whose label is likely wrong; no shard is rewritten.
 
-    Beside its manifest lie suspects.csv and twins.csv, the most likely first, and a sheet of pictures of each. The
+    Beside its manifest lie suspects.csv and twins.csv, the most likely first, and, of images, a sheet of each. The
     other splits stay as they are.
 
     Args:
@@ -62,8 +62,6 @@ def clean(
     """
     manifest = Manifest.read(address)
     part = manifest.split(split)
-    if manifest.content != "image":
-        raise UserError(f"'{address}' holds {manifest.content}s, and an embedder takes images; give a set of images")
     told = {f"cleaned_{split}": f"without suspects beyond {deviations:g} deviations, twins above {alike:g}"}
     with fresh_view(out, overwrite, manifest, told) as view:
         vectors_ND, labels_N = embed(part)
@@ -73,7 +71,8 @@ def clean(
         twins = find_twins(vectors_ND, labels_N, part.identities, kept, alike, progress)
         found = Found(suspects.positions, list(zip(twins.first.tolist(), twins.second.tolist(), strict=True)))
         _write_lists(view.folder, part, labels_N, suspects, twins)
-        _draw_sheets(view.folder, part, labels_N, found, suspects)
+        if manifest.content == "image":
+            _draw_sheets(view.folder, part, labels_N, found, suspects)
         _write_split(view, manifest, part, found, join)
     return found
 

@@ -39,7 +39,7 @@ class _Found(NamedTuple):
 
 
 @dataclass
-class Scan:
+class Findings:
     """What was found, by position among all samples, split after split.
 
     Attributes:
@@ -67,7 +67,7 @@ class Scan:
         return name, position - self.starts[name]
 
 
-def scan(address: str, manifest: Manifest, jobs: int, progress: Progress | None = None) -> Scan:
+def scan(address: str, manifest: Manifest, jobs: int, progress: Progress | None = None) -> Findings:
     """Read and decode every sample. Memory: 50 bytes a sample.
 
     Args:
@@ -85,7 +85,7 @@ def scan(address: str, manifest: Manifest, jobs: int, progress: Progress | None 
             chunks = (slice(first, min(first + _CHUNK, one.samples)) for first in range(0, one.samples, _CHUNK))
             tasks += [_Task(name, shard, rows, total + rows.start) for rows in chunks]
             total += one.samples
-    whole = Scan(
+    whole = Findings(
         starts, np.full(total, -1), np.zeros(total, np.uint64), np.zeros((total, HASH_BYTES), np.uint8),
         np.zeros(total, bool),
     )  # fmt: skip
@@ -103,7 +103,7 @@ def scan(address: str, manifest: Manifest, jobs: int, progress: Progress | None 
 
 def _run(address: str, tasks: list[_Task], jobs: int) -> Iterator[_Found]:
     if jobs == 1:
-        yield from map(Worker(Manifest.read(address)).scan, tasks)
+        yield from map(Examiner(Manifest.read(address)).scan, tasks)
         return
     # New processes, not copies of this one, whose threads they would not have.
     spawn = multiprocessing.get_context("spawn")
@@ -118,7 +118,7 @@ def _run(address: str, tasks: list[_Task], jobs: int) -> Iterator[_Found]:
             pool.shutdown(cancel_futures=True)
 
 
-class Worker:
+class Examiner:
     """Reads the tasks of one process."""
 
     def __init__(self, manifest: Manifest) -> None:
@@ -165,12 +165,12 @@ class Worker:
         return 0
 
 
-_worker: Worker | None = None  # of a process of the pool
+_worker: Examiner | None = None  # of a process of the pool
 
 
 def _start(address: str) -> None:
     global _worker
-    _worker = Worker(Manifest.read(address))
+    _worker = Examiner(Manifest.read(address))
 
 
 def _scan(task: _Task) -> _Found:

@@ -91,7 +91,7 @@ class Listing:
     threads: int = 1
 
 
-class Kind(NamedTuple):
+class Importer(NamedTuple):
     """One line of `kinds.KINDS`.
 
     Attributes:
@@ -123,7 +123,7 @@ class ImportOptions:
     jobs: int | None = None  # processes; None: as many as there are cores
     check: bool = True  # decode every payload
     max_side: int | None = None  # pixels; larger images are stored smaller
-    in_place: bool = False  # write no shards; see Kind
+    in_place: bool = False  # write no shards; see Importer
     label_field: str = "cls"  # tars: the label is in `.cls`, or in this field of `.json`
     labels: str | None = None  # arrays: the file with a label for each row
 

@@ -27,11 +27,11 @@ class Stored(NamedTuple):
     grey: bool
 
 
-Store = Callable[[bytes, str], Stored]
+Storing = Callable[[bytes, str], Stored]
 """(payload, name for messages) -> what is stored. Raises UserError for a payload that cannot be used."""
 
 
-def store_of(content: Content, shape: tuple[int, ...] | None, options: ImportOptions) -> Store:
+def store_of(content: Content, shape: tuple[int, ...] | None, options: ImportOptions) -> Storing:
     """How the payloads of a source are stored."""
 
     def array(data: bytes, name: str) -> Stored:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from trainer.data.importers import Entry, ImportOptions, Listing, Progress, Read, share_held_out
 from trainer.data.importers.labels import identity_of
-from trainer.data.importers.records import Head, Records
+from trainer.data.importers.records import RecordHead, Records
 from trainer.errors import UserError
 
 _MAX_LABEL = 2**24  # whole numbers up to here are exact as float32
@@ -117,7 +117,9 @@ def _pairs(keys: NDArray[np.int64], offsets: NDArray[np.int64], order: NDArray[n
         yield from zip(keys[rows].tolist(), offsets[rows].tolist(), strict=True)
 
 
-def _with_names(images: Iterable[tuple[int, int, Head]], path: Path) -> Iterator[tuple[int, int, Head, str]]:
+def _with_names(
+    images: Iterable[tuple[int, int, RecordHead]], path: Path
+) -> Iterator[tuple[int, int, RecordHead, str]]:
     """The images with the paths in the list beside the file or, without one, with their keys as names."""
     listed = path.with_suffix(".lst")
     if not listed.exists():

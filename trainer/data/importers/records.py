@@ -27,7 +27,7 @@ _MAX_RECORD = MAX_BYTES + 1 + _CONTENT.size + 4 * _MAX_LABELS
 _PEEK = _CONTENT.size + 4  # what tells the label
 
 
-class Head(NamedTuple):
+class RecordHead(NamedTuple):
     """What a record says before its image.
 
     Attributes:
@@ -72,7 +72,7 @@ class Records:
             expected = (_WHOLE, _FIRST) if flag in (_WHOLE, _LAST) else (_MIDDLE, _LAST)
             offset += _PART.size + _padded(length)
 
-    def head(self, offset: int) -> Head:
+    def head(self, offset: int) -> RecordHead:
         """What a record says before its image; of most records only the first bytes are read."""
         flag, length = self._part(offset, (_WHOLE, _FIRST))
         whole = flag == _WHOLE
@@ -85,7 +85,7 @@ class Records:
         head = self._head(content, len(content), offset)
         return content[len(content) - head.image :]
 
-    def _head(self, content: bytes, length: int, offset: int) -> Head:
+    def _head(self, content: bytes, length: int, offset: int) -> RecordHead:
         if len(content) < _CONTENT.size:
             raise self._foreign(offset)
         labels, label, _, _ = _CONTENT.unpack_from(content)
@@ -94,7 +94,7 @@ class Records:
             raise self._foreign(offset)
         if labels:
             (label,) = struct.unpack_from("<f", content, _CONTENT.size)
-        return Head(labels, label, image)
+        return RecordHead(labels, label, image)
 
     def _content(self, offset: int) -> bytes:
         """A record's content, its parts joined by the number that parted them."""

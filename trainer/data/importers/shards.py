@@ -97,7 +97,7 @@ def _flush(waiting: bytearray, file: BinaryIO, digest: "_Hash") -> None:
     waiting.clear()
 
 
-class Kept(NamedTuple):
+class KeptSample(NamedTuple):
     """A sample of a written shard."""
 
     number: int
@@ -106,7 +106,7 @@ class Kept(NamedTuple):
     payload: bytes
 
 
-def read_shard(folder: Path, entry: ShardEntry) -> Iterator[Kept]:
+def read_shard(folder: Path, entry: ShardEntry) -> Iterator[KeptSample]:
     """The samples of a shard that `write_shard` wrote."""
     index = open_index(folder / entry.index_file)
     with (folder / entry.name).open("rb") as file:
@@ -114,7 +114,7 @@ def read_shard(folder: Path, entry: ShardEntry) -> Iterator[Kept]:
             start, size = int(record["offset"]), int(record["size"])
             block = os.pread(file.fileno(), _BLOCK + size, start - _BLOCK)  # the header first, for the name
             suffix = block[_NAME].rstrip(b"\0").rpartition(b".")[2].decode()
-            yield Kept(int(index.key(row)), int(record["label"]), suffix, block[_BLOCK:])
+            yield KeptSample(int(index.key(row)), int(record["label"]), suffix, block[_BLOCK:])
 
 
 def _pack(sample: Sample) -> tuple[bytes, int]:

@@ -148,7 +148,7 @@ def test_a_sample_that_is_no_image_is_named(doubled: Path, copy: Copy, monkeypat
 
 def test_arrays_are_compared_with_the_manifests_shape() -> None:
     manifest = Manifest.read(FORMAT1).model_copy(update={"content": "vector", "image_mode": None, "shape": [3]})
-    worker = scanning.Worker(manifest)
+    worker = scanning.Examiner(manifest)
     assert worker.decode(as_payload(np.array([1.0, 2.0, 3.0])), "a.tar: key") == 0
     with pytest.raises(UserError, match=r"sample 'a.tar: key' .* is not a whole .npy file of shape \(3,\)"):
         worker.decode(as_payload(np.array([1.0, 2.0])), "a.tar: key")

@@ -3,9 +3,9 @@
 import os
 import signal
 
-from trainer.data import decode
+from trainer.data import decode, image
 
-_load = decode.load_image
+_load = image.load_image
 
 
 def _load_or_die(data: bytes, *arguments: object, **settings: object) -> object:
@@ -14,5 +14,5 @@ def _load_or_die(data: bytes, *arguments: object, **settings: object) -> object:
     return _load(data, *arguments, **settings)
 
 
-decode.load_image = _load_or_die
+image.load_image = _load_or_die
 decode.main()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.peak import at_most
 from tests.trainer.data.importers.recordio_files import MAGIC, content, part, record
-from trainer.data.importers.records import Head, Records
+from trainer.data.importers.records import RecordHead, Records
 from trainer.errors import UserError
 
 
@@ -31,14 +31,14 @@ def test_images_and_labels_come_back(tmp_path: Path, image: bytes, label: float 
     records = Records(saved(tmp_path, first + record(content(label, image))))
     assert list(records.offsets()) == [0, len(first)]
     assert records.image(len(first)) == image
-    assert records.head(len(first)) == Head(0 if label == 7.0 else len(label), 7.0, len(image))
+    assert records.head(len(first)) == RecordHead(0 if label == 7.0 else len(label), 7.0, len(image))
 
 
 def test_a_label_whose_bytes_are_the_magic_number(tmp_path: Path):
     """The number may even stand in the header, which is then cut in two."""
     (label,) = struct.unpack("<f", MAGIC)
     records = Records(saved(tmp_path, record(content(label, b"image"))))
-    assert records.head(0) == Head(0, label, 5)
+    assert records.head(0) == RecordHead(0, label, 5)
 
 
 @pytest.mark.parametrize(

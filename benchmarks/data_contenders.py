@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from trainer.data.decode import Decoders
+from trainer.data.decode import DecoderPool
 from trainer.data.image import Preprocessing, load_image
 from trainer.data.manifest import Manifest
 from trainer.data.stream import DataConfig, Stream
@@ -50,7 +50,7 @@ def two_threads(folder: Path, processes: int) -> Iterator[int]:
 def undecoded(folder: Path, processes: int) -> Iterator[int]:
     """The stream with its checksums and its order, but the files stay as they are."""
 
-    class Undecoded(Decoders):
+    class Undecoded(DecoderPool):
         def decode(self, names, read):  # type: ignore[no-untyped-def]
             for i in range(len(names)):
                 read(i)

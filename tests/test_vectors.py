@@ -74,7 +74,7 @@ def embedders(sets: Path) -> Callable[[str], Path]:
     """The folder of a trained, exported and calibrated Embedder by content."""
     run_on_ranks(1, train, sets)
     for content in SHAPES:
-        check(config(sets, content), resume=True)
+        check(config(sets, content))
         commands.export(run=sets / f"{content}-run", register=False)
         data, embedder = sets / content, sets / f"{content}-run" / "embedder"
         commands.evaluate(embedder=embedder, data=data)
@@ -181,7 +181,7 @@ def test_samples_and_what_reads_them_have_to_fit(
 )
 def test_what_is_for_images_is_refused_before_a_run_starts(sets: Path, content: str, override: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        check(config(sets, content, override, f"run.out={sets}/none"), resume=False)
+        check(config(sets, content, override, f"run.out={sets}/none"))
 
 
 def test_a_preview_shows_images_only(sets: Path) -> None:

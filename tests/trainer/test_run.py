@@ -106,7 +106,7 @@ def test_two_runs_in_one_folder(data: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from trainer import launch, run
 from trainer.config import load
@@ -123,6 +123,7 @@ def work(config, resume, on_record):
     except (KeyboardInterrupt, SystemExit):
         raise SystemExit(1)  # as Ray does, whatever the signal
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background of a script ignores it
 launch.launch = work
 run.start(load(Path(sys.argv[1])), False, lambda record: None, print)
 """

@@ -165,7 +165,7 @@ def uses_kernels(choice: Kernels, device: torch.device) -> bool:
     if choice == "auto":
         return _installed()
     if not _installed():
-        raise UserError("head.kernels=triton, but Triton is not installed; pip install 'hypersphere[gpu]' or use auto")
+        raise UserError("head.kernels=triton, but Triton is not installed; pip install triton, or use auto")
     if device.type != "cuda":
         from trainer.head import kernels
 

@@ -1,4 +1,4 @@
-"""The Triton kernels against torch: on a GPU where there is one, else in Triton's interpreter."""
+"""The Triton kernels against torch: on a GPU where there is one, else in Triton's interpreter (see `conftest`)."""
 
 from typing import Any
 
@@ -22,12 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning", "ignore:TRITON_DEFAULT_FP_FUSION:UserWarning"),
     pytest.mark.skipif(not uses_kernels("auto", torch.device("cuda")), reason="Triton is not installed"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    if DEVICE == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 def relative(found: Tensor | None, wanted: Tensor | None) -> float:

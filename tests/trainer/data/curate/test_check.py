@@ -157,10 +157,12 @@ def test_arrays_are_compared_with_the_manifests_shape() -> None:
 def test_a_killed_process_is_one_sentence(doubled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scanning, "_CHUNK", 7)
 
+    others = set(multiprocessing.active_children())  # of earlier tests
+
     def kill() -> None:
-        while not (children := multiprocessing.active_children()):
+        while not (children := set(multiprocessing.active_children()) - others):
             time.sleep(0.01)
-        children[0].kill()
+        children.pop().kill()
 
     killer = threading.Thread(target=kill)
     killer.start()

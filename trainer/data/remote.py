@@ -31,7 +31,7 @@ _FAULTS = {
 }
 # Each names one place. Others that fsspec knows lead to what nobody named, as zip://x::file:///etc/passwd does.
 _SCHEMES = ("file", "http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "memory")
-_ALLOWED = "give a folder, or s3://, gs://, az:// or https://"
+_ALLOWED = "give a folder, or s3://, gs:// or https://"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _LOST_SLASH = re.compile(r"^([a-z][a-z0-9+]+):/(?=[^/])")
 _NO_CREDENTIALS = {
@@ -193,10 +193,11 @@ def _filesystem(address: str) -> tuple[Any, str]:
                 "client_kwargs": {"timeout": aiohttp.ClientTimeout(None, sock_connect=_CONNECT, sock_read=_SILENCE)}
             }
         files, path = fsspec.core.url_to_fs(address, **options)
-    except ImportError as error:
+    except ImportError:
+        package = "adlfs" if address.startswith(("az", "abfs")) else "'hypersphere[remote]'"
         raise UserError(
-            f"'{shown(address)}' cannot be read: the package for such addresses is not installed ({error.name}); "
-            "run pip install 'hypersphere[remote]'"
+            f"'{shown(address)}' cannot be read: the package for such addresses is not installed; run pip install "
+            f"{package}"
         ) from None
     return files, path
 

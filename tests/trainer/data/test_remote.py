@@ -164,7 +164,8 @@ def test_a_password_in_a_malformed_address_is_not_shown():
         assert "s3" not in str(caught.value).partition(";")[0]
 
 
-def test_a_kind_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(known_implementations, "az", {"class": "no_such_package.File", "err": "Install it"})
-    with pytest.raises(UserError, match=r"'az://x/y' .*not installed.*pip install 'hypersphere\[remote\]'"):
-        fetch("az://x/y")
+@pytest.mark.parametrize(("scheme", "package"), [("gcs", r"'hypersphere\[remote\]'"), ("az", "adlfs")])
+def test_a_kind_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch, scheme: str, package: str):
+    monkeypatch.setitem(known_implementations, scheme, {"class": "no_such_package.File", "err": "Install it"})
+    with pytest.raises(UserError, match=rf"'{scheme}://x/y' .*not installed.*pip install {package}"):
+        fetch(f"{scheme}://x/y")

@@ -175,7 +175,7 @@ def fresh_view(
     Raises:
         UserError: `out` exists, or `overwrite` would remove files of a source.
     """
-    _keep_sources(out, [like] if sources is None else sources)
+    keep(out, (file for manifest in ([like] if sources is None else sources) for file in local_files(manifest)))
     with fresh_folder(out, _DATA_SET, overwrite) as folder:
         view = View(folder, out)
         yield view
@@ -183,19 +183,22 @@ def fresh_view(
         like.model_copy(update={"splits": view.splits, "provenance": told}).write(folder)
 
 
-def _keep_sources(out: Path, sources: Iterable[Manifest]) -> None:
-    """Refuse a folder, however it is named, in which a source or a shard of one lies: replacing it removes them."""
-    if not out.exists():
+def keep(out: Path, files: Iterable[Path]) -> None:
+    """Refuse to replace a folder, however it is named, in which files lie that are still needed.
+
+    Raises:
+        UserError: one of the files is in `out`, or is `out` itself.
+    """
+    if not os.path.exists(out):
         return
-    folder = out.stat()
-    for place in dict.fromkeys(place for manifest in sources for file in _files(manifest) for place in _way(file)):
-        if place.exists() and os.path.samestat(place.stat(), folder):
+    for place in dict.fromkeys(place for file in files for place in _way(file)):
+        if os.path.exists(place) and os.path.samefile(place, out):
             raise UserError(
                 f"'{out}' cannot be replaced: files that the new data set is made of lie in it; choose another --out"
             )
 
 
-def _files(manifest: Manifest) -> Iterator[Path]:
+def local_files(manifest: Manifest) -> Iterator[Path]:
     """The manifest, beside which are the tables and indexes, and the shards, as far as they lie on this machine."""
     for name in manifest.splits:
         split = manifest.split(name)
@@ -205,9 +208,10 @@ def _files(manifest: Manifest) -> Iterator[Path]:
 
 
 def _way(file: Path) -> Iterator[Path]:
-    """The folders above a file: by the names that lead to it, and those that it lies in once links are followed."""
-    yield from Path(os.path.abspath(file)).parents
-    yield from file.resolve().parents
+    """A file and the folders above it, by the names that lead to it and as it lies once links are followed."""
+    for path in (Path(os.path.abspath(file)), Path(os.path.realpath(file))):
+        yield path
+        yield from path.parents
 
 
 def identities_of(split: Split) -> pa.Table:

@@ -9,10 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 from serving.cli import app
+from tests.trainer.data.importers.archives import pack, picture
 from tests.web import Web, serving
 from trainer.data.curate.clean import clean
 from trainer.data.curate.holdout import hold_out
 from trainer.data.curate.merge import merge
+from trainer.data.importers import ImportOptions
+from trainer.data.importers.run import run_import
 from trainer.data.manifest import Manifest
 from trainer.data.verify import verify
 from trainer.errors import UserError
@@ -58,6 +61,17 @@ def test_what_the_new_set_is_made_of_is_never_replaced(places: Path, case: str) 
         with pytest.raises(UserError, match=r"^'.*' cannot be replaced: files .* lie in it; choose another --out$"):
             make()
         assert _files(places) == before
+
+
+@pytest.mark.parametrize("source", ["drawn", "link/train-000000.tar", "drawn/*.tar", "{drawn,other}/plain.tar"])
+def test_an_import_never_replaces_its_source(places: Path, source: str) -> None:
+    for i, name in enumerate(("drawn", "other")):
+        pack(places / name / "plain.tar", [{"jpg": picture(2 * i + j), "cls": str(j).encode()} for j in range(2)])
+    before = _files(places)
+    options = ImportOptions(holdout_share=0, overwrite=True, in_place=True)
+    with pytest.raises(UserError, match=r"drawn' cannot be replaced: files .* lie in it; choose another --out$"):
+        run_import("tars", str(places / source), places / "drawn", options)
+    assert {path: data for path, data in _files(places).items() if ".partial" not in path} == before
 
 
 def test_another_view_of_the_same_shards_may_be_replaced(places: Path) -> None:

@@ -39,6 +39,7 @@ def check(
     """
     from trainer.data.curate.check import check as examine
     from trainer.data.curate.report import write_report
+    from trainer.data.remote import shown
 
     with progress() as show:
         found = examine(data, distance=distance, jobs=jobs, progress=show)
@@ -46,14 +47,14 @@ def check(
         _print_balance(found, name)
     for fault in found.faults[:_TOLD]:
         err.print(f"wrong: {fault}")
-    files = write_report(found, to or _beside(data), seed)
+    files = write_report(found, to or _beside(shown(data)), seed)
     out.print(f"equal files: {len(found.equal)} pairs in two identities or splits, {found.equal_within} inside one")
     out.print(f"near duplicates: {len(found.near)} pairs in two identities or splits, {found.near_within} inside one")
     out.print(f"written: {', '.join(map(str, files))}")
     if found.wrong:
-        warn(f"{data}: {len(found.faults)} faults, {len(found.equal)} equal files in two identities or splits")
+        warn(f"{shown(data)}: {len(found.faults)} faults, {len(found.equal)} equal files in two identities or splits")
         raise typer.Exit(1)
-    out.print(f"{data}: nothing is wrong")
+    out.print(f"{shown(data)}: nothing is wrong")
 
 
 def merge(

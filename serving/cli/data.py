@@ -80,14 +80,15 @@ def _tell(manifest: "Manifest", to: str) -> None:
 
 
 @app.command()
-def verify(folder: Annotated[Path, typer.Argument(help="Folder that `data import` wrote.")]) -> None:
+def verify(data: curate.Set) -> None:
     """Read every shard, index and table again and compare them with the manifest's digests."""
     from trainer.data.manifest import Manifest
+    from trainer.data.remote import shown
     from trainer.data.verify import verify as verify_files
 
     with progress() as show:
-        verify_files(Manifest.read(folder), show)
-    out.print(f"{folder}: every shard is as it was written")
+        verify_files(Manifest.read(data), show)
+    out.print(f"{shown(data)}: every shard is as it was written")
 
 
 @app.command()

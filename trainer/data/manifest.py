@@ -67,18 +67,20 @@ class Manifest(Strict):
         """Read and check the manifest of the data set at an address: a folder, or what fsspec reads, in the cache.
 
         Raises:
-            UserError: there is no finished data set, or the file is malformed.
+            UserError: there is no finished data set, it cannot be fetched, or the file is malformed.
         """
         store = open_store(address, cache)
         where = f"{store.address}/{MANIFEST_FILE}"
         try:
-            tree = from_json(store.read_bytes(MANIFEST_FILE))
+            content = store.read_bytes(MANIFEST_FILE)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(
                 f"'{store.address}' is not a data set: '{where}' is missing; make one with 'hypersphere data import'"
             ) from error
         except OSError as error:
             raise UserError(f"cannot read '{where}': {error.strerror}; make it readable") from error
+        try:
+            tree = from_json(content)
         except ValueError as error:
             raise UserError(f"'{where}' is not a data set's manifest: {error}; import the data again") from error
         return cls._of(tree, store, where)

@@ -23,12 +23,16 @@ _CONNECT, _SILENCE = 10, 30  # seconds until a server that does not accept, or f
 _BUSY = (408, 425, 429)  # statuses of HTTP below 500 that pass
 # What the libraries behind fsspec raise, by module: those that nobody imported raise nothing.
 _FAULTS = {
-    "builtins": ("OSError",),
+    "builtins": ("OSError", "ValueError"),
     "aiohttp": ("ClientError",),
     "botocore.exceptions": ("BotoCoreError", "ClientError"),
     "gcsfs.retry": ("HttpError",),
     "google.auth.exceptions": ("GoogleAuthError",),
 }
+# Each names one place. Others that fsspec knows lead to what nobody named, as zip://x::file:///etc/passwd does.
+_SCHEMES = ("file", "http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "memory")
+_ALLOWED = "give a folder, or s3://, gs:// or https://"
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _LOST_SLASH = re.compile(r"^([a-z][a-z0-9+]+):/(?=[^/])")
 _NO_CREDENTIALS = {
     "botocore.exceptions": ("NoCredentialsError", "PartialCredentialsError"),
@@ -60,8 +64,41 @@ def shown(address: str | Path) -> str:
     text = text_of(address)
     if not is_remote(text):
         return text
-    parts = urlsplit(text)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    scheme, _, rest = text.partition("://")  # not by urlsplit, which refuses the malformed ones that are told of
+    host, slash, path = re.split("[?#]", rest, maxsplit=1)[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
+def checked(address: str | Path) -> str:
+    """The address as it was given, if it is one that may be read: a path, or a URL of one of the known kinds.
+
+    Raises:
+        UserError: it is of another kind, holds a second address ("::"), or is malformed.
+    """
+    text = text_of(address)
+    if not is_remote(text):
+        if "\0" in text:
+            raise UserError(f"{text!r} is not a path: it has a zero byte in it; give a folder")
+        return text
+    scheme, _, rest = text.partition("://")
+    told = repr(f"{scheme}://..." if "@" in rest else shown(text))  # who knows where a password ends in there
+    if scheme not in _SCHEMES:
+        raise UserError(f"{told} cannot be read: no such kind of address is known; {_ALLOWED}")
+    if "::" in rest:
+        raise UserError(f"{told} cannot be read: it has '::', which starts an address within an address; {_ALLOWED}")
+    if _CONTROL.search(rest) or not _has_host(scheme, text):
+        raise UserError(f"{told} cannot be read: it is malformed; {_ALLOWED}")
+    return text
+
+
+def _has_host(scheme: str, address: str) -> bool:
+    """Whether it names a bucket, or a server and a port that is a number, where its scheme needs one."""
+    try:
+        parts = urlsplit(address)
+        named = parts.hostname and parts.port != 0 if scheme.startswith("http") else parts.netloc
+    except ValueError:
+        return False
+    return bool(named) or scheme in ("file", "memory")
 
 
 def join(address: str, name: str) -> str:
@@ -132,6 +169,8 @@ def _patiently(address: str, work: Callable[[Any, str], Result]) -> Result:
     while True:
         try:
             return work(*_filesystem(address))
+        except UserError:
+            raise  # it is a ValueError
         except _loaded(_FAULTS) as error:
             lasting = _lasting(error)
             if lasting or attempt == ATTEMPTS:
@@ -144,6 +183,7 @@ def _patiently(address: str, work: Callable[[Any, str], Result]) -> Result:
 
 def _filesystem(address: str) -> tuple[Any, str]:
     """fsspec keeps one for each kind of options, and a new one after a fork."""
+    checked(address)
     options: dict[str, Any] = {}
     try:
         if address.startswith("http"):
@@ -153,15 +193,11 @@ def _filesystem(address: str) -> tuple[Any, str]:
                 "client_kwargs": {"timeout": aiohttp.ClientTimeout(None, sock_connect=_CONNECT, sock_read=_SILENCE)}
             }
         files, path = fsspec.core.url_to_fs(address, **options)
-    except ImportError as error:
+    except ImportError:
+        package = "adlfs" if address.startswith(("az", "abfs")) else "'hypersphere[remote]'"
         raise UserError(
-            f"'{shown(address)}' cannot be read: the package for such addresses is not installed ({error.name}); "
-            "run pip install 'hypersphere[remote]'"
-        ) from None
-    except ValueError:
-        raise UserError(
-            f"'{shown(address)}' cannot be read: no such kind of address is known; give a folder, or s3://, gs:// or "
-            "https://"
+            f"'{shown(address)}' cannot be read: the package for such addresses is not installed; run pip install "
+            f"{package}"
         ) from None
     return files, path
 
@@ -182,7 +218,8 @@ def _lasting(error: BaseException) -> bool:
     """Whether another attempt would end alike."""
     status = _status(error)
     refused = status is not None and 400 <= status < 500 and status not in _BUSY
-    return refused or isinstance(error, FileNotFoundError | PermissionError | _NoRanges) or _no_credentials(error)
+    lasting = (FileNotFoundError, PermissionError, _NoRanges, ValueError)
+    return refused or isinstance(error, lasting) or _no_credentials(error)
 
 
 def _no_credentials(error: BaseException) -> bool:
@@ -199,6 +236,8 @@ def _reason(error: BaseException) -> str:
         return "access is denied"
     if isinstance(error, _Cut):
         return str(error)
+    if isinstance(error, ValueError):
+        return "the address is malformed, or a setting of its storage is"
     if isinstance(error, TimeoutError):
         return "the server is silent"
     status = _status(error)
@@ -210,6 +249,6 @@ def _reason(error: BaseException) -> str:
 def _remedy(error: BaseException) -> str:
     if _no_credentials(error) or isinstance(error, PermissionError) or _status(error) in (401, 403):
         return "give credentials that may read it as the storage's own tools take them (environment or files)"
-    return (
-        "check the address" if isinstance(error, FileNotFoundError) else "try again later, or fetch the data set whole"
-    )
+    if isinstance(error, FileNotFoundError | ValueError):
+        return "check the address"
+    return "try again later, or fetch the data set whole"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from trainer.data.index import RECORD, ShardIndex, make_index, open_index, write_index
+from trainer.data.remote import checked
 from trainer.data.store import DataStore, File
 from trainer.data.tables import (
     Classes,
@@ -45,6 +46,7 @@ class ShardEntry(Strict):
     index_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
 
     _plain = field_validator("name")(lambda value: plain_name(value))
+    _known = field_validator("url")(lambda value: None if value is None else checked(value))
 
     @property
     def index_file(self) -> str:
@@ -255,4 +257,12 @@ def _compare(path: Path, index: ShardIndex, entry: ShardEntry) -> None:
         raise UserError(
             f"'{path}' has {index.samples} samples in a shard of {index.tar_bytes} bytes, but the manifest says "
             f"{entry.samples} in {entry.bytes}; {REMEDY}"
+        )
+    ends = index.records["offset"] + index.records["size"]  # a sum beyond 64 bits starts again at 0
+    if (wrong := np.flatnonzero((ends > index.tar_bytes) | (ends < index.records["offset"]))).size:
+        row = int(wrong[0])
+        offset, size = (int(index.records[field][row]) for field in ("offset", "size"))
+        raise UserError(
+            f"'{path}' has {size} bytes at {offset} for sample '{index.key(row)}', but the shard has {entry.bytes} "
+            f"bytes; {REMEDY}"
         )

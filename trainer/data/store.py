@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BeforeValidator
 
 from trainer.data.cache import Cache, CachedFile, Ranges
-from trainer.data.remote import fetch, is_remote, join, shown, text_of
+from trainer.data.remote import checked, fetch, is_remote, join, shown
 from trainer.errors import UserError
 
 DEFAULT_CACHE_BYTES = 50 * 10**9
@@ -33,7 +33,7 @@ _REMEDY = "run 'hypersphere data verify', and import the data again or fetch thi
 def _address(value: object) -> Path | str:
     if not isinstance(value, str | Path):
         raise ValueError(f"{value!r} is neither a folder nor an address such as s3://bucket/faces")
-    text = text_of(value).removeprefix("file://")
+    text = checked(value).removeprefix("file://")
     return text if is_remote(text) else Path(text)
 
 
@@ -72,8 +72,8 @@ class DataStore:
     """
 
     def __init__(self, address: str | Path, cache: CacheConfig | None = None) -> None:
-        self.address = shown(address)
-        self._base = text_of(address).removeprefix("file://")
+        self._base = checked(address).removeprefix("file://")
+        self.address = shown(self._base)
         self._config = cache or CacheConfig()
         self.cache_limit = self._config.limit
         self._cache = self._config.open()
@@ -91,10 +91,10 @@ class DataStore:
 
         Raises:
             OSError: a local file cannot be read; FileNotFoundError where there is none.
-            UserError: a file from elsewhere cannot be read.
+            UserError: a file from elsewhere cannot be read, or a local one is no plain file.
         """
         place = self._place(name, None)
-        return place.read_bytes() if isinstance(place, Path) else fetch(place)
+        return _plain(place).read_bytes() if isinstance(place, Path) else fetch(place)
 
     def is_local(self, file: "File") -> bool:
         """Whether the file is used where it lies."""
@@ -115,7 +115,7 @@ class DataStore:
         """
         place = self._place(name, url)
         if isinstance(place, Path):
-            return place
+            return _plain(place)
         for _ in range(2):
             with self._cache.open(_digest(name, sha256), size) as file:
                 if size is None:
@@ -218,9 +218,16 @@ def _digest(name: str, sha256: str | None) -> str:
     return sha256
 
 
+def _plain(path: Path) -> Path:
+    """The path, unless it is a FIFO or a device, which would be waited for or never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"'{path}' is not a plain file; {_REMEDY}")
+    return path
+
+
 def _open(path: Path) -> FileIO:
     try:
-        return path.open("rb", buffering=0)
+        return _plain(path).open("rb", buffering=0)
     except OSError as error:
         raise UserError(f"shard '{path}' cannot be opened: {error.strerror}; {_REMEDY}") from error
 

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,8 @@ def split_with(**changes: object) -> dict:
         (split_with(shards=[{**SHARD, "name": "../x.tar"}]), "plain file name"),
         (split_with(shards=[{**SHARD, "name": "/etc/passwd"}]), "plain file name"),
         (split_with(shards=[{**SHARD, "sha256": "zz"}]), "sha256"),
+        (split_with(shards=[{**SHARD, "url": "zip://x::file:///etc/passwd"}]), "no such kind of address is known"),
+        (split_with(shards=[{**SHARD, "url": "a\0b"}]), "it has a zero byte"),
     ],
 )
 def test_malformed_manifest_is_refused(tmp_path: Path, change: dict, words: str):
@@ -101,6 +104,20 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes):
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(UserError, match="not a data set's manifest"):
         Manifest.read(tmp_path)
+
+
+def test_a_manifest_that_is_a_fifo_is_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(UserError, match=r"manifest\.json' is not a plain file"):
+        Manifest.read(tmp_path)
+
+
+def test_a_transfer_that_fails_is_no_bad_manifest():
+    with pytest.raises(UserError) as caught:
+        Manifest.read("memory://nothing/here")
+    assert str(caught.value) == (
+        "'memory://nothing/here/manifest.json' cannot be read: it is not there; check the address"
+    )
 
 
 def test_unknown_split_names_those_there_are(tmp_path: Path):

@@ -8,7 +8,8 @@ from fsspec.registry import known_implementations
 
 from tests.web import Web, serving
 from trainer.data import remote
-from trainer.data.remote import fetch, is_remote, join, shown, text_of
+from trainer.data.manifest import Manifest
+from trainer.data.remote import checked, fetch, is_remote, join, shown, text_of
 from trainer.errors import UserError
 
 DATA = bytes(range(256)) * 40
@@ -116,7 +117,55 @@ def test_an_unknown_kind_of_address():
         fetch("foo://x/y")
 
 
-def test_a_kind_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(known_implementations, "dropped", {"class": "no_such_package.File", "err": "Install it"})
-    with pytest.raises(UserError, match=r"'dropped://x/y' .*not installed.*pip install 'hypersphere\[remote\]'"):
-        fetch("dropped://x/y")
+KNOWN = [
+    "/data/a::b",
+    "faces",
+    "s3://b/c",
+    "gs://b/c",
+    "gcs://b",
+    "az://b/c",
+    "abfs://c@a/d",
+    "http://h:8/a",
+    "file:///a",
+]
+REFUSED = {
+    "zip://x::file:///etc/passwd": "no such kind",
+    "simplecache::s3://b/c": "no such kind",
+    "local:///etc/passwd": "no such kind",
+    "filecache://b/c": "no such kind",
+    "reference://x": "no such kind",
+    "s3://b/c::file:///etc/passwd": "it has '::'",
+    "http://[bad/x": "it is malformed",
+    "http://h:port/x": "it is malformed",
+    "https:///x": "it is malformed",
+    "s3:///x": "it is malformed",
+    "http://h/a\nb": "it is malformed",
+    "a\0b": "is not a path: it has a zero byte",
+    f"http://{'a' * 300}/x": "the address is malformed",
+}
+
+
+@pytest.mark.parametrize("address", KNOWN)
+def test_known_kinds_of_addresses_are_taken_as_they_are(address: str):
+    assert checked(address) == address
+
+
+@pytest.mark.parametrize("address", REFUSED)
+def test_other_kinds_and_malformed_addresses_are_one_sentence(address: str):
+    with pytest.raises(UserError, match=REFUSED[address]) as caught:
+        Manifest.read(address)
+    assert str(caught.value).isprintable()
+
+
+def test_a_password_in_a_malformed_address_is_not_shown():
+    for address in ("http://ann:s3/cret@h/x", "zip://x::http://ann:s3cret@h/x", "http://ann:s3#cret@h/x"):
+        with pytest.raises(UserError) as caught:
+            fetch(address)
+        assert "s3" not in str(caught.value).partition(";")[0]
+
+
+@pytest.mark.parametrize(("scheme", "package"), [("gcs", r"'hypersphere\[remote\]'"), ("az", "adlfs")])
+def test_a_kind_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch, scheme: str, package: str):
+    monkeypatch.setitem(known_implementations, scheme, {"class": "no_such_package.File", "err": "Install it"})
+    with pytest.raises(UserError, match=rf"'{scheme}://x/y' .*not installed.*pip install {package}"):
+        fetch(f"{scheme}://x/y")

@@ -56,7 +56,9 @@ def test_every_damaged_file_is_named(copy: Path):
     ("field", "value", "words"),
     [
         ("crc", 0, "sample '000000010' of shard .*train-000001.tar' is damaged"),
-        ("offset", 2**40, "train-000001.tar' is cut off inside sample '000000010'"),
+        ("offset", 2**40, "train-000001.idx' has .* bytes at 1099511627776 for sample '000000010'"),
+        ("offset", 2**64 - 1, "train-000001.idx' has .* bytes at 18446744073709551615 for sample '000000010'"),
+        ("size", 2**32 - 1, "train-000001.idx' has 4294967295 bytes at .* for sample '000000010'"),
         ("label", 7, "has label 7, but the manifest has 7 classes"),
         ("label", None, r"the shards hold \d+ samples of class '\w+', but the manifest says \d+"),
     ],

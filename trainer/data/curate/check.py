@@ -12,6 +12,7 @@ from trainer.data.curate.duplicates import MAX_DISTANCE, Pairs, equal_pairs, nea
 from trainer.data.curate.scan import Findings, scan
 from trainer.data.manifest import Manifest
 from trainer.data.reader import Progress
+from trainer.data.remote import text_of
 from trainer.data.split import Split
 from trainer.data.verify import verify
 from trainer.errors import UserError
@@ -92,7 +93,7 @@ def check(
         verify(manifest, progress)
     except UserError as error:
         faults += str(error).split("\n")
-    found = scan(str(address), manifest, jobs, progress)
+    found = scan(text_of(address), manifest, jobs, progress)
     faults += [fault for fault in found.faults if fault not in faults]
     good = np.flatnonzero(found.good)
     equal, equal_within = _apart(found, _at(good, equal_pairs(found.digests[good])))

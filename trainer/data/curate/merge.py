@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from trainer.data.curate.view import Piece, fresh_view, identities_of
 from trainer.data.manifest import Manifest
+from trainer.data.remote import shown
 from trainer.errors import UserError
 
 
@@ -40,7 +41,7 @@ def merge(
     _refuse_clashes(people, shared)
     told = {f"{name}/{key}": value for name, manifest in sets.items() for key, value in manifest.provenance.items()}
     told["merged"] = f"{', '.join(sets)}; identities {'shared by name' if shared else 'disjoint'}"
-    with fresh_view(out, overwrite, _described(sets), told) as view:
+    with fresh_view(out, overwrite, _described(sets), told, sets.values()) as view:
         for split in dict.fromkeys(split for _, split in people):
             tables = {name: people[name, split] for name in sets if (name, split) in people}
             identities = _join(list(tables.values()))
@@ -53,12 +54,12 @@ def merge(
 
 
 def _named(addresses: Sequence[str | Path]) -> dict[str, Manifest]:
-    """The sets by the last part of their address."""
+    """The sets by the last part of their address, which goes into the manifest: without password and token."""
     if len(addresses) < 2:
         raise UserError(f"{len(addresses)} data sets were given; name two or more to merge")
     sets: dict[str, Manifest] = {}
     for address in addresses:
-        name = str(address).rstrip("/").rpartition("/")[2]
+        name = shown(address).rstrip("/").rpartition("/")[2]
         if name in sets:
             raise UserError(f"two of the sets are called '{name}'; rename the folder of one")
         sets[name] = Manifest.read(address)

@@ -1,7 +1,7 @@
 """A data set made of other sets' shards: new indexes and tables in a folder of its own, and no shard written."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from trainer.data.index import ShardIndex, make_index, open_index, write_index
 from trainer.data.manifest import MANIFEST_FILE, Manifest
 from trainer.data.remote import is_remote, join
 from trainer.data.split import ShardEntry, Split, SplitEntry
+from trainer.data.store import File
 from trainer.data.tables import Classes, TableFile, write_by_class, write_classes
 from trainer.errors import UserError
 
@@ -157,21 +158,60 @@ class View:
 
 
 @contextmanager
-def fresh_view(out: Path, overwrite: bool, like: Manifest, provenance: Mapping[str, str]) -> Iterator[View]:
+def fresh_view(
+    out: Path,
+    overwrite: bool,
+    like: Manifest,
+    provenance: Mapping[str, str],
+    sources: Iterable[Manifest] | None = None,
+) -> Iterator[View]:
     """A View to add splits to; the data set appears at `out`, whole, when the block ends without an exception.
 
     Args:
         like: says what the samples are; its provenance is kept.
         provenance: what is added to it.
+        sources: the data sets that the splits come from; None: `like` alone.
 
     Raises:
-        UserError: `out` exists.
+        UserError: `out` exists, or `overwrite` would remove files of a source.
     """
+    keep(out, (file for manifest in ([like] if sources is None else sources) for file in local_files(manifest)))
     with fresh_folder(out, _DATA_SET, overwrite) as folder:
         view = View(folder, out)
         yield view
         told = {**like.provenance, **provenance}
         like.model_copy(update={"splits": view.splits, "provenance": told}).write(folder)
+
+
+def keep(out: Path, files: Iterable[Path]) -> None:
+    """Refuse to replace a folder, however it is named, in which files lie that are still needed.
+
+    Raises:
+        UserError: one of the files is in `out`, or is `out` itself.
+    """
+    if not os.path.exists(out):
+        return
+    for place in dict.fromkeys(place for file in files for place in _way(file)):
+        if os.path.exists(place) and os.path.samefile(place, out):
+            raise UserError(
+                f"'{out}' cannot be replaced: files that the new data set is made of lie in it; choose another --out"
+            )
+
+
+def local_files(manifest: Manifest) -> Iterator[Path]:
+    """The manifest, beside which are the tables and indexes, and the shards, as far as they lie on this machine."""
+    for name in manifest.splits:
+        split = manifest.split(name)
+        if split.store.is_local(File(MANIFEST_FILE)):
+            yield split.store.path(MANIFEST_FILE)
+        yield from (split.path(shard) for shard, entry in enumerate(split.shards) if split.store.is_local(entry.file))
+
+
+def _way(file: Path) -> Iterator[Path]:
+    """A file and the folders above it, by the names that lead to it and as it lies once links are followed."""
+    for path in (Path(os.path.abspath(file)), Path(os.path.realpath(file))):
+        yield path
+        yield from path.parents
 
 
 def identities_of(split: Split) -> pa.Table:

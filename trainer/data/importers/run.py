@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 from trainer.atomic import Kind, empty, fresh_folder, write_file
+from trainer.data.curate.view import keep, local_files
 from trainer.data.importers import ImportOptions, Progress
 from trainer.data.importers.decide import decide
 from trainer.data.importers.finish import finish
@@ -24,7 +25,7 @@ from trainer.data.importers.planning import make_plan
 from trainer.data.importers.processes import Setup, cannot_write, run_tasks
 from trainer.data.importers.work import REDONE, RESULTS, WORK_FOLDER, Bad, Result, Task, Tell, result_file
 from trainer.data.manifest import MANIFEST_FILE, Manifest
-from trainer.data.remote import is_remote, shown
+from trainer.data.remote import checked, is_remote, shown
 from trainer.errors import UserError
 
 _DATA_SET = Kind("a data set", MANIFEST_FILE)
@@ -67,10 +68,13 @@ def run_import(
             "the storage's own tools: data sets are read from there as they are"
         )
     out = Path(out)
+    if source is not None and not is_remote(source):
+        keep(out, [Path(checked(source))])
     with fresh_folder(out, _DATA_SET, options.overwrite, resumable=True) as folder:
         try:
             if options.in_place:
                 _in_place(kind, source, folder, options, show)
+                keep(out, local_files(Manifest.read(folder)))  # a pattern may name archives in many folders
             else:
                 _import(kind, None if source is None else str(source), folder, options, show)
         except OSError as error:

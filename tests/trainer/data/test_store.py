@@ -346,3 +346,57 @@ def test_a_set_of_format_1_from_afar(settings: DataConfig, tmp_path: Path):
         found = list(stream(far).batches(0))
         assert shards_sent(site) == {path.name: path.stat().st_size for path in folder.glob("train*.tar")}
     assert_equal(found, list(stream(with_(far, path=folder)).batches(0)))
+
+
+def test_after_a_lasting_failure_the_rest_of_a_shard_fails_at_once(web: Web, settings: DataConfig):
+    web.fault = "busy"
+    web.faults["train-000001.tar"] = 10**6
+    left_out = stream(with_(settings, max_bad=30))
+    assert [key for batch in left_out.batches(0) for key in batch.keys].count("") == 30
+    # Each of 30 samples would try 5 times. Several threads may have begun before the first has failed.
+    assert web.requests["train-000001.tar"] <= 20
+
+
+def test_a_file_that_failed_is_asked_for_again_a_while_later(
+    web: Web, settings: DataConfig, monkeypatch: pytest.MonkeyPatch
+):
+    shard = Manifest.read(web.address, settings.remote_cache).split("train").shards[0].file
+    web.fault = "busy"
+    web.faults[shard.name] = 2 * remote.ATTEMPTS
+    far = open_store(web.address, settings.remote_cache)
+
+    def fails() -> bool:
+        with far.open({shard: [(0, 512)]}) as files:
+            return isinstance(files[shard], UserError)
+
+    assert fails()
+    assert fails()
+    assert web.requests[shard.name] == remote.ATTEMPTS
+    far = open_store(web.address, settings.remote_cache)
+    monkeypatch.setattr("trainer.data.store._PAUSE_S", 0)
+    assert fails()
+    assert not fails()
+
+
+def test_of_a_file_that_ends_early_each_part_is_asked_for_once(settings: DataConfig, monkeypatch: pytest.MonkeyPatch):
+    waits: list[float] = []
+    monkeypatch.setattr(remote.time, "sleep", waits.append)
+    fsspec.filesystem("memory").pipe("/short/a.tar", bytes(3 * BLOCK))
+    shard = File("a.tar", 9 * BLOCK, "0" * 64)
+    far = open_store("memory://short", settings.remote_cache)
+    for block in (3, 4, 5, 6, 1):
+        with far.open({shard: [(block * BLOCK, 512)]}) as files:
+            assert isinstance(files[shard], UserError) == (block > 1)
+    assert len(waits) == remote.ATTEMPTS - 1
+    fsspec.filesystem("memory").rm("/short", recursive=True)
+
+
+def test_a_broken_connection_does_not_end_the_threads_that_fetch_ahead(settings: DataConfig, large_set: Path):
+    def broken() -> None:
+        raise RuntimeError("Connection closed.")
+
+    near, done = open_store(large_set), threading.Event()
+    for _ in range(100):  # more than there are threads
+        near.later(broken)
+    near.later(done.set)
+    assert done.wait(20)

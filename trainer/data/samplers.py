@@ -166,4 +166,9 @@ class PKSampler:
         count, end = int(self._classes.counts()[label]), int(self._classes.ends()[label])
         dealt = np.random.default_rng([self._seed, epoch, _CLASS, label]).permutation(count)
         chosen: NDArray[np.int64] = self._by_class[end - count + dealt[group * self._k : (group + 1) * self._k]]
+        if (wrong := chosen[(chosen < 0) | (chosen >= len(self._by_class))]).size:
+            raise UserError(
+                f"the by-class positions say that class '{self._classes[label]}' has a sample at {wrong[0]}, but the "
+                f"split has {len(self._by_class)} samples; run 'hypersphere data verify' and import the data again"
+            )
         return chosen

@@ -239,6 +239,20 @@ def open_by_class(path: Path, samples: int) -> NDArray[np.int64]:
     return positions
 
 
+def positions_of(name: str, found: NDArray[np.int64], samples: int) -> NDArray[np.int64]:
+    """What the by-class positions have for the class `name`, once it is known to lie within the split's samples.
+
+    Raises:
+        UserError: it does not.
+    """
+    if (wrong := found[(found < 0) | (found >= samples)]).size:
+        raise UserError(
+            f"the by-class positions say that class '{name}' has a sample at {wrong[0]}, but the split has {samples} "
+            f"samples; run 'hypersphere data verify', and {_REMEDY}"
+        )
+    return found
+
+
 def _disagree(classes: Classes, label: int, word: str) -> None:
     raise UserError(
         f"the shards hold {word} samples of class '{classes[label]}' than the {classes.counts()[label]} that the "

@@ -9,8 +9,8 @@ import pytest
 # at the same time: a second thread then waits for its turn, the first spins, and a product takes ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Without a GPU the head's kernels run in Triton's interpreter. Triton looks whether it should when it is first imported,
-# which may be by any test.
+# Without a GPU the head's kernels run in Triton's interpreter. Triton looks whether it should when it is first
+# imported, which may be by any test.
 if not Path("/dev/nvidia0").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -121,7 +121,9 @@ def _connect(scaling: ScalingConfig, address: str | None) -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     cpus = max(os.cpu_count() or 1, math.ceil(scaling.workers * scaling.cpus_per_worker))
-    where: dict[str, Any] = {"address": address} if address else {"num_cpus": cpus, "include_dashboard": False}
+    # Without "local" Ray would join whatever cluster this machine started last, and refuse num_cpus there.
+    own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+    where: dict[str, Any] = {"address": address} if address else own
     try:
         host, _, port = (address or "").removeprefix("ray://").rpartition(":")
         if host and port.isdecimal():  # Ray itself would try for minutes; "auto" and the like are left to it

@@ -78,8 +78,13 @@ class RunNote(Strict):
 
 def resolved(config: Config) -> Config:
     """The config with paths that mean the same from every working directory."""
-    path = config.data.path
-    data = config.data.model_copy(update={"path": path.resolve() if isinstance(path, Path) else path})
+
+    def of(path: Path | str) -> Path | str:
+        return path.resolve() if isinstance(path, Path) else path
+
+    mix = tuple(part.model_copy(update={"path": of(part.path)}) for part in config.data.mix)
+    cache = config.data.cache_dir and config.data.cache_dir.resolve()
+    data = config.data.model_copy(update={"path": of(config.data.path), "mix": mix, "cache_dir": cache})
     run = config.run.model_copy(update={"out": config.run.out.resolve()})
     tracking = config.tracking.model_copy(update={"uri": absolute_uri(config.tracking.uri, Path.cwd())})
     return config.model_copy(update={"data": data, "run": run, "tracking": tracking})

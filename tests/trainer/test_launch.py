@@ -82,3 +82,17 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None
     words = r"cannot write into run\.out '.*file/run': Not a directory; choose a folder"
     with pytest.raises(UserError, match=words), sole_writer(tmp_path / "file" / "run", "token", Group()):
         pass
+
+
+def test_without_an_address_another_ray_of_this_machine_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def init(**options: object) -> None:
+        asked.update(options)
+        raise RuntimeError("no further")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(UserError, match="no further"):
+        launch(from_tree({"scaling": {"use_gpu": False}}), False, lambda record: None)
+    assert asked["address"] == "local"

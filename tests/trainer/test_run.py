@@ -19,7 +19,7 @@ from trainer.config import Config, load
 from trainer.data.importers import ImportOptions
 from trainer.data.importers.run import run_import
 from trainer.errors import UserError
-from trainer.run import RunNote, start
+from trainer.run import RunNote, resolved, start
 from trainer.tracking import Tracker
 from trainer.train import Record
 
@@ -188,3 +188,11 @@ def test_what_mlflow_is_told_carries_no_password(data: Path, tmp_path: Path, mon
         start(config(data, tmp_path / "run", f"data.path={address}", mix, cache), False, lambda _: None, pytest.fail)
     assert str(told).count(f"http://127.0.0.1:{web.port}/") == 5  # path and mix, as a tree and as text, and the fact
     assert not any(secret in str(told) for secret in ("annie", "s3cret", "t0ken"))
+
+
+def test_paths_of_the_data_mean_the_same_for_workers_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    mix = "data.mix=[{path: one}, {path: 's3://bucket/two'}]"
+    found = resolved(config(Path("one"), Path("out"), mix, "data.cache_dir=cache")).data
+    assert (found.path, found.cache_dir) == (tmp_path / "one", tmp_path / "cache")
+    assert [part.path for part in found.mix] == [tmp_path / "one", "s3://bucket/two"]

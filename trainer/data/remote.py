@@ -23,7 +23,8 @@ _CONNECT, _SILENCE = 10, 30  # seconds until a server that does not accept, or f
 _BUSY = (408, 425, 429)  # statuses of HTTP below 500 that pass
 # What the libraries behind fsspec raise, by module: those that nobody imported raise nothing.
 _FAULTS = {
-    "builtins": ("OSError", "ValueError"),
+    # RuntimeError: aiohttp, where a connection broke between two reads
+    "builtins": ("OSError", "RuntimeError", "ValueError"),
     "aiohttp": ("ClientError",),
     "botocore.exceptions": ("BotoCoreError", "ClientError"),
     "gcsfs.retry": ("HttpError",),
@@ -39,6 +40,10 @@ _NO_CREDENTIALS = {
     "google.auth.exceptions": ("DefaultCredentialsError",),
 }
 Result = TypeVar("Result")
+
+
+class OutOfReach(UserError):
+    """The whole file cannot be had, whatever part of it is asked for."""
 
 
 class _Cut(OSError):
@@ -108,11 +113,12 @@ def join(address: str, name: str) -> str:
     return f"{protocol}://{posixpath.normpath(f'{path}/{name}')}{mark}{query}"
 
 
-def fetch(address: str, start: int = 0, stop: int | None = None) -> bytes:
-    """The file's bytes from `start` to before `stop` (None: its end).
+def fetch(address: str, start: int = 0, stop: int | None = None, *, patient: bool = True) -> bytes:
+    """The file's bytes from `start` to before `stop` (None: its end); not `patient`: in one attempt.
 
     Raises:
-        UserError: it is not there or not ours to read, or all attempts failed.
+        OutOfReach: the file is not there or not ours to read, or the server failed in all attempts.
+        UserError: these bytes of it cannot be had; others may.
     """
 
     def read(files: Any, path: str) -> bytes:
@@ -127,7 +133,7 @@ def fetch(address: str, start: int = 0, stop: int | None = None) -> bytes:
             raise _Cut(f"it ended {stop - start - len(data)} bytes early")
         return data
 
-    return _patiently(address, read)
+    return _patiently(address, read, ATTEMPTS if patient else 1)
 
 
 def listed(address: str) -> list[dict[str, Any]]:
@@ -164,8 +170,8 @@ def size_of(address: str) -> int:
     return _patiently(address, ask)
 
 
-def _patiently(address: str, work: Callable[[Any, str], Result]) -> Result:
-    attempt = 1
+def _patiently(address: str, work: Callable[[Any, str], Result], attempts: int | None = None) -> Result:
+    attempt, attempts = 1, attempts or ATTEMPTS
     while True:
         try:
             return work(*_filesystem(address))
@@ -173,10 +179,11 @@ def _patiently(address: str, work: Callable[[Any, str], Result]) -> Result:
             raise  # it is a ValueError
         except _loaded(_FAULTS) as error:
             lasting = _lasting(error)
-            if lasting or attempt == ATTEMPTS:
-                tried = "" if lasting else f", {ATTEMPTS} times"
+            if lasting or attempt == attempts:
+                tried = "" if lasting or attempt == 1 else f", {attempt} times"
+                kind = UserError if isinstance(error, _Cut) or _status(error) == 416 else OutOfReach
                 told = f"'{shown(address)}' cannot be read: {_reason(error)}{tried}; {_remedy(error)}"
-                raise UserError(told) from None  # a trace of the cause would show the address as it is
+                raise kind(told) from None  # a trace of the cause would show the address as it is
         time.sleep(_FIRST_DELAY * 2 ** (attempt - 1) * random.uniform(0.5, 1))  # ranks do not come back in step
         attempt += 1
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.dealing import OnDemand, WholeEpoch
-from trainer.data.tables import Classes
+from trainer.data.tables import Classes, positions_of
 from trainer.errors import UserError
 
 _SHARDS, _WINDOW, _GROUPS, _CLASS = range(4)  # keep the streams of random numbers apart
@@ -166,4 +166,4 @@ class PKSampler:
         count, end = int(self._classes.counts()[label]), int(self._classes.ends()[label])
         dealt = np.random.default_rng([self._seed, epoch, _CLASS, label]).permutation(count)
         chosen: NDArray[np.int64] = self._by_class[end - count + dealt[group * self._k : (group + 1) * self._k]]
-        return chosen
+        return positions_of(self._classes[label], chosen, len(self._by_class))

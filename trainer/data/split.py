@@ -136,10 +136,10 @@ class Split:
         if self.store.scratch is not None:
             path = self.store.scratch / f"{self.name}.by_class.npy"
             if not path.exists():
-                write_by_class(path, self._labels(), self.classes)
+                write_by_class(path, self.labels(), self.classes)
             return open_by_class(path, self.samples)
         positions = np.empty(self.samples, np.int64)
-        by_class(self._labels(), self.classes, positions)
+        by_class(self.labels(), self.classes, positions)
         return positions
 
     def path(self, shard: int) -> Path:
@@ -173,7 +173,8 @@ class Split:
         entries = [self.shards[shard] for shard in shards if shard not in self._checked]
         self.store.want({File(e.index_file, None, e.index_sha256): None for e in entries if e.index_sha256})
 
-    def _labels(self) -> Iterator[NDArray[np.uint32]]:
+    def labels(self) -> Iterator[NDArray[np.uint32]]:
+        """The labels of all samples in order of position, shard by shard."""
         return (self.index(shard).labels for shard in range(len(self.shards)))
 
     def _own_index(self, shard: int) -> ShardIndex:

@@ -6,6 +6,7 @@ SHA-256 checks on arrival.
 """
 
 import os
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -21,12 +22,13 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BeforeValidator
 
 from trainer.data.cache import Cache, CachedFile, Ranges
-from trainer.data.remote import checked, fetch, is_remote, join, shown
+from trainer.data.remote import OutOfReach, checked, fetch, is_remote, join, shown
 from trainer.errors import UserError
 
 DEFAULT_CACHE_BYTES = 50 * 10**9
 _CONNECTIONS = 32  # of each process, for what is needed now; and as many for what will be needed
 _HELD = 8  # paths given out last, whose files are not removed: their callers may be about to open them
+_PAUSE_S = 60  # after a lasting failure, until a file is asked for with all patience again
 _REMEDY = "run 'hypersphere data verify', and import the data again or fetch this file anew"
 
 
@@ -80,6 +82,7 @@ class DataStore:
         local = not is_remote(self._base) and os.access(self._base, os.W_OK)
         self.scratch = Path(self._base) if local else None
         self._broken: set[File] = set()
+        self._failed: dict[File, tuple[float, UserError]] = {}  # until when what failed last counts
         self._held: deque[int] = deque()
         weakref.finalize(self, _close_all, self._held)
 
@@ -121,7 +124,7 @@ class DataStore:
                 if size is None:
                     file.fill_unsized(partial(fetch, place))
                 else:
-                    _wait(_begin(file, place, None))
+                    _wait(self._begin(file, File(name, size, sha256, url), None))
                 if file.verified():
                     self._hold(file)
                     return Path(file.path)
@@ -158,7 +161,7 @@ class DataStore:
                     continue
                 files[file] = cached.file
                 every = whole and file not in self._broken
-                begun.append((file, _begin(cached, place, None if every else ranges)))
+                begun.append((file, self._begin(cached, file, None if every else ranges)))
                 stack.callback(_cancel, begun[-1][1])
             for file, futures in begun:
                 try:
@@ -199,7 +202,28 @@ class DataStore:
 
     def _fill(self, file: File, first: int, stop: int) -> None:
         with self._cache.open(_digest(file.name, file.sha256), file.size) as cached:
-            cached.fill(first, stop, partial(fetch, str(self._place(file.name, file.url))))
+            cached.fill(first, stop, partial(self._fetch, file))
+
+    def _begin(self, cached: CachedFile, file: File, ranges: Ranges | None) -> list[Future[None]]:
+        """Fetch what is missing of these ranges, several parts at once."""
+        read = partial(self._fetch, file)
+        return [_pool(os.getpid()).submit(cached.fill, first, stop, read) for first, stop in cached.missing(ranges)]
+
+    def _fetch(self, file: File, start: int, stop: int) -> bytes:
+        """Bytes of a file from elsewhere. A failure counts for a while: each sample would wait as long to end alike.
+
+        Raises:
+            UserError: as `fetch`; or, without asking again, because the file could not be had a short time ago.
+        """
+        until, failure = self._failed.get(file, (0.0, None))
+        lately = time.monotonic() < until
+        if lately and isinstance(failure, OutOfReach):
+            raise OutOfReach(str(failure))  # a new one: other threads may hold the first with their own traces
+        try:
+            return fetch(str(self._place(file.name, file.url)), start, stop, patient=not lately)
+        except UserError as error:
+            self._failed[file] = time.monotonic() + _PAUSE_S, error
+            raise
 
     def _hold(self, file: CachedFile) -> None:
         self._held.append(os.dup(file.file.fileno()))  # shares the lock
@@ -230,12 +254,6 @@ def _open(path: Path) -> FileIO:
         return _plain(path).open("rb", buffering=0)
     except OSError as error:
         raise UserError(f"shard '{path}' cannot be opened: {error.strerror}; {_REMEDY}") from error
-
-
-def _begin(file: CachedFile, address: str, ranges: Ranges | None) -> list[Future[None]]:
-    """Fetch what is missing of these ranges, several parts at once."""
-    read = partial(fetch, address)
-    return [_pool(os.getpid()).submit(file.fill, first, stop, read) for first, stop in file.missing(ranges)]
 
 
 def _wait(futures: list[Future[None]]) -> None:
@@ -273,7 +291,9 @@ def _queue(process: int) -> "SimpleQueue[Callable[[], None]]":
 
     def work() -> None:
         while True:
-            with suppress(UserError, OSError):
+            # Who needs the bytes asks for them again, and says what is wrong. RuntimeError: at the end of the process
+            # connections and event loops close below these threads.
+            with suppress(UserError, OSError, RuntimeError):
                 queue.get()()
 
     for _ in range(_CONNECTIONS):

@@ -61,6 +61,8 @@ class Classes(Sequence[str]):
 
     def __init__(self, table: pa.Table) -> None:
         self._names = _whole(table["name"])
+        if self._names.type not in (pa.string(), pa.large_string()) or self._names.null_count:
+            raise TypeError(f"the names are {self._names.type} with {self._names.null_count} gaps, not text")
         self._counts, self._ends, self._by_size = (_values(table[name]) for name in ("samples", "end", "by_size"))
 
     @classmethod
@@ -84,6 +86,26 @@ class Classes(Sequence[str]):
             return cls(table)
         except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
             raise UserError(f"'{path}' is not a table of classes: {error}; {_REMEDY}") from error
+
+    def check(self, where: Path | str, samples: int) -> None:
+        """Compare the columns with each other, and with the number of samples of the split. Reads all of the table.
+
+        Raises:
+            UserError: names that are not UTF-8, or counts, ends or an order that do not fit together; begins `where`.
+        """
+        counts, fault = self._counts, ""
+        try:
+            self._names.validate(full=True)
+        except pa.ArrowException as error:
+            fault = f"a name that is no text ({error})"
+        if len(counts) and not (counts.min() >= 0 and counts.max() <= samples and counts.sum() == samples):
+            fault = f"counts that are not those of {samples} samples"
+        elif not np.array_equal(self._ends, np.cumsum(counts)):
+            fault = "ends that are not the sums of its counts"
+        elif not np.array_equal(self._by_size, np.argsort(-counts, kind="stable")):
+            fault = "an order by size that is not that of its counts"
+        if fault:
+            raise UserError(f"'{where}' has {fault}; {_REMEDY}")
 
     def __len__(self) -> int:
         return len(self._counts)
@@ -215,6 +237,20 @@ def open_by_class(path: Path, samples: int) -> NDArray[np.int64]:
     mapped.base.madvise(_LOOKED_UP)
     positions: NDArray[np.int64] = mapped
     return positions
+
+
+def positions_of(name: str, found: NDArray[np.int64], samples: int) -> NDArray[np.int64]:
+    """What the by-class positions have for the class `name`, once it is known to lie within the split's samples.
+
+    Raises:
+        UserError: it does not.
+    """
+    if (wrong := found[(found < 0) | (found >= samples)]).size:
+        raise UserError(
+            f"the by-class positions say that class '{name}' has a sample at {wrong[0]}, but the split has {samples} "
+            f"samples; run 'hypersphere data verify', and {_REMEDY}"
+        )
+    return found
 
 
 def _disagree(classes: Classes, label: int, word: str) -> None:

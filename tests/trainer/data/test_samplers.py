@@ -186,3 +186,12 @@ def test_too_few_classes_say_how_many():
 def test_class_with_too_few_samples_is_named():
     with pytest.raises(UserError, match=r"K = 4 .* class 'who 2' has 2 and 2 of 4 classes have fewer than 4; .*--min-"):
         pk(tables_of([4, 4, 2, 3]), 2, 8, 0)
+
+
+@pytest.mark.parametrize("wrong", [-1, 24, 2**62])
+def test_positions_that_the_split_does_not_have_are_refused(wrong: int):
+    by_class = np.arange(24)
+    by_class[5] = wrong
+    sampler = PKSampler(Classes.of([f"c{i}" for i in range(6)], [4] * 6), by_class, 6, 24, seed=0)
+    with pytest.raises(UserError, match=rf"class 'c1' has a sample at {wrong}, but the split has 24 samples"):
+        sampler.positions(0, 0)

@@ -1,10 +1,15 @@
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from trainer.data.index import make_index, open_index, write_index
 from trainer.data.manifest import Manifest
+from trainer.data.tables import TableFile
 from trainer.data.verify import verify
 from trainer.errors import UserError
 
@@ -82,3 +87,76 @@ def test_a_set_of_format_1_is_compared_too(tmp_path: Path):
     flip(old / "val-000001.tar", 600)
     with pytest.raises(UserError, match=r"val-000001\.tar' has SHA-256"):
         verify(Manifest.read(old))
+
+
+def rewritten(folder: Path, table: str, path: Path, **changes: object) -> Manifest:
+    """The manifest of `folder` that names the file as it is now."""
+    manifest = Manifest.read(folder)
+    old = getattr(manifest.splits["train"], table)
+    new = old.model_copy(update={**TableFile.of(path).model_dump(), **changes})
+    manifest.splits["train"] = manifest.splits["train"].model_copy(update={table: new})
+    return manifest
+
+
+def swapped(values: np.ndarray) -> np.ndarray:
+    return np.concatenate([values[1:2], values[:1], values[2:]])
+
+
+@pytest.mark.parametrize("change", [swapped, lambda values: np.full_like(values, 3), lambda values: values + 1])
+def test_by_class_positions_that_are_not_those_of_the_labels_are_found(copy: Path, change: Callable[..., np.ndarray]):
+    path = copy / "train.by_class.npy"
+    np.save(path, change(np.load(path)))
+    manifest = rewritten(copy, "by_class", path)
+    with pytest.raises(UserError, match=r"^'train.by_class.npy' has position \d+ in place \d+, where the samples' "):
+        verify(manifest)
+
+
+@pytest.mark.parametrize(
+    ("column", "change", "words"),
+    [
+        ("samples", lambda values: [values[0] - 1, *values[1:]], "counts that are not those of 47 samples"),
+        ("samples", lambda values: [-1, values[0] + values[1] + 1, *values[2:]], "counts that are not those"),
+        ("end", lambda values: [values[0] + 1, *values[1:]], "ends that are not the sums of its counts"),
+        ("by_size", lambda values: [values[1], values[0], *values[2:]], "an order by size that is not that"),
+        ("by_size", lambda values: [values[0]] * len(values), "an order by size that is not that"),
+        ("name", lambda values: [None, *values[1:]], "large_string with 1 gaps, not text"),
+        ("name", lambda values: list(range(7)), "int64 with 0 gaps, not text"),
+        ("name", lambda values: ["eve", *values[1:]], "other names than the manifest's names_sha256 says"),
+    ],
+)
+def test_a_classes_table_that_disagrees_with_itself_is_found(
+    copy: Path, column: str, change: Callable[[list[object]], list[object]], words: str
+):
+    path = copy / "train.classes.arrow"
+    with pa.OSFile(str(path)) as file:
+        table = pa.ipc.open_file(file).read_all()
+    changed = change(table[column].to_pylist())
+    kind = pa.int64() if isinstance(changed[-1], int) else table[column].type
+    table = table.set_column(table.schema.get_field_index(column), column, pa.array(changed, kind))
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    manifest = rewritten(copy, "classes", path)
+    with pytest.raises(UserError, match=words):
+        verify(manifest)
+
+
+@pytest.mark.parametrize("ends", [[3, 2], [1, 200]])
+def test_keys_that_reach_beyond_their_bytes_are_found(copy: Path, ends: list[int]):
+    manifest = Manifest.read(copy)
+    path = copy / "train-000001.idx"
+    index = open_index(path)
+    with_keys = make_index(index.records.copy(), [f"k{i}" for i in range(index.samples)], index.tar_bytes)
+    with_keys.records["key_end"][-2:] = ends
+    shards = manifest.splits["train"].shards
+    shards[1] = shards[1].model_copy(update={"index_sha256": write_index(path, with_keys)})
+    with pytest.raises(UserError, match=r"train-000001\.tar' has keys whose ends do not rise to their last byte"):
+        verify(manifest)
+
+
+def test_no_room_is_made_for_classes_that_only_the_manifest_claims(copy: Path):
+    path = copy / "manifest.json"
+    tree = json.loads(path.read_text())
+    tree["splits"]["train"]["identities"] = 10**12
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"has 7 classes, but the manifest says 1000000000000"):
+        verify(Manifest.read(copy))

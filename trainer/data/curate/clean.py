@@ -16,6 +16,7 @@ from trainer.data.curate.view import Piece, View, fresh_view, identities_of, key
 from trainer.data.manifest import Manifest
 from trainer.data.reader import Progress
 from trainer.data.split import Split
+from trainer.data.tables import positions_of
 from trainer.errors import UserError
 
 SUSPECTS, TWINS = "suspects", "twins"
@@ -163,7 +164,7 @@ def _draw_sheets(folder: Path, split: Split, labels_N: NDArray[np.int64], found:
 def _examples(split: Split, label: int, found: Found) -> list[NDArray[np.uint8] | None]:
     """The first samples of an identity that are no suspects; gaps where it has too few."""
     end, count = int(split.classes.ends()[label]), int(split.classes.counts()[label])
-    positions = np.asarray(split.by_class[end - count : end])
+    positions = positions_of(split.classes[label], np.asarray(split.by_class[end - count : end]), split.samples)
     positions = positions[~np.isin(positions, found.suspects)][:_SHOWN]
     gaps: list[NDArray[np.uint8] | None] = [None] * (_SHOWN - len(positions))
     return [*pictures(split, positions.tolist()), *gaps]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from glob import glob
 from itertools import islice
@@ -20,6 +21,7 @@ from trainer.errors import UserError
 MAX_ARCHIVES = 1_000_000
 _NAMED = 20  # missing archives that a message names
 _PEEKED = 100  # samples whose .json says what the attributes are called
+_RANGE = re.compile(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.-?(\d+))?")
 _CONNECTIONS = 16  # that each process reads payloads from elsewhere with
 
 
@@ -80,13 +82,10 @@ def archives_of(source: str) -> list[str]:
         return found
     if os.path.isfile(source):  # whatever braces its name has
         return [source]
-    try:
-        patterns = list(islice(braceexpand(source), MAX_ARCHIVES + 1))
-    except ValueError as error:
-        raise UserError(f"SOURCE '{shown(source)}' is not a pattern of names ({error}); mend its braces") from error
+    patterns = _expanded(source)
     found = [name for pattern in patterns for name in (_matching(pattern) if "*" in pattern else [pattern])]
     if len(found) > MAX_ARCHIVES:
-        raise UserError(f"SOURCE '{shown(source)}' names more than {MAX_ARCHIVES} archives; give fewer at a time")
+        raise _too_many(source)
     if not found:
         raise UserError(f"no archive matches '{shown(source)}'; give a .tar, or a pattern that some match")
     missing = [path for path in found if not is_remote(path) and not os.path.isfile(path)]
@@ -97,6 +96,46 @@ def archives_of(source: str) -> list[str]:
             "give a .tar, a folder that holds some, or a pattern such as name-{000000..000147}.tar"
         )
     return found
+
+
+def _expanded(source: str) -> list[str]:
+    """The names in a pattern with braces, as many as may be: they are counted before any is made."""
+    try:
+        if _count(source) > MAX_ARCHIVES:
+            raise _too_many(source)
+        return list(braceexpand(source))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"SOURCE '{shown(source)}' is not a pattern of names ({error}); mend its braces") from error
+
+
+def _count(pattern: str) -> int:
+    """How many names the braces make. Alternatives add up, neighbours multiply."""
+    open_braces: list[tuple[int, int, int]] = []  # where it opened; the count of the text before it, and of its
+    done, here = 0, 1  # finished alternatives in the same braces, and the present one's count
+    start = 0
+    for part in re.finditer(r"\\.|[{},]", pattern):
+        if part[0] == "{":
+            open_braces.append((start, done, here))
+            start, done, here = part.end(), 0, 1
+        elif part[0] == "," and open_braces:
+            done, here = done + here, 1
+        elif part[0] == "}" and open_braces:
+            inside = _RANGE.fullmatch(pattern, start, part.start())
+            inner = _length(*inside.groups()) if inside else done + here
+            start, done, here = open_braces.pop()
+            here *= inner
+    return done + here
+
+
+def _length(first: str, last: str, step: str | None) -> int:
+    numbers = [int(end) if end.lstrip("-").isdigit() else ord(end) for end in (first, last)]
+    return abs(numbers[1] - numbers[0]) // max(1, int(step or 1)) + 1
+
+
+def _too_many(source: str) -> UserError:
+    return UserError(f"SOURCE '{shown(source)}' names more than {MAX_ARCHIVES} archives; give fewer at a time")
 
 
 def _matching(pattern: str) -> list[str]:

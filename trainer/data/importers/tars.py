@@ -168,7 +168,7 @@ def identity_in(sample: TarSample, label_field: str, archive: str) -> str:
     else:
         label = _json(sample).get(label_field)
     try:
-        return identity_of(label)
+        return _whole(identity_of(label))
     except WrongLabel as error:
         where = ".cls" if label_field == "cls" else f"the field '{label_field}' of .json"
         held = ", ".join(map(repr, list(_json(sample))[:10])) or "none"
@@ -181,7 +181,9 @@ def identity_in(sample: TarSample, label_field: str, archive: str) -> str:
 def fields_of(sample: TarSample, label_field: str) -> dict[str, str]:
     """The attributes of a sample: the fields of its `.json` but for the label and the key, as text."""
     found = {name: value for name, value in _json(sample).items() if name not in ("key", label_field)}
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in found.items()}
+    return {
+        _whole(name): _whole(value) if isinstance(value, str) else json.dumps(value) for name, value in found.items()
+    }
 
 
 def _entries(addresses: list[str], label_field: str, attributes: list[str]) -> Iterator[Entry]:
@@ -208,6 +210,11 @@ def _json(sample: TarSample) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _whole(text: str) -> str:
+    """Text that every file can hold: JSON may have half a character, such as \\ud800, which is written out."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def _decode(data: bytes) -> str:

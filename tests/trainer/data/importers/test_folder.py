@@ -1,9 +1,11 @@
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -182,11 +184,17 @@ def pages(listing: Callable[[str], list[str]]) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(body)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with serving(Handler) as address:
+        yield f"{address}/faces"
+
+
+@contextmanager
+def serving(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/faces"
+        yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
         server.shutdown()
         server.server_close()
@@ -219,3 +227,18 @@ def test_a_listing_that_leads_back_to_itself_ends():
         pytest.raises(UserError, match="more than 32 folders below SOURCE"),
     ):
         listed(address)
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_folder_of_a_web_server_gives_the_samples_of_a_local_one(tmp_path: Path, image_folder: Path):
+    here = tmp_path / "faces"
+    for number, folder in enumerate(sorted(image_folder.iterdir())):
+        shutil.copytree(folder, here / f"{folder.name} {number}%20#")
+    options = ImportOptions(holdout_share=0.3, samples_per_shard=10)
+    with serving(partial(Quiet, directory=str(tmp_path))) as address:
+        there = run_import("folder", f"{address}/faces", tmp_path / "there", options)
+    assert there.model_dump() == run_import("folder", here, tmp_path / "here", options).model_dump()

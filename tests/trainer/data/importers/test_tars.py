@@ -275,6 +275,15 @@ def test_an_attribute_may_have_the_name_of_a_column(tmp_path: Path, in_place: bo
 
 
 @pytest.mark.parametrize("in_place", [False, True])
+def test_half_a_character_is_written_out(tmp_path: Path, in_place: bool):
+    about = [b'{"who": "a\\ud800", "of": "\\udfff", "\\udead": 1}', b'{"who": "b", "of": "x"}']
+    pack(tmp_path / "x.tar", [{"jpg": picture(row), "json": text} for row, text in enumerate(about)])
+    options = ImportOptions(holdout_share=0, label_field="who", in_place=in_place)
+    manifest = run_import("tars", tmp_path / "x.tar", tmp_path / "set", options)
+    assert manifest.split("train").classes.names() == [r"a\ud800", "b"]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
 def test_an_empty_archive_holds_no_samples(tmp_path: Path, in_place: bool):
     pack(tmp_path / "x.tar", [])
     with pytest.raises(UserError, match=r"SOURCE '.*x\.tar' holds no samples"):

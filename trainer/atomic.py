@@ -7,10 +7,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from trainer.errors import UserError
+from trainer.locks import within
+
+_PATIENCE = 5.0  # seconds for the children of a killed process, which see its end and drop the lock soon after
 
 
 class DiskFull(OSError, UserError):
@@ -82,15 +86,11 @@ def fresh_folder(out: Path, kind: Kind, overwrite: bool = False, *, resumable: b
 
     Raises:
         UserError: `out` is there already (and not a folder of this kind that `overwrite` allows to replace), or another
-            process is writing it; DiskFull where there is no room.
+            process is writing it, or it cannot be made; DiskFull where there is no room.
     """
     out = Path(os.path.abspath(out))
-    work, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.replaced")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if old.exists() and not out.exists():  # killed between the two renames of `publish`
-        old.rename(out)
-    _check(out, kind, overwrite)
-    lock = _claim(work, out)
+    work = out.with_name(f".{out.name}.partial")
+    lock = _begin(work, out, kind, overwrite)
     if resumable:
         os.set_inheritable(lock, True)
     else:
@@ -129,6 +129,24 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def _begin(work: Path, out: Path, kind: Kind, overwrite: bool) -> int:
+    """Make the sibling folder, if `out` may be written; its lock."""
+    old = out.with_name(f".{out.name}.replaced")
+    try:
+        with room_for(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            if old.exists() and not out.exists():  # killed between the two renames of `publish`
+                old.rename(out)
+            _check(out, kind, overwrite)
+            return _claim(work, out)
+    except OSError as error:
+        if isinstance(error, DiskFull):
+            raise
+        blocked = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "a file is where a folder has to be" if blocked else error.strerror
+        raise UserError(f"'{out}' cannot be made: {reason}; choose another --out") from error
+
+
 def _check(out: Path, kind: Kind, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"'{out}' is a file; name a folder that does not exist yet with --out")
@@ -145,17 +163,21 @@ def _claim(work: Path, out: Path) -> int:
     while True:
         work.mkdir(exist_ok=True)
         lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not within(_PATIENCE, partial(_locked, lock)):
             os.close(lock)
-            raise UserError(
-                f"another process is writing '{out}' now; wait for it to end, or choose another --out"
-            ) from error
+            raise UserError(f"another process is writing '{out}' now; wait for it to end, or choose another --out")
         if work.exists() and os.stat(work).st_ino == os.fstat(lock).st_ino:
             break
         os.close(lock)  # its former owner finished between our open and our lock
     return lock
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def empty(folder: Path, but: str = "") -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from trainer import atomic
 from trainer.atomic import DiskFull, Kind, fresh_file, fresh_folder, write_file
 from trainer.errors import UserError
 
@@ -95,7 +96,15 @@ def test_set_that_was_being_replaced_comes_back(tmp_path: Path):
     assert (tmp_path / "set" / "manifest.json").read_text() == "old"
 
 
-def test_two_imports_do_not_mix(tmp_path: Path):
+@pytest.mark.parametrize("path", ["file/set", "file/deep/set", "x" * 300, "/proc/set"])
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path, path: str):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"' cannot be made: .*; choose another --out"):
+        fill(tmp_path / path, "1")
+
+
+def test_two_imports_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(atomic, "_PATIENCE", 0)
     with fresh_folder(tmp_path / "set", SET) as folder:
         (folder / "manifest.json").write_text("first")
         with pytest.raises(UserError, match="another process is writing"):
@@ -119,7 +128,18 @@ def test_resumable_work_stays_after_a_failure_and_is_given_to_the_next(tmp_path:
     assert names(tmp_path / "set") == ["manifest.json", "train-000000.tar"]
 
 
-def test_a_child_of_resumable_work_keeps_others_out(tmp_path: Path):
+def test_a_writer_that_ends_soon_is_waited_for(tmp_path: Path):
+    with fresh_folder(tmp_path / "set", SET, resumable=True) as folder:
+        (folder / "manifest.json").write_text("1")
+        orphan = subprocess.Popen(["sleep", "1"], close_fds=False)
+    (tmp_path / "set").rename(tmp_path / ".set.partial")  # as if the parent had been killed before it was done
+    with orphan:
+        fill(tmp_path / "set", "2")
+    assert (tmp_path / "set" / "manifest.json").read_text() == "2"
+
+
+def test_a_child_of_resumable_work_keeps_others_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(atomic, "_PATIENCE", 0)
     with fresh_folder(tmp_path / "set", SET, resumable=True) as folder:
         (folder / "manifest.json").write_text("1")
         child = subprocess.Popen(["sleep", "60"], close_fds=False)

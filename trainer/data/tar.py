@@ -60,8 +60,10 @@ def key_of(name: str) -> str:
 
 def _sample(file: BinaryIO, shard: str, key: str, files: Iterator[TarMember], payloads: bool) -> TarSample:
     found: dict[str, tuple[TarMember, bytes]] = {}
+    suffixes: list[str] = []
     for member in files:
         suffix = member.name[len(key) + 1 :].lower()
+        suffixes.append(f".{suffix}" if suffix else "no suffix")
         most = MAX_BYTES if suffix in PAYLOADS else _MAX_TEXT if suffix in ("cls", "json") else None
         if most is None:
             continue
@@ -72,7 +74,11 @@ def _sample(file: BinaryIO, shard: str, key: str, files: Iterator[TarMember], pa
         found[suffix] = member, file.read(member.size) if payloads or suffix in ("cls", "json") else b""
     suffix = next((one for one in PAYLOADS if one in found), "")
     if not suffix:
-        raise UserError(f"sample '{key}' of shard '{shard}' lacks an image (.png or .jpg); {REMEDY}")
+        held = ", ".join(suffixes[:10])
+        raise UserError(
+            f"sample '{key}' of shard '{shard}' lacks an image or array ({', '.join(f'.{one}' for one in PAYLOADS)}): "
+            f"its files have {held}; pack one with every sample, or import the data again"
+        )
     member, payload = found[suffix]
     cls = found["cls"][1].strip() if "cls" in found else None
     label = int(cls) if cls and cls.isdigit() and len(cls) < 20 else None

@@ -83,12 +83,13 @@ def _left_out(plan: Plan, results: list[Result]) -> list[BadSample]:
 
 def _provenance(plan: Plan, decision: Decision, options: ImportOptions) -> dict[str, str]:
     small = plan.file.small + decision.left_out
+    readable = "readable images" if plan.file.content == "image" else "readable samples"
     found = {
         **plan.file.provenance,
         "seed": str(options.seed),
         "pillow": PIL.__version__,
         "duplicates_left_out": str(decision.duplicates),
-        "identities_left_out": f"{small} with fewer than {options.min_samples} readable images",
+        "identities_left_out": f"{small} with fewer than {options.min_samples} {readable}",
     }
     if decision.shared:
         found["images_of_several_identities"] = f"{decision.shared}, all in {DUPLICATES_FILE}"

@@ -5,6 +5,8 @@ import posixpath
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 from trainer.data.image import MAX_BYTES
 from trainer.data.importers import Entry, ImportOptions, Listing, PassedOver, Progress, Read, share_held_out
@@ -13,6 +15,7 @@ from trainer.errors import UserError
 
 _LITTER = {"thumbs.db", "desktop.ini", "__macosx"}  # what file managers leave behind
 _CONNECTIONS = 16  # that each process reads an address with
+_MAX_DEPTH = 32  # folders below an address: a listing that leads back to itself has no end
 _STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated")  # what file systems tell of a file's content
 _OTHER = {
     stat.S_IFIFO: "is a FIFO",
@@ -33,7 +36,7 @@ def list_folder(source: str | None, options: ImportOptions, progress: Progress) 
         source: a folder of this machine, or an fsspec address of one, such as s3://bucket/faces.
 
     Raises:
-        UserError: `source` is not a folder, or holds files directly.
+        UserError: `source` is not a folder, or holds files directly; or an address goes too deep.
     """
     remote = source is not None and is_remote(source)
     if source is None or not (remote or os.path.isdir(source)):
@@ -107,25 +110,50 @@ def _entries(source: str, passed_over: list[PassedOver]) -> Iterator[Entry]:
 
 def _addressed(source: str, passed_over: list[PassedOver]) -> Iterator[Entry]:
     """As `_entries`, of an fsspec address."""
+    told = unquote if source.startswith("http") else str  # links in web pages are quoted
     waiting = [""]
     while waiting:
         folder = waiting.pop()
         folders: list[str] = []
-        for found in sorted(listed(join(source, folder)), key=lambda one: str(one["name"])):
-            name = posixpath.basename(found["name"].rstrip("/"))
+        for name, found in _below(join(source, folder)):
             place = folder + name
-            if name.lower() in _LITTER or (found["type"] == "file" and found["name"].endswith("/")):
-                continue  # the latter is how an object store notes an empty folder
             if found["type"] == "directory":
                 if name.startswith("."):
-                    passed_over.append(PassedOver(place, "is a hidden folder"))
+                    passed_over.append(PassedOver(told(place), "is a hidden folder"))
                 else:
                     folders.append(place + "/")
             elif not name.startswith("."):
                 _check_folder(folder, join(shown(source), place))
                 stamp = "".join(str(found[key]) for key in _STAMPS if key in found)
-                yield Entry(folder[:-1], place, place, size=found.get("size"), stamp=stamp)
+                yield Entry(told(folder[:-1]), told(place), place, size=found.get("size"), stamp=stamp)
+        if folders and folder.count("/") == _MAX_DEPTH:
+            raise UserError(
+                f"'{join(shown(source), folders[0])}' lies more than {_MAX_DEPTH} folders below SOURCE; give an "
+                "address whose listings do not lead back to themselves"
+            )
         waiting += reversed(folders)
+
+
+def _below(address: str) -> list[tuple[str, dict[str, Any]]]:
+    """What lies directly in a folder, by name and without litter."""
+    found: dict[str, dict[str, Any]] = {}
+    for one in listed(address):
+        name = _name_in(address, one["name"])
+        empty = one["type"] == "file" and one["name"].endswith("/")  # how an object store notes an empty folder
+        if name and name.lower() not in _LITTER and not empty:
+            found[name] = one
+    return sorted(found.items(), key=lambda item: item[0])
+
+
+def _name_in(address: str, path: str) -> str:
+    """The name of what is listed; empty for links of a web page to itself, to what it sorts by, or to elsewhere."""
+    if not address.startswith("http"):
+        return posixpath.basename(path.rstrip("/"))
+    head, _, name = path.rstrip("/").rpartition("/")
+    above = unquote(head.removesuffix("/."))
+    # fsspec appends a link to the address as it stands, token and all.
+    inside = above in (unquote(address.rstrip("/")), unquote(address.partition("?")[0].rstrip("/")))
+    return name if inside and unquote(name) not in (".", "..") and not {"?", "#"} & set(name) else ""
 
 
 def _check_folder(folder: str, path: str) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from trainer.atomic import fresh_file
 from trainer.data.importers import ImportOptions, Progress, share_held_out
 from trainer.data.importers.planning import check_classes
-from trainer.data.importers.scan import Scan, Work, scan
+from trainer.data.importers.scan import IDENTITY, Scan, Work, scan
 from trainer.data.importers.tars import archives_of, peek
 from trainer.data.index import make_index, write_index
 from trainer.data.manifest import Manifest
@@ -47,6 +47,8 @@ def index_in_place(source: str, folder: Path, options: ImportOptions, progress: 
     work = Work(folder / _SCANS, *peek(addresses[0], options.label_field), options)
     work.folder.mkdir()
     scans = _scan_all(addresses, work, progress)
+    if not any(one.samples or one.bad for one in scans):
+        raise UserError(f"SOURCE '{shown(source)}' holds no samples; give one that does")
     splits = _write_splits(folder, scans, work)
     rmtree(work.folder)
     image = work.content == "image"
@@ -91,7 +93,7 @@ def _write_splits(folder: Path, scans: list[Scan], work: Work) -> dict[str, Spli
     options = work.options
     counts: Counter[str] = Counter()
     for one in scans:
-        found = pc.value_counts(one.table(work.folder)["identity"])
+        found = pc.value_counts(one.table(work.folder).column(IDENTITY))
         counts.update(dict(zip(found.field("values").to_pylist(), found.field("counts").to_pylist(), strict=True)))
     kept = sorted(name for name, count in counts.items() if count >= options.min_samples)
     held_out = set(share_held_out(options.holdout_share, options.seed)(kept))
@@ -128,7 +130,7 @@ def _write_split(folder: Path, split: str, names: list[str], scans: list[Scan], 
                 digest = write_index(folder / entry.index_file, index)
                 shards.append(entry.model_copy(update={"index_sha256": digest}))
                 counts += np.bincount(index.labels, minlength=len(names))
-                writer.write_table(table.select(schema.names))
+                writer.write_table(table.remove_column(IDENTITY))
     found = write_split(folder, split, names, counts, shards)
     if work.attributes:
         return found.model_copy(update={"attributes": TableFile.of(path)})
@@ -139,7 +141,7 @@ def _write_split(folder: Path, split: str, names: list[str], scans: list[Scan], 
 def _members(one: Scan, folder: Path, classes: pa.Array) -> tuple[NDArray[np.void], pa.Table]:
     """The samples of an archive whose identities are among the classes, labelled."""
     table = one.table(folder)
-    labels = pc.fill_null(pc.index_in(table["identity"], classes), -1).to_numpy()
+    labels = pc.fill_null(pc.index_in(table.column(IDENTITY), classes), -1).to_numpy()
     rows = np.flatnonzero(labels >= 0)
     records = one.records(folder)[rows]
     records["label"] = labels[rows]

@@ -4,6 +4,7 @@ import os
 import stat
 from array import array
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -67,6 +68,11 @@ def _resolve(place: str, source: str) -> str:
     return os.path.join(os.path.dirname(source), place)
 
 
+def _same(place: str) -> str:
+    """The same for places that are written differently but name one file, such as a.jpg and ./a.jpg."""
+    return place if is_remote(place) else str(PurePosixPath(place))
+
+
 def _entries(table: Table, where: str, listing: Listing) -> Iterator[Entry]:
     checks = _Checks(table.shown)
     for row in _rows(table, where, list(listing.attributes)):
@@ -78,7 +84,7 @@ def _entries(table: Table, where: str, listing: Listing) -> Iterator[Entry]:
             raise UserError(
                 f"row {row.number} of '{table.shown}' ('{shown(row.place)}') has {error}; give it one, or leave it out"
             ) from error
-        checks.count(row.place)
+        checks.count(_same(row.place))
         entry = Entry(identity, text(shown(row.place)), row.place, row.split or None, row.attributes)
         path = _resolve(row.place, table.address)
         if is_remote(path):
@@ -114,12 +120,12 @@ class _Checks:
 
     def __init__(self, table: str) -> None:
         self._table = table
-        self._hashes = array("q")  # of the places: 8 bytes a row
+        self._hashes = array("q")  # of the files: 8 bytes a row
         self._missing: list[str] = []
         self._missing_count = 0
 
-    def count(self, place: str) -> None:
-        self._hashes.append(hash(place))
+    def count(self, file: str) -> None:
+        self._hashes.append(hash(file))
 
     def status(self, path: str, place: str) -> os.stat_result | None:
         """Of a plain file; anything else is noted as missing."""
@@ -150,8 +156,8 @@ class _Checks:
     def _name_the_first(self, table: Table, where: str, suspects: set[int]) -> None:
         first: dict[str, _Row] = {}
         for row in _rows(table, where, []):
-            if row.place and hash(row.place) in suspects:
-                before = first.setdefault(row.place, row)
+            if row.place and hash(_same(row.place)) in suspects:
+                before = first.setdefault(_same(row.place), row)
                 if before is not row:
                     raise UserError(
                         f"rows {before.number} and {row.number} of '{self._table}' name the same file, "

@@ -27,6 +27,7 @@ from trainer.data.importers.plan import (
     PlannedShard,
     open_arrow,
 )
+from trainer.data.remote import shown
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def check_classes(found: int, split: str | None, min_samples: int) -> None:
     if found < 2:
         what = "none at all" if split is None else f"{found} in the {split} split"
         raise UserError(
-            f"the import needs at least 2 identities with {min_samples} or more readable images in every split and "
+            f"the import needs at least 2 identities with {min_samples} or more readable samples in every split and "
             f"found {what}; give more identities, or hold out a different number"
         )
 
@@ -115,13 +116,23 @@ def _write_entries(path: Path, listing: Listing, digest: "_Hash", show: Progress
     with path.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
         while batch := list(islice(entries, BATCH)):
             columns = _columns(batch, list(listing.attributes), digest)
-            arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+            arrays = [_typed(column, field, total) for column, field in zip(columns, schema, strict=True)]
             writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
             total += len(batch)
             show("list", total, 0)
     if not total:
-        raise UserError(f"SOURCE '{listing.source}' holds no samples; give one that does")
+        raise UserError(f"SOURCE '{shown(listing.source)}' holds no samples; give one that does")
     return total
+
+
+def _typed(column: Any, field: pa.Field, before: int) -> pa.Array:
+    try:
+        return pa.array(column, field.type)
+    except (OverflowError, UnicodeError, pa.ArrowInvalid) as error:
+        raise UserError(
+            f"the {field.name} of one of the samples {before + 1} to {before + len(column)} is no {field.type} "
+            f"({error}); write it as text, or leave the column out"
+        ) from error
 
 
 def _columns(batch: list[Entry], attributes: list[str], digest: "_Hash") -> list[Any]:
@@ -156,7 +167,7 @@ def _splits(
     others = {name for name in pc.unique(column).to_pylist() if name is not None} - {"train", "val"}
     names = ["train", "val", *sorted(others)]
     if wrong := [name for name in names if not _SPLIT_NAME.fullmatch(name)]:
-        raise UserError(f"the split '{wrong[0]}' cannot name a file; use letters, digits, '-' and '_', 32 at most")
+        raise UserError(f"the split {wrong[0]!r} cannot name a file; use letters, digits, '-' and '_', 32 at most")
     if len(names) > _MAX_SPLITS:
         raise UserError(f"the source names {len(names)} splits; at most {_MAX_SPLITS} are allowed: 'train' and 'val'")
     numbers = pc.fill_null(pc.index_in(column, pa.array(names)), _NO_SPLIT).to_numpy().astype(np.int8)

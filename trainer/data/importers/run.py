@@ -157,7 +157,7 @@ class _Tally:
         self._first = (self._first + [one.reason for one in bad])[:3]
         if self._bad > self._most * self._plan.file.total:
             raise UserError(
-                f"{self._bad} or more of {self._plan.file.total} images cannot be read, over the --max-bad "
+                f"{self._bad} or more of {self._plan.file.total} samples cannot be read, over the --max-bad "
                 f"{self._most:g} that is allowed ({'; '.join(self._first)}); mend or remove them, or raise --max-bad: "
                 f"then the import goes on from what '{self._folder}' keeps of this one"
             )

@@ -21,6 +21,7 @@ from trainer.data.remote import shown
 from trainer.data.tar import TarSample, samples_of
 from trainer.errors import UserError
 
+IDENTITY = 1  # the place of its column in `Scan.table`: an attribute may have the same name
 _BATCH = 10_000  # samples
 
 

@@ -144,6 +144,8 @@ class Table:
             yield
         except (pa.ArrowException, OSError, UnicodeError) as error:
             reason = " ".join(str(error).split())[:300]
+            if "straddling" in reason:
+                reason = f"a row is longer than {_BLOCK} bytes, or a quotation mark is never closed"
             raise UserError(
                 f"'{self.shown}' cannot be read as a table ({reason}); mend it or write it again"
             ) from error

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from glob import glob
 from itertools import islice
@@ -20,6 +21,7 @@ from trainer.errors import UserError
 MAX_ARCHIVES = 1_000_000
 _NAMED = 20  # missing archives that a message names
 _PEEKED = 100  # samples whose .json says what the attributes are called
+_RANGE = re.compile(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.-?(\d+))?")
 _CONNECTIONS = 16  # that each process reads payloads from elsewhere with
 
 
@@ -80,13 +82,10 @@ def archives_of(source: str) -> list[str]:
         return found
     if os.path.isfile(source):  # whatever braces its name has
         return [source]
-    try:
-        patterns = list(islice(braceexpand(source), MAX_ARCHIVES + 1))
-    except ValueError as error:
-        raise UserError(f"SOURCE '{shown(source)}' is not a pattern of names ({error}); mend its braces") from error
+    patterns = _expanded(source)
     found = [name for pattern in patterns for name in (_matching(pattern) if "*" in pattern else [pattern])]
     if len(found) > MAX_ARCHIVES:
-        raise UserError(f"SOURCE '{shown(source)}' names more than {MAX_ARCHIVES} archives; give fewer at a time")
+        raise _too_many(source)
     if not found:
         raise UserError(f"no archive matches '{shown(source)}'; give a .tar, or a pattern that some match")
     missing = [path for path in found if not is_remote(path) and not os.path.isfile(path)]
@@ -97,6 +96,46 @@ def archives_of(source: str) -> list[str]:
             "give a .tar, a folder that holds some, or a pattern such as name-{000000..000147}.tar"
         )
     return found
+
+
+def _expanded(source: str) -> list[str]:
+    """The names in a pattern with braces, as many as may be: they are counted before any is made."""
+    try:
+        if _count(source) > MAX_ARCHIVES:
+            raise _too_many(source)
+        return list(braceexpand(source))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"SOURCE '{shown(source)}' is not a pattern of names ({error}); mend its braces") from error
+
+
+def _count(pattern: str) -> int:
+    """How many names the braces make. Alternatives add up, neighbours multiply."""
+    open_braces: list[tuple[int, int, int]] = []  # where it opened; the count of the text before it, and of its
+    done, here = 0, 1  # finished alternatives in the same braces, and the present one's count
+    start = 0
+    for part in re.finditer(r"\\.|[{},]", pattern):
+        if part[0] == "{":
+            open_braces.append((start, done, here))
+            start, done, here = part.end(), 0, 1
+        elif part[0] == "," and open_braces:
+            done, here = done + here, 1
+        elif part[0] == "}" and open_braces:
+            inside = _RANGE.fullmatch(pattern, start, part.start())
+            inner = _length(*inside.groups()) if inside else done + here
+            start, done, here = open_braces.pop()
+            here *= inner
+    return done + here
+
+
+def _length(first: str, last: str, step: str | None) -> int:
+    numbers = [int(end) if end.lstrip("-").isdigit() else ord(end) for end in (first, last)]
+    return abs(numbers[1] - numbers[0]) // max(1, int(step or 1)) + 1
+
+
+def _too_many(source: str) -> UserError:
+    return UserError(f"SOURCE '{shown(source)}' names more than {MAX_ARCHIVES} archives; give fewer at a time")
 
 
 def _matching(pattern: str) -> list[str]:
@@ -129,7 +168,7 @@ def identity_in(sample: TarSample, label_field: str, archive: str) -> str:
     else:
         label = _json(sample).get(label_field)
     try:
-        return identity_of(label)
+        return _whole(identity_of(label))
     except WrongLabel as error:
         where = ".cls" if label_field == "cls" else f"the field '{label_field}' of .json"
         held = ", ".join(map(repr, list(_json(sample))[:10])) or "none"
@@ -142,7 +181,9 @@ def identity_in(sample: TarSample, label_field: str, archive: str) -> str:
 def fields_of(sample: TarSample, label_field: str) -> dict[str, str]:
     """The attributes of a sample: the fields of its `.json` but for the label and the key, as text."""
     found = {name: value for name, value in _json(sample).items() if name not in ("key", label_field)}
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in found.items()}
+    return {
+        _whole(name): _whole(value) if isinstance(value, str) else json.dumps(value) for name, value in found.items()
+    }
 
 
 def _entries(addresses: list[str], label_field: str, attributes: list[str]) -> Iterator[Entry]:
@@ -169,6 +210,11 @@ def _json(sample: TarSample) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _whole(text: str) -> str:
+    """Text that every file can hold: JSON may have half a character, such as \\ud800, which is written out."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def _decode(data: bytes) -> str:

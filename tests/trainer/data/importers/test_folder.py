@@ -1,5 +1,11 @@
 import os
+import shutil
 import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -140,3 +146,99 @@ def test_loose_file_at_an_address(tmp_path: Path):
     touch(tmp_path, "a/1.png", "loose.png")
     with pytest.raises(UserError, match=r"file://.*/loose\.png' lies directly in SOURCE"):
         listed(f"file://{tmp_path}")
+
+
+PAGES = {
+    "/faces": [
+        "?C=N;O=D",
+        "../",
+        "./",
+        "/",
+        "/faces/",
+        "/elsewhere/",
+        "Ada%20L/",
+        "bob/",
+        "#top",
+        "http://127.0.0.1/x/",
+    ],
+    "/faces/Ada%20L": ["../", ".", "1.png", "/faces/Ada%20L/2.png", "../bob/1.png"],
+    "/faces/bob": ["./1.png", "1.png", "in/", "%2e%2e/"],
+    "/faces/bob/in": ["%231.png"],
+}
+
+
+@contextmanager
+def pages(listing: Callable[[str], list[str]]) -> Iterator[str]:
+    """A web server whose folders are pages of links; its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            links = listing(self.path.partition("?")[0].rstrip("/"))
+            body = "".join(f'<a href="{link}">x</a>' for link in links).encode()
+            self.send_response(200 if links else 404)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with serving(Handler) as address:
+        yield f"{address}/faces"
+
+
+@contextmanager
+def serving(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize("behind", ["", "/"])
+def test_links_of_a_web_page_are_followed_downwards_alone(behind: str):
+    with pages(lambda path: PAGES.get(path, [])) as address:
+        entries, _ = listed(address + behind)
+    assert [(entry.identity, entry.name) for entry in entries] == [
+        ("Ada L", "Ada L/1.png"),
+        ("Ada L", "Ada L/2.png"),
+        ("bob", "bob/1.png"),
+        ("bob/in", "bob/in/#1.png"),
+    ]
+    assert entries[-1].place == "bob/in/%231.png"
+
+
+def test_web_pages_behind_a_token():
+    found = {"/faces": ["ada/"], "/faces/ada": ["./", "1.png"]}
+    with pages(lambda path: found.get(path, [])) as address:
+        entries, _ = listed(f"{address}?token=secret")
+    assert [(entry.identity, entry.place) for entry in entries] == [("ada", "ada/1.png")]
+
+
+def test_a_listing_that_leads_back_to_itself_ends():
+    with (
+        pages(lambda path: ["up/", "x/"]) as address,
+        pytest.raises(UserError, match="more than 32 folders below SOURCE"),
+    ):
+        listed(address)
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_folder_of_a_web_server_gives_the_samples_of_a_local_one(tmp_path: Path, image_folder: Path):
+    here = tmp_path / "faces"
+    for number, folder in enumerate(sorted(image_folder.iterdir())):
+        shutil.copytree(folder, here / f"{folder.name} {number}%20#")
+    options = ImportOptions(holdout_share=0.3, samples_per_shard=10)
+    with serving(partial(Quiet, directory=str(tmp_path))) as address:
+        there = run_import("folder", f"{address}/faces", tmp_path / "there", options)
+    assert there.model_dump() == run_import("folder", here, tmp_path / "here", options).model_dump()

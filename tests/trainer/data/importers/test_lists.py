@@ -129,6 +129,8 @@ def test_whole_floats_are_numbers_too(files: Path):
         ("path,label\n,ada\n", "row 1 of .* has no path"),
         ("path,label\na.jpg,x\nb.jpg,y\na.jpg,x\n", r"rows 1 and 3 .* the same file, 'a\.jpg' \(labels 'x' and 'x'"),
         ("path,label\na.jpg,x\na.jpg,y\n", r"rows 1 and 2 .* 'a\.jpg' \(labels 'x' and 'y'\); list each file once"),
+        ("path,label\na.jpg,x\n./a.jpg,y\n", r"rows 1 and 2 .* the same file, '\./a\.jpg'"),
+        ("path,label\na.jpg,ada\n" + "b" * 2**22 + ",bob\n", r"\(a row is longer than 1048576 bytes, or a quotation"),
         ("path,label\nx.jpg,x\na.jpg,x\nsub,y\n", r"2 of 3 files in .* are missing or .*: x\.jpg, sub; paths start"),
         (
             "path,label\n" + "".join(f"{i}.jpg,x\n" for i in range(25)),

@@ -104,6 +104,7 @@ def test_digest_is_of_all_that_decides_about_the_bytes(tmp_path: Path):
         ([Entry("a", "1", "", "train"), Entry("a", "2", "", "val")], r"'a' has samples in the splits train and val"),
         ([Entry("a", "1", "", "train"), Entry("a", "2", "")], r"'a' has samples in the splits none and train"),
         ([Entry("a", "1", "", "../up")], r"the split '\.\./up' cannot name a file"),
+        ([Entry("a", "1", "", "val\n")], r"the split 'val\\n' cannot name a file"),
         ([Entry("a", str(i), "", f"s{i}") for i in range(100)], "names 102 splits; at most 100"),
     ],
 )
@@ -112,8 +113,17 @@ def test_what_cannot_be_planned(tmp_path: Path, made: list[Entry], words: str):
         plan(tmp_path, made)
 
 
+def test_an_attribute_that_is_too_large_is_named(tmp_path: Path):
+    made = [Entry(f"{i}", f"{i}", "", attributes={"serial": 2**64 - i}) for i in range(3)]
+    listing = Listing(made, "source", share_held_out(0, 0), attributes={"serial": "int64"})
+    with pytest.raises(
+        UserError, match=r"the attribute serial of one of the samples 1 to 3 is no int64 .*; write it as"
+    ):
+        make_plan(tmp_path, "folder", listing, ImportOptions(), lambda *_: None)
+
+
 def test_too_few_samples_of_each(tmp_path: Path):
-    with pytest.raises(UserError, match=r"2 identities with 5 or more readable images in every split and found none"):
+    with pytest.raises(UserError, match=r"2 identities with 5 or more readable samples in every split and found none"):
         plan(tmp_path, entries(9), min_samples=5)
 
 

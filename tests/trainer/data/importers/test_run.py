@@ -94,7 +94,7 @@ def test_unreadable_images_are_named_counted_and_left_out(tmp_path: Path, people
 
 def test_too_many_unreadable_images_fail(tmp_path: Path, people: Path):
     (people / "gus" / "00.png").write_text("a cat, from memory")
-    with pytest.raises(UserError, match=r"1 or more of 47 images .* --max-bad 0\.01 .*gus/00\.png"):
+    with pytest.raises(UserError, match=r"1 or more of 47 samples .* --max-bad 0\.01 .*gus/00\.png"):
         run_import("folder", people, tmp_path / "set", WHOLE)
     assert not (tmp_path / "set").exists()
 

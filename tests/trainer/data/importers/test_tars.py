@@ -11,6 +11,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
+from braceexpand import braceexpand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,7 +21,7 @@ from tests.web import Web, serving
 from trainer.data import remote
 from trainer.data.importers import Entry, ImportOptions
 from trainer.data.importers.run import run_import
-from trainer.data.importers.tars import list_tars, read_tars
+from trainer.data.importers.tars import _count, list_tars, read_tars
 from trainer.data.manifest import Manifest
 from trainer.data.store import CacheConfig
 from trainer.data.stream import DataConfig, Stream
@@ -229,6 +230,10 @@ def test_a_token_would_stand_in_the_manifest(web: Web, tmp_path: Path):
         ("none.tar", r"1 of 1 archives are missing: .*none\.tar; give"),
         ("x{.tar", "is not a pattern of names"),
         ("x*.tar", r"no archive matches '.*x\*\.tar'"),
+        ("x-{0..999999999999999999999}.tar", "names more than 1000000 archives; give fewer"),
+        ("x-{{0..999},{a..c}}{0..999}.tar", "names more than 1000000 archives; give fewer"),
+        ("x-" + "{a,b}" * 21, "names more than 1000000 archives; give fewer"),
+        ("{" * 2000 + "," + "}" * 2000, "is not a pattern of names"),
         ("empty", r"SOURCE '.*empty' holds no \.tar"),
     ],
 )
@@ -236,6 +241,53 @@ def test_a_source_that_is_no_archive(tmp_path: Path, name: str, says: str):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=says):
         listed(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "x",
+        "{a,b,}",
+        "{0..7..3}{a..c}",
+        "{a{0..9},b{00..99},c}",
+        "{x}",
+        "{a}{b,c}",
+        r"\{a,b\}",
+        "{{a,b},{c,d}{e,f}}",
+        "5..1",
+    ],
+)
+def test_names_are_counted_as_they_are_expanded(pattern: str):
+    assert _count(pattern) == len(list(braceexpand(pattern)))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_an_attribute_may_have_the_name_of_a_column(tmp_path: Path, in_place: bool):
+    about = [json.dumps({"who": who, "identity": f"theirs {who}", "name": "x"}).encode() for who in ("ada", "bob")]
+    pack(tmp_path / "x.tar", [{"jpg": picture(row), "json": text} for row, text in enumerate(about)])
+    options = ImportOptions(holdout_share=0, label_field="who", in_place=in_place)
+    manifest = run_import("tars", tmp_path / "x.tar", tmp_path / "set", options)
+    verify(manifest)
+    assert manifest.split("train").classes.names() == ["ada", "bob"]
+    with pa.memory_map(str(tmp_path / "set" / "train.attributes.arrow")) as file:
+        found = pa.ipc.open_file(file).read_all()
+    assert sorted(found["identity"].to_pylist()) == ["theirs ada", "theirs bob"]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_half_a_character_is_written_out(tmp_path: Path, in_place: bool):
+    about = [b'{"who": "a\\ud800", "of": "\\udfff", "\\udead": 1}', b'{"who": "b", "of": "x"}']
+    pack(tmp_path / "x.tar", [{"jpg": picture(row), "json": text} for row, text in enumerate(about)])
+    options = ImportOptions(holdout_share=0, label_field="who", in_place=in_place)
+    manifest = run_import("tars", tmp_path / "x.tar", tmp_path / "set", options)
+    assert manifest.split("train").classes.names() == [r"a\ud800", "b"]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_an_empty_archive_holds_no_samples(tmp_path: Path, in_place: bool):
+    pack(tmp_path / "x.tar", [])
+    with pytest.raises(UserError, match=r"SOURCE '.*x\.tar' holds no samples"):
+        run_import("tars", tmp_path / "x.tar", tmp_path / "set", ImportOptions(in_place=in_place))
 
 
 @pytest.mark.parametrize(
@@ -249,7 +301,11 @@ def test_a_source_that_is_no_archive(tmp_path: Path, name: str, says: str):
         ({"jpg": b"x", "json": b'{"who": 0.5}'}, "who", r"has the label 0\.5, which is neither"),
         ({"jpg": b"x", "json": b"[" * 100_000}, "who", "has no label"),
         ({"jpg": b"x", "json": b"\xff"}, "who", "has no label"),
-        ({"cls": b"1"}, "cls", "lacks an image"),
+        (
+            {"cls": b"1", "flac": b"x"},
+            "cls",
+            r"lacks an image or array \(\.png, .*\): its files have \.cls, \.flac; pack",
+        ),
     ],
 )
 @pytest.mark.parametrize("in_place", [False, True])

@@ -57,7 +57,7 @@ def main() -> int:
     step("3/7 export to ONNX, register in MLflow", "export", "--run", str(RUN), "--out", str(EMBEDDER))
     both = ["--embedder", str(EMBEDDER), "--data", str(DATA)]
     step("4/7 evaluate on alphabets never seen", "evaluate", *both)
-    target = ["--fpir", str(FPIR), "--gallery-size", str(len(split()["classes"]) - STRANGERS)]
+    target = ["--fpir", str(FPIR), "--gallery-size", str(split()["identities"] - STRANGERS)]
     step(f"5/7 calibrate: {FPIR:.0%} of strangers' searches may return somebody", "calibrate", *both, *target)
     console.rule("6/7 serve", align="left")
     with service(keep) as url:
@@ -159,7 +159,7 @@ def held_out_images() -> dict[str, list[bytes]]:
                 parts[key][extension] = file.read() if file else b""
         for part in parts.values():
             image = part.get("png") or part["jpg"]
-            images[val["classes"][int(part["cls"])]].append(image)
+            images[json.loads(part["json"])["identity"]].append(image)
     return dict(images)
 
 

@@ -28,7 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing
 
-from benchmarks.head_contenders import MAKERS, MARGIN, SCALE, Contender, Floor, Ours, Problem, contenders
+from benchmarks.head_contenders import MARGIN, SCALE, Contender, Floor, Ours, Problem
+from benchmarks.head_peers import MAKERS, contenders
 from trainer.distributed import Group
 from trainer.head.matmul import free_memory
 

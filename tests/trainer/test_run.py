@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from trainer.config import Config, load
 from trainer.data.importers import ImportOptions
 from trainer.data.importers.run import run_import
 from trainer.errors import UserError
+from trainer.locks import within
 from trainer.run import RunNote, resolved, start
 from trainer.tracking import Tracker
 from trainer.train import Record
@@ -154,21 +154,12 @@ def test_what_a_signal_ends_is_killed_in_mlflow_and_free(
         process.send_signal(number)
         assert process.wait(60) == code
     client = MlflowClient(uri, uri)
-    assert eventually(lambda: client.get_run(run_id).info.status == "KILLED")
+    assert within(120, lambda: client.get_run(run_id).info.status == "KILLED")
     assert [m.step for m in client.get_metric_history(run_id, "loss")] == [1]
     monkeypatch.setattr(launch, "launch", workers(2))
     start(config(data, out, *overrides), True, lambda _: None, pytest.fail)
     assert client.get_run(run_id).info.status == "FINISHED"
     assert [m.step for m in client.get_metric_history(run_id, "loss")] == [1, 2]
-
-
-def eventually(done: Callable[[], bool], patience_s: float = 120) -> bool:
-    until = time.monotonic() + patience_s
-    while not done():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.2)
-    return True
 
 
 def test_a_folder_without_a_note_and_one_with_a_spoilt_one(tmp_path: Path) -> None:

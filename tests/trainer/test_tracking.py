@@ -6,9 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from trainer.config import load
+from trainer.locks import within
 from trainer.tracking import Tracker, TrackingConfig, absolute_uri, public_uri
 
 # MLflow's own imports warn of what they use.
@@ -40,7 +40,7 @@ class Server:
                 [sys.executable, "-m", "mlflow", "server", *store, *address],
                 cwd=self._folder, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
-        assert eventually(self._is_up), (self._folder / "server.log").read_text()
+        assert within(120, self._is_up), (self._folder / "server.log").read_text()
 
     def stop(self) -> None:
         if self._process is not None:
@@ -54,15 +54,6 @@ class Server:
                 return bool(answer.status == 200)
         except OSError:
             return False
-
-
-def eventually(done: Callable[[], bool], patience_s: float = 120) -> bool:
-    until = time.monotonic() + patience_s
-    while not done():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.2)
-    return True
 
 
 @pytest.fixture
@@ -113,14 +104,14 @@ def test_what_a_server_missed_it_gets_when_it_is_back(server: Server, tmp_path: 
     tracker = Tracker(config, troubles.append, folder=tmp_path / "box", on_run=noted.append, patience_s=120)
     tracker.start({"lr": 0.1}, "lr: 0.1", {})
     tracker.wake()
-    assert eventually(lambda: bool(noted))  # at the start
+    assert within(120, lambda: bool(noted))  # at the start
     for step in range(50):
         tracker.metrics({"loss": 1.0}, step, 1000 + step)
-    assert eventually(lambda: (tmp_path / "box" / "queue.jsonl").stat().st_size == 0)
+    assert within(120, lambda: (tmp_path / "box" / "queue.jsonl").stat().st_size == 0)
     server.stop()
     for step in range(50, 100):
         tracker.metrics({"loss": 1.0}, step, 1000 + step)
-    assert eventually(lambda: bool(troubles))
+    assert within(120, lambda: bool(troubles))
     server.start()
     tracker.close("FINISHED")
     assert [text.partition("'; ")[0].partition(": ")[0] for text in troubles] == [
@@ -156,7 +147,7 @@ tracker.close("FAILED")
         runs = client.search_runs([experiment.experiment_id]) if experiment else []
         return [(run.info.status, losses(client, run.info.run_id)) for run in runs] == [("FAILED", [0, 1, 2])]
 
-    assert eventually(arrived)
+    assert within(120, arrived)
 
 
 def test_a_run_goes_on_with_other_keys_as_tags(tmp_path: Path) -> None:

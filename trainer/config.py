@@ -54,6 +54,12 @@ class BackboneConfig(Strict):
         64, ge=4, le=1024, description="channels of the first stage (convnet), units of a hidden layer (mlp)"
     )
     dropout: float = Field(0.0, ge=0, lt=1)
+    norm_group: int = Field(
+        32, ge=0, description="samples that a batch norm takes together, on any number of workers; 0: the global batch"
+    )
+    recompute: bool = Field(False, description="activations inside the blocks again in the backward: less memory")
+    channels_last: bool = Field(False, description="images and weights in NHWC order: faster convolutions on GPUs")
+    compile: bool = Field(False, description="by torch.compile; the first steps take minutes")
 
 
 class OptimizerConfig(Strict):
@@ -63,6 +69,10 @@ class OptimizerConfig(Strict):
     lr: float = Field(0.1, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0)
+    layer_decay: float = Field(1.0, gt=0, le=1, description="a layer's learning rate times this is that of the one below")
+    rates: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {}, description="factors of the learning rate by pattern of parameter names, such as {'stem.*': 0.1}; 0: frozen"
+    )
 
 
 class ScheduleConfig(Strict):
@@ -100,6 +110,12 @@ class EngineConfig(Strict):
     zero_stage: Literal[0, 1, 2] = 0
     bf16: bool = False
     gradient_clipping: float = Field(0.0, ge=0, description="of the backbone's gradient norm; 0: off")
+    accumulate: int = Field(
+        1, ge=1, description="parts of a worker's batch that go through the backbone one by one; same losses, a third more work"
+    )
+    offload: bool = Field(False, description="the optimizer's state and steps on the CPU; with ZeRO 1 or 2")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="of a moving average of the weights; 0: none")
+    ema_evaluated: bool = Field(True, description="whether evaluations take the moving average, where there is one")
 
 
 class ScalingConfig(Strict):

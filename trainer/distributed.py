@@ -230,18 +230,23 @@ def sum_not_mean(x: Tensor, group: Group) -> Tensor:
     return _linear(x, _same, lambda gradient: gradient * group.size)
 
 
-@torch.no_grad()
 def average_buffers(module: nn.Module, group: Group) -> None:
-    """Give every rank the mean of all ranks' floating-point buffers, in one all-reduce of all together.
+    """Give every rank the mean of all ranks' floating-point buffers.
 
     Each rank sees other samples, so its batch norms' statistics differ; a checkpoint and an evaluation want one set.
     """
-    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point() and buffer.numel()]
-    if group.size == 1 or not buffers:
+    average([buffer for buffer in module.buffers() if buffer.is_floating_point()], group)
+
+
+@torch.no_grad()
+def average(tensors: Sequence[Tensor], group: Group) -> None:
+    """Put the mean over the ranks into each, with one all-reduce of all together."""
+    tensors = [tensor for tensor in tensors if tensor.numel()]
+    if group.size == 1 or not tensors:
         return
-    flat = group.all_reduce(torch.cat([buffer.reshape(-1).float() for buffer in buffers])) / group.size
-    for buffer, part in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
-        buffer.copy_(part.view_as(buffer))
+    flat = group.all_reduce(torch.cat([tensor.reshape(-1).float() for tensor in tensors])) / group.size
+    for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 class Gatherer:

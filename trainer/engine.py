@@ -9,54 +9,124 @@ and refuse another number of ranks.
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from trainer.backbones.average import Average
+from trainer.backbones.blocks import rate_factors, recompute
+from trainer.backbones.places import Layout, Places, place
 from trainer.config import Config, OptimizerConfig
-from trainer.distributed import Group
+from trainer.distributed import Group, average_buffers
 from trainer.errors import UserError
+from trainer.head.head import mixed_seed
 
 # Optimizer states of a parameter that have its shape, by torch's names.
 _MOMENTS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 _STEP_KEY = "optimizer.step"
+_DROPOUT = 5  # see `mixed_seed`
 
 
 class Engine:
     """A DeepSpeed engine that trains `module` and nothing else.
 
+    A sample's place in the global batch decides what batch norm and dropout do with it (`backbones.places`).
+
+    With `engine.accumulate` a forward keeps no activations: the backward sends the parts of the batch through the
+    backbone again, one by one, each with its part of the embeddings' gradient (Gao et al. 2021, arXiv 2101.06983).
+    Every loss sees the whole batch, so that losses and gradients are those of the whole batch, too.
+
     Args:
-        module: the backbone, float pixels BCHW to embeddings x_BD.
+        module: the backbone, float pixels BCHW to embeddings x_BD; its batch norms and dropouts are exchanged.
         config: `engine`, `optimizer` (the learning rate comes with each `step`), and the batch over all ranks.
         device: where this rank computes.
 
     Raises:
-        UserError: bf16 on a device that cannot compute it.
+        UserError: bf16 on a device that cannot compute it, or a batch that cannot be cut as the config says.
     """
 
     def __init__(self, module: nn.Module, config: Config, device: torch.device) -> None:
         if device.type == "cuda" and config.engine.bf16 and not torch.cuda.is_bf16_supported():
             raise UserError("engine.bf16=true: this GPU does not compute in bfloat16; set engine.bf16=false")
         self.module = module  # with this rank's buffers
+        self._config, self._group = config, Group.current()
+        _check_parts(config, self._group)
+        key = torch.zeros((), dtype=torch.int64, device=device)
+        self._places = Places(self._group, config.backbone.norm_group, key)
+        place(module, self._places)
+        if config.backbone.recompute:
+            recompute(module)
+        if config.backbone.channels_last:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.backbone.compile:
+            module.compile()
         self._moments = _MOMENTS[config.optimizer.name]
         self._engine = _initialize(module, config, device)
         self._create_moments()
+        self._average = Average(module, config.engine.ema_decay) if config.engine.ema_decay else None
+        self._held: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """Embeddings x_BD, always fp32, of float pixels; with bf16 the products run in bf16 over fp32 weights."""
-        x_BD: torch.Tensor = self._engine(images_BCHW)
-        return x_BD.float()
+    def __call__(self, images_BCHW: torch.Tensor, step: int = 0) -> torch.Tensor:
+        """Embeddings x_BD, always fp32, of float pixels; with bf16 the products run in bf16 over fp32 weights.
+
+        Args:
+            images_BCHW: this rank's share of the global batch of the run's `step`.
+        """
+        self._places.key.fill_(mixed_seed(self._config.run.torch_seed, step, _DROPOUT))
+        self._places.observes = True
+        if self._config.backbone.channels_last and images_BCHW.ndim == 4:
+            images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+        if self._config.engine.accumulate == 1:
+            return self._forward(images_BCHW, 0)
+        with torch.no_grad():
+            x_BD = torch.cat([self._forward(part, index) for index, part in enumerate(self._parts(images_BCHW))])
+        self._held = images_BCHW, x_BD.requires_grad_()
+        return x_BD
+
+    def _parts(self, values_B: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return values_B.chunk(self._config.engine.accumulate)
+
+    def _forward(self, images_bCHW: torch.Tensor, index: int) -> torch.Tensor:
+        """Embeddings of one part of this rank's share."""
+        samples, parts = len(images_bCHW), self._config.engine.accumulate
+        self._places.begins = index == 0
+        self._places.at((self._group.rank * parts + index) * samples, samples, self._group.size * parts * samples)
+        x_bD: torch.Tensor = self._engine(images_bCHW)
+        return x_bD.float()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Back-propagate; the backbone's gradients are averaged over the ranks, the head's are left alone."""
-        self._engine.backward(loss)
+        self._places.observes = False  # what goes through the backbone from here on has done so before
+        if self._held is None:
+            self._engine.backward(loss)
+            return
+        (images_BCHW, x_BD), self._held = self._held, None
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert x_BD.grad is not None
+        for index, (part, d_part) in enumerate(zip(self._parts(images_BCHW), self._parts(x_BD.grad), strict=True)):
+            if index:
+                self._engine.step()  # counts the part before; the last one's is `step`
+            self._engine.backward((self._forward(part, index) * d_part).sum(), scale_wrt_gas=False)
 
     def step(self, lr: float) -> None:
         """Clip, update the backbone with learning rate `lr`, and clear its gradients."""
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         self._engine.step()
+        if self._average is not None:
+            self._average.update()
+
+    @contextmanager
+    def evaluated(self) -> Iterator[nn.Module]:
+        """The backbone as evaluations see it while the block runs: statistics of all ranks, and where the config wants
+        it the average of the weights. A collective."""
+        average_buffers(self.module, self._group)
+        averaged = self._average is not None and self._config.engine.ema_evaluated
+        with self._average.in_place(self._group) if averaged and self._average else nullcontext():
+            yield self.module
 
     def gradient_norm(self) -> float | None:
         """Norm of the backbone's gradient before the last step's clipping; None where DeepSpeed does not compute it."""
@@ -76,6 +146,8 @@ class Engine:
                 moments = {key: self._engine.optimizer.state[parameter][key] for key in self._moments}
                 state[f"weight.{name}"] = parameter
             state |= {f"{key}.{name}": value for key, value in moments.items()}
+        if self._average is not None:
+            state |= {f"ema.{name}": value for name, value in self._average.state(self._group).items()}
         steps = [int(own["step"]) for own in self._engine.basic_optimizer.state.values() if "step" in own]
         state[_STEP_KEY] = torch.tensor(max(steps, default=0))
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
@@ -105,6 +177,10 @@ class Engine:
             for own in self._engine.basic_optimizer.state.values():
                 if "step" in own:  # AdamW's bias correction counts the steps beside the moments
                     own["step"] = torch.tensor(float(state[_STEP_KEY]))
+        if self._average is not None:
+            prefix = "ema."
+            average = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            self._average.load(average)
 
     @property
     def _partitioned(self) -> bool:
@@ -137,17 +213,36 @@ def _take(state: dict[str, torch.Tensor], name: str, shape: torch.Size) -> torch
     return state[name]
 
 
+def _check_parts(config: Config, group: Group) -> None:
+    """Refuse, with a UserError, a share that cannot be cut into parts, or parts that cut groups of batch norm."""
+    parts, share, norm_group = config.engine.accumulate, config.data.batch_size // group.size, config.backbone.norm_group
+    if parts == 1:
+        return
+    if share % parts:
+        raise UserError(
+            f"engine.accumulate={parts} does not divide the {share} samples of a worker; choose a divisor of them"
+        )
+    if Layout.of(0, share // parts, config.data.batch_size, norm_group).across:
+        raise UserError(
+            f"engine.accumulate={parts} sends {share // parts} samples at once through the backbone, which cuts the "
+            f"groups of backbone.norm_group={norm_group}; choose a norm_group that divides {share // parts}"
+        )
+
+
 def _optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """No decay on biases, norms and PReLU."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    """No decay on biases, norms and PReLU. Parameters with the same factor of the learning rate are one group."""
+    factors = rate_factors(module, config.layer_decay, config.rates)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((decay, factors[name]), []).append(parameter)
+    settings = [
+        {"params": parameters, "weight_decay": decay, "factor": factor}
+        for (decay, factor), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
-    groups = [group for group in groups if group["params"]]
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
-    return torch.optim.AdamW(groups, lr=config.lr)
+        return torch.optim.SGD(settings, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+    return torch.optim.AdamW(settings, lr=config.lr)
 
 
 def _initialize(module: nn.Module, config: Config, device: torch.device) -> Any:
@@ -165,7 +260,8 @@ def _initialize(module: nn.Module, config: Config, device: torch.device) -> Any:
     zero = {"stage": config.engine.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     settings = {
         "train_batch_size": config.data.batch_size,
-        "train_micro_batch_size_per_gpu": config.data.batch_size // Group.current().size,
+        "train_micro_batch_size_per_gpu": config.data.batch_size // Group.current().size // config.engine.accumulate,
+        "gradient_accumulation_steps": config.engine.accumulate,
         "gradient_clipping": config.engine.gradient_clipping,
         # Autocast keeps the weights, the moments and the batch norms in fp32. ZeRO would send the gradients of the
         # modules in the list in bf16; with none there, every stage adds gradients up in fp32, as stage 0 always does.

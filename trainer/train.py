@@ -128,7 +128,7 @@ class _Run:
         config = self.config
         torch.manual_seed(_dropout_seed(config.run.torch_seed, self.step, self.group.rank))
         images_BCHW, labels_B = self.augment(batch.to(self.device), epoch, self.step, config.data.batch_size)
-        x_BD = self.engine(images_BCHW)
+        x_BD = self.engine(images_BCHW, self.step)
         # The engine averages gradients over the ranks, but each rank's gradient is its part of one global mean: the sum
         # is right. The factor is applied here, to what flows into the backbone only.
         x_BD = sum_not_mean(x_BD, self.group)
@@ -160,9 +160,9 @@ class _Run:
         every, last = self.config.run.eval_every, self.step == self.total_steps
         if not self.monitor or not every or (not last and (epoch + 1) % every):
             return
-        average_buffers(self.engine.module, self.group)
-        check_finite(self.step, {"the backbone": self.engine.module.state_dict()}, self.group)  # else it embeds nothing
-        values = self.monitor(self.engine.module, self.objective, self.device)
+        with self.engine.evaluated() as backbone:
+            check_finite(self.step, {"the backbone": backbone.state_dict()}, self.group)  # else it embeds nothing
+            values = self.monitor(backbone, self.objective, self.device)
         self.report(Record("metrics", self.step, self.total_steps, values))
 
     def save(self) -> None:

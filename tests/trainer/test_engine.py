@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.ranks import run_on_ranks
-from trainer.config import Config, EngineConfig, OptimizerConfig
+from trainer.config import BackboneConfig, Config, EngineConfig, OptimizerConfig
 from trainer.data.stream import DataConfig
 from trainer.engine import Engine
 from trainer.errors import UserError
@@ -23,7 +23,8 @@ def small_network() -> nn.Module:
 def make(stage: int, bf16: bool, name: str, clipping: float = 0.0, momentum: float = 0.9) -> Engine:
     settings = EngineConfig(zero_stage=stage, bf16=bf16, gradient_clipping=clipping)  # type: ignore[arg-type]
     optimizer = OptimizerConfig(name=name, lr=0.1, momentum=momentum)  # type: ignore[arg-type]
-    config = Config(engine=settings, optimizer=optimizer, data=DataConfig(batch_size=8))
+    backbone = BackboneConfig(norm_group=4)  # a worker's share
+    config = Config(engine=settings, optimizer=optimizer, data=DataConfig(batch_size=8), backbone=backbone)
     return Engine(small_network(), config, torch.device("cpu"))
 
 

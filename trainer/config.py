@@ -69,7 +69,7 @@ class OptimizerConfig(Strict):
     lr: float = Field(0.1, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0)
-    layer_decay: float = Field(1.0, gt=0, le=1, description="a layer's learning rate times this is that of the one below")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="the learning rate of a layer is so much of the next one's")
     rates: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {}, description="factors of the learning rate by pattern of parameter names, such as {'stem.*': 0.1}; 0: frozen"
     )
@@ -111,11 +111,21 @@ class EngineConfig(Strict):
     bf16: bool = False
     gradient_clipping: float = Field(0.0, ge=0, description="of the backbone's gradient norm; 0: off")
     accumulate: int = Field(
-        1, ge=1, description="parts of a worker's batch that go through the backbone one by one; same losses, a third more work"
+        1,
+        ge=1,
+        description="parts of a worker's batch that go through the backbone one by one: less memory, a third more work",
     )
     offload: bool = Field(False, description="the optimizer's state and steps on the CPU; with ZeRO 1 or 2")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="of a moving average of the weights; 0: none")
     ema_evaluated: bool = Field(True, description="whether evaluations take the moving average, where there is one")
+
+    @model_validator(mode="after")
+    def _offloads_a_share(self) -> "EngineConfig":
+        if self.offload and not self.zero_stage:
+            raise ValueError(
+                "offload=true needs zero_stage 1 or 2, whose ranks hold a share of the state each; set one"
+            )
+        return self
 
 
 class ScalingConfig(Strict):

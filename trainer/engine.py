@@ -215,7 +215,8 @@ def _take(state: dict[str, torch.Tensor], name: str, shape: torch.Size) -> torch
 
 def _check_parts(config: Config, group: Group) -> None:
     """Refuse, with a UserError, a share that cannot be cut into parts, or parts that cut groups of batch norm."""
-    parts, share, norm_group = config.engine.accumulate, config.data.batch_size // group.size, config.backbone.norm_group
+    parts, share = config.engine.accumulate, config.data.batch_size // group.size
+    norm_group = config.backbone.norm_group
     if parts == 1:
         return
     if share % parts:
@@ -257,7 +258,10 @@ def _initialize(module: nn.Module, config: Config, device: torch.device) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # The default bucket reserves 2 GB; none needs to be larger than the backbone.
     bucket = min(sum(p.numel() for p in module.parameters()), 500_000_000)
-    zero = {"stage": config.engine.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    stage: int = config.engine.zero_stage
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if config.engine.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     settings = {
         "train_batch_size": config.data.batch_size,
         "train_micro_batch_size_per_gpu": config.data.batch_size // Group.current().size // config.engine.accumulate,
@@ -267,6 +271,7 @@ def _initialize(module: nn.Module, config: Config, device: torch.device) -> Any:
         # modules in the list in bf16; with none there, every stage adds gradients up in fp32, as stage 0 always does.
         "torch_autocast": {"enabled": config.engine.bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's own steps on the CPU, too; DeepSpeed's need a compiler
         "zero_optimization": zero,
         "steps_per_print": 2**31 - 1,
     }

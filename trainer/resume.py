@@ -41,7 +41,17 @@ RULES = (
     Rule("run.seed", "refused", "it decides the order of the samples and all random numbers from here on"),
     Rule("scaling.workers", "refused", "each worker has stored its own rows of the class centres"),
     Rule("data.height data.width", "refused", "the backbone was made for images of that size"),
-    Rule("backbone.dropout", "warns", "the losses from here on are not those of the uninterrupted run"),
+    Rule(
+        "backbone.dropout backbone.norm_group",
+        "warns",
+        "the losses from here on are not those of the uninterrupted run",
+    ),
+    Rule(
+        "backbone.recompute backbone.channels_last backbone.compile engine.accumulate engine.offload",
+        "warns",
+        "numbers are rounded in another way, so the losses are those of the uninterrupted run no longer bit for bit",
+    ),
+    Rule("engine.ema_decay engine.ema_evaluated", "warns", "the average of the weights is another, or begins anew"),
     Rule("backbone.*", "refused", "the stored weights are of another network"),
     Rule("augment.quarter_turns", "refused", "each turn is a class of its own, so the centres are of other classes"),
     Rule(
@@ -107,7 +117,10 @@ def changes(found: Checkpoint, config: Config, facts: Mapping[str, Any]) -> tupl
         UserError: the checkpoint's config has keys that are not known any more.
     """
     written = found.manifest
-    before = _flat(from_tree(written.config).model_dump(mode="json")) | {
+    backbone = dict(written.config["backbone"])
+    # Before there were groups, each batch norm took a worker's share.
+    backbone.setdefault("norm_group", written.config["data"]["batch_size"] // written.world_size)
+    before = _flat(from_tree(written.config | {"backbone": backbone}).model_dump(mode="json")) | {
         IDENTITIES: identities(written.classes, written.class_digest),
         SHARDS: written.data_digest,
         "scaling.workers": written.world_size,

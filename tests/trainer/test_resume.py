@@ -27,6 +27,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "run.seed": {"run": {"seed": 1}},
     "data.height": {"data": {"height": 96}},
     "backbone.dropout": {"backbone": {"dropout": 0.1}},
+    "backbone.norm_group": {"backbone": {"norm_group": 64}},
+    "engine.accumulate": {"engine": {"accumulate": 2}},
+    "engine.ema_decay": {"engine": {"ema_decay": 0.9}},
     "backbone.width": {"backbone": {"width": 32}},
     "augment.quarter_turns": {"augment": {"quarter_turns": True}},
     "loss.name": {"loss": "cosface"},
@@ -99,6 +102,14 @@ def test_an_older_checkpoint_without_a_digest_of_the_shards_warns() -> None:
     refused, (warned,) = changes(checkpoint(format=1, data_digest=None), Config(), FACTS)
     assert refused == []
     assert warned == "the checkpoint 'step' has no digest of its shards: they are taken to be the same"
+
+
+def test_before_there_were_groups_a_batch_norm_took_a_workers_share() -> None:
+    tree = Config().model_dump(mode="json")
+    del tree["backbone"]["norm_group"]
+    refused, (warned,) = changes(checkpoint(config=tree), Config(), FACTS)
+    assert refused == []
+    assert warned.startswith("backbone.norm_group is 32 now and was 128 for 'step'")
 
 
 def test_the_page_has_the_table() -> None:

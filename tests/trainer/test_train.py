@@ -226,6 +226,7 @@ LOSSES_OF_FORMAT_1 = {5: 7.686795234680176, 6: 7.151485443115234}
 def from_format_1(rank: int, folder: Path) -> None:
     written = json.loads((FORMAT_1 / "checkpoint.json").read_text())["config"]
     out = {"run": written["run"] | {"out": str(folder)}, "data": written["data"] | {"path": str(folder / "data")}}
+    out["backbone"] = written["backbone"] | {"norm_group": written["data"]["batch_size"] // 2}  # then, a worker's share
     after = train(from_tree(written | out), folder, rank, resume=True)
     assert losses(after) == pytest.approx(LOSSES_OF_FORMAT_1, rel=1e-4)  # other processors round in another way
     notes = [record.text for record in after if record.kind == "note"]

@@ -1,4 +1,4 @@
-"""The losses of 1, 2 and 3 ranks are the same, up to the order of floating-point sums: every backbone and ZeRO stage."""
+"""The losses of 1, 2 and 3 ranks are the same, up to the order of sums: every backbone, every ZeRO stage."""
 
 import json
 import sys
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tests.ranks import folder_of_shapes, run_on_ranks
+from trainer import train
 from trainer.backbones import networks
 from trainer.config import Config, load
 from trainer.data.importers import ImportOptions
@@ -18,25 +19,25 @@ from trainer.train import Record, run
 
 WORLDS = (1, 2, 3)
 STEPS = 20
-# Backbone, ZeRO stage, group of batch norm: 4 is inside every share of the 12 samples, 5 goes over borders between them
-# (12 are cut into 6 and 6), 0 is all 12.
+# Backbone, ZeRO stage, group of batch norm: 8 is inside every share of the 24 samples, 10 (24 are cut into 12 and 12)
+# goes over borders between three of them, 0 is all 24.
 CASES = [
-    ("convnet", 0, 4),
+    ("convnet", 0, 8),
     ("convnet", 1, 0),
-    ("iresnet18", 1, 4),
-    ("iresnet18", 2, 5),
-    ("mobilefacenet", 2, 4),
+    ("iresnet18", 1, 8),
+    ("iresnet18", 2, 10),
+    ("mobilefacenet", 2, 8),
     ("mobilefacenet", 0, 0),
-    ("vit", 0, 4),
+    ("vit", 0, 8),
     ("vit", 2, 0),
-    ("mlp", 1, 5),
-    ("mlp", 2, 4),
-    ("timm:normed", 0, 4),
+    ("mlp", 1, 10),
+    ("mlp", 2, 8),
+    ("timm:normed", 0, 8),
     ("timm:normed", 2, 0),
 ]
-# fp32 has 6e-8. What ranks add up in another order differs by some of these, and each step of the training multiplies
-# the difference: by 1.2 here and there. The losses differ by 0.1 and more where batch norm sees the rank's share.
-TOLERANCE = 2e-3
+# fp32 has 6e-8; what ranks add up in another order differs by some of these, and each step of a training multiplies
+# the difference by 1.2 and more. Where batch norm sees the rank's share, the losses differ by 0.1 and more.
+TOLERANCE = 5e-4
 
 
 class Normed(nn.BatchNorm2d):
@@ -68,18 +69,18 @@ def timm_like() -> ModuleType:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shapes")
-    source = folder_of_shapes(folder / "images", identities=8, samples=5)
+    source = folder_of_shapes(folder / "images", identities=10, samples=8)
     run_import("folder", source, folder / "data", ImportOptions(holdout_share=0.3))
     return folder / "data"
 
 
 def config(data: Path, out: Path, *overrides: str) -> Config:
-    """30 samples an epoch: 12, 12, and 6 with 6 slots that only fill the batch up."""
+    """With a short last batch in each epoch, and rates at which a difference does not grow fast."""
     overrides = (
-        *(f"data.path={data}", f"run.out={out}", "data.batch_size=12", "run.epochs=99", f"run.max_steps={STEPS}"),
+        *(f"data.path={data}", f"run.out={out}", "data.batch_size=24", "run.epochs=99", f"run.max_steps={STEPS}"),
         *("run.log_every=1", "run.eval_every=0", "backbone.dimension=16", "backbone.width=8", "backbone.dropout=0.2"),
-        *("data.height=24", "data.width=24", "loss.scale=16", "augment.translate=0.1", "optimizer.lr=0.02"),
-        *overrides,
+        *("data.height=24", "data.width=24", "augment.translate=0.1", "optimizer.lr=0.01", "head.optimizer.lr=0.1"),
+        *("loss=cosface", "loss.scale=8", "loss.margin=0.2", *overrides),
     )
     return load(None, list(overrides))
 
@@ -92,6 +93,7 @@ def losses(settings: Config) -> list[float]:
 
 def trains(rank: int, size: int, data: Path, folder: Path) -> None:
     sys.modules["timm"] = timm_like()
+    train._Run.save = lambda self: None  # would take most of the time
     networks.VIT_DEPTH, networks.VIT_WIDTH = 2, 48  # larger ones would only take longer
     networks.WIDTHS, networks.STEM, networks.LAST = (8, 16, 24, 32), 16, 64
     for number, (name, stage, group) in enumerate(CASES):
@@ -117,5 +119,5 @@ def test_any_number_of_ranks_gives_the_same_losses(trained: Path, number: int) -
     one, *others = (torch.tensor(json.loads((trained / f"{size}-{number}.json").read_text())) for size in WORLDS)
     assert len(one) == STEPS
     differences = [float(((other - one) / one).abs().max()) for other in others]
-    print(CASES[number], differences, float(one[0]), float(one[-1]))
+    print(CASES[number], [f"{difference:.1e}" for difference in differences])
     assert max(differences) < TOLERANCE

@@ -42,7 +42,7 @@ def recompute(network: nn.Module) -> None:
             "it to false, or take an IResNet, MobileFaceNet or ViT"
         )
     for block in found:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def rate_factors(network: nn.Module, layer_decay: float, rates: Mapping[str, float]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, split_with_sizes
 
 from trainer.distributed import Group
 
@@ -53,7 +53,7 @@ def across(
 def _compiled(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, sizes: list[int]) -> Normed:
     """The same in a form that torch.compile fuses."""
     y, means, variances = [], [], []
-    for part in x.split(sizes):
+    for part in split_with_sizes(x, sizes):
         mean_C, var_C = (torch.zeros(x.shape[1], device=x.device) for _ in range(2))
         y.append(F.batch_norm(part, mean_C, var_C, weight, bias, True, 1.0, eps))
         means.append(mean_C)
@@ -65,7 +65,7 @@ def _normalise_parts(x: Tensor, y: Tensor, weight: Any, bias: Any, eps: float, s
     """Write each part into y, normalised by itself; means [P, C], 1 / deviation [P, C], and the variances (divided by
     the count) that follow."""
     mean_PC, inverse_PC = torch.empty(2, len(sizes), x.shape[1], device=x.device).unbind()
-    for index, (part, out) in enumerate(zip(x.split(sizes), y.split(sizes), strict=True)):
+    for index, (part, out) in enumerate(zip(split_with_sizes(x, sizes), split_with_sizes(y, sizes), strict=True)):
         saved = {"out": out, "save_mean": mean_PC[index], "save_invstd": inverse_PC[index]}
         _norm.out(part, weight, bias, None, None, True, 0.0, eps, **saved)
     return mean_PC, inverse_PC, (inverse_PC.double() ** -2 - eps).clamp_min_(0)
@@ -88,7 +88,12 @@ class _Within(torch.autograd.Function):
         x, weight, mean_PC, inverse_PC = ctx.saved_tensors
         dx, wanted = torch.empty_like(x), [True, weight is not None, weight is not None]
         d_weight = d_bias = None
-        parts = zip(x.split(ctx.sizes), dy.split(ctx.sizes), dx.split(ctx.sizes), strict=True)
+        parts = zip(
+            split_with_sizes(x, ctx.sizes),
+            split_with_sizes(dy, ctx.sizes),
+            split_with_sizes(dx, ctx.sizes),
+            strict=True,
+        )
         for index, (part, d_part, out) in enumerate(parts):
             stored = (mean_PC[index], inverse_PC[index])
             d_x, d_w, d_b = _norm_backward(d_part, part, weight, None, None, *stored, True, ctx.eps, wanted)
@@ -108,7 +113,14 @@ class _Across(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, parts: Parts, sizes: tuple[int, ...], group: Group
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        parts: Parts,
+        sizes: tuple[int, ...],
+        group: Group,
     ) -> Normed:
         y, own = torch.empty_like(x), [size for _, size in parts]
         mean_PC, _, var_PC = _normalise_parts(x, y, weight, bias, eps, own)
@@ -119,7 +131,7 @@ class _Across(torch.autograd.Function):
         var_NC = (square_NC - mean_NC.square()).clamp_min_(0)
         unbiased_NC = (var_NC * (count_N1 / (count_N1 - 1).clamp_min(1))).float()
         mean_NC, var_NC = mean_NC.float(), var_NC.float()
-        for (index, _), part, out in zip(parts, x.split(own), y.split(own), strict=True):
+        for (index, _), part, out in zip(parts, split_with_sizes(x, own), split_with_sizes(y, own), strict=True):
             nothing = {"out": out, "save_mean": x.new_empty(0).float(), "save_invstd": x.new_empty(0).float()}
             _norm.out(part, weight, bias, mean_NC[index], var_NC[index], False, 0.0, eps, **nothing)
         ctx.save_for_backward(x, weight, mean_NC, var_NC, count_N1)
@@ -131,7 +143,9 @@ class _Across(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> Any:
         x, weight, mean_NC, var_NC, count_N1 = ctx.saved_tensors
         own, dx, sums = [size for _, size in ctx.parts], [], []
-        for (index, _), part, d_part in zip(ctx.parts, x.split(own), dy.split(own), strict=True):
+        for (index, _), part, d_part in zip(
+            ctx.parts, split_with_sizes(x, own), split_with_sizes(dy, own), strict=True
+        ):
             fixed = (mean_NC[index], var_NC[index], None, None)
             d_x, d_w, d_b = _norm_backward(d_part, part, weight, *fixed, False, ctx.eps, [True, True, True])
             dx.append(d_x)
@@ -143,7 +157,7 @@ class _Across(torch.autograd.Function):
         shape, k_NC = (1, -1, *(1 for _ in x.shape[2:])), weight * inverse_NC
         slope_NC = -k_NC * inverse_NC * slope_NC
         shift_NC = -k_NC * shift_NC - slope_NC * mean_NC
-        for (index, _), part, d_x in zip(ctx.parts, x.split(own), dx, strict=True):
+        for (index, _), part, d_x in zip(ctx.parts, split_with_sizes(x, own), dx, strict=True):
             d_x.add_(shift_NC[index].view(shape)).addcmul_(part, slope_NC[index].view(shape))
         d_weight, d_bias = sums_P2C.sum(dim=0).float().chunk(2)
         return torch.cat(dx), d_weight, d_bias, None, None, None, None

@@ -161,15 +161,17 @@ class PlacedNorm(_BatchNorm):
 
     def _by_group(self, x: Tensor) -> Tensor:
         places, own = self.places, (self.weight, self.bias, self.eps)
-        layout = places.layout or Layout.of(0, len(x), len(x), 0)  # nobody has told it: a batch of its own
+        told = places.layout if self.training else None
+        layout = told or Layout.of(0, len(x), len(x), 0)  # a batch of its own
+        y: Tensor
         if layout.across:
-            y, *statistics = across(x, *own, layout.parts, layout.sizes, places.group)
+            y, means, variances = across(x, *own, layout.parts, layout.sizes, places.group)
             share = 1
         else:
-            y, *statistics = within(x, *own, [samples for _, samples in layout.parts])
+            y, means, variances = within(x, *own, [samples for _, samples in layout.parts])
             share = places.group.size
         if self.running_mean is not None and places.observes:
-            self._observe(*statistics, share / len(layout.sizes))
+            self._observe(means, variances, share / len(layout.sizes))
         return y
 
     @torch.no_grad()

@@ -62,6 +62,18 @@ class BackboneConfig(Strict):
     compile: bool = Field(False, description="by torch.compile; the first steps take minutes")
 
 
+class InitConfig(Strict):
+    """What a training begins with; a run that goes on from its checkpoint has that."""
+
+    weights: Path | None = Field(
+        None,
+        description="folder of a run, a checkpoint or an embedder whose backbone's weights are taken; null: random",
+    )
+    which: Literal["trained", "ema"] = Field("trained", description="of a run or checkpoint: or the moving average")
+    centres: Literal["means", "random"] = Field("means", description="new class centres, where weights are taken")
+    samples: int = Field(8, ge=1, le=1024, description="of an identity at most, for the mean of its class")
+
+
 class OptimizerConfig(Strict):
     """Steps of the backbone, inside DeepSpeed; those of the head are `head.optimizer`."""
 
@@ -174,6 +186,7 @@ class Config(Strict):
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     backbone: BackboneConfig = BackboneConfig()
+    init: InitConfig = InitConfig()
     loss: Loss = ArcFace()
     auxiliary: tuple[Loss, ...] = Field((), description="further losses, each times its weight")
     head: HeadConfig = HeadConfig()

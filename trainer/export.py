@@ -1,24 +1,25 @@
-"""From a Checkpoint to an Embedder: a folder with `model.onnx` and `manifest.json`.
+"""From a Checkpoint to an Embedder: a folder with `model.onnx`, `manifest.json` and the backbone's weights.
 
 Axes: B samples, C channels, H and W pixels, D dimensions of the embedding.
 """
 
 import contextlib
 import copy
+import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from onnx import ModelProto
+from safetensors.torch import save_file
 from torch import nn
 
 from trainer.atomic import Kind, fresh_folder
 from trainer.backbones import build
-from trainer.checkpoint import CHECKPOINTS, MANIFEST, latest, open_checkpoint
 from trainer.config import Config, from_tree
 from trainer.data.arrays import Form
 from trainer.data.manifest import Manifest
@@ -29,6 +30,7 @@ from trainer.errors import UserError
 from trainer.objective import embedder_of
 from trainer.run import RunNote
 from trainer.tracking import Tracker
+from trainer.weights import DIGEST, WEIGHTS_FILE, Which, find_checkpoint, of_checkpoint
 
 _EMBEDDER = Kind("an embedder", MODEL_FILE)
 _COMPARED = 16  # samples
@@ -52,28 +54,34 @@ class UnitVectors(nn.Module):
 
 
 def export_run(
-    run: Path, out: Path, *, data: Path | None, overwrite: bool, register: bool, on_trouble: Callable[[str], None]
+    run: Path,
+    out: Path,
+    *,
+    data: Path | None,
+    overwrite: bool,
+    register: bool,
+    on_trouble: Callable[[str], None],
+    which: Which = "trained",
 ) -> EmbedderManifest:
     """Export the newest checkpoint of a run, compare it with torch on the set's samples, and register it in MLflow.
 
     Args:
         run: the run's folder, or that of one checkpoint.
         data: a data set to take the samples from; None: the one that the run was trained on.
+        which: the weights as they were trained, or their moving average.
         on_trouble: called with one sentence when MLflow cannot be used.
 
     Raises:
         UserError: no checkpoint, a data set of other samples than the run's, or as `export`.
     """
-    found = open_checkpoint(run) if (run / MANIFEST).is_file() else latest(run / CHECKPOINTS)
+    found = find_checkpoint(run)
     if found is None:
         raise UserError(f"'{run}' holds no checkpoint; give the run.out of a training run, or train one first")
     config = from_tree(found.manifest.config)
     manifest = Manifest.read(data or config.data.path, config.data.remote_cache)
     form = preprocessing(manifest, config.data)
     backbone = build(config.backbone, *form.shape_CHW)
-    # The backbone's weights and buffers, out of the engine's state.
-    tensors = [(*name.partition("."), tensor) for name, tensor in found.read("backbone.safetensors").items()]
-    weights = {name: tensor for kind, _, name, tensor in tensors if kind in ("weight", "buffer")}
+    weights = of_checkpoint(found, which)
     try:
         backbone.load_state_dict(weights)
     except RuntimeError as error:  # with a list of all shapes
@@ -89,9 +97,11 @@ def export_run(
         "mlflow_run_id": note.mlflow_run_id,
         "tracking_uri": "" if "@" in note.tracking_uri else note.tracking_uri,  # it may hold a password
         "data": manifest.kind,
+        "weights": which,
     }
     model = embedder_of(config, found, backbone)
-    written = export(model, form, out, _samples(manifest, config), provenance, overwrite=overwrite)
+    samples = _samples(manifest, config)
+    written = export(model, form, out, samples, provenance, overwrite=overwrite, weights=weights)
     if register and note.mlflow_run_id:
         with contextlib.closing(Tracker(config.tracking, on_trouble, note.mlflow_run_id)) as tracker:
             tracker.register(out, written.model_id)
@@ -113,6 +123,7 @@ def export(
     provenance: dict[str, str],
     *,
     overwrite: bool = False,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> EmbedderManifest:
     """Write the Embedder folder `out`, whole or not at all, after comparing ONNX Runtime with torch on real samples.
 
@@ -124,6 +135,8 @@ def export(
         images_BCHW: real samples in that form, uint8 or (no images) float32; the outputs are compared on them.
         provenance: where the weights come from; kept in the manifest.
         overwrite: replace an Embedder that is already in `out`.
+        weights: what `init.weights` of a later training reads; kept beside the ONNX file, which has them folded into
+            each other, with their digest in the provenance.
 
     Raises:
         UserError: `out` exists, the samples do not fit the form, or the backbone has no ONNX form.
@@ -133,6 +146,9 @@ def export(
     with fresh_folder(out, _EMBEDDER, overwrite) as folder:
         model = UnitVectors(copy.deepcopy(backbone)).float().cpu().eval()
         onnx = _to_onnx(model, form)
+        if weights is not None:
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
+            provenance = provenance | {DIGEST: hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()}
         manifest = EmbedderManifest(
             model_id=model_id(onnx, form),
             dimension=_check(onnx, model, form, images_BCHW.cpu()),

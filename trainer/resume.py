@@ -89,6 +89,7 @@ RULES = (
         "may change",
         "what is written, and when",
     ),
+    Rule("init.*", "may change", "only a first step begins with other weights"),
     Rule("tracking.* scaling.address", "may change", "who is told, and where the workers run"),
 )
 

@@ -85,9 +85,10 @@ def resolved(config: Config) -> Config:
     mix = tuple(part.model_copy(update={"path": of(part.path)}) for part in config.data.mix)
     cache = config.data.cache_dir and config.data.cache_dir.resolve()
     data = config.data.model_copy(update={"path": of(config.data.path), "mix": mix, "cache_dir": cache})
+    init = config.init.model_copy(update={"weights": config.init.weights and config.init.weights.resolve()})
     run = config.run.model_copy(update={"out": config.run.out.resolve()})
     tracking = config.tracking.model_copy(update={"uri": absolute_uri(config.tracking.uri, Path.cwd())})
-    return config.model_copy(update={"data": data, "run": run, "tracking": tracking})
+    return config.model_copy(update={"data": data, "init": init, "run": run, "tracking": tracking})
 
 
 class _Notes:
@@ -222,6 +223,10 @@ def check(config: Config) -> Manifest:
     check_augment(config.augment, form := preprocessing(manifest, config.data))
     with torch.device("meta"):
         build(config.backbone, *form.shape_CHW)
+    if config.init.weights is not None and not config.init.weights.is_dir():
+        raise UserError(
+            f"init.weights '{config.init.weights}' is no folder; name that of a run, checkpoint or embedder"
+        )
     return manifest
 
 

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from trainer import finetune
 from trainer.backbones import build
 from trainer.checkpoint import CHECKPOINTS, Checkpoint, CheckpointManifest, agreed, check_finite, save, set_aside
 from trainer.config import Config
@@ -63,6 +64,7 @@ def run(config: Config, *, resume: bool, report: Callable[[Record], None], local
     trainer = _Run(config, device, report)
     if resume:
         trainer.resume()
+    trainer.begin()
     try:
         trainer.train()
     except Diverged as error:
@@ -79,7 +81,7 @@ class _Run:
         self.config, self.device, self.report = config, device, report
         self.checkpoints = config.run.out / CHECKPOINTS
         data, seed, self.group = config.data, config.run.seed, (group := Group.current())
-        manifest = Manifest.read(data.path, data.remote_cache)
+        self.manifest = manifest = Manifest.read(data.path, data.remote_cache)
         check_augment(config.augment, form := preprocessing(manifest, data))
         rank, size, cuda = group.rank, group.size, device.type == "cuda"
         self.stream = Stream(manifest, data.train_split, data, rank=rank, world_size=size, seed=seed, pin=cuda)
@@ -193,6 +195,12 @@ class _Run:
         self.objective.load(found)
         self.step = found.step
         self.report(Record("note", text=f"going on from step {found.step} of '{found.folder}'"))
+
+    def begin(self) -> None:
+        """Take over other weights, where the config names some and the run is at its first step. A collective."""
+        if self.step == 0 and self.config.init.weights is not None:
+            text = finetune.begin(self.config, self.manifest, self.engine, self.objective, self.device)
+            self.report(Record("note", text=text))
 
     def _check(self, found: Checkpoint) -> None:
         facts = {IDENTITIES: identities(self.classes, self.class_digest), SHARDS: self.data_digest}

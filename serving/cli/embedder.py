@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -24,6 +24,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest ch
 EmbedderOption = Annotated[Path, typer.Option("--embedder", "-e", help="Folder that `export` wrote.")]
 DataOption = Annotated[Path, typer.Option("--data", "-d", help="Folder that `data import` wrote.")]
 Threads = Annotated[int, typer.Option(help="CPU threads of the model.")]
+Weights = Literal["trained", "ema"]
 
 
 def train(overrides: Overrides = None, config: ConfigOption = None, resume: Resume = False) -> None:
@@ -73,12 +74,13 @@ def export(
     data: Annotated[Path | None, typer.Option(help="Data set for the parity check; default: the run's.")] = None,
     register: Annotated[bool, typer.Option(help="Register it in MLflow with the alias champion.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    weights: Annotated[Weights, typer.Option(help="As they were trained, or their moving average.")] = "trained",
 ) -> None:
     """Write the Embedder (ONNX and manifest) of a checkpoint, and check it against torch on real samples."""
     from trainer.export import export_run
 
     to = to or run / "embedder"
-    manifest = export_run(run, to, data=data, overwrite=overwrite, register=register, on_trouble=warn)
+    manifest = export_run(run, to, data=data, overwrite=overwrite, register=register, on_trouble=warn, which=weights)
     out.print(f"embedder {manifest.model_id}: {manifest.dimension} dimensions, in {to}")
 
 

@@ -5,7 +5,7 @@ the class centres never enter the engine.
 """
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 
 import torch
@@ -72,6 +72,15 @@ class Objective:
     def geometry(self) -> LossGeometry:
         """What all the losses together compare."""
         return reduce(operator.or_, (member.geometry() for member in self._members.values()))
+
+    def begin_at(self, means: Callable[[bool], Tensor]) -> None:
+        """Let class centres begin at the means of their classes. A collective, if `means` is one.
+
+        Args:
+            means: of the classes of this rank, [R, D]; of unit vectors where it is given True.
+        """
+        for member in self._members.values():
+            member.begin_at(means)
 
     def prepare(self, lr: float) -> None:
         """The learning rate of the coming `step`: before each backward, since `head.fused` steps the centres in it."""

@@ -4,7 +4,7 @@ Legend: b samples of this rank, D dimension, C classes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from trainer.losses.triplets import PROJECTION
 from trainer.objective.geometry import ClassCentres, LossGeometry
 from trainer.objective.sharded import BatchLossModule, CentreModule, check_share
 
+_APART = 0.3  # of a further centre of a class at the start, as a share of its length
+
 
 class Member:
     """One loss of the weighted sum: `spec` as the config writes it, and the `module` that computes it on this rank."""
@@ -39,6 +41,9 @@ class Member:
     def geometry(self) -> LossGeometry:
         """What the loss compares."""
         raise NotImplementedError
+
+    def begin_at(self, means: Callable[[bool], Tensor]) -> None:
+        """Before the first step: what stands for a class begins at the mean of its samples."""
 
     def prepare(self, lr: float) -> None:
         """Before the backward: the learning rate of the coming `step`, for what is stepped inside the backward."""
@@ -91,6 +96,17 @@ class HeadMember(Member):
     def set_progress(self, step: int, warmup: float) -> None:
         self.module.set_progress(step, warmup)
 
+    @torch.no_grad()
+    def begin_at(self, means: Callable[[bool], Tensor]) -> None:
+        """Each row takes the direction of its class's mean and keeps its length. Of several centres the further ones
+        stay a little apart: equal ones would never part. A class without a mean keeps its random row."""
+        rows_RKD = self.module.weight.view(len(self.module.rows), self.module.centres, -1)
+        length_RK1 = rows_RKD.float().norm(dim=2, keepdim=True)
+        mean_R1D = functional.normalize(means(True)).to(rows_RKD.device)[:, None]
+        apart_K1 = (torch.arange(self.module.centres, device=rows_RKD.device) > 0).float()[:, None] * _APART
+        found_RKD = functional.normalize(mean_R1D + apart_K1 * rows_RKD, dim=2) * length_RK1
+        rows_RKD.copy_(torch.where((mean_R1D != 0).any(dim=2, keepdim=True), found_RKD, rows_RKD))
+
     def prepare(self, lr: float) -> None:
         self._optimizer.prepare(lr)
 
@@ -136,6 +152,10 @@ class CentreMember(Member):
 
     def geometry(self) -> LossGeometry:
         return LossGeometry(self.spec.on_directions, followed=lambda c: self.module.of(c).double().cpu().numpy())
+
+    def begin_at(self, means: Callable[[bool], Tensor]) -> None:
+        state = self.module.state_dict() | {"centres": means(self.module.spec.unit)}
+        self.module.load_state_dict(state)
 
     def step(self, lr: float) -> None:
         self.module.update()

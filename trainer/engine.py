@@ -10,7 +10,7 @@ and refuse another number of ranks.
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -59,15 +59,16 @@ class Engine:
         place(module, self._places)
         if config.backbone.recompute:
             recompute(module)
-        if config.backbone.channels_last:
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.backbone.compile:
             module.compile()
         self._moments = _MOMENTS[config.optimizer.name]
         self._engine = _initialize(module, config, device)
+        if config.backbone.channels_last and not self._partitioned:  # ZeRO lays weights out itself, one behind another
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._create_moments()
         self._average = Average(module, config.engine.ema_decay) if config.engine.ema_decay else None
         self._held: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.around_forward: AbstractContextManager[object] = nullcontext()  # entered for each forward of the backbone
 
     def __call__(self, images_BCHW: torch.Tensor, step: int = 0) -> torch.Tensor:
         """Embeddings x_BD, always fp32, of float pixels; with bf16 the products run in bf16 over fp32 weights.
@@ -94,7 +95,8 @@ class Engine:
         samples, parts = len(images_bCHW), self._config.engine.accumulate
         self._places.begins = index == 0
         self._places.at((self._group.rank * parts + index) * samples, samples, self._group.size * parts * samples)
-        x_bD: torch.Tensor = self._engine(images_bCHW)
+        with self.around_forward:
+            x_bD: torch.Tensor = self._engine(images_bCHW)
         return x_bD.float()
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -132,6 +134,18 @@ class Engine:
         """Norm of the backbone's gradient before the last step's clipping; None where DeepSpeed does not compute it."""
         norm = self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that this rank holds from its first step on, by what they are for."""
+        optimizer, parameters = self._engine.basic_optimizer, list(self.module.parameters())
+        weights = sum(tensor.nbytes for tensor in (*parameters, *self.module.buffers()))
+        sharded = self._group.size if self._config.engine.zero_stage == 2 else 1
+        stepped = [own for group in optimizer.param_groups for own in group["params"]]
+        masters = sum(own.nbytes for own in stepped) if self._partitioned else 0
+        moments = sum(value.nbytes for own in optimizer.state.values() for value in own.values())
+        average = 0 if self._average is None else self._average.nbytes
+        parts = {"weights": weights, "gradients": sum(p.numel() for p in parameters) * 4 // sharded, "moments": moments}
+        return parts | {"master weights": masters, "moving average": average}
 
     def state(self) -> dict[str, torch.Tensor]:
         """Master weights, moments and buffers in full, by name. A collective: every rank calls it and gets the same."""

@@ -30,6 +30,7 @@ from trainer.config import Config, ScalingConfig, from_tree
 from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.locks import try_lock, within
+from trainer.plan import rehearse
 from trainer.train import Record, run
 
 _POLL_S = 0.3
@@ -64,13 +65,14 @@ class _Board:
         return records
 
 
-def launch(config: Config, resume: bool, on_record: Callable[[Record], None]) -> None:
+def launch(config: Config, resume: bool, on_record: Callable[[Record], None], *, dry: bool = False) -> None:
     """Train on Ray workers; returns when the run is done.
 
     Args:
         config: the resolved tree; its paths must mean the same on every node.
         resume: go on from the newest checkpoint in `config.run.out`.
         on_record: called in this process, from a second thread, with each record of rank 0.
+        dry: only rehearse one step; nothing is left in `config.run.out`.
 
     Raises:
         UserError: what a worker found wrong with the input, or resources that the cluster does not have.
@@ -83,12 +85,21 @@ def launch(config: Config, resume: bool, on_record: Callable[[Record], None]) ->
     _connect(scaling, address)
     try:
         _check_resources(scaling, ray.cluster_resources(), "the cluster")
-        _train(config, resume, on_record)
+        if dry:  # Ray wants a folder that all nodes see
+            with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=_nearest(config.run.out)) as folder:
+                _train(config, resume, on_record, Path(folder), dry)
+        else:
+            _train(config, resume, on_record, config.run.out, dry)
     finally:
         ray.shutdown()
 
 
-def _train(config: Config, resume: bool, on_record: Callable[[Record], None]) -> None:
+def _nearest(folder: Path) -> Path:
+    """The folder, or the first above it that is there."""
+    return next(one for one in (folder, *folder.parents) if one.is_dir())
+
+
+def _train(config: Config, resume: bool, on_record: Callable[[Record], None], storage: Path, dry: bool) -> None:
     scaling, board = config.scaling, ray.remote(num_cpus=0)(_Board).remote()
     resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.use_gpu else {})
     trainer = TorchTrainer(
@@ -98,12 +109,13 @@ def _train(config: Config, resume: bool, on_record: Callable[[Record], None]) ->
             "resume": resume,
             "board": board,
             "token": uuid.uuid4().hex,
+            "dry": dry,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=scaling.workers, use_gpu=scaling.use_gpu, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
-            name="ray", storage_path=str(config.run.out), failure_config=ray.train.FailureConfig(max_failures=0)
+            name="ray", storage_path=str(storage), failure_config=ray.train.FailureConfig(max_failures=0)
         ),
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=1800),
     )
@@ -162,6 +174,9 @@ def _worker(settings: dict[str, Any]) -> None:
             board.put.remote(record)
 
     try:
+        if settings["dry"]:
+            rehearse(config, report, context.get_local_rank())
+            return
         with sole_writer(config.run.out, settings["token"], Group.current()):
             run(config, resume=settings["resume"], report=report, local_rank=context.get_local_rank())
     except UserError as error:

@@ -1,0 +1,66 @@
+"""A rehearsal: one step on each rank, on made-up samples, and what it takes of the memory, part by part."""
+
+import json
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from trainer.config import Config
+from trainer.data.stream import Batch
+from trainer.train import Record, _Run
+from trainer.weights import put, read_weights
+
+
+def rehearse(config: Config, report: Callable[[Record], None], local_rank: int = 0) -> None:
+    """Build what `train.run` builds, check `init.weights`, and do one step; nothing is written. A collective.
+
+    The record has the bytes of each part, of the rank that has most of it. Activations are what the backbone's forward
+    keeps for its backward, each memory once; on a GPU the record has the most that was allocated, too.
+
+    Args:
+        report: gets the table, and the notes of a run's start.
+
+    Raises:
+        UserError: as `train.run`.
+    """
+    device = torch.device("cuda", local_rank) if config.scaling.use_gpu else torch.device("cpu")
+    run = _Run(config, device, report)
+    if config.init.weights is not None:
+        put(read_weights(config.init.weights, config.init.which), run.engine.module, config.init.weights)
+    kept: dict[int, int] = {}
+    run.engine.around_forward = _kept(run, kept)
+    loss = run._step(_made_up(run), 0)["loss"]
+    parts = run.engine.memory() | run.objective.memory() | {"activations": sum(kept.values())}
+    if device.type == "cuda":
+        parts["allocated at most"] = torch.cuda.max_memory_allocated(device)
+    found = [json.loads(text) for text in run.group.gather_text(json.dumps(parts))]
+    most = {name: float(max(one.get(name, 0) for one in found)) for name in parts}
+    report(Record("plan", 1, run.total_steps, most, text=f"loss {float(loss):.4g}"))
+
+
+def _made_up(run: _Run) -> Batch:
+    """Random samples in the data set's form, of random classes that are the same on any number of ranks."""
+    size, group, generator = run.config.data.batch_size, run.group, torch.Generator().manual_seed(0)
+    labels_B = torch.randint(run.stream.split.identities, (size,), generator=generator)
+    rows_b = torch.arange(size).chunk(group.size)[group.rank]
+    images_bCHW = torch.rand(len(rows_b), *run.form.shape_CHW, generator=generator)
+    if run.form.reads == "images":
+        images_bCHW = (images_bCHW * 255).to(torch.uint8)
+    keys = tuple(f"made-up {row}" for row in rows_b.tolist())
+    batch = Batch(images_BCHW=images_bCHW, labels_B=labels_B[rows_b], keys=keys, rows_B=rows_b)
+    return batch.pinned() if run.device.type == "cuda" else batch
+
+
+def _kept(run: _Run, bytes_at: dict[int, int]) -> saved_tensors_hooks:
+    """While it is entered, notes the memory that is kept for the backward, by address; but for the backbone's own."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in run.engine.module.state_dict(keep_vars=True).values()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            bytes_at[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    return saved_tensors_hooks(pack, lambda tensor: tensor)

@@ -91,6 +91,27 @@ def resolved(config: Config) -> Config:
     return config.model_copy(update={"data": data, "init": init, "run": run, "tracking": tracking})
 
 
+def rehearse(config: Config) -> tuple[Config, dict[str, float], list[str]]:
+    """Check a config, and do one step on each of its Ray workers on made-up samples. Nothing is written.
+
+    Returns:
+        The resolved config, the bytes of each part of the memory (`plan.rehearse`), and what a user should read.
+
+    Raises:
+        UserError: as `start`.
+        trainer.launch.TrainingFailed: a worker failed by no fault of the input.
+    """
+    config = resolved(config)
+    check(config)
+    records: list[Record] = []
+
+    from trainer.launch import launch
+
+    launch(config, False, records.append, dry=True)
+    plan = next(record for record in records if record.kind == "plan")
+    return config, plan.values, [record.text for record in records if record.text]
+
+
 class _Notes:
     """`run.json`, written as the run goes: by the thread of the records, and by that of MLflow."""
 

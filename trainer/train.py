@@ -37,7 +37,7 @@ _DROPOUT_PRIME = 1_000_003  # spreads (seed, step, rank) over the generator's se
 class Record:
     """What rank 0 tells the launcher."""
 
-    kind: Literal["start", "step", "metrics", "note", "error"]
+    kind: Literal["start", "step", "metrics", "note", "error", "plan"]
     step: int = 0
     total_steps: int = 0
     values: dict[str, float] = field(default_factory=dict)
@@ -82,7 +82,8 @@ class _Run:
         self.checkpoints = config.run.out / CHECKPOINTS
         data, seed, self.group = config.data, config.run.seed, (group := Group.current())
         self.manifest = manifest = Manifest.read(data.path, data.remote_cache)
-        check_augment(config.augment, form := preprocessing(manifest, data))
+        self.form = form = preprocessing(manifest, data)
+        check_augment(config.augment, form)
         rank, size, cuda = group.rank, group.size, device.type == "cuda"
         self.stream = Stream(manifest, data.train_split, data, rank=rank, world_size=size, seed=seed, pin=cuda)
         split = self.stream.split

@@ -1,7 +1,7 @@
 """`hypersphere train`, `submit`, `export`, `evaluate`, `calibrate`: an Embedder is made, measured, given thresholds."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,6 +12,7 @@ from rich.table import Table
 from serving.cli.terminal import TrainingView, fail, out, progress, warn
 
 if TYPE_CHECKING:
+    from trainer.config import Config
     from trainer.embedder import EmbedderManifest
     from trainer.evaluation.report import Report
 
@@ -21,28 +22,46 @@ Overrides = Annotated[
 ]
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; without it, the defaults.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in run.out.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and do one step on made-up samples.")]
 EmbedderOption = Annotated[Path, typer.Option("--embedder", "-e", help="Folder that `export` wrote.")]
 DataOption = Annotated[Path, typer.Option("--data", "-d", help="Folder that `data import` wrote.")]
 Threads = Annotated[int, typer.Option(help="CPU threads of the model.")]
 Weights = Literal["trained", "ema"]
 
 
-def train(overrides: Overrides = None, config: ConfigOption = None, resume: Resume = False) -> None:
+def train(
+    overrides: Overrides = None, config: ConfigOption = None, resume: Resume = False, dry_run: DryRun = False
+) -> None:
     """Train on Ray workers: on the cluster at `$RAY_ADDRESS` or `scaling.address`, else on this machine.
 
     Example: `hypersphere train --config configs/demo.yaml run.epochs=3 loss=cosface`
     """
     from trainer.config import load
     from trainer.launch import TrainingFailed
-    from trainer.run import start
+    from trainer.run import rehearse, start
 
     try:
+        if dry_run:
+            _show_plan(*rehearse(load(config, overrides)))
+            return
         with TrainingView(out) as view:
             folder = start(load(config, overrides), resume, view.record, warn)
     except TrainingFailed as error:
         fail(str(error), "the training failed")
         raise typer.Exit(1) from error
     out.print(f"checkpoints are in {folder / 'checkpoints'}; next: hypersphere export --run {folder}")
+
+
+def _show_plan(config: "Config", parts: Mapping[str, float], notes: Sequence[str]) -> None:
+    table = Table(title="memory of the worker with most of each part")
+    table.add_column("part")
+    table.add_column("MB", justify="right")
+    for name, size in parts.items():
+        table.add_row(name, f"{size / 1e6:,.1f}")
+    out.print(config.to_yaml(), end="")
+    out.print(table)
+    for note in notes:
+        out.print(note)
 
 
 def submit(

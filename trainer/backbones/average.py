@@ -24,6 +24,10 @@ class Average:
         self._buffers = [name for name, _ in module.named_buffers() if name in self._live]
         self._own = {name: tensor.detach().float().clone() for name, tensor in self._live.items()}
 
+    @property
+    def nbytes(self) -> int:
+        return sum(own.nbytes for own in self._own.values())
+
     @torch.no_grad()
     def update(self) -> None:
         """Take in the values after a step."""

@@ -112,6 +112,12 @@ class Head(nn.Module):
         """Whether Triton's kernels compute; on the device where the head is now."""
         return uses_kernels(self.config.kernels, self.weight.device)
 
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes that the products of a step have left for the next: P where it is stored, a tile of it where not."""
+        buffers = {id(one): one.nbytes for one in (*self._memory.spares.values(), *self._memory.scratches.values())}
+        return sum(buffers.values())
+
     def set_progress(self, step: int, warmup: float = 1.0) -> None:
         """Where the run is: the number of the step, and how far the margin's warmup has come, in [0, 1]."""
         self._step, self._warmup = step, warmup

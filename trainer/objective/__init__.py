@@ -92,6 +92,11 @@ class Objective:
         for member in self._members.values():
             member.step(lr)
 
+    def memory(self) -> dict[str, int]:
+        """Bytes that this rank holds after a step, by what they are for."""
+        parts = [member.memory() for member in self._members.values()]
+        return {name: sum(one.get(name, 0) for one in parts) for part in parts for name in part}
+
     def files(self) -> dict[str, dict[str, Tensor]]:
         """This rank's share of a checkpoint: tensors by name, by file."""
         return {name: tensors for member in self._members.values() for name, tensors in member.files().items()}

@@ -56,6 +56,10 @@ class Member:
         """Further numbers to report, still on the device."""
         return {}
 
+    def memory(self) -> dict[str, int]:
+        """Bytes that this rank holds after a step, by what they are for."""
+        return {"class centres": sum(tensor.nbytes for tensor in self.module.state_dict().values())}
+
     def files(self) -> dict[str, dict[str, Tensor]]:
         """This rank's share of a checkpoint: tensors by name, by file."""
         raise NotImplementedError
@@ -113,6 +117,14 @@ class HeadMember(Member):
     def step(self, lr: float) -> None:
         self._optimizer.step(lr)
         self._optimizer.zero_grad()
+
+    def memory(self) -> dict[str, int]:
+        head = self.module
+        return super().memory() | {
+            "their gradient": head.sink.gradient_RD.nbytes,
+            "their state": sum(tensor.nbytes for tensor in self._optimizer.state_dict().values()),
+            "P and products": head.workspace_bytes,
+        }
 
     def geometry(self) -> LossGeometry:
         return LossGeometry(self.module.margin.on_directions, centres=self._centres)

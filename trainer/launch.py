@@ -17,19 +17,21 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 import torch
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from trainer.board import Board
 from trainer.config import Config, ScalingConfig, from_tree
 from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.locks import try_lock, within
+from trainer.rendezvous import Ranks
 from trainer.train import Record, run
 
 _POLL_S = 0.3
@@ -48,20 +50,6 @@ _ENVIRONMENT = {  # the processes of a cluster started here inherit it
 
 class TrainingFailed(RuntimeError):
     """A worker failed by no fault of the input; the message holds its traceback."""
-
-
-class _Board:
-    """Where rank 0 leaves its records and the launcher picks them up. An actor without a CPU of its own."""
-
-    def __init__(self) -> None:
-        self._records: list[Record] = []
-
-    def put(self, record: Record) -> None:
-        self._records.append(record)
-
-    def take(self) -> list[Record]:
-        records, self._records = self._records, []
-        return records
 
 
 def launch(config: Config, resume: bool, on_record: Callable[[Record], None]) -> None:
@@ -89,9 +77,9 @@ def launch(config: Config, resume: bool, on_record: Callable[[Record], None]) ->
 
 
 def _train(config: Config, resume: bool, on_record: Callable[[Record], None]) -> None:
-    scaling, board = config.scaling, ray.remote(num_cpus=0)(_Board).remote()
+    scaling, board = config.scaling, ray.remote(num_cpus=0)(Board).remote()
     resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.use_gpu else {})
-    trainer = TorchTrainer(
+    trainer = DataParallelTrainer(
         _worker,
         train_loop_config={
             "config": config.model_dump(mode="json"),
@@ -105,7 +93,7 @@ def _train(config: Config, resume: bool, on_record: Callable[[Record], None]) ->
         run_config=ray.train.RunConfig(
             name="ray", storage_path=str(config.run.out), failure_config=ray.train.FailureConfig(max_failures=0)
         ),
-        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=1800),
+        backend_config=Ranks("nccl" if scaling.use_gpu else "gloo", timeout_s=1800),
     )
     try:
         with _records(board, on_record) as errors:
@@ -159,13 +147,13 @@ def _worker(settings: dict[str, Any]) -> None:
 
     def report(record: Record) -> None:
         if context.get_world_rank() == 0 or record.kind == "error":
-            board.put.remote(record)
+            board.put.remote(asdict(record))
 
     try:
         with sole_writer(config.run.out, settings["token"], Group.current()):
             run(config, resume=settings["resume"], report=report, local_rank=context.get_local_rank())
     except UserError as error:
-        ray.get(board.put.remote(Record(kind="error", text=str(error))))
+        ray.get(board.put.remote(asdict(Record(kind="error", text=str(error)))))
         raise
 
 
@@ -223,7 +211,7 @@ def _records(board: Any, on_record: Callable[[Record], None]) -> Iterator[list[s
     stopped = threading.Event()
 
     def drain() -> None:
-        for record in ray.get(board.take.remote()):
+        for record in (Record(**values) for values in ray.get(board.take.remote())):
             if record.kind == "error":
                 errors.append(record.text)
             else:

@@ -58,7 +58,9 @@ def run(config: Config, *, resume: bool, report: Callable[[Record], None], local
         Diverged: the numbers are no longer finite; checkpoints that may be spoilt are set aside.
     """
     device = torch.device("cuda", local_rank) if config.scaling.use_gpu else torch.device("cpu")
-    if device.type == "cpu":
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
         torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     trainer = _Run(config, device, report)
     if resume:

@@ -2,7 +2,7 @@
 
 `launch` runs `train.run` on the workers that the config asks for, on a cluster that is already there or on one started
 here. Rank 0 reports to a small actor; the process that launched reads it, shows progress and writes MLflow, so that the
-workers wait for neither.
+workers wait for neither. What is done about faults is in `supervision`.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,15 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from trainer.board import Board
 from trainer.config import Config, ScalingConfig, from_tree
 from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.locks import try_lock, within
+from trainer.pulse import Wishes
 from trainer.rendezvous import Ranks
+from trainer.supervision import Trainer, heartbeat
 from trainer.train import Record, run
 
 _POLL_S = 0.3
@@ -41,6 +42,8 @@ _WRITER = ".writer"  # in run.out: locked by the rank that writes checkpoints th
 _ENVIRONMENT = {  # the processes of a cluster started here inherit it
     "RAY_USAGE_STATS_ENABLED": "0",  # the report would wait for a network that may not be there
     "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker is noticed so soon
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray's next release does by itself
     # glibc gives large blocks back to the system and faults them in again in every step, a third of a CPU step's time.
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
@@ -52,17 +55,25 @@ class TrainingFailed(RuntimeError):
     """A worker failed by no fault of the input; the message holds its traceback."""
 
 
-def launch(config: Config, resume: bool, on_record: Callable[[Record], None]) -> None:
+class Interrupted(RuntimeError):
+    """The run has ended before its last step, and can go on from its newest checkpoint."""
+
+
+def launch(config: Config, resume: bool, on_record: Callable[[Record], None], stop: threading.Event) -> None:
     """Train on Ray workers; returns when the run is done.
+
+    After a fault Ray Train starts the workers again, and they go on from the newest checkpoint.
 
     Args:
         config: the resolved tree; its paths must mean the same on every node.
         resume: go on from the newest checkpoint in `config.run.out`.
-        on_record: called in this process, from a second thread, with each record of rank 0.
+        on_record: called with each record of rank 0.
+        stop: once it is set, the workers write a checkpoint and end.
 
     Raises:
         UserError: what a worker found wrong with the input, or resources that the cluster does not have.
-        TrainingFailed: anything else went wrong in a worker.
+        Interrupted: after `stop`, or because the cluster has had no room for the workers for `scaling.wait_s`.
+        TrainingFailed: anything else went wrong in a worker, more often than `scaling.max_failures`.
     """
     scaling = config.scaling
     address = scaling.address or os.environ.get("RAY_ADDRESS")
@@ -71,44 +82,59 @@ def launch(config: Config, resume: bool, on_record: Callable[[Record], None]) ->
     _connect(scaling, address)
     try:
         _check_resources(scaling, ray.cluster_resources(), "the cluster")
-        _train(config, resume, on_record)
+        _train(config, resume, on_record, stop)
     finally:
         ray.shutdown()
 
 
-def _train(config: Config, resume: bool, on_record: Callable[[Record], None]) -> None:
-    scaling, board = config.scaling, ray.remote(num_cpus=0)(Board).remote()
+def _train(config: Config, resume: bool, on_record: Callable[[Record], None], stop: threading.Event) -> None:
+    scaling, here = config.scaling, {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+    board = ray.remote(num_cpus=0, label_selector=here)(Board).remote(scaling.stall_s)
     resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.use_gpu else {})
-    trainer = DataParallelTrainer(
+    settings = {"config": config.model_dump(mode="json"), "resume": resume, "board": board, "token": uuid.uuid4().hex}
+    trainer = Trainer(
         _worker,
-        train_loop_config={
-            "config": config.model_dump(mode="json"),
-            "resume": resume,
-            "board": board,
-            "token": uuid.uuid4().hex,
-        },
+        board=board,
+        sizes=config.world_sizes(),
+        train_loop_config=settings,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=scaling.workers, use_gpu=scaling.use_gpu, resources_per_worker=resources
+            num_workers=scaling.workers, use_gpu=scaling.use_gpu, resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=scaling.grow_s,
         ),
         run_config=ray.train.RunConfig(
-            name="ray", storage_path=str(config.run.out), failure_config=ray.train.FailureConfig(max_failures=0)
+            name="ray", storage_path=str(config.run.out),
+            failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures),
         ),
         backend_config=Ranks("nccl" if scaling.use_gpu else "gloo", timeout_s=1800),
-    )
-    try:
-        with _records(board, on_record) as errors:
-            trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        if errors:
-            raise UserError(errors[0]) from error
-        raise TrainingFailed(str(error)) from error
+    )  # fmt: skip
+    training = _Thread(trainer.fit)
+    records = _Records(board, on_record)
+    while training.is_alive():
+        training.join(_POLL_S)
+        silent_s = records.take()
+        if stop.is_set():
+            board.stop.remote()
+            if not records.started:
+                raise Interrupted("stopped before the first step; --resume starts, or goes on")
+        if silent_s > scaling.wait_s and training.is_alive():
+            raise Interrupted(
+                f"the cluster has had no room for {scaling.least} workers for {silent_s:.0f} s, and scaling.wait_s is "
+                f"{scaling.wait_s:g}: when it has, --resume goes on from the newest checkpoint"
+            )
+    records.take()
+    if records.errors:
+        raise UserError(records.errors[0]) from training.error
+    if training.error is not None:
+        raise TrainingFailed(str(training.error)) from training.error
+    if records.stopped is not None:
+        raise Interrupted(f"stopped at step {records.stopped} with a checkpoint, from which --resume goes on")
 
 
 def _connect(scaling: ScalingConfig, address: str | None) -> None:
     """Join the cluster at the address; where there is none, start one on this machine."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    cpus = max(os.cpu_count() or 1, math.ceil(scaling.workers * scaling.cpus_per_worker))
+    cpus = max(os.cpu_count() or 1, math.ceil(scaling.most * scaling.cpus_per_worker))
     # Without "local" Ray would join whatever cluster this machine started last, and refuse num_cpus there.
     own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     where: dict[str, Any] = {"address": address} if address else own
@@ -129,11 +155,11 @@ def _connect(scaling: ScalingConfig, address: str | None) -> None:
 
 def _check_resources(scaling: ScalingConfig, there: Mapping[str, float], where: str) -> None:
     """Ray would wait for ever for workers that do not fit; what a machine or a fixed cluster has is known: say so."""
-    wanted = {"CPU": scaling.workers * scaling.cpus_per_worker, "GPU": scaling.workers * float(scaling.use_gpu)}
+    wanted = {"CPU": scaling.least * scaling.cpus_per_worker, "GPU": scaling.least * float(scaling.use_gpu)}
     for resource, amount in wanted.items():
         if amount > there.get(resource, 0.0):
             raise UserError(
-                f"{scaling.workers} workers want {amount:g} {resource}s, {where} has {there.get(resource, 0):g}; lower "
+                f"{scaling.least} workers want {amount:g} {resource}s, {where} has {there.get(resource, 0):g}; lower "
                 f"scaling.workers{', set scaling.use_gpu=false' if resource == 'GPU' else ''}, or name a cluster that "
                 "has them in scaling.address"
             )
@@ -146,12 +172,14 @@ def _worker(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
 
     def report(record: Record) -> None:
-        if context.get_world_rank() == 0 or record.kind == "error":
+        if context.get_world_rank() == 0:
             board.put.remote(asdict(record))
 
+    wishes, local_rank = Wishes(), context.get_local_rank()
     try:
-        with sole_writer(config.run.out, settings["token"], Group.current()):
-            run(config, resume=settings["resume"], report=report, local_rank=context.get_local_rank())
+        with heartbeat(board, wishes) as again, sole_writer(config.run.out, settings["token"], Group.current()):
+            resume = again or settings["resume"]
+            run(config, resume=resume, report=report, local_rank=local_rank, wishes=wishes)
     except UserError as error:
         ray.get(board.put.remote(asdict(Record(kind="error", text=str(error)))))
         raise
@@ -204,32 +232,48 @@ def _locked(path: Path, token: str, patience_s: float) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _records(board: Any, on_record: Callable[[Record], None]) -> Iterator[list[str]]:
-    """Take records off the board in a thread, and the rest at the end; yields what was wrong with the input."""
-    errors: list[str] = []
-    stopped = threading.Event()
+class _Thread(threading.Thread):
+    """Runs Ray Train, so that the main thread is there for signals."""
 
-    def drain() -> None:
-        for record in (Record(**values) for values in ray.get(board.take.remote())):
+    def __init__(self, work: Callable[[], object]) -> None:
+        super().__init__(name="ray-train", daemon=True)
+        self._work, self.error = work, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._work()
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+            self.error = error
+
+
+class _Records:
+    """Takes records off the board.
+
+    Attributes:
+        errors: what was wrong with the input.
+        started: whether the training has begun.
+        stopped: the step at which the ranks have ended because they were to.
+    """
+
+    def __init__(self, board: Any, on_record: Callable[[Record], None]) -> None:
+        self._board, self._on_record = board, on_record
+        self.errors: list[str] = []
+        self.started = False
+        self.stopped: int | None = None
+
+    def take(self) -> float:
+        """Hand over what has come; for how many seconds no rank has been heard."""
+        values, silent_s = ray.get(self._board.take.remote())
+        for record in (Record(**one) for one in values):
             if record.kind == "error":
-                errors.append(record.text)
+                self.errors.append(record.text)
+            elif record.kind == "stopped":
+                self.stopped = record.step
             else:
-                on_record(record)
-
-    def work() -> None:
-        while not stopped.wait(_POLL_S):
-            drain()
-
-    thread = threading.Thread(target=work, name="records", daemon=True)
-    thread.start()
-    try:
-        yield errors
-    finally:
-        stopped.set()
-        thread.join()
-        with suppress(ray.exceptions.RayError):  # the board may be gone with the cluster, and is not what went wrong
-            drain()
+                self.started = True  # the workers have something to tell
+                self._on_record(record)
+        return float(silent_s)
 
 
 @dataclass(frozen=True)

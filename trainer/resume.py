@@ -79,7 +79,8 @@ RULES = (
         "may change",
         "what is written, and when",
     ),
-    Rule("tracking.* scaling.address", "may change", "who is told, and where the workers run"),
+    Rule("tracking.* scaling.*", "may change", "who is told, where the workers run, and what is done about faults"),
+    Rule("run.on_divergence run.back_off", "may change", "what is done when the loss is not finite"),
 )
 
 

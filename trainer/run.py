@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from pydantic import Field, ValidationError
@@ -122,12 +122,13 @@ def start(config: Config, resume: bool, on_record: Callable[[Record], None], on_
         UserError: config, data or an earlier run do not fit together, another process writes into the run's folder, or
             what `launch` finds wrong.
         trainer.launch.TrainingFailed: a worker failed by no fault of the input.
-        SystemExit: with 143, after SIGTERM.
+        trainer.launch.Interrupted: the run can go on later; also after SIGTERM.
+        SystemExit: with 143, after a second SIGTERM.
     """
     config = resolved(config)
     folder, kind = config.run.out, check(config).kind
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone_in(folder), _ended_by_sigterm():
+    with _alone_in(folder), _stopped_by_sigterm() as stop:
         _refuse_earlier(config, resume)
         write_file(folder / "config.yaml", config.to_yaml())
         notes = _Notes(folder, RunNote.read(folder) if resume else RunNote())
@@ -140,11 +141,18 @@ def start(config: Config, resume: bool, on_record: Callable[[Record], None], on_
         public = _public(config)
         facts = {"data": str(public.data.path), "data_kind": kind}
         tracker.start(public.model_dump(mode="json"), public.to_yaml(), facts)
-        _launch(config, resume, on_record, notes, tracker)
+        _launch(config, resume, on_record, notes, tracker, stop)
     return folder
 
 
-def _launch(config: Config, resume: bool, on_record: Callable[[Record], None], notes: _Notes, tracker: Tracker) -> None:
+def _launch(
+    config: Config,
+    resume: bool,
+    on_record: Callable[[Record], None],
+    notes: _Notes,
+    tracker: Tracker,
+    stop: threading.Event,
+) -> None:
     """Train; however that ends, draw what was measured, and end MLflow's run."""
 
     def dispatch(record: Record) -> None:
@@ -153,16 +161,21 @@ def _launch(config: Config, resume: bool, on_record: Callable[[Record], None], n
             tracker.wake()
         if record.kind == "metrics":
             notes.measured(record.step, record.values)
+        if record.kind == "back":
+            tracker.go_back(record.step)
         if record.kind in ("step", "metrics"):
             tracker.metrics(record.values, record.step, record.time_ms)
 
-    from trainer.launch import launch  # only now: Ray takes seconds to import, and who reads a note does without
+    from trainer.launch import (
+        Interrupted,
+        launch,
+    )  # only now: Ray takes seconds to import; who reads a note does without
 
     status: Status = "FAILED"
     try:
-        launch(config, resume, dispatch)
+        launch(config, resume, dispatch, stop)
         status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, Interrupted):
         status = "KILLED"
         raise
     finally:
@@ -182,23 +195,21 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM raise SystemExit from the block, and Ctrl-C KeyboardInterrupt, where signals can be taken."""
+def _stopped_by_sigterm() -> Iterator[threading.Event]:
+    """Yields what the first SIGTERM sets; a second one raises SystemExit. Only where signals can be taken."""
+    stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield stop
         return
 
-    taken = threading.Event()
-
-    def end(number: int, frame: object) -> NoReturn:
-        taken.set()
-        raise SystemExit(_TERMINATED)
+    def end(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise SystemExit(_TERMINATED)
+        stop.set()
 
     before = signal.signal(signal.SIGTERM, end)
     try:
-        yield
-    except SystemExit as ended:  # Ray changes the code, and raises this at Ctrl-C, too
-        raise SystemExit(_TERMINATED) if taken.is_set() else KeyboardInterrupt from ended
+        yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
 

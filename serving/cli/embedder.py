@@ -1,5 +1,6 @@
 """`hypersphere train`, `submit`, `export`, `evaluate`, `calibrate`: an Embedder is made, measured, given thresholds."""
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -29,10 +30,12 @@ Threads = Annotated[int, typer.Option(help="CPU threads of the model.")]
 def train(overrides: Overrides = None, config: ConfigOption = None, resume: Resume = False) -> None:
     """Train on Ray workers: on the cluster at `$RAY_ADDRESS` or `scaling.address`, else on this machine.
 
+    After SIGTERM it writes a checkpoint and exits with 75: the same command with --resume goes on.
+
     Example: `hypersphere train --config configs/demo.yaml run.epochs=3 loss=cosface`
     """
     from trainer.config import load
-    from trainer.launch import TrainingFailed
+    from trainer.launch import Interrupted, TrainingFailed
     from trainer.run import start
 
     try:
@@ -41,6 +44,9 @@ def train(overrides: Overrides = None, config: ConfigOption = None, resume: Resu
     except TrainingFailed as error:
         fail(str(error), "the training failed")
         raise typer.Exit(1) from error
+    except Interrupted as error:
+        fail(str(error), "not finished")
+        raise typer.Exit(os.EX_TEMPFAIL) from error
     out.print(f"checkpoints are in {folder / 'checkpoints'}; next: hypersphere export --run {folder}")
 
 

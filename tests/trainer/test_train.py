@@ -15,7 +15,8 @@ from trainer.config import Config, from_tree, load
 from trainer.data.importers import ImportOptions
 from trainer.data.importers.run import run_import
 from trainer.errors import Diverged, UserError
-from trainer.train import Record, _dropout_seed, _Watch, run
+from trainer.train import Record, _dropout_seed, run
+from trainer.watch import Watch
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +196,7 @@ def test_a_run_that_diverged_goes_on_with_a_lower_rate(data: Path, tmp_path: Pat
 
 
 def test_the_loss_of_every_step_is_looked_at_one_step_later() -> None:
-    watch = _Watch()
+    watch = Watch()
     watch(torch.tensor(1.0), 1)
     watch(torch.tensor(math.nan), 2)
     with pytest.raises(Diverged, match="the loss at step 2 is nan"):
@@ -206,7 +207,7 @@ def test_the_loss_of_every_step_is_looked_at_one_step_later() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 def test_looking_at_the_loss_does_not_make_a_gpu_wait() -> None:
-    watch, loss = _Watch(), torch.ones((), device="cuda")
+    watch, loss = Watch(), torch.ones((), device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(1, 4):

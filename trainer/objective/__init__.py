@@ -83,6 +83,10 @@ class Objective:
         for member in self._members.values():
             member.step(lr)
 
+    def buffers(self) -> list[Tensor]:
+        """What the losses keep beside what they learn, such as running means, and change in the forward."""
+        return [buffer for member in self._members.values() for buffer in member.module.buffers()]
+
     def files(self) -> dict[str, dict[str, Tensor]]:
         """This rank's share of a checkpoint: tensors by name, by file."""
         return {name: tensors for member in self._members.values() for name, tensors in member.files().items()}

@@ -15,7 +15,8 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train.v2._internal.callbacks import DatasetsCallback, PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision

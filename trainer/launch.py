@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -296,17 +296,21 @@ class Job:
         return str(status.value)
 
 
-def submit(address: str, config: Config, command: str, resume: bool) -> Job:
+def submit(address: str, config: Config, command: str, resume: bool, env: Sequence[str] = ()) -> Job:
     """Send a training run to a cluster through Ray Jobs.
 
     Args:
         address: of the cluster's dashboard, http://HEAD:8265.
         config: the resolved tree, sent along as a file.
         command: the program on the cluster that runs it, usually `hypersphere`.
+        env: names of variables of this process that the job and its workers get, such as a bucket's credentials. Ray
+            shows them to whoever may ask it about the job.
 
     Raises:
-        UserError: nothing answers at the address.
+        UserError: nothing answers at the address, or a variable is not set.
     """
+    if missing := [name for name in env if name not in os.environ]:
+        raise UserError(f"--env {missing[0]}: the variable is not set here; set it, or leave --env out")
     from ray.job_submission import JobSubmissionClient  # the workers, which import this file too, do without
 
     words = [command, "train", "--config", "config.yaml", *(["--resume"] if resume else [])]
@@ -316,7 +320,7 @@ def submit(address: str, config: Config, command: str, resume: bool) -> Job:
             client = JobSubmissionClient(address)
             identity = client.submit_job(
                 entrypoint=shlex.join(words),
-                runtime_env={"working_dir": folder},
+                runtime_env={"working_dir": folder, "env_vars": {name: os.environ[name] for name in env}},
                 metadata={"project": "hypersphere", "experiment": config.tracking.experiment},
             )
         except (ConnectionError, RuntimeError, ValueError) as error:

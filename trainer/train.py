@@ -97,6 +97,7 @@ class _Run:
     def __init__(self, config: Config, device: torch.device, report: Callable[[Record], None], wishes: Wishes) -> None:
         self.config, self.device, self.report, self.wishes = config, device, report, wishes
         self.checkpoints = config.run.out / CHECKPOINTS
+        PULSE.at("reading the data set")
         data, seed, self.group = config.data, config.run.seed, (group := Group.current())
         manifest = Manifest.read(data.path, data.remote_cache)
         check_augment(config.augment, form := preprocessing(manifest, data))
@@ -109,9 +110,11 @@ class _Run:
         turns = 4 if config.augment.quarter_turns else 1
         self.classes = turns * split.identities
         self.class_digest, self.data_digest = split.class_digest, data_digest(split)
+        PULSE.at("building the network")
         torch.manual_seed(config.run.torch_seed)
         backbone = build(config.backbone, *form.shape_CHW).to(device)
         self.engine = Engine(backbone, config, device)
+        PULSE.at("making the class centres")
         counts = torch.from_numpy(np.tile(split.classes.counts(), turns))
         self.objective = Objective(config, self.classes, counts, device)
         steps = config.run.epochs * self.stream.steps_per_epoch
@@ -245,6 +248,7 @@ class _Run:
 
     def resume(self) -> None:
         """Go on from the newest checkpoint; a run that has none starts from its first step. A collective."""
+        PULSE.at("reading the checkpoint")
         found = agreed(self.checkpoints, self.group)
         if found is None:
             self.report(Record("note", text=f"no checkpoint in '{self.config.run.out}' yet: starting at step 0"))

@@ -10,6 +10,7 @@ import math
 import resource
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from trainer.backbones import build
-from trainer.checkpoint import CHECKPOINTS, Checkpoint, CheckpointManifest, agreed, check_finite, save, set_aside
+from trainer.checkpoint import CHECKPOINTS, Best, Checkpoint, CheckpointManifest, Saver, check_finite, go_on, set_aside
 from trainer.config import Config
 from trainer.data.augment import Augment, check_augment
 from trainer.data.manifest import Manifest
@@ -28,6 +29,7 @@ from trainer.errors import Diverged, UserError
 from trainer.monitor import Monitor
 from trainer.objective import Objective
 from trainer.resume import IDENTITIES, SHARDS, changes, data_digest, identities
+from trainer.storage import Folder
 
 _DROPOUT_PRIME = 1_000_003  # spreads (seed, step, rank) over the generator's seeds
 
@@ -61,15 +63,19 @@ def run(config: Config, *, resume: bool, report: Callable[[Record], None], local
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     trainer = _Run(config, device, report)
-    if resume:
-        trainer.resume()
     try:
+        if resume:
+            trainer.resume()
         trainer.train()
     except Diverged as error:
+        with suppress(UserError):  # the first one counts
+            trainer.saver.finish()
         good = set_aside(trainer.checkpoints, trainer.step, trainer.group)
         remedy = f"lower optimizer.lr (now {config.optimizer.lr:g}), lengthen schedule.warmup_steps or set"
         more = f"{remedy} engine.gradient_clipping, and --resume, which goes on from step {good}"
         raise Diverged(f"{error}; {more}") from error
+    finally:
+        trainer.saver.close()
 
 
 class _Run:
@@ -77,7 +83,7 @@ class _Run:
 
     def __init__(self, config: Config, device: torch.device, report: Callable[[Record], None]) -> None:
         self.config, self.device, self.report = config, device, report
-        self.checkpoints = config.run.out / CHECKPOINTS
+        self.checkpoints = Folder.at(config.run.out) / CHECKPOINTS
         data, seed, self.group = config.data, config.run.seed, (group := Group.current())
         manifest = Manifest.read(data.path, data.remote_cache)
         check_augment(config.augment, form := preprocessing(manifest, data))
@@ -99,6 +105,8 @@ class _Run:
         self.total_steps = min(steps, config.run.max_steps or steps)
         self.step = 0
         self.watch = _Watch()
+        self.best = Best(config.run.keep_best, self.monitor.ranking)
+        self.saver, self.saved = Saver(self.checkpoints, config.run.keep_checkpoints, group), -1
 
     def train(self) -> None:
         """Every step that is left, with evaluations and checkpoints where the config wants them."""
@@ -112,6 +120,7 @@ class _Run:
                 meter.samples += int((batch.labels_B >= 0).sum()) * self.group.size
                 self.step += 1
                 self.watch(losses["loss"], self.step)
+                self.saver.look()
                 if self.step % config.run.log_every == 0 or self.step == self.total_steps:
                     self._report_step(losses, meter)
                 if config.run.checkpoint_every and self.step % config.run.checkpoint_every == 0:
@@ -120,8 +129,9 @@ class _Run:
                     break
             self._after_epoch(epoch)
             meter.restart()
-        if not config.run.checkpoint_every or self.step % config.run.checkpoint_every:
+        if self.saved != self.step:
             self.save()
+        self.saver.finish()
 
     def _step(self, batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
         """One update of backbone and head; the losses of the global batch, still on the device."""
@@ -164,13 +174,15 @@ class _Run:
         check_finite(self.step, {"the backbone": self.engine.module.state_dict()}, self.group)  # else it embeds nothing
         values = self.monitor(self.engine.module, self.objective, self.device)
         self.report(Record("metrics", self.step, self.total_steps, values))
+        if self.best(values):
+            if self.saved != self.step:
+                self.save()
+            self.saver.mark_best(self.step, self.best.metric, values[self.best.metric])
 
     def save(self) -> None:
-        """Write a checkpoint of this step, if it is sound. A collective."""
+        """Begin to write a checkpoint of this step, if it is sound. A collective."""
         self.watch.look()
         average_buffers(self.engine.module, self.group)
-        backbone = self.engine.state()
-        files = self.objective.files() | ({"backbone.safetensors": backbone} if self.group.rank == 0 else {})
         manifest = CheckpointManifest(
             step=self.step,
             world_size=self.group.size,
@@ -180,19 +192,23 @@ class _Run:
             config=self.config.model_dump(mode="json"),
             files={},
         )
-        save(self.checkpoints, manifest, files, self.config.run.keep_checkpoints, self.group)
+        self.saver.save(manifest, self.objective.files(), self.engine.tensors())
+        self.saved = self.step
 
     def resume(self) -> None:
         """Go on from the newest checkpoint; a run that has none starts from its first step. A collective."""
-        found = agreed(self.checkpoints, self.group)
+        found = go_on(self.checkpoints, self.group, self._load, lambda text: self.report(Record("note", text=text)))
         if found is None:
-            self.report(Record("note", text=f"no checkpoint in '{self.config.run.out}' yet: starting at step 0"))
+            self.report(Record("note", text=f"no checkpoint in '{self.checkpoints}' yet: starting at step 0"))
             return
-        self._check(found)
-        self.engine.load_state(found.read("backbone.safetensors"))
-        self.objective.load(found)
-        self.step = found.step
+        self.step = self.saved = found.step
+        self.best.resume(self.checkpoints, found.step, self.group)
         self.report(Record("note", text=f"going on from step {found.step} of '{found.folder}'"))
+
+    def _load(self, found: Checkpoint) -> None:
+        self._check(found)
+        self.engine.load_state(found.parts("backbone"))
+        self.objective.load(found)
 
     def _check(self, found: Checkpoint) -> None:
         facts = {IDENTITIES: identities(self.classes, self.class_digest), SHARDS: self.data_digest}

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 _TRACE = "TRAIN_START_TRACE"
-_HOOK = '''
+_HOOK = """
 import importlib.abc, os, sys, time
 def note(what):
     with open(os.environ["TRAIN_START_TRACE"], "a") as file:
@@ -35,7 +35,7 @@ if "TRAIN_START_TRACE" in os.environ:
     command = open("/proc/self/cmdline").read()
     note("worker" if "default_worker.py" in command else "process")
     sys.meta_path.insert(0, Watch())
-'''
+"""
 
 
 def measure(project: Path, config: Path, out: Path) -> dict[str, float]:
@@ -47,7 +47,11 @@ def measure(project: Path, config: Path, out: Path) -> dict[str, float]:
         words = ["train", "--config", str(config), f"run.out={out}", "run.max_steps=10", "run.log_every=1"]
         started = time.time()
         with subprocess.Popen(
-            [sys.executable, "-m", "serving.cli", *words], stdout=subprocess.PIPE, text=True, env=environment, cwd=project
+            [sys.executable, "-m", "serving.cli", *words],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=project,
         ) as command:
             assert command.stdout
             first = next((line for line in command.stdout if line.startswith("step ") and "loss" in line), None)

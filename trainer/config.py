@@ -16,13 +16,15 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from trainer.data.augment import AugmentConfig
-from trainer.data.remote import is_remote, shown
+from trainer.data.remote import shown
+from trainer.data.store import Address
 from trainer.data.stream import DataConfig
 from trainer.errors import UserError
 from trainer.head.settings import HeadConfig
 from trainer.losses import LOSSES, by_name
 from trainer.losses.base import LossSpec
 from trainer.losses.margins.cosine import ArcFace
+from trainer.storage import Folder
 from trainer.strict import Strict
 from trainer.tracking import TrackingConfig
 
@@ -141,7 +143,10 @@ class ScalingConfig(Strict):
 class RunConfig(Strict):
     """Length of the run, and what is written when."""
 
-    out: Path = Field(Path("runs/default"), description="folder of checkpoints and of the resolved config")
+    out: Address = Field(
+        Path("runs/default"),
+        description="folder of checkpoints and of the resolved config, or an address such as s3://bucket/run",
+    )
     epochs: int = Field(20, ge=1)
     max_steps: int | None = Field(None, ge=1, description="stop earlier, after so many steps; the schedules end there")
     seed: int = Field(0, ge=0, lt=2**63)
@@ -149,7 +154,10 @@ class RunConfig(Strict):
     eval_every: int = Field(1, ge=0, description="epochs between evaluations on the validation split; 0: never")
     collapse: bool = Field(False, description="neural collapse at each evaluation, on up to 512 training identities")
     checkpoint_every: int = Field(1000, ge=0, description="steps; 0: only at the end")
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="the newest so many stay, besides known-good ones")
+    keep_best: str | None = Field(
+        None, description="metric of the evaluation, such as val/rank1, whose best checkpoint stays, too"
+    )
     on_divergence: Literal["stop", "skip", "back_off"] = Field(
         "stop",
         description="when a loss is not finite: skip leaves the batch out, and has to wait for a GPU in each step; "
@@ -157,14 +165,12 @@ class RunConfig(Strict):
     )
     back_off: float = Field(0.5, gt=0, lt=1, description="factor of the learning rate whenever it goes back")
 
-    @field_validator("out", mode="before")
+    @field_validator("out", mode="after")
     @classmethod
-    def _a_folder(cls, value: Any) -> Any:
-        if isinstance(value, str | Path) and is_remote(value):
-            raise ValueError(
-                f"'{shown(value)}' is an address, and a run is written to a folder; name a folder that every node sees"
-            )
-        return value
+    def _a_folder(cls, value: Path | str) -> Path | str:
+        if isinstance(value, str) and (value.startswith("http") or "?" in value):
+            raise ValueError(f"'{shown(value)}' cannot be written to; name a folder, or s3:// or gs://")
+        return Folder.at(value).address
 
     @property
     def torch_seed(self) -> int:

@@ -8,12 +8,12 @@ with `run.on_divergence=skip`), so there are up to two.
 import json
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Literal
 
 from trainer.config import Config
 from trainer.distributed import Group
 from trainer.errors import Diverged
+from trainer.storage import Folder
 
 RECORD = "diverged.jsonl"
 _MOST_SKIPPED = 10  # batches one after the other: then it is not they that are bad
@@ -28,7 +28,7 @@ class Divergence:
     """
 
     def __init__(self, config: Config, group: Group) -> None:
-        self._config, self._group, self._path = config.run, group, config.run.out / RECORD
+        self._config, self._group, self._folder = config.run, group, Folder.at(config.run.out)
         self._batches: deque[tuple[int, Sequence[str]]] = deque(maxlen=2)
         self._skipped = 0
         told = json.dumps(self._back_offs()) if group.rank == 0 else ""
@@ -72,17 +72,15 @@ class Divergence:
         for number, own in (batch for part in parts for batch in part):
             keys.setdefault(number, []).extend(key for key in own if key)
         line = {"step": step, "error": str(error), "action": action, "rate": self.rate, "keys": keys}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._folder.write(RECORD, self._text() + json.dumps(line) + "\n")
+
+    def _text(self) -> str:
+        try:
+            return self._folder.read(RECORD).decode()
+        except FileNotFoundError:
+            return ""
 
     def _back_offs(self) -> list[float]:
         """The rates of the times that the run went back."""
-        rates = []
-        text = self._path.read_text() if self._path.is_file() else ""
-        for line in text.splitlines():
-            with suppress(ValueError, KeyError, TypeError):  # the process died while it wrote this one
-                entry = json.loads(line)
-                if entry["action"] == "back_off":
-                    rates.append(float(entry["rate"]))
-        return rates
+        entries = [json.loads(line) for line in self._text().splitlines()]
+        return [float(entry["rate"]) for entry in entries if entry["action"] == "back_off"]

@@ -10,6 +10,7 @@ and refuse another number of ranks.
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -65,21 +66,25 @@ class Engine:
         return None if norm is None else float(norm)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Master weights, moments and buffers in full, by name. A collective: every rank calls it and gets the same."""
+        """A copy of `tensors`."""
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors()}
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Master weights, moments and buffers in full, by name; what ZeRO has partitioned is put together one tensor at
+        a time. A collective: every rank takes all of them, and gets the same."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        state = {f"buffer.{name}": buffer for name, buffer in self.module.named_buffers()}
+        yield from ((f"buffer.{name}", buffer) for name, buffer in self.module.named_buffers())
         for name, parameter in self.module.named_parameters():
             if self._partitioned:
-                moments = {key: safe_get_full_optimizer_state(parameter, key) for key in self._moments}
-                state[f"weight.{name}"] = safe_get_full_fp32_param(parameter)
+                yield f"weight.{name}", safe_get_full_fp32_param(parameter)
+                yield from ((f"{key}.{name}", safe_get_full_optimizer_state(parameter, key)) for key in self._moments)
             else:
-                moments = {key: self._engine.optimizer.state[parameter][key] for key in self._moments}
-                state[f"weight.{name}"] = parameter
-            state |= {f"{key}.{name}": value for key, value in moments.items()}
+                yield f"weight.{name}", parameter
+                own = self._engine.optimizer.state[parameter]
+                yield from ((f"{key}.{name}", own[key]) for key in self._moments)
         steps = [int(own["step"]) for own in self._engine.basic_optimizer.state.values() if "step" in own]
-        state[_STEP_KEY] = torch.tensor(max(steps, default=0))
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+        yield _STEP_KEY, torch.tensor(max(steps, default=0))
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Continue from what `state` returned, at any number of ranks.

@@ -18,16 +18,27 @@ from torch import nn
 
 from trainer.atomic import Kind, fresh_folder
 from trainer.backbones import build
-from trainer.checkpoint import CHECKPOINTS, MANIFEST, latest, open_checkpoint
+from trainer.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint, go_on, open_checkpoint
 from trainer.config import Config, from_tree
 from trainer.data.arrays import Form
 from trainer.data.manifest import Manifest
 from trainer.data.remote import shown
 from trainer.data.stream import Stream, preprocessing
-from trainer.embedder import MODEL_FILE, OUTPUT, EmbedderManifest, input_of, model_id, open_session, write_manifest
+from trainer.distributed import Group
+from trainer.embedder import (
+    MANIFEST_FILE,
+    MODEL_FILE,
+    OUTPUT,
+    EmbedderManifest,
+    input_of,
+    model_id,
+    open_session,
+    write_manifest,
+)
 from trainer.errors import UserError
 from trainer.objective import embedder_of
 from trainer.run import RunNote
+from trainer.storage import Folder, written_here
 from trainer.tracking import Tracker
 
 _EMBEDDER = Kind("an embedder", MODEL_FILE)
@@ -52,35 +63,31 @@ class UnitVectors(nn.Module):
 
 
 def export_run(
-    run: Path, out: Path, *, data: Path | None, overwrite: bool, register: bool, on_trouble: Callable[[str], None]
+    run: Path | str,
+    out: Path | str,
+    *,
+    data: Path | str | None,
+    overwrite: bool,
+    register: bool,
+    on_trouble: Callable[[str], None],
 ) -> EmbedderManifest:
     """Export the newest checkpoint of a run, compare it with torch on the set's samples, and register it in MLflow.
 
     Args:
-        run: the run's folder, or that of one checkpoint.
+        run: the run's folder, or that of one checkpoint; or its address.
+        out: a folder or an address.
         data: a data set to take the samples from; None: the one that the run was trained on.
-        on_trouble: called with one sentence when MLflow cannot be used.
+        on_trouble: called with one sentence when MLflow cannot be used, and for a damaged checkpoint that is passed
+            over.
 
     Raises:
         UserError: no checkpoint, a data set of other samples than the run's, or as `export`.
     """
-    found = open_checkpoint(run) if (run / MANIFEST).is_file() else latest(run / CHECKPOINTS)
-    if found is None:
-        raise UserError(f"'{run}' holds no checkpoint; give the run.out of a training run, or train one first")
+    found, state = _newest(Folder.at(run), on_trouble)
     config = from_tree(found.manifest.config)
     manifest = Manifest.read(data or config.data.path, config.data.remote_cache)
     form = preprocessing(manifest, config.data)
-    backbone = build(config.backbone, *form.shape_CHW)
-    # The backbone's weights and buffers, out of the engine's state.
-    tensors = [(*name.partition("."), tensor) for name, tensor in found.read("backbone.safetensors").items()]
-    weights = {name: tensor for kind, _, name, tensor in tensors if kind in ("weight", "buffer")}
-    try:
-        backbone.load_state_dict(weights)
-    except RuntimeError as error:  # with a list of all shapes
-        raise UserError(
-            f"the model in '{found.folder}' does not read the {manifest.holds} at '{shown(data or config.data.path)}'; "
-            "give a data set like the one that it was trained on"
-        ) from error
+    model = embedder_of(config, found, _backbone(config, found, state, form, manifest, data))
     note = RunNote.read(config.run.out)
     provenance = {
         "checkpoint_step": str(found.step),
@@ -90,12 +97,57 @@ def export_run(
         "tracking_uri": "" if "@" in note.tracking_uri else note.tracking_uri,  # it may hold a password
         "data": manifest.kind,
     }
-    model = embedder_of(config, found, backbone)
-    written = export(model, form, out, _samples(manifest, config), provenance, overwrite=overwrite)
-    if register and note.mlflow_run_id:
-        with contextlib.closing(Tracker(config.tracking, on_trouble, note.mlflow_run_id)) as tracker:
-            tracker.register(out, written.model_id)
+    place = Folder.at(out)
+    _check_free(place, overwrite)
+    with written_here(place, MANIFEST_FILE) as here:
+        written = export(model, form, here, _samples(manifest, config), provenance, overwrite=overwrite)
+        if register and note.mlflow_run_id:
+            with contextlib.closing(Tracker(config.tracking, on_trouble, note.mlflow_run_id)) as tracker:
+                tracker.register(here, written.model_id)
     return written
+
+
+def _newest(run: Folder, on_trouble: Callable[[str], None]) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
+    """The newest checkpoint that can be read, or the one that `run` is; and the backbone's state in it."""
+    if MANIFEST in run.sizes():
+        found = open_checkpoint(run)
+        return found, found.parts("backbone")
+    states: list[dict[str, torch.Tensor]] = []
+    newest = go_on(run / CHECKPOINTS, Group(), lambda found: states.append(found.parts("backbone")), on_trouble)
+    if newest is None:
+        raise UserError(f"'{run}' holds no checkpoint; give the run.out of a training run, or train one first")
+    return newest, states[-1]
+
+
+def _backbone(
+    config: Config,
+    found: Checkpoint,
+    state: dict[str, torch.Tensor],
+    form: Form,
+    manifest: Manifest,
+    data: Path | str | None,
+) -> nn.Module:
+    """The backbone with its weights and buffers, out of the engine's state."""
+    backbone = build(config.backbone, *form.shape_CHW)
+    tensors = [(*name.partition("."), tensor) for name, tensor in state.items()]
+    weights = {name: tensor for kind, _, name, tensor in tensors if kind in ("weight", "buffer")}
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:  # with a list of all shapes
+        raise UserError(
+            f"the model in '{found.folder}' does not read the {manifest.holds} at '{shown(data or config.data.path)}'; "
+            "give a data set like the one that it was trained on"
+        ) from error
+    return backbone
+
+
+def _check_free(out: Folder, overwrite: bool) -> None:
+    """As `fresh_folder` does it on a disk."""
+    names = {} if isinstance(out.address, Path) else out.sizes()
+    if names and MODEL_FILE not in names:
+        raise UserError(f"'{out}' holds other files and is not an embedder; choose a new address with --out")
+    if names and not overwrite:
+        raise UserError(f"'{out}' is an embedder already; choose another --out, or replace it with --overwrite")
 
 
 def _samples(manifest: Manifest, config: Config) -> torch.Tensor:

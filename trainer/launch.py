@@ -6,9 +6,11 @@ workers wait for neither. What is done about faults is in `supervision`.
 """
 
 import asyncio
+import atexit
 import math
 import os
 import shlex
+import shutil
 import signal
 import socket
 import tempfile
@@ -29,9 +31,11 @@ from trainer.board import Board
 from trainer.config import Config, ScalingConfig, from_tree
 from trainer.distributed import Group
 from trainer.errors import UserError
-from trainer.locks import try_lock, within
+from trainer.lease import held, token_in
+from trainer.locks import within
 from trainer.pulse import Wishes
 from trainer.rendezvous import Ranks
+from trainer.storage import Folder
 from trainer.supervision import Trainer, heartbeat
 from trainer.train import Record, run
 
@@ -102,7 +106,7 @@ def _train(config: Config, resume: bool, on_record: Callable[[Record], None], st
             elastic_resize_monitor_interval_s=scaling.grow_s,
         ),
         run_config=ray.train.RunConfig(
-            name="ray", storage_path=str(config.run.out),
+            name="ray", storage_path=_rays_folder(config),
             failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures),
         ),
         backend_config=Ranks("nccl" if scaling.use_gpu else "gloo", timeout_s=1800),
@@ -128,6 +132,16 @@ def _train(config: Config, resume: bool, on_record: Callable[[Record], None], st
         raise TrainingFailed(str(training.error)) from training.error
     if records.stopped is not None:
         raise Interrupted(f"stopped at step {records.stopped} with a checkpoint, from which --resume goes on")
+
+
+def _rays_folder(config: Config) -> str:
+    """Where Ray keeps what it knows of the run. Nothing of it is needed to go on, so a run.out in a bucket, for which
+    Ray would want credentials in a way of its own, gets one of this machine."""
+    if isinstance(config.run.out, Path):
+        return str(config.run.out)
+    folder = tempfile.mkdtemp(prefix="hypersphere-ray-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _connect(scaling: ScalingConfig, address: str | None) -> None:
@@ -177,7 +191,10 @@ def _worker(settings: dict[str, Any]) -> None:
 
     wishes, local_rank = Wishes(), context.get_local_rank()
     try:
-        with heartbeat(board, wishes) as again, sole_writer(config.run.out, settings["token"], Group.current()):
+        with (
+            heartbeat(board, wishes) as again,
+            sole_writer(Folder.at(config.run.out), settings["token"], Group.current()),
+        ):
             resume = again or settings["resume"]
             run(config, resume=resume, report=report, local_rank=local_rank, wishes=wishes)
     except UserError as error:
@@ -186,11 +203,10 @@ def _worker(settings: dict[str, Any]) -> None:
 
 
 @contextmanager
-def sole_writer(folder: Path, token: str, group: Group, patience_s: float = _SIGHT_S) -> Iterator[None]:
+def sole_writer(folder: Folder, token: str, group: Group, patience_s: float = _SIGHT_S) -> Iterator[None]:
     """Hold a run's folder for the ranks of `group` while the block runs. A collective: two barriers.
 
-    Rank 0 locks a file there, which the system unlocks when that process ends, and writes the token into it; the others
-    look for it.
+    Rank 0 holds a file there and writes the token into it; the others look for it.
 
     Args:
         token: the same on every rank, and no other group's.
@@ -199,36 +215,21 @@ def sole_writer(folder: Path, token: str, group: Group, patience_s: float = _SIG
     Raises:
         UserError: the folder cannot be written, is not shared with this rank, or another run writes there.
     """
-    path, here = folder / _WRITER, f"rank {group.rank} on {socket.gethostname()}"
-    with ExitStack() as held:
+    here = f"rank {group.rank} on {socket.gethostname()}"
+    with ExitStack() as stack:
         if group.rank == 0:
             try:
-                held.enter_context(_locked(path, token, patience_s))
+                stack.enter_context(held(folder, _WRITER, token, patience_s))
             except OSError as error:
                 reason = f"{here} cannot write into run.out '{folder}': {error.strerror}"
                 raise UserError(f"{reason}; choose a folder that every node can write") from error
         group.barrier()
-        if not within(patience_s, lambda: path.is_file() and path.read_text() == token):
+        if not within(patience_s, lambda: token_in(folder, _WRITER) == token):
             raise UserError(
                 f"{here} does not see in run.out '{folder}' what rank 0 writes there; choose a folder that all nodes "
                 "share, or train on one node"
             )
         group.barrier()
-        yield
-
-
-@contextmanager
-def _locked(path: Path, token: str, patience_s: float) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:  # for writing: network file systems lock nothing else
-        if not within(patience_s, lambda: try_lock(file)):
-            raise UserError(
-                f"another run is writing into '{path.parent}' now; wait for its end, or choose another run.out"
-            )
-        file.truncate(0)
-        file.write(token.encode())
-        file.flush()
-        os.fsync(file.fileno())
         yield
 
 

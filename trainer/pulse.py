@@ -6,6 +6,7 @@ There is one in a process, since there is one training; keeping it costs a micro
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from threading import get_ident
 from typing import Concatenate, ParamSpec, TypeVar
 
 Owner = TypeVar("Owner")
@@ -17,7 +18,7 @@ P = ParamSpec("P")
 class Pulse:
     """Attributes:
     step: the step that is being computed.
-    phase: what of it, such as "backward".
+    phase: what of it, such as "backward"; said by the thread that trains.
     collective: the message to the other ranks that it waits for; "" for none.
     moves: grows with every change of these.
     """
@@ -26,10 +27,11 @@ class Pulse:
     phase: str = "starting"
     collective: str = ""
     moves: int = 0
+    thread: int = 0
 
     def at(self, phase: str, step: int | None = None) -> None:
         """Say what is done from now on."""
-        self.phase, self.moves = phase, self.moves + 1
+        self.phase, self.moves, self.thread = phase, self.moves + 1, get_ident()
         if step is not None:
             self.step = step
 
@@ -59,8 +61,10 @@ def collective(method: Callable[Concatenate[Owner, P], Result]) -> Callable[Conc
 
     @wraps(method)
     def told(self: Owner, /, *args: P.args, **kwargs: P.kwargs) -> Result:
-        before, PULSE.collective = PULSE.collective, method.__name__
         PULSE.moves += 1
+        if PULSE.thread != get_ident():  # one that writes a checkpoint meanwhile
+            return method(self, *args, **kwargs)
+        before, PULSE.collective = PULSE.collective, method.__name__
         try:
             return method(self, *args, **kwargs)
         finally:

@@ -3,14 +3,17 @@
 run.out/  config.yaml          the resolved config
           checkpoints/         step-00001000/, ...
           run.json             the MLflow run, so that later commands add to it, and what each evaluation measured
-          tracking/            what MLflow has still to take
+          tracking/            what MLflow has still to take; of a run.out in a bucket, in `~/.local/state/hypersphere`
           .lock, .writer       held by the launching process, and by the rank that writes the checkpoints
           neural_collapse.png  the course of its measures over the run
           embedder/            what `export` makes of it
 """
 
+import hashlib
+import os
 import signal
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import isfinite
@@ -21,21 +24,21 @@ import torch
 from pydantic import Field, ValidationError
 from torch.overrides import TorchFunctionMode
 
-from trainer.atomic import write_file
 from trainer.backbones import build
-from trainer.checkpoint import CHECKPOINTS, latest
+from trainer.checkpoint import CHECKPOINTS, Shelf
 from trainer.config import Config
 from trainer.data.augment import check_augment
 from trainer.data.manifest import Manifest
 from trainer.data.remote import shown
 from trainer.data.stream import preprocessing
 from trainer.errors import UserError
-from trainer.locks import try_lock
+from trainer.lease import held
+from trainer.storage import Folder
 from trainer.strict import Strict
 from trainer.tracking import Status, Tracker, absolute_uri, public_uri
 from trainer.train import Record
 
-NOTE, TRACKING = "run.json", "tracking"
+NOTE, TRACKING, LOCK = "run.json", "tracking", ".lock"
 _TERMINATED = 128 + signal.SIGTERM  # exit code, as shells count
 COLLAPSE = "neural_collapse"  # what its measures' names begin with, and the name of their picture
 
@@ -55,17 +58,19 @@ class RunNote(Strict):
     evaluations: tuple[Evaluation, ...] = Field((), description="ascending by step")
 
     @classmethod
-    def read(cls, folder: Path) -> "RunNote":
+    def read(cls, out: Path | str) -> "RunNote":
         """The note of a run's folder; an empty one where there is none.
 
         Raises:
             UserError: the file is not such a note.
         """
-        path = folder / NOTE
+        folder = Folder.at(out)
         try:
-            return cls.model_validate_json(path.read_bytes()) if path.is_file() else cls()
+            return cls.model_validate_json(folder.read(NOTE))
+        except FileNotFoundError:
+            return cls()
         except ValidationError as error:
-            raise UserError(f"'{path}' is not a run's note ({error.errors()[0]['msg']}); remove it") from error
+            raise UserError(f"'{folder}/{NOTE}' is not a run's note ({error.errors()[0]['msg']}); remove it") from error
 
     def course(self) -> list[tuple[int, Mapping[str, float]]]:
         """The measures of neural collapse of each evaluation that has some."""
@@ -86,7 +91,7 @@ def resolved(config: Config) -> Config:
     mix = tuple(part.model_copy(update={"path": of(part.path)}) for part in config.data.mix)
     cache = config.data.cache_dir and config.data.cache_dir.resolve()
     data = config.data.model_copy(update={"path": of(config.data.path), "mix": mix, "cache_dir": cache})
-    run = config.run.model_copy(update={"out": config.run.out.resolve()})
+    run = config.run.model_copy(update={"out": of(config.run.out)})
     tracking = config.tracking.model_copy(update={"uri": absolute_uri(config.tracking.uri, Path.cwd())})
     return config.model_copy(update={"data": data, "run": run, "tracking": tracking})
 
@@ -94,14 +99,14 @@ def resolved(config: Config) -> Config:
 class _Notes:
     """`run.json`, written as the run goes: by the thread of the records, and by that of MLflow."""
 
-    def __init__(self, folder: Path, note: RunNote) -> None:
+    def __init__(self, folder: Folder, note: RunNote) -> None:
         self._folder, self._lock = folder, threading.Lock()
         self.note = note
 
     def change(self, **changes: Any) -> None:
         with self._lock:
             self.note = self.note.model_copy(update=changes)
-            write_file(self._folder / NOTE, self.note.model_dump_json(indent=1) + "\n")
+            self._folder.write(NOTE, self.note.model_dump_json(indent=1) + "\n")
 
     def measured(self, step: int, values: Mapping[str, float]) -> None:
         """Note an evaluation, in place of an earlier one of the step."""
@@ -111,7 +116,9 @@ class _Notes:
         self.change(evaluations=tuple(found))
 
 
-def start(config: Config, resume: bool, on_record: Callable[[Record], None], on_trouble: Callable[[str], None]) -> Path:
+def start(
+    config: Config, resume: bool, on_record: Callable[[Record], None], on_trouble: Callable[[str], None]
+) -> Folder:
     """Check a config, train it (or go on) on Ray workers, and write MLflow from this process; returns the run's folder.
 
     Args:
@@ -126,17 +133,16 @@ def start(config: Config, resume: bool, on_record: Callable[[Record], None], on_
         SystemExit: with 143, after a second SIGTERM.
     """
     config = resolved(config)
-    folder, kind = config.run.out, check(config).kind
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone_in(folder), _stopped_by_sigterm() as stop:
+    folder, kind = Folder.at(config.run.out), check(config).kind
+    with held(folder, LOCK, uuid.uuid4().hex), _stopped_by_sigterm() as stop:
         _refuse_earlier(config, resume)
-        write_file(folder / "config.yaml", config.to_yaml())
-        notes = _Notes(folder, RunNote.read(folder) if resume else RunNote())
+        folder.write("config.yaml", config.to_yaml())
+        notes = _Notes(folder, RunNote.read(config.run.out) if resume else RunNote())
         notes.change(tracking_uri=config.tracking.uri)
         run_id = notes.note.mlflow_run_id if resume else None
         tracker = Tracker(
             config.tracking, on_trouble, run_id,
-            folder=folder / TRACKING, on_run=lambda found: notes.change(mlflow_run_id=found),
+            folder=_beside(folder) / TRACKING, on_run=lambda found: notes.change(mlflow_run_id=found),
         )  # fmt: skip
         public = _public(config)
         facts = {"data": str(public.data.path), "data_kind": kind}
@@ -172,6 +178,7 @@ def _launch(
     )  # only now: Ray takes seconds to import; who reads a note does without
 
     status: Status = "FAILED"
+    folder = Folder.at(config.run.out)
     try:
         launch(config, resume, dispatch, stop)
         status = "FINISHED"
@@ -182,16 +189,21 @@ def _launch(
         if course := notes.note.course():
             from trainer.evaluation.plots import course_plot  # matplotlib, which the workers do not need
 
-            tracker.artifact(course_plot(course, config.run.out / f"{COLLAPSE}.png"))
+            picture = course_plot(course, _beside(folder) / f"{COLLAPSE}.png")
+            if isinstance(folder.address, str):
+                folder.write(picture.name, [picture.read_bytes()])
+            tracker.artifact(picture)
         tracker.close(status)
 
 
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("ab") as file:
-        if not try_lock(file):
-            raise UserError(f"another run is writing into '{folder}' now; wait for its end, or choose another run.out")
-        yield
+def _beside(folder: Folder) -> Path:
+    """Where on this machine lies what cannot lie in a bucket: of a folder on a disk that folder itself."""
+    if isinstance(folder.address, Path):
+        return folder.address
+    home = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+    beside = home / "hypersphere" / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    beside.mkdir(parents=True, exist_ok=True)
+    return beside
 
 
 @contextmanager
@@ -219,7 +231,8 @@ def _public(config: Config) -> Config:
     mix = tuple(part.model_copy(update={"path": shown(part.path)}) for part in config.data.mix)
     data = config.data.model_copy(update={"path": shown(config.data.path), "mix": mix})
     tracking = config.tracking.model_copy(update={"uri": public_uri(config.tracking.uri)})
-    return config.model_copy(update={"data": data, "tracking": tracking})
+    run = config.run.model_copy(update={"out": shown(config.run.out)})
+    return config.model_copy(update={"data": data, "run": run, "tracking": tracking})
 
 
 def check(config: Config) -> Manifest:
@@ -246,8 +259,9 @@ class _Unfilled(TorchFunctionMode):
 
 
 def _refuse_earlier(config: Config, resume: bool) -> None:
-    if not resume and latest(config.run.out / CHECKPOINTS) is not None:
+    folder = Folder.at(config.run.out)
+    if not resume and Shelf.of(folder / CHECKPOINTS).whole:
         raise UserError(
-            f"'{config.run.out}' holds the checkpoints of an earlier run; "
+            f"'{folder}' holds the checkpoints of an earlier run; "
             "add --resume to go on with it, or choose another run.out"
         )

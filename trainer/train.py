@@ -10,6 +10,7 @@ import math
 import resource
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,7 +19,7 @@ import torch
 
 from trainer import memory
 from trainer.backbones import build
-from trainer.checkpoint import CHECKPOINTS, Checkpoint, CheckpointManifest, agreed, check_finite, save, set_aside
+from trainer.checkpoint import CHECKPOINTS, Best, Checkpoint, CheckpointManifest, Saver, check_finite, go_on, set_aside
 from trainer.config import Config
 from trainer.data.augment import Augment, check_augment
 from trainer.data.manifest import Manifest
@@ -31,6 +32,7 @@ from trainer.monitor import Monitor
 from trainer.objective import Objective
 from trainer.pulse import PULSE, Wishes
 from trainer.resume import IDENTITIES, SHARDS, changes, data_digest, identities
+from trainer.storage import Folder
 from trainer.watch import Agreement, Watch
 
 _DROPOUT_PRIME = 1_000_003  # spreads (seed, step, rank) over the generator's seeds
@@ -84,12 +86,14 @@ def _goes_back(
 ) -> bool:
     """Train to the end; true if the run diverged, and is to go on from its newest checkpoint with a lower rate."""
     trainer = _Run(config, device, report, wishes)
-    if resume:
-        trainer.resume()
     try:
+        if resume:
+            trainer.resume()
         trainer.train()
     except Diverged as error:
         return trainer.diverged(error)
+    finally:
+        trainer.saver.close()
     return False
 
 
@@ -98,7 +102,8 @@ class _Run:
 
     def __init__(self, config: Config, device: torch.device, report: Callable[[Record], None], wishes: Wishes) -> None:
         self.config, self.device, self.report, self.wishes = config, device, report, wishes
-        self.checkpoints = config.run.out / CHECKPOINTS
+        self.checkpoints = Folder.at(config.run.out) / CHECKPOINTS
+        PULSE.at("reading the data set")
         data, seed, self.group = config.data, config.run.seed, (group := Group.current())
         manifest = Manifest.read(data.path, data.remote_cache)
         check_augment(config.augment, form := preprocessing(manifest, data))
@@ -111,9 +116,11 @@ class _Run:
         turns = 4 if config.augment.quarter_turns else 1
         self.classes = turns * split.identities
         self.class_digest, self.data_digest = split.class_digest, data_digest(split)
+        PULSE.at("building the network")
         torch.manual_seed(config.run.torch_seed)
         backbone = build(config.backbone, *form.shape_CHW).to(device)
         self.engine = Engine(backbone, config, device)
+        PULSE.at("making the class centres")
         counts = torch.from_numpy(np.tile(split.classes.counts(), turns))
         self.objective = Objective(config, self.classes, counts, device)
         steps = config.run.epochs * self.stream.steps_per_epoch
@@ -121,6 +128,8 @@ class _Run:
         self.step = 0
         self.watch, self.agreement = Watch(), Agreement(self.group, device)
         self.divergence = Divergence(config, group)
+        self.best = Best(config.run.keep_best, self.monitor.ranking)
+        self.saver, self.saved = Saver(self.checkpoints, config.run.keep_checkpoints, group), -1
 
     def train(self) -> None:
         """Every step that is left, with evaluations and checkpoints where the config wants them."""
@@ -134,6 +143,7 @@ class _Run:
                 losses = self._step_or_skip(batch, epoch)
                 meter.samples += int((batch.labels_B >= 0).sum()) * self.group.size
                 self.step += 1
+                self.saver.look()
                 if losses:
                     self.watch(losses["loss"], self.step)
                     if self.step % config.run.log_every == 0 or self.step == self.total_steps:
@@ -147,16 +157,19 @@ class _Run:
                 PULSE.at("waiting for data", self.step + 1)
             self._after_epoch(epoch)
             meter.restart()
-        if not config.run.checkpoint_every or self.step % config.run.checkpoint_every:
+        if self.saved != self.step:
             self.save()
+        self.saver.finish()
 
     def _stops(self) -> bool:
         """Whether the run is to end before its last step, with a checkpoint; it may be asked for one alone, too."""
         save, stop = self.agreement(self.step, self.wishes)
         if save or stop:
             self.wishes.save = False
-            self.save()
+            if self.saved != self.step:
+                self.save()
         if stop:
+            self.saver.finish()
             self.report(Record("stopped", self.step, self.total_steps))
         return stop
 
@@ -226,14 +239,16 @@ class _Run:
         check_finite(self.step, {"the backbone": self.engine.module.state_dict()}, self.group)  # else it embeds nothing
         values = self.monitor(self.engine.module, self.objective, self.device)
         self.report(Record("metrics", self.step, self.total_steps, values))
+        if self.best(values):
+            if self.saved != self.step:
+                self.save()
+            self.saver.mark_best(self.step, self.best.metric, values[self.best.metric])
 
     def save(self) -> None:
-        """Write a checkpoint of this step, if it is sound. A collective."""
+        """Begin to write a checkpoint of this step, if it is sound. A collective."""
         PULSE.at("checkpoint")
         self.watch.look()
         average_buffers(self.engine.module, self.group)
-        backbone = self.engine.state()
-        files = self.objective.files() | ({"backbone.safetensors": backbone} if self.group.rank == 0 else {})
         manifest = CheckpointManifest(
             step=self.step,
             world_size=self.group.size,
@@ -243,18 +258,18 @@ class _Run:
             config=self.config.model_dump(mode="json"),
             files={},
         )
-        save(self.checkpoints, manifest, files, self.config.run.keep_checkpoints, self.group)
+        self.saver.save(manifest, self.objective.files(), self.engine.tensors())
+        self.saved = self.step
 
     def resume(self) -> None:
         """Go on from the newest checkpoint; a run that has none starts from its first step. A collective."""
-        found = agreed(self.checkpoints, self.group)
+        PULSE.at("reading the checkpoint")
+        found = go_on(self.checkpoints, self.group, self._load, lambda text: self.report(Record("note", text=text)))
         if found is None:
-            self.report(Record("note", text=f"no checkpoint in '{self.config.run.out}' yet: starting at step 0"))
+            self.report(Record("note", text=f"no checkpoint in '{self.checkpoints}' yet: starting at step 0"))
             return
-        self._check(found)
-        self.engine.load_state(found.read("backbone.safetensors"))
-        self.objective.load(found)
-        self.step = found.step
+        self.step = self.saved = found.step
+        self.best.resume(self.checkpoints, found.step, self.group)
         self.report(Record("note", text=f"going on from step {found.step} of '{found.folder}'"))
 
     def diverged(self, error: Diverged) -> bool:
@@ -263,6 +278,8 @@ class _Run:
         Raises:
             Diverged: it does not.
         """
+        with suppress(UserError):  # the first one counts
+            self.saver.finish()
         good = set_aside(self.checkpoints, self.step, self.group)
         back, lr = self.divergence.goes_back(self.step, error), self.config.optimizer.lr
         if not back:
@@ -272,6 +289,11 @@ class _Run:
         text = f"{error}; going on from step {good} with optimizer.lr x {self.divergence.rate:g}; see {RECORD}"
         self.report(Record("back", good, self.total_steps, text=text))
         return True
+
+    def _load(self, found: Checkpoint) -> None:
+        self._check(found)
+        self.engine.load_state(found.parts("backbone"))
+        self.objective.load(found)
 
     def _check(self, found: Checkpoint) -> None:
         facts = {IDENTITIES: identities(self.classes, self.class_digest), SHARDS: self.data_digest}

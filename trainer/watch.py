@@ -71,5 +71,7 @@ class Agreement:
         self._asked = _Late(self._group.all_gather(own))
         if before is None:
             return False, False
-        save, stop = before.read().amax(0).tolist()
-        return bool(save), bool(stop)
+        save, stop = map(bool, before.read().amax(0).tolist())
+        if save:  # who learned of it later has asked again just now
+            self._asked = None
+        return save, stop

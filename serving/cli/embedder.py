@@ -47,7 +47,7 @@ def train(overrides: Overrides = None, config: ConfigOption = None, resume: Resu
     except Interrupted as error:
         fail(str(error), "not finished")
         raise typer.Exit(os.EX_TEMPFAIL) from error
-    out.print(f"checkpoints are in {folder / 'checkpoints'}; next: hypersphere export --run {folder}")
+    out.print(f"checkpoints are in {folder}/checkpoints; next: hypersphere export --run {folder}")
 
 
 def submit(
@@ -85,10 +85,11 @@ def export(
 ) -> None:
     """Write the Embedder (ONNX and manifest) of a checkpoint, and check it against torch on real samples."""
     from trainer.export import export_run
+    from trainer.storage import Folder
 
     to = to or run / "embedder"
     manifest = export_run(run, to, data=data, overwrite=overwrite, register=register, on_trouble=warn)
-    out.print(f"embedder {manifest.model_id}: {manifest.dimension} dimensions, in {to}")
+    out.print(f"embedder {manifest.model_id}: {manifest.dimension} dimensions, in {Folder.at(to)}")
 
 
 def evaluate(
@@ -103,25 +104,25 @@ def evaluate(
 ) -> None:
     """Measure an Embedder: verification, one-shot identification, and open-set errors; as text, JSON and plots."""
     from trainer.assess import evaluate_split
-    from trainer.atomic import write_file
     from trainer.embedder import Embedder
+    from trainer.storage import Folder, written_here
 
     opened = Embedder.open(embedder, threads)
     with progress() as show:
         report = evaluate_split(opened, data, split, unenrolled=unenrolled, seed=seed, progress=show)
-    to = to or embedder / "evaluation"
-    to.mkdir(parents=True, exist_ok=True)
-    write_file(to / "report.json", report.to_json())
+    place = Folder.at(to or embedder / "evaluation")
     _print(f"{split}: {report.samples} samples of {report.identities} identities", _report_rows(report))
     plots = []
-    try:
-        from trainer.evaluation.plots import report_plots
+    with written_here(place, "report.json") as here:
+        Folder(here).write("report.json", report.to_json())
+        try:
+            from trainer.evaluation.plots import report_plots
 
-        plots = report_plots(report, to)
-    except ModuleNotFoundError as error:
-        warn(f"no plots: '{error.name}' is not installed; pip install 'hypersphere[trainer]' brings it")
-    out.print(f"report and {len(plots)} plots are in {to}")
-    _track(opened.manifest, report, to)
+            plots = report_plots(report, here)
+        except ModuleNotFoundError as error:
+            warn(f"no plots: '{error.name}' is not installed; pip install 'hypersphere[trainer]' brings it")
+        _track(opened.manifest, report, here)
+    out.print(f"report and {len(plots)} plots are in {place}")
 
 
 def calibrate(

@@ -1,12 +1,8 @@
 """A cluster of machines that share nothing: Ray's head and two workers, a client, and a store with S3 and MLflow."""
 
-import json
 import os
-import re
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
@@ -85,7 +81,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         _ray(head, made.token, "--head", "--port=6379", "--num-cpus=0", "--dashboard-host=0.0.0.0")
         within(_UP_S, lambda: _answers(head, 6379), "Ray's head answers")
         made.workers += [made.join("one"), made.join("two")]
-        within(_UP_S, lambda: _answers(head, 8265) and _answers(store, 5000) and _answers(store, 9000), "servers answer")
+        within(
+            _UP_S, lambda: _answers(head, 8265) and _answers(store, 5000) and _answers(store, 9000), "servers answer"
+        )
         within(_UP_S, lambda: all("started" in machine.log.read_text() for machine in made.workers), "workers join")
         yield made
     finally:

@@ -42,7 +42,9 @@ hostname "$2"
 ip link set lo up
 exec chroot "$1" /bin/bash -c 'cd /root; echo up; while :; do sleep 1000; done'
 """
-_SWITCH = "ip link set lo up; ip link add switch type bridge; ip link set switch up; echo up; while :; do sleep 1000; done"
+_SWITCH = (
+    "ip link set lo up; ip link add switch type bridge; ip link set switch up; echo up; while :; do sleep 1000; done"
+)
 
 
 def cannot() -> str | None:

@@ -4,14 +4,10 @@ The faults take minutes: CLUSTER=long, or `make test-cluster`.
 """
 
 import json
-import re
-import subprocess
-import time
 
 import pytest
 
 from tests.cluster.conftest import LONG, SECRET, Cluster
-from tests.cluster.machines import within
 
 pytestmark = [pytest.mark.timeout(1500)]
 
@@ -88,5 +84,3 @@ def test_a_run_from_a_bucket_into_a_bucket_ends_as_an_embedder(filled: Cluster, 
     for machine in (filled.head, *filled.workers):  # neither a log of Ray's nor any other file there has the secret
         found = machine.run(["bash", "-c", f"grep -rlF '{SECRET}' /tmp /root || true"])
         assert not found, found
-
-

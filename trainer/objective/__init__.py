@@ -92,7 +92,7 @@ class Objective:
         return {name: tensors for member in self._members.values() for name, tensors in member.files().items()}
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint of the same number of ranks."""
+        """Continue from a checkpoint of any number of ranks."""
         for member in self._members.values():
             member.load(checkpoint)
 

@@ -5,8 +5,8 @@
     python benchmarks/train.py --start --against /another/checkout
 
 Each measurement is a process (or a cluster) of its own, the contenders in turns, so that a busy machine slows both
-alike; given are medians, and the median of the turns' ratios. *CPU*: of all processes that take part, with Ray's own and
-MLflow's.
+alike; given are medians, and the median of the turns' ratios. *CPU*: of all processes that take part, Ray's own and
+MLflow's too.
 """
 
 import argparse

@@ -56,8 +56,9 @@ class Cluster:
 
 
 def _ray(machine: Machine, environment: dict[str, str], *options: str) -> None:
+    """Start Ray's processes of a machine, and again whenever they end, as a supervisor of services does."""
     words = ["ray", "start", f"--node-ip-address={machine.address}", "--object-store-memory=80000000", "--block"]
-    machine.start([*words, *options], environment)
+    machine.start(["bash", "-c", 'while true; do "$@"; sleep 1; done', "again", *words, *options], environment)
 
 
 def _answers(machine: Machine, port: int) -> bool:
@@ -77,7 +78,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         store.start(["moto_server", "-H", "0.0.0.0", "-p", "9000"])
         mlflow = "mlflow server --host 0.0.0.0 --port 5000 --workers 1 --allowed-hosts *"
         places = "--backend-store-uri sqlite:////root/mlflow.db --artifacts-destination /root/artifacts"
-        store.start([*mlflow.split(), *places.split()])
+        store.start([*mlflow.split(), *places.split()], {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
         _ray(head, made.token, "--head", "--port=6379", "--num-cpus=0", "--dashboard-host=0.0.0.0")
         within(_UP_S, lambda: _answers(head, 6379), "Ray's head answers")
         made.workers += [made.join("one"), made.join("two")]

@@ -34,9 +34,9 @@ files.put("set/", "s3://data/set/", recursive=True)
 _LOSSES = """
 import json, sys, urllib.request
 def ask(path, body=None):
-    request = urllib.request.Request(sys.argv[1] + "/api/2.0/mlflow/" + path, headers={"Content-Type": "application/json"},
-                                     data=None if body is None else json.dumps(body).encode())
-    return json.load(urllib.request.urlopen(request))
+    data = None if body is None else json.dumps(body).encode()
+    url, kind = sys.argv[1] + "/api/2.0/mlflow/" + path, {"Content-Type": "application/json"}
+    return json.load(urllib.request.urlopen(urllib.request.Request(url, data, kind)))
 found = ask("experiments/get-by-name?experiment_name=" + sys.argv[2])["experiment"]["experiment_id"]
 runs = ask("runs/search", {"experiment_ids": [found]})["runs"]
 assert len(runs) == 1, runs

@@ -4,10 +4,13 @@ The faults take minutes: CLUSTER=long, or `make test-cluster`.
 """
 
 import json
+import subprocess
+import time
 
 import pytest
 
 from tests.cluster.conftest import LONG, SECRET, Cluster
+from tests.cluster.machines import within
 
 pytestmark = [pytest.mark.timeout(1500)]
 
@@ -84,3 +87,37 @@ def test_a_run_from_a_bucket_into_a_bucket_ends_as_an_embedder(filled: Cluster, 
     for machine in (filled.head, *filled.workers):  # neither a log of Ray's nor any other file there has the secret
         found = machine.run(["bash", "-c", f"grep -rlF '{SECRET}' /tmp /root || true"])
         assert not found, found
+
+
+def training(cluster: Cluster, name: str) -> subprocess.Popen[bytes]:
+    """Submit a run, and return when it is in the middle of an epoch, far from a checkpoint."""
+    cluster.client.log.write_text("")
+    job = cluster.client.start(submission(cluster, name), cluster.token | cluster.credentials)
+    within(600, lambda: f"step {3 * STEPS // 10}/" in cluster.client.log.read_text(), "the run has begun")
+    return job
+
+
+def ends_like(undisturbed: dict[int, float], cluster: Cluster, name: str, job: subprocess.Popen[bytes]) -> None:
+    assert job.wait(900) == 0, cluster.client.log.read_text()
+    assert losses(cluster, name) == pytest.approx(undisturbed, rel=1e-4)
+
+
+@pytest.mark.skipif(not LONG, reason="minutes; CLUSTER=long or `make test-cluster` runs it")
+def test_a_node_that_is_killed_is_replaced_and_the_losses_are_the_same(
+    filled: Cluster, undisturbed: dict[int, float]
+) -> None:
+    job = training(filled, "killed")
+    filled.workers.pop().kill()
+    filled.workers.append(filled.join("three"))
+    ends_like(undisturbed, filled, "killed", job)
+
+
+@pytest.mark.skipif(not LONG, reason="minutes; CLUSTER=long or `make test-cluster` runs it")
+def test_a_node_that_is_cut_off_for_20_s_comes_back_or_is_replaced(
+    filled: Cluster, undisturbed: dict[int, float]
+) -> None:
+    job = training(filled, "cut")
+    filled.workers[0].unplug()
+    time.sleep(20)
+    filled.workers[0].plug()
+    ends_like(undisturbed, filled, "cut", job)

@@ -34,10 +34,20 @@ def room_for(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, DiskFull) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, DiskFull) or not is_full(error):
             raise
-        sentence = f"the disk of '{path.parent}' is full, so that '{path.name}' was not written; free some space there"
-        raise DiskFull(error.errno, f"{sentence} and run the command again", str(path)) from error
+        raise DiskFull(error.errno, full(path), str(path)) from error
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk, or the user's share of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def full(path: Path) -> str:
+    """The sentence of a disk that is full."""
+    sentence = f"the disk of '{path.parent}' is full, so that '{path.name}' was not written"
+    return f"{sentence}; free some space there and run the command again"
 
 
 @contextmanager

@@ -16,13 +16,15 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from trainer.data.augment import AugmentConfig
-from trainer.data.remote import is_remote, shown
+from trainer.data.remote import shown
+from trainer.data.store import Address
 from trainer.data.stream import DataConfig
 from trainer.errors import UserError
 from trainer.head.settings import HeadConfig
 from trainer.losses import LOSSES, by_name
 from trainer.losses.base import LossSpec
 from trainer.losses.margins.cosine import ArcFace
+from trainer.storage import Folder
 from trainer.strict import Strict
 from trainer.tracking import TrackingConfig
 
@@ -143,16 +145,46 @@ class EngineConfig(Strict):
 class ScalingConfig(Strict):
     """What Ray starts."""
 
-    workers: int = Field(2, ge=1)
+    workers: int | tuple[int, int] = Field(
+        2, description="how many; [least, most]: as many as there is room for, of the numbers that divide the batch"
+    )
     use_gpu: bool = False
     cpus_per_worker: float = Field(1.0, gt=0)
     address: str | None = Field(None, description="Ray cluster to join; null: $RAY_ADDRESS, else one started here")
+    max_failures: int = Field(3, ge=0, description="faults that are mended before the run comes a step further")
+    stall_s: float = Field(600, ge=0, description="seconds until workers that do not move are started again; 0: never")
+    wait_s: float = Field(
+        1800, gt=0, description="for nodes that the workers fit on, before the run ends, to go on later"
+    )
+    grow_s: float = Field(60, gt=0, description="seconds between looks whether there is room for more workers")
+
+    @field_validator("workers", mode="plain")
+    @classmethod
+    def _number_or_range(cls, value: Any) -> int | tuple[int, int]:
+        numbers = value if isinstance(value, list | tuple) else [value, value]
+        whole = all(isinstance(one, int) and not isinstance(one, bool) for one in numbers)
+        if not whole or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
+            raise ValueError(f"{value!r} is neither a number of workers, such as 8, nor [least, most], such as [4, 8]")
+        return (numbers[0], numbers[1]) if isinstance(value, list | tuple) else int(value)
+
+    @property
+    def least(self) -> int:
+        """Workers without which nothing is trained."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int:
+        """Workers that are wanted."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class RunConfig(Strict):
     """Length of the run, and what is written when."""
 
-    out: Path = Field(Path("runs/default"), description="folder of checkpoints and of the resolved config")
+    out: Address = Field(
+        Path("runs/default"),
+        description="folder of checkpoints and of the resolved config, or an address such as s3://bucket/run",
+    )
     epochs: int = Field(20, ge=1)
     max_steps: int | None = Field(None, ge=1, description="stop earlier, after so many steps; the schedules end there")
     seed: int = Field(0, ge=0, lt=2**63)
@@ -160,16 +192,23 @@ class RunConfig(Strict):
     eval_every: int = Field(1, ge=0, description="epochs between evaluations on the validation split; 0: never")
     collapse: bool = Field(False, description="neural collapse at each evaluation, on up to 512 training identities")
     checkpoint_every: int = Field(1000, ge=0, description="steps; 0: only at the end")
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="the newest so many stay, besides known-good ones")
+    keep_best: str | None = Field(
+        None, description="metric of the evaluation, such as val/rank1, whose best checkpoint stays, too"
+    )
+    on_divergence: Literal["stop", "skip", "back_off"] = Field(
+        "stop",
+        description="when a loss is not finite: skip leaves the batch out, and has to wait for a GPU in each step; "
+        "back_off goes back to the trusted checkpoint and lowers the learning rate",
+    )
+    back_off: float = Field(0.5, gt=0, lt=1, description="factor of the learning rate whenever it goes back")
 
-    @field_validator("out", mode="before")
+    @field_validator("out", mode="after")
     @classmethod
-    def _a_folder(cls, value: Any) -> Any:
-        if isinstance(value, str | Path) and is_remote(value):
-            raise ValueError(
-                f"'{shown(value)}' is an address, and a run is written to a folder; name a folder that every node sees"
-            )
-        return value
+    def _a_folder(cls, value: Path | str) -> Path | str:
+        if isinstance(value, str) and (value.startswith("http") or "?" in value):
+            raise ValueError(f"'{shown(value)}' cannot be written to; name a folder, or s3:// or gs://")
+        return Folder.at(value).address
 
     @property
     def torch_seed(self) -> int:
@@ -210,12 +249,19 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _enough_samples_for_the_ranks(self) -> "Config":
-        if self.data.batch_size % self.scaling.workers:
+        if not self.world_sizes():
+            workers, key = self.scaling.workers, "scaling.workers"
+            what = f"{key} {workers}" if isinstance(workers, int) else f"any number in {key} {list(workers)}"
             raise ValueError(
-                f"data.batch_size {self.data.batch_size} is not a multiple of scaling.workers {self.scaling.workers}; "
+                f"data.batch_size {self.data.batch_size} is not a multiple of {what}; "
                 "every worker takes an equal part of the batch: change one of them"
             )
         return self
+
+    def world_sizes(self) -> tuple[int, ...]:
+        """The numbers of workers that `scaling.workers` allows and the batch can be shared by."""
+        sizes = range(self.scaling.least, self.scaling.most + 1)
+        return tuple(size for size in sizes if self.data.batch_size % size == 0)
 
     def head_lr(self) -> float:
         """`head.optimizer.lr`, or what null stands for.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from trainer.errors import Diverged, UserError
+from trainer.pulse import collective
 
 Map = Callable[[Tensor], Tensor]
 # Before torch 2.13 they had other names.
@@ -60,6 +61,7 @@ class Group:
             return cls()
         return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
 
+    @collective
     def all_gather(self, local: Tensor) -> Tensor:
         """[n, ...] of each rank to [W*n, ...], in rank order. No gradient."""
         if self.size == 1:
@@ -69,6 +71,7 @@ class Group:
         self.traffic.count((self.size - 1) * local.nbytes)
         return out
 
+    @collective
     def all_reduce(self, values: Tensor) -> Tensor:
         """The sum over the ranks, in a new tensor. No gradient."""
         if self.size == 1:
@@ -78,6 +81,7 @@ class Group:
         self.traffic.count(2 * (self.size - 1) / self.size * values.nbytes)
         return out
 
+    @collective
     def reduce_scatter(self, values: Tensor) -> Tensor:
         """The sum over the ranks of [W*n, ...], of which each rank keeps its n rows. No gradient."""
         if self.size == 1:
@@ -87,6 +91,7 @@ class Group:
         self.traffic.count((self.size - 1) / self.size * values.nbytes)
         return out
 
+    @collective
     def barrier(self) -> None:
         """Return when every rank has come here."""
         if self.size > 1:

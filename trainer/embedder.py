@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 from pydantic import Field, ValidationError
 
-from trainer.atomic import write_file
 from trainer.data.arrays import Form, Pixels
 from trainer.errors import UserError
 from trainer.evaluation.report import Calibration
+from trainer.storage import Folder
 from trainer.strict import Strict
 
 MODEL_FILE = "model.onnx"
@@ -54,16 +54,16 @@ def input_of(form: Form) -> str:
     return "images" if form.reads == "images" else "samples"
 
 
-def write_manifest(folder: Path, manifest: EmbedderManifest) -> None:
+def write_manifest(folder: Path | str, manifest: EmbedderManifest) -> None:
     """Write `manifest.json` whole or not at all."""
-    write_file(folder / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
+    Folder.at(folder).write(MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
 
 
-def _read(folder: Path) -> tuple[EmbedderManifest, bytes]:
+def _read(folder: Folder) -> tuple[EmbedderManifest, bytes]:
     """The manifest and the ONNX file, which must have the digest that it names."""
     try:
-        manifest = EmbedderManifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
-        onnx = (folder / MODEL_FILE).read_bytes()
+        manifest = EmbedderManifest.model_validate_json(folder.read(MANIFEST_FILE))
+        onnx = folder.read(MODEL_FILE)
     except FileNotFoundError as error:
         raise UserError(
             f"'{folder}' is not an embedder: '{error.filename}' is missing; "
@@ -79,7 +79,7 @@ def _read(folder: Path) -> tuple[EmbedderManifest, bytes]:
     return manifest, onnx
 
 
-def _spoilt(path: Path, what: str) -> UserError:
+def _spoilt(path: Folder, what: str) -> UserError:
     return UserError(f"'{path}' {what}; export the embedder again")
 
 
@@ -104,25 +104,26 @@ class Embedder:
         self.manifest, self.model_id, self.preprocessing = manifest, manifest.model_id, manifest.preprocessing
 
     @classmethod
-    def open(cls, folder: Path, threads: int = 1, batch_size: int = 64) -> "Embedder":
+    def open(cls, folder: Path | str, threads: int = 1, batch_size: int = 64) -> "Embedder":
         """Open an Embedder folder, check the digest, and try the model on two samples.
 
         Args:
-            folder: holds `model.onnx` and `manifest.json`.
+            folder: a folder, or its address; holds `model.onnx` and `manifest.json`.
             threads: CPU threads of one call of the model.
             batch_size: samples in one call of the model; bounds the memory.
 
         Raises:
             UserError: not an Embedder, changed after export, or a model that does not turn samples into unit vectors.
         """
-        manifest, onnx = _read(folder)
+        place = Folder.at(folder)
+        manifest, onnx = _read(place)
         try:
             session = open_session(onnx, threads)
         except RUNTIME_ERRORS as error:
             what = f"is not a model that ONNX Runtime {onnxruntime.__version__} can run: {_first_line(error)}"
-            raise _spoilt(folder / MODEL_FILE, what) from error
+            raise _spoilt(place / MODEL_FILE, what) from error
         embedder = cls(session, manifest, batch_size)
-        embedder._check(folder / MODEL_FILE)
+        embedder._check(place / MODEL_FILE)
         return embedder
 
     def embed(self, images_BCHW: Pixels) -> NDArray[np.float32]:
@@ -158,7 +159,7 @@ class Embedder:
         (x_BD,) = self._session.run([OUTPUT], {input_of(self.preprocessing): np.ascontiguousarray(images_BCHW)})
         return np.asarray(x_BD, np.float32)
 
-    def _check(self, path: Path) -> None:
+    def _check(self, path: Folder) -> None:
         """The model's signature, and one run of two samples; a fault here is an export that went wrong."""
         inputs = [(item.name, item.type) for item in self._session.get_inputs()]
         outputs = [(item.name, item.type) for item in self._session.get_outputs()]

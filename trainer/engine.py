@@ -9,6 +9,7 @@ and refuse another number of ranks.
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -148,23 +149,27 @@ class Engine:
         return parts | {"master weights": masters, "moving average": average}
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Master weights, moments and buffers in full, by name. A collective: every rank calls it and gets the same."""
+        """A copy of `tensors`."""
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors()}
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Master weights, moments and buffers in full, by name; what ZeRO has partitioned is put together one tensor at
+        a time. A collective: every rank takes all of them, and gets the same."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        state = {f"buffer.{name}": buffer for name, buffer in self.module.named_buffers()}
+        yield from ((f"buffer.{name}", buffer) for name, buffer in self.module.named_buffers())
         for name, parameter in self.module.named_parameters():
             if self._partitioned:
-                moments = {key: safe_get_full_optimizer_state(parameter, key) for key in self._moments}
-                state[f"weight.{name}"] = safe_get_full_fp32_param(parameter)
+                yield f"weight.{name}", safe_get_full_fp32_param(parameter)
+                yield from ((f"{key}.{name}", safe_get_full_optimizer_state(parameter, key)) for key in self._moments)
             else:
-                moments = {key: self._engine.optimizer.state[parameter][key] for key in self._moments}
-                state[f"weight.{name}"] = parameter
-            state |= {f"{key}.{name}": value for key, value in moments.items()}
+                yield f"weight.{name}", parameter
+                own = self._engine.optimizer.state[parameter]
+                yield from ((f"{key}.{name}", own[key]) for key in self._moments)
         if self._average is not None:
-            state |= {f"ema.{name}": value for name, value in self._average.state(self._group).items()}
+            yield from ((f"ema.{name}", value) for name, value in self._average.state(self._group).items())
         steps = [int(own["step"]) for own in self._engine.basic_optimizer.state.values() if "step" in own]
-        state[_STEP_KEY] = torch.tensor(max(steps, default=0))
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+        yield _STEP_KEY, torch.tensor(max(steps, default=0))
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Continue from what `state` returned, at any number of ranks.
@@ -260,16 +265,30 @@ def _optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimi
     return torch.optim.AdamW(settings, lr=config.lr)
 
 
-def _initialize(module: nn.Module, config: Config, device: torch.device) -> Any:
+def import_deepspeed(device: str) -> Any:
+    """DeepSpeed for this type of device."""
     # DeepSpeed picks its accelerator from this variable when it is first imported, hence before the import.
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    import deepspeed
+    os.environ.setdefault("DS_ACCELERATOR", device)
+    # Its autotuner wants MLflow if that is there. Nobody tunes here, and the import would take longer than DeepSpeed's.
+    absent = "mlflow" not in sys.modules
+    if absent:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        import deepspeed
+    finally:
+        if absent:
+            del sys.modules["mlflow"]
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
     # On the CPU, DeepSpeed compiles a shared-memory collective at its first use (20 s, and a C++ compiler). Only
     # inference_all_reduce calls it, which training never does: declare it unavailable.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _initialize(module: nn.Module, config: Config, device: torch.device) -> Any:
+    deepspeed = import_deepspeed(device.type)
     # The default bucket reserves 2 GB; none needs to be larger than the backbone.
     bucket = min(sum(p.numel() for p in module.parameters()), 500_000_000)
     stage: int = config.engine.zero_stage

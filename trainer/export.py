@@ -25,12 +25,22 @@ from trainer.data.arrays import Form
 from trainer.data.manifest import Manifest
 from trainer.data.remote import shown
 from trainer.data.stream import Stream, preprocessing
-from trainer.embedder import MODEL_FILE, OUTPUT, EmbedderManifest, input_of, model_id, open_session, write_manifest
+from trainer.embedder import (
+    MANIFEST_FILE,
+    MODEL_FILE,
+    OUTPUT,
+    EmbedderManifest,
+    input_of,
+    model_id,
+    open_session,
+    write_manifest,
+)
 from trainer.errors import UserError
 from trainer.objective import embedder_of
 from trainer.run import RunNote
+from trainer.storage import Folder, written_here
 from trainer.tracking import Tracker
-from trainer.weights import DIGEST, WEIGHTS_FILE, Which, find_checkpoint, of_checkpoint
+from trainer.weights import DIGEST, WEIGHTS_FILE, Which, find
 
 _EMBEDDER = Kind("an embedder", MODEL_FILE)
 _COMPARED = 16  # samples
@@ -54,10 +64,10 @@ class UnitVectors(nn.Module):
 
 
 def export_run(
-    run: Path,
-    out: Path,
+    run: Path | str,
+    out: Path | str,
     *,
-    data: Path | None,
+    data: Path | str | None,
     overwrite: bool,
     register: bool,
     on_trouble: Callable[[str], None],
@@ -66,22 +76,25 @@ def export_run(
     """Export the newest checkpoint of a run, compare it with torch on the set's samples, and register it in MLflow.
 
     Args:
-        run: the run's folder, or that of one checkpoint.
+        run: the run's folder, or that of one checkpoint; or its address.
+        out: a folder or an address.
         data: a data set to take the samples from; None: the one that the run was trained on.
         which: the weights as they were trained, or their moving average.
-        on_trouble: called with one sentence when MLflow cannot be used.
+        on_trouble: called with one sentence when MLflow cannot be used, and for a damaged checkpoint that is passed
+            over.
 
     Raises:
         UserError: no checkpoint, a data set of other samples than the run's, or as `export`.
     """
-    found = find_checkpoint(run)
-    if found is None:
-        raise UserError(f"'{run}' holds no checkpoint; give the run.out of a training run, or train one first")
+    place = Folder.at(run)
+    stored = find(place, on_trouble)
+    if stored is None:
+        raise UserError(f"'{place}' holds no checkpoint; give the run.out of a training run, or train one first")
+    found, weights = stored.checkpoint, stored.weights(which)
     config = from_tree(found.manifest.config)
     manifest = Manifest.read(data or config.data.path, config.data.remote_cache)
     form = preprocessing(manifest, config.data)
     backbone = build(config.backbone, *form.shape_CHW)
-    weights = of_checkpoint(found, which)
     try:
         backbone.load_state_dict(weights)
     except RuntimeError as error:  # with a list of all shapes
@@ -100,12 +113,24 @@ def export_run(
         "weights": which,
     }
     model = embedder_of(config, found, backbone)
-    samples = _samples(manifest, config)
-    written = export(model, form, out, samples, provenance, overwrite=overwrite, weights=weights)
-    if register and note.mlflow_run_id:
-        with contextlib.closing(Tracker(config.tracking, on_trouble, note.mlflow_run_id)) as tracker:
-            tracker.register(out, written.model_id)
+    place = Folder.at(out)
+    _check_free(place, overwrite)
+    with written_here(place, MANIFEST_FILE) as here:
+        samples = _samples(manifest, config)
+        written = export(model, form, here, samples, provenance, overwrite=overwrite, weights=weights)
+        if register and note.mlflow_run_id:
+            with contextlib.closing(Tracker(config.tracking, on_trouble, note.mlflow_run_id)) as tracker:
+                tracker.register(here, written.model_id)
     return written
+
+
+def _check_free(out: Folder, overwrite: bool) -> None:
+    """As `fresh_folder` does it on a disk."""
+    names = {} if isinstance(out.address, Path) else out.sizes()
+    if names and MODEL_FILE not in names:
+        raise UserError(f"'{out}' holds other files and is not an embedder; choose a new address with --out")
+    if names and not overwrite:
+        raise UserError(f"'{out}' is an embedder already; choose another --out, or replace it with --overwrite")
 
 
 def _samples(manifest: Manifest, config: Config) -> torch.Tensor:

@@ -2,35 +2,42 @@
 
 `launch` runs `train.run` on the workers that the config asks for, on a cluster that is already there or on one started
 here. Rank 0 reports to a small actor; the process that launched reads it, shows progress and writes MLflow, so that the
-workers wait for neither.
+workers wait for neither. What is done about faults is in `supervision`.
 """
 
 import asyncio
+import atexit
 import math
 import os
 import shlex
+import shutil
 import signal
 import socket
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 import torch
-from ray.train.torch import TorchConfig, TorchTrainer
 
+from trainer.board import Board
 from trainer.config import Config, ScalingConfig, from_tree
 from trainer.distributed import Group
 from trainer.errors import UserError
-from trainer.locks import try_lock, within
+from trainer.lease import held, token_in
+from trainer.locks import within
 from trainer.plan import rehearse
+from trainer.pulse import Wishes
+from trainer.rendezvous import Ranks
+from trainer.storage import Folder
+from trainer.supervision import Trainer, heartbeat
 from trainer.train import Record, run
 
 _POLL_S = 0.3
@@ -40,6 +47,8 @@ _WRITER = ".writer"  # in run.out: locked by the rank that writes checkpoints th
 _ENVIRONMENT = {  # the processes of a cluster started here inherit it
     "RAY_USAGE_STATS_ENABLED": "0",  # the report would wait for a network that may not be there
     "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker is noticed so soon
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray's next release does by itself
     # glibc gives large blocks back to the system and faults them in again in every step, a third of a CPU step's time.
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
@@ -51,32 +60,28 @@ class TrainingFailed(RuntimeError):
     """A worker failed by no fault of the input; the message holds its traceback."""
 
 
-class _Board:
-    """Where rank 0 leaves its records and the launcher picks them up. An actor without a CPU of its own."""
-
-    def __init__(self) -> None:
-        self._records: list[Record] = []
-
-    def put(self, record: Record) -> None:
-        self._records.append(record)
-
-    def take(self) -> list[Record]:
-        records, self._records = self._records, []
-        return records
+class Interrupted(RuntimeError):
+    """The run has ended before its last step, and can go on from its newest checkpoint."""
 
 
-def launch(config: Config, resume: bool, on_record: Callable[[Record], None], *, dry: bool = False) -> None:
+def launch(
+    config: Config, resume: bool, on_record: Callable[[Record], None], stop: threading.Event, *, dry: bool = False
+) -> None:
     """Train on Ray workers; returns when the run is done.
+
+    After a fault Ray Train starts the workers again, and they go on from the newest checkpoint.
 
     Args:
         config: the resolved tree; its paths must mean the same on every node.
         resume: go on from the newest checkpoint in `config.run.out`.
-        on_record: called in this process, from a second thread, with each record of rank 0.
+        on_record: called with each record of rank 0.
+        stop: once it is set, the workers write a checkpoint and end.
         dry: only rehearse one step; nothing is left in `config.run.out`.
 
     Raises:
         UserError: what a worker found wrong with the input, or resources that the cluster does not have.
-        TrainingFailed: anything else went wrong in a worker.
+        Interrupted: after `stop`, or because the cluster has had no room for the workers for `scaling.wait_s`.
+        TrainingFailed: anything else went wrong in a worker, more often than `scaling.max_failures`.
     """
     scaling = config.scaling
     address = scaling.address or os.environ.get("RAY_ADDRESS")
@@ -85,54 +90,69 @@ def launch(config: Config, resume: bool, on_record: Callable[[Record], None], *,
     _connect(scaling, address)
     try:
         _check_resources(scaling, ray.cluster_resources(), "the cluster")
-        if dry:  # Ray wants a folder that all nodes see
-            with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=_nearest(config.run.out)) as folder:
-                _train(config, resume, on_record, Path(folder), dry)
-        else:
-            _train(config, resume, on_record, config.run.out, dry)
+        _train(config, resume, on_record, stop, dry)
     finally:
         ray.shutdown()
 
 
-def _nearest(folder: Path) -> Path:
-    """The folder, or the first above it that is there."""
-    return next(one for one in (folder, *folder.parents) if one.is_dir())
-
-
-def _train(config: Config, resume: bool, on_record: Callable[[Record], None], storage: Path, dry: bool) -> None:
-    scaling, board = config.scaling, ray.remote(num_cpus=0)(_Board).remote()
+def _train(config: Config, resume: bool, on_record: Callable[[Record], None], stop: threading.Event, dry: bool) -> None:
+    scaling, here = config.scaling, {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+    board = ray.remote(num_cpus=0, label_selector=here)(Board).remote(scaling.stall_s)
     resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.use_gpu else {})
-    trainer = TorchTrainer(
+    settings = {"config": config.model_dump(mode="json"), "resume": resume, "board": board, "token": uuid.uuid4().hex}
+    trainer = Trainer(
         _worker,
-        train_loop_config={
-            "config": config.model_dump(mode="json"),
-            "resume": resume,
-            "board": board,
-            "token": uuid.uuid4().hex,
-            "dry": dry,
-        },
+        board=board,
+        sizes=config.world_sizes(),
+        train_loop_config=settings | {"dry": dry},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=scaling.workers, use_gpu=scaling.use_gpu, resources_per_worker=resources
+            num_workers=scaling.workers, use_gpu=scaling.use_gpu, resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=scaling.grow_s,
         ),
         run_config=ray.train.RunConfig(
-            name="ray", storage_path=str(storage), failure_config=ray.train.FailureConfig(max_failures=0)
+            name="ray", storage_path=_rays_folder(config, dry),
+            failure_config=ray.train.FailureConfig(max_failures=0 if dry else scaling.max_failures),
         ),
-        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=1800),
-    )
-    try:
-        with _records(board, on_record) as errors:
-            trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        if errors:
-            raise UserError(errors[0]) from error
-        raise TrainingFailed(str(error)) from error
+        backend_config=Ranks("nccl" if scaling.use_gpu else "gloo", timeout_s=1800),
+    )  # fmt: skip
+    training = _Thread(trainer.fit)
+    records = _Records(board, on_record)
+    while training.is_alive():
+        training.join(_POLL_S)
+        silent_s = records.take()
+        if stop.is_set():
+            board.stop.remote()
+            if not records.started:
+                raise Interrupted("stopped before the first step; --resume starts, or goes on")
+        if silent_s > scaling.wait_s and training.is_alive():
+            raise Interrupted(
+                f"the cluster has had no room for {scaling.least} workers for {silent_s:.0f} s, and scaling.wait_s is "
+                f"{scaling.wait_s:g}: when it has, --resume goes on from the newest checkpoint"
+            )
+    records.take()
+    if records.errors:
+        raise UserError(records.errors[0]) from training.error
+    if training.error is not None:
+        raise TrainingFailed(str(training.error)) from training.error
+    if records.stopped is not None:
+        raise Interrupted(f"stopped at step {records.stopped} with a checkpoint, from which --resume goes on")
+
+
+def _rays_folder(config: Config, dry: bool) -> str:
+    """Where Ray keeps what it knows of the run. Nothing of it is needed to go on, so a rehearsal, and a run.out in a
+    bucket, for which Ray would want credentials in a way of its own, get one of this machine."""
+    if isinstance(config.run.out, Path) and not dry:
+        return str(config.run.out)
+    folder = tempfile.mkdtemp(prefix="hypersphere-ray-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _connect(scaling: ScalingConfig, address: str | None) -> None:
     """Join the cluster at the address; where there is none, start one on this machine."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    cpus = max(os.cpu_count() or 1, math.ceil(scaling.workers * scaling.cpus_per_worker))
+    cpus = max(os.cpu_count() or 1, math.ceil(scaling.most * scaling.cpus_per_worker))
     # Without "local" Ray would join whatever cluster this machine started last, and refuse num_cpus there.
     own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     where: dict[str, Any] = {"address": address} if address else own
@@ -153,11 +173,11 @@ def _connect(scaling: ScalingConfig, address: str | None) -> None:
 
 def _check_resources(scaling: ScalingConfig, there: Mapping[str, float], where: str) -> None:
     """Ray would wait for ever for workers that do not fit; what a machine or a fixed cluster has is known: say so."""
-    wanted = {"CPU": scaling.workers * scaling.cpus_per_worker, "GPU": scaling.workers * float(scaling.use_gpu)}
+    wanted = {"CPU": scaling.least * scaling.cpus_per_worker, "GPU": scaling.least * float(scaling.use_gpu)}
     for resource, amount in wanted.items():
         if amount > there.get(resource, 0.0):
             raise UserError(
-                f"{scaling.workers} workers want {amount:g} {resource}s, {where} has {there.get(resource, 0):g}; lower "
+                f"{scaling.least} workers want {amount:g} {resource}s, {where} has {there.get(resource, 0):g}; lower "
                 f"scaling.workers{', set scaling.use_gpu=false' if resource == 'GPU' else ''}, or name a cluster that "
                 "has them in scaling.address"
             )
@@ -170,26 +190,28 @@ def _worker(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
 
     def report(record: Record) -> None:
-        if context.get_world_rank() == 0 or record.kind == "error":
-            board.put.remote(record)
+        if context.get_world_rank() == 0:
+            board.put.remote(asdict(record))
 
+    wishes, local_rank = Wishes(), context.get_local_rank()
     try:
-        if settings["dry"]:
-            rehearse(config, report, context.get_local_rank())
-            return
-        with sole_writer(config.run.out, settings["token"], Group.current()):
-            run(config, resume=settings["resume"], report=report, local_rank=context.get_local_rank())
+        with heartbeat(board, wishes) as again:
+            if settings["dry"]:
+                rehearse(config, report, local_rank)
+                return
+            with sole_writer(Folder.at(config.run.out), settings["token"], Group.current()):
+                resume = again or settings["resume"]
+                run(config, resume=resume, report=report, local_rank=local_rank, wishes=wishes)
     except UserError as error:
-        ray.get(board.put.remote(Record(kind="error", text=str(error))))
+        ray.get(board.put.remote(asdict(Record(kind="error", text=str(error)))))
         raise
 
 
 @contextmanager
-def sole_writer(folder: Path, token: str, group: Group, patience_s: float = _SIGHT_S) -> Iterator[None]:
+def sole_writer(folder: Folder, token: str, group: Group, patience_s: float = _SIGHT_S) -> Iterator[None]:
     """Hold a run's folder for the ranks of `group` while the block runs. A collective: two barriers.
 
-    Rank 0 locks a file there, which the system unlocks when that process ends, and writes the token into it; the others
-    look for it.
+    Rank 0 holds a file there and writes the token into it; the others look for it.
 
     Args:
         token: the same on every rank, and no other group's.
@@ -198,16 +220,16 @@ def sole_writer(folder: Path, token: str, group: Group, patience_s: float = _SIG
     Raises:
         UserError: the folder cannot be written, is not shared with this rank, or another run writes there.
     """
-    path, here = folder / _WRITER, f"rank {group.rank} on {socket.gethostname()}"
-    with ExitStack() as held:
+    here = f"rank {group.rank} on {socket.gethostname()}"
+    with ExitStack() as stack:
         if group.rank == 0:
             try:
-                held.enter_context(_locked(path, token, patience_s))
+                stack.enter_context(held(folder, _WRITER, token, patience_s))
             except OSError as error:
                 reason = f"{here} cannot write into run.out '{folder}': {error.strerror}"
                 raise UserError(f"{reason}; choose a folder that every node can write") from error
         group.barrier()
-        if not within(patience_s, lambda: path.is_file() and path.read_text() == token):
+        if not within(patience_s, lambda: token_in(folder, _WRITER) == token):
             raise UserError(
                 f"{here} does not see in run.out '{folder}' what rank 0 writes there; choose a folder that all nodes "
                 "share, or train on one node"
@@ -216,47 +238,48 @@ def sole_writer(folder: Path, token: str, group: Group, patience_s: float = _SIG
         yield
 
 
-@contextmanager
-def _locked(path: Path, token: str, patience_s: float) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:  # for writing: network file systems lock nothing else
-        if not within(patience_s, lambda: try_lock(file)):
-            raise UserError(
-                f"another run is writing into '{path.parent}' now; wait for its end, or choose another run.out"
-            )
-        file.truncate(0)
-        file.write(token.encode())
-        file.flush()
-        os.fsync(file.fileno())
-        yield
+class _Thread(threading.Thread):
+    """Runs Ray Train, so that the main thread is there for signals."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        super().__init__(name="ray-train", daemon=True)
+        self._work, self.error = work, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._work()
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+            self.error = error
 
 
-@contextmanager
-def _records(board: Any, on_record: Callable[[Record], None]) -> Iterator[list[str]]:
-    """Take records off the board in a thread, and the rest at the end; yields what was wrong with the input."""
-    errors: list[str] = []
-    stopped = threading.Event()
+class _Records:
+    """Takes records off the board.
 
-    def drain() -> None:
-        for record in ray.get(board.take.remote()):
+    Attributes:
+        errors: what was wrong with the input.
+        started: whether the training has begun.
+        stopped: the step at which the ranks have ended because they were to.
+    """
+
+    def __init__(self, board: Any, on_record: Callable[[Record], None]) -> None:
+        self._board, self._on_record = board, on_record
+        self.errors: list[str] = []
+        self.started = False
+        self.stopped: int | None = None
+
+    def take(self) -> float:
+        """Hand over what has come; for how many seconds no rank has been heard."""
+        values, silent_s = ray.get(self._board.take.remote())
+        for record in (Record(**one) for one in values):
             if record.kind == "error":
-                errors.append(record.text)
+                self.errors.append(record.text)
+            elif record.kind == "stopped":
+                self.stopped = record.step
             else:
-                on_record(record)
-
-    def work() -> None:
-        while not stopped.wait(_POLL_S):
-            drain()
-
-    thread = threading.Thread(target=work, name="records", daemon=True)
-    thread.start()
-    try:
-        yield errors
-    finally:
-        stopped.set()
-        thread.join()
-        with suppress(ray.exceptions.RayError):  # the board may be gone with the cluster, and is not what went wrong
-            drain()
+                self.started = True  # the workers have something to tell
+                self._on_record(record)
+        return float(silent_s)
 
 
 @dataclass(frozen=True)
@@ -279,17 +302,21 @@ class Job:
         return str(status.value)
 
 
-def submit(address: str, config: Config, command: str, resume: bool) -> Job:
+def submit(address: str, config: Config, command: str, resume: bool, env: Sequence[str] = ()) -> Job:
     """Send a training run to a cluster through Ray Jobs.
 
     Args:
         address: of the cluster's dashboard, http://HEAD:8265.
         config: the resolved tree, sent along as a file.
         command: the program on the cluster that runs it, usually `hypersphere`.
+        env: names of variables of this process that the job and its workers get, such as a bucket's credentials. Ray
+            shows them to whoever may ask it about the job.
 
     Raises:
-        UserError: nothing answers at the address.
+        UserError: nothing answers at the address, or a variable is not set.
     """
+    if missing := [name for name in env if name not in os.environ]:
+        raise UserError(f"--env {missing[0]}: the variable is not set here; set it, or leave --env out")
     from ray.job_submission import JobSubmissionClient  # the workers, which import this file too, do without
 
     words = [command, "train", "--config", "config.yaml", *(["--resume"] if resume else [])]
@@ -299,7 +326,7 @@ def submit(address: str, config: Config, command: str, resume: bool) -> Job:
             client = JobSubmissionClient(address)
             identity = client.submit_job(
                 entrypoint=shlex.join(words),
-                runtime_env={"working_dir": folder},
+                runtime_env={"working_dir": folder, "env_vars": {name: os.environ[name] for name in env}},
                 metadata={"project": "hypersphere", "experiment": config.tracking.experiment},
             )
         except (ConnectionError, RuntimeError, ValueError) as error:

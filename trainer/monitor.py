@@ -26,6 +26,8 @@ MOST_SAMPLES = 20_000
 MOST_CLASSES = 512
 SAMPLES_A_CLASS = 8
 _CLASSES_A_STEP = 32
+RANK1, FNIR = "val/rank1", "val/fnir_at_fpir_1pct"
+GREATER_IS_BETTER = {RANK1: True, FNIR: False}
 
 
 class Monitor:
@@ -54,6 +56,11 @@ class Monitor:
         """Whether there is anything to measure."""
         return self._held_out is not None or self._collapse is not None
 
+    @property
+    def ranking(self) -> dict[str, bool]:
+        """The metrics of held-out identities by which models can be ranked: whether the greater one is better."""
+        return GREATER_IS_BETTER if self._held_out is not None else {}
+
     def __call__(self, backbone: nn.Module, objective: Objective, device: torch.device) -> dict[str, float]:
         """All measures by name. A collective; the same numbers on every rank."""
         values: dict[str, float] = {}
@@ -61,9 +68,9 @@ class Monitor:
             embedder = objective.geometry().embedder(backbone)
             batches = islice(self._held_out.batches(0), self._batches)
             x_ND, labels_N = embed(embedder, batches, self._group, device, self._bf16)
-            values["val/rank1"], fnir = quick(nn.functional.normalize(x_ND).numpy(), labels_N.numpy())
+            values[RANK1], fnir = quick(nn.functional.normalize(x_ND).numpy(), labels_N.numpy())
             if fnir is not None:
-                values["val/fnir_at_fpir_1pct"] = fnir
+                values[FNIR] = fnir
         if self._collapse is not None:
             values |= self._collapse(backbone, objective, device)
         return values

@@ -9,6 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from trainer.config import Config
 from trainer.data.stream import Batch
+from trainer.pulse import Wishes
 from trainer.train import Record, _Run
 from trainer.weights import put, read_weights
 
@@ -26,7 +27,7 @@ def rehearse(config: Config, report: Callable[[Record], None], local_rank: int =
         UserError: as `train.run`.
     """
     device = torch.device("cuda", local_rank) if config.scaling.use_gpu else torch.device("cpu")
-    run = _Run(config, device, report)
+    run = _Run(config, device, report, Wishes())
     if config.init.weights is not None:
         put(read_weights(config.init.weights, config.init.which), run.engine.module, config.init.weights)
     kept: dict[int, int] = {}

@@ -39,7 +39,11 @@ RULES = (
         "it decides which samples come in which step, so that some would come twice and others never",
     ),
     Rule("run.seed", "refused", "it decides the order of the samples and all random numbers from here on"),
-    Rule("scaling.workers", "refused", "each worker has stored its own rows of the class centres"),
+    Rule(
+        "scaling.workers",
+        "warns",
+        "sums are taken in another order, so the losses are those of the uninterrupted run no longer bit for bit",
+    ),
     Rule("data.height data.width", "refused", "the backbone was made for images of that size"),
     Rule(
         "backbone.dropout backbone.norm_group",
@@ -85,12 +89,13 @@ RULES = (
         "where the data lie and how they are read; their digests are compared",
     ),
     Rule(
-        "run.out run.log_every run.eval_every run.collapse run.checkpoint_every run.keep_checkpoints",
+        "run.out run.log_every run.eval_every run.collapse run.checkpoint_every run.keep_checkpoints run.keep_best",
         "may change",
         "what is written, and when",
     ),
     Rule("init.*", "may change", "only a first step begins with other weights"),
-    Rule("tracking.* scaling.address", "may change", "who is told, and where the workers run"),
+    Rule("tracking.* scaling.*", "may change", "who is told, where the workers run, and what is done about faults"),
+    Rule("run.on_divergence run.back_off", "may change", "what is done when the loss is not finite"),
 )
 
 

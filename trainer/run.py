@@ -3,38 +3,42 @@
 run.out/  config.yaml          the resolved config
           checkpoints/         step-00001000/, ...
           run.json             the MLflow run, so that later commands add to it, and what each evaluation measured
-          tracking/            what MLflow has still to take
+          tracking/            what MLflow has still to take; of a run.out in a bucket, in `~/.local/state/hypersphere`
           .lock, .writer       held by the launching process, and by the rank that writes the checkpoints
           neural_collapse.png  the course of its measures over the run
           embedder/            what `export` makes of it
 """
 
+import hashlib
+import os
 import signal
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from pydantic import Field, ValidationError
+from torch.overrides import TorchFunctionMode
 
-from trainer.atomic import write_file
 from trainer.backbones import build
-from trainer.checkpoint import CHECKPOINTS, latest
+from trainer.checkpoint import CHECKPOINTS, Shelf
 from trainer.config import Config
 from trainer.data.augment import check_augment
 from trainer.data.manifest import Manifest
 from trainer.data.remote import shown
 from trainer.data.stream import preprocessing
 from trainer.errors import UserError
-from trainer.locks import try_lock
+from trainer.lease import held
+from trainer.storage import Folder
 from trainer.strict import Strict
 from trainer.tracking import Status, Tracker, absolute_uri, public_uri
 from trainer.train import Record
 
-NOTE, TRACKING = "run.json", "tracking"
+NOTE, TRACKING, LOCK = "run.json", "tracking", ".lock"
 _TERMINATED = 128 + signal.SIGTERM  # exit code, as shells count
 COLLAPSE = "neural_collapse"  # what its measures' names begin with, and the name of their picture
 
@@ -54,17 +58,19 @@ class RunNote(Strict):
     evaluations: tuple[Evaluation, ...] = Field((), description="ascending by step")
 
     @classmethod
-    def read(cls, folder: Path) -> "RunNote":
+    def read(cls, out: Path | str) -> "RunNote":
         """The note of a run's folder; an empty one where there is none.
 
         Raises:
             UserError: the file is not such a note.
         """
-        path = folder / NOTE
+        folder = Folder.at(out)
         try:
-            return cls.model_validate_json(path.read_bytes()) if path.is_file() else cls()
+            return cls.model_validate_json(folder.read(NOTE))
+        except FileNotFoundError:
+            return cls()
         except ValidationError as error:
-            raise UserError(f"'{path}' is not a run's note ({error.errors()[0]['msg']}); remove it") from error
+            raise UserError(f"'{folder}/{NOTE}' is not a run's note ({error.errors()[0]['msg']}); remove it") from error
 
     def course(self) -> list[tuple[int, Mapping[str, float]]]:
         """The measures of neural collapse of each evaluation that has some."""
@@ -86,7 +92,7 @@ def resolved(config: Config) -> Config:
     cache = config.data.cache_dir and config.data.cache_dir.resolve()
     data = config.data.model_copy(update={"path": of(config.data.path), "mix": mix, "cache_dir": cache})
     init = config.init.model_copy(update={"weights": config.init.weights and config.init.weights.resolve()})
-    run = config.run.model_copy(update={"out": config.run.out.resolve()})
+    run = config.run.model_copy(update={"out": of(config.run.out)})
     tracking = config.tracking.model_copy(update={"uri": absolute_uri(config.tracking.uri, Path.cwd())})
     return config.model_copy(update={"data": data, "init": init, "run": run, "tracking": tracking})
 
@@ -107,7 +113,7 @@ def rehearse(config: Config) -> tuple[Config, dict[str, float], list[str]]:
 
     from trainer.launch import launch
 
-    launch(config, False, records.append, dry=True)
+    launch(config, False, records.append, threading.Event(), dry=True)
     plan = next(record for record in records if record.kind == "plan")
     return config, plan.values, [record.text for record in records if record.text]
 
@@ -115,14 +121,14 @@ def rehearse(config: Config) -> tuple[Config, dict[str, float], list[str]]:
 class _Notes:
     """`run.json`, written as the run goes: by the thread of the records, and by that of MLflow."""
 
-    def __init__(self, folder: Path, note: RunNote) -> None:
+    def __init__(self, folder: Folder, note: RunNote) -> None:
         self._folder, self._lock = folder, threading.Lock()
         self.note = note
 
     def change(self, **changes: Any) -> None:
         with self._lock:
             self.note = self.note.model_copy(update=changes)
-            write_file(self._folder / NOTE, self.note.model_dump_json(indent=1) + "\n")
+            self._folder.write(NOTE, self.note.model_dump_json(indent=1) + "\n")
 
     def measured(self, step: int, values: Mapping[str, float]) -> None:
         """Note an evaluation, in place of an earlier one of the step."""
@@ -132,7 +138,9 @@ class _Notes:
         self.change(evaluations=tuple(found))
 
 
-def start(config: Config, resume: bool, on_record: Callable[[Record], None], on_trouble: Callable[[str], None]) -> Path:
+def start(
+    config: Config, resume: bool, on_record: Callable[[Record], None], on_trouble: Callable[[str], None]
+) -> Folder:
     """Check a config, train it (or go on) on Ray workers, and write MLflow from this process; returns the run's folder.
 
     Args:
@@ -143,29 +151,36 @@ def start(config: Config, resume: bool, on_record: Callable[[Record], None], on_
         UserError: config, data or an earlier run do not fit together, another process writes into the run's folder, or
             what `launch` finds wrong.
         trainer.launch.TrainingFailed: a worker failed by no fault of the input.
-        SystemExit: with 143, after SIGTERM.
+        trainer.launch.Interrupted: the run can go on later; also after SIGTERM.
+        SystemExit: with 143, after a second SIGTERM.
     """
     config = resolved(config)
-    folder, kind = config.run.out, check(config).kind
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone_in(folder), _ended_by_sigterm():
+    folder, kind = Folder.at(config.run.out), check(config).kind
+    with held(folder, LOCK, uuid.uuid4().hex), _stopped_by_sigterm() as stop:
         _refuse_earlier(config, resume)
-        write_file(folder / "config.yaml", config.to_yaml())
-        notes = _Notes(folder, RunNote.read(folder) if resume else RunNote())
+        folder.write("config.yaml", config.to_yaml())
+        notes = _Notes(folder, RunNote.read(config.run.out) if resume else RunNote())
         notes.change(tracking_uri=config.tracking.uri)
         run_id = notes.note.mlflow_run_id if resume else None
         tracker = Tracker(
             config.tracking, on_trouble, run_id,
-            folder=folder / TRACKING, on_run=lambda found: notes.change(mlflow_run_id=found),
+            folder=_beside(folder) / TRACKING, on_run=lambda found: notes.change(mlflow_run_id=found),
         )  # fmt: skip
         public = _public(config)
         facts = {"data": str(public.data.path), "data_kind": kind}
         tracker.start(public.model_dump(mode="json"), public.to_yaml(), facts)
-        _launch(config, resume, on_record, notes, tracker)
+        _launch(config, resume, on_record, notes, tracker, stop)
     return folder
 
 
-def _launch(config: Config, resume: bool, on_record: Callable[[Record], None], notes: _Notes, tracker: Tracker) -> None:
+def _launch(
+    config: Config,
+    resume: bool,
+    on_record: Callable[[Record], None],
+    notes: _Notes,
+    tracker: Tracker,
+    stop: threading.Event,
+) -> None:
     """Train; however that ends, draw what was measured, and end MLflow's run."""
 
     def dispatch(record: Record) -> None:
@@ -174,52 +189,61 @@ def _launch(config: Config, resume: bool, on_record: Callable[[Record], None], n
             tracker.wake()
         if record.kind == "metrics":
             notes.measured(record.step, record.values)
+        if record.kind == "back":
+            tracker.go_back(record.step)
         if record.kind in ("step", "metrics"):
             tracker.metrics(record.values, record.step, record.time_ms)
 
-    from trainer.launch import launch  # only now: Ray takes seconds to import, and who reads a note does without
+    from trainer.launch import (
+        Interrupted,
+        launch,
+    )  # only now: Ray takes seconds to import; who reads a note does without
 
     status: Status = "FAILED"
+    folder = Folder.at(config.run.out)
     try:
-        launch(config, resume, dispatch)
+        launch(config, resume, dispatch, stop)
         status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, Interrupted):
         status = "KILLED"
         raise
     finally:
         if course := notes.note.course():
             from trainer.evaluation.plots import course_plot  # matplotlib, which the workers do not need
 
-            tracker.artifact(course_plot(course, config.run.out / f"{COLLAPSE}.png"))
+            picture = course_plot(course, _beside(folder) / f"{COLLAPSE}.png")
+            if isinstance(folder.address, str):
+                folder.write(picture.name, [picture.read_bytes()])
+            tracker.artifact(picture)
         tracker.close(status)
 
 
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("ab") as file:
-        if not try_lock(file):
-            raise UserError(f"another run is writing into '{folder}' now; wait for its end, or choose another run.out")
-        yield
+def _beside(folder: Folder) -> Path:
+    """Where on this machine lies what cannot lie in a bucket: of a folder on a disk that folder itself."""
+    if isinstance(folder.address, Path):
+        return folder.address
+    home = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+    beside = home / "hypersphere" / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    beside.mkdir(parents=True, exist_ok=True)
+    return beside
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM raise SystemExit from the block, and Ctrl-C KeyboardInterrupt, where signals can be taken."""
+def _stopped_by_sigterm() -> Iterator[threading.Event]:
+    """Yields what the first SIGTERM sets; a second one raises SystemExit. Only where signals can be taken."""
+    stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield stop
         return
 
-    taken = threading.Event()
-
-    def end(number: int, frame: object) -> NoReturn:
-        taken.set()
-        raise SystemExit(_TERMINATED)
+    def end(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise SystemExit(_TERMINATED)
+        stop.set()
 
     before = signal.signal(signal.SIGTERM, end)
     try:
-        yield
-    except SystemExit as ended:  # Ray changes the code, and raises this at Ctrl-C, too
-        raise SystemExit(_TERMINATED) if taken.is_set() else KeyboardInterrupt from ended
+        yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -229,7 +253,8 @@ def _public(config: Config) -> Config:
     mix = tuple(part.model_copy(update={"path": shown(part.path)}) for part in config.data.mix)
     data = config.data.model_copy(update={"path": shown(config.data.path), "mix": mix})
     tracking = config.tracking.model_copy(update={"uri": public_uri(config.tracking.uri)})
-    return config.model_copy(update={"data": data, "tracking": tracking})
+    run = config.run.model_copy(update={"out": shown(config.run.out)})
+    return config.model_copy(update={"data": data, "run": run, "tracking": tracking})
 
 
 def check(config: Config) -> Manifest:
@@ -242,7 +267,7 @@ def check(config: Config) -> Manifest:
     manifest = Manifest.read(config.data.path, config.data.remote_cache)
     manifest.split(config.data.train_split)
     check_augment(config.augment, form := preprocessing(manifest, config.data))
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         build(config.backbone, *form.shape_CHW)
     if config.init.weights is not None and not config.init.weights.is_dir():
         raise UserError(
@@ -251,9 +276,18 @@ def check(config: Config) -> Manifest:
     return manifest
 
 
+class _Unfilled(TorchFunctionMode):
+    """Skips what draws a weight's first values: on the meta device there are none, and torch's compiler, seconds of a
+    core to import, would be asked for them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in (torch.Tensor.normal_, torch.Tensor.uniform_) else func(*args, **(kwargs or {}))
+
+
 def _refuse_earlier(config: Config, resume: bool) -> None:
-    if not resume and latest(config.run.out / CHECKPOINTS) is not None:
+    folder = Folder.at(config.run.out)
+    if not resume and Shelf.of(folder / CHECKPOINTS).whole:
         raise UserError(
-            f"'{config.run.out}' holds the checkpoints of an earlier run; "
+            f"'{folder}' holds the checkpoints of an earlier run; "
             "add --resume to go on with it, or choose another run.out"
         )

@@ -4,6 +4,7 @@ Each entry of the outbox is one kind of call. MLflow is imported at the first of
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -34,9 +35,11 @@ class Sender:
         self._outbox, self._on_run = outbox, on_run
         self._made: Any = None
         self.found = False  # whether this process knows that its run exists
+        self._last: dict[str, int] = {}  # step of each number that was sent or is there
+        self._news_after: float | None = None  # for a run that goes on: numbers of later steps are sent in any case
         self._senders: dict[str, Callable[[Entry], None]] = {
             "run": self._run, "params": self._params, "text": self._text, "artifact": self._artifact,
-            "register": self._register, "status": self._status,
+            "register": self._register, "status": self._status, "back": self._back,
         }  # fmt: skip
 
     @property
@@ -65,19 +68,40 @@ class Sender:
         from mlflow.entities import Metric
 
         metrics: list[Any] = []
-        count = 0
+        count, last = 0, dict(self._last)
         for entry in entries:
             if entry["kind"] != "metrics" or (metrics and len(metrics) + len(entry["values"]) > _METRICS):
                 break
-            metrics += [Metric(k, value, entry["time_ms"], entry["step"]) for k, value in entry["values"].items()]
+            for key, value in entry["values"].items():
+                if key not in last:
+                    last[key] = self._known(key)
+                if entry["step"] > last[key]:  # a run that goes on from a checkpoint does some steps again
+                    metrics.append(Metric(key, value, entry["time_ms"], entry["step"]))
+                    last[key] = entry["step"]
             count += 1
-        self._client.log_batch(self._run_id, metrics=metrics)
+        if metrics:
+            self._client.log_batch(self._run_id, metrics=metrics)
+        self._last = last
         return count
+
+    def _known(self, key: str) -> int:
+        """The last step of which MLflow has this number; of a run that this process began it has none."""
+        if self._news_after is None:
+            return -1
+        there = self._client.get_metric_history(self._run_id, key)
+        return int(min(self._news_after, max((one.step for one in there), default=-1)))
+
+    def _back(self, entry: Entry) -> None:
+        step = entry["step"]
+        self._last = {key: min(last, step) for key, last in self._last.items()}
+        if self._news_after is not None:
+            self._news_after = min(self._news_after, step)
 
     def _run(self, entry: Entry) -> None:
         known = "" if entry["run_id"] is None else entry["run_id"] or self._run_id
         if known and self._is_active(known):
             self._client.update_run(known, status="RUNNING")
+            self._news_after = math.inf
         else:
             experiment = _experiment(self._client, self._uri, self._experiment)
             made = self._client.search_runs([experiment], f"tags.`{_KEY}` = '{entry['key']}'", max_results=1)
@@ -113,6 +137,8 @@ class Sender:
             course = data.tags.get(f"changed.{key}", data.params.get(key, value))
             if course != value and not course.endswith(f" -> {value}"):
                 tags.append(RunTag(f"changed.{key}", f"{course} -> {value}"[-5000:]))
+        if tags and self._news_after is not None:
+            self._news_after = -1  # with another config all numbers are news
         for first in range(0, len(tags), _PARAMS):
             self._client.log_batch(self._run_id, tags=tags[first : first + _PARAMS])
 

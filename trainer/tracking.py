@@ -131,6 +131,10 @@ class Tracker:
         """Record numbers of one step."""
         self._put({"kind": "metrics", "values": dict(values), "step": step, "time_ms": time_ms})
 
+    def go_back(self, step: int) -> None:
+        """What is recorded from here on of later steps is news, although there are numbers of them already."""
+        self._put({"kind": "back", "step": step})
+
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Store a file, or a folder with all it holds, as it is when MLflow takes it."""
         self._put({"kind": "artifact", "path": str(path.absolute()), "folder": folder})

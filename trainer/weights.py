@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -9,39 +11,58 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainer.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint, latest, open_checkpoint
+from trainer.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint, go_on, open_checkpoint
+from trainer.distributed import Group
 from trainer.errors import UserError
+from trainer.storage import Folder
 
-WEIGHTS_FILE = "backbone.safetensors"  # of a checkpoint, with the optimizer's state; of an Embedder, alone
+WEIGHTS_FILE = "backbone.safetensors"  # of an Embedder: weights and buffers alone
+BACKBONE = "backbone"  # parts of a checkpoint: with the optimizer's state
 DIGEST = "weights_sha256"  # in an Embedder's provenance
 Which = Literal["trained", "ema"]
 
 
-def find_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest of a run's folder, or the one that the folder is."""
-    return open_checkpoint(folder) if (folder / MANIFEST).is_file() else latest(folder / CHECKPOINTS)
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint, and the engine's state in it."""
+
+    checkpoint: Checkpoint
+    state: dict[str, Tensor]
+
+    def weights(self, which: Which) -> dict[str, Tensor]:
+        """Weights and buffers by their name in the backbone.
+
+        Args:
+            which: as they were trained, or their moving average.
+
+        Raises:
+            UserError: there is no average.
+        """
+        tensors = [(*name.partition("."), tensor) for name, tensor in self.state.items()]
+        weights = {name: tensor for kind, _, name, tensor in tensors if kind in ("weight", "buffer")}
+        if which == "trained":
+            return weights
+        average = {name: tensor for kind, _, name, tensor in tensors if kind == "ema" and name in weights}
+        if not average:
+            raise UserError(
+                f"'{self.checkpoint.folder}' has no moving average of the weights: train with engine.ema_decay above "
+                "0, or take the trained weights"
+            )
+        return weights | average
 
 
-def of_checkpoint(found: Checkpoint, which: Which) -> dict[str, Tensor]:
-    """Weights and buffers by their name in the backbone, out of the engine's state.
+def find(place: Folder, on_trouble: Callable[[str], None] = lambda text: None) -> Stored | None:
+    """The newest checkpoint of a run that can be read, or the one that the folder is.
 
     Args:
-        which: as they were trained, or their moving average.
-
-    Raises:
-        UserError: the file is missing or damaged, or there is no average.
+        on_trouble: told of a damaged checkpoint that is passed over.
     """
-    tensors = [(*name.partition("."), tensor) for name, tensor in found.read(WEIGHTS_FILE).items()]
-    weights = {name: tensor for kind, _, name, tensor in tensors if kind in ("weight", "buffer")}
-    if which == "trained":
-        return weights
-    average = {name: tensor for kind, _, name, tensor in tensors if kind == "ema" and name in weights}
-    if not average:
-        raise UserError(
-            f"'{found.folder}' has no moving average of the weights: train with engine.ema_decay above 0, or take the "
-            "trained weights"
-        )
-    return weights | average
+    if MANIFEST in place.sizes():
+        found = open_checkpoint(place)
+        return Stored(found, found.parts(BACKBONE))
+    states: list[dict[str, Tensor]] = []
+    newest = go_on(place / CHECKPOINTS, Group(), lambda found: states.append(found.parts(BACKBONE)), on_trouble)
+    return None if newest is None else Stored(newest, states[-1])
 
 
 def read_weights(folder: Path, which: Which) -> dict[str, Tensor]:
@@ -55,12 +76,12 @@ def read_weights(folder: Path, which: Which) -> dict[str, Tensor]:
     """
     if (folder / WEIGHTS_FILE).is_file() and not (folder / MANIFEST).is_file():
         return _of_embedder(folder)
-    if (found := find_checkpoint(folder)) is None:
+    if (found := find(Folder.at(folder))) is None:
         raise UserError(
             f"'{folder}' holds no weights to begin with: name the folder of a run, of a checkpoint, or of an embedder "
             f"with {WEIGHTS_FILE} (one that was exported before there was such a file has none: export it again)"
         )
-    return of_checkpoint(found, which)
+    return found.weights(which)
 
 
 def _of_embedder(folder: Path) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """`hypersphere train`, `submit`, `export`, `evaluate`, `calibrate`: an Embedder is made, measured, given thresholds."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -34,10 +35,12 @@ def train(
 ) -> None:
     """Train on Ray workers: on the cluster at `$RAY_ADDRESS` or `scaling.address`, else on this machine.
 
+    After SIGTERM it writes a checkpoint and exits with 75: the same command with --resume goes on.
+
     Example: `hypersphere train --config configs/demo.yaml run.epochs=3 loss=cosface`
     """
     from trainer.config import load
-    from trainer.launch import TrainingFailed
+    from trainer.launch import Interrupted, TrainingFailed
     from trainer.run import rehearse, start
 
     try:
@@ -49,7 +52,10 @@ def train(
     except TrainingFailed as error:
         fail(str(error), "the training failed")
         raise typer.Exit(1) from error
-    out.print(f"checkpoints are in {folder / 'checkpoints'}; next: hypersphere export --run {folder}")
+    except Interrupted as error:
+        fail(str(error), "not finished")
+        raise typer.Exit(os.EX_TEMPFAIL) from error
+    out.print(f"checkpoints are in {folder}/checkpoints; next: hypersphere export --run {folder}")
 
 
 def _show_plan(config: "Config", parts: Mapping[str, float], notes: Sequence[str]) -> None:
@@ -71,6 +77,9 @@ def submit(
     config: ConfigOption = None,
     resume: Resume = False,
     command: Annotated[str, typer.Option(help="The program on the cluster.")] = "hypersphere",
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Variable to hand to the job; may be given several times.")
+    ] = None,
 ) -> None:
     """Send a training run to a cluster through Ray Jobs, follow its log, and exit with its status.
 
@@ -80,7 +89,7 @@ def submit(
     from trainer.launch import submit as send
     from trainer.run import resolved
 
-    job = send(address, resolved(load(config, overrides)), command, resume)
+    job = send(address, resolved(load(config, overrides)), command, resume, env or ())
     out.print(f"job {job.identity} is on {address}; stop it with: ray job stop --address {address} {job.identity}")
     status = job.follow(lambda part: print(part, end="", flush=True))
     out.print(f"job {status}")
@@ -97,10 +106,11 @@ def export(
 ) -> None:
     """Write the Embedder (ONNX and manifest) of a checkpoint, and check it against torch on real samples."""
     from trainer.export import export_run
+    from trainer.storage import Folder
 
     to = to or run / "embedder"
     manifest = export_run(run, to, data=data, overwrite=overwrite, register=register, on_trouble=warn, which=weights)
-    out.print(f"embedder {manifest.model_id}: {manifest.dimension} dimensions, in {to}")
+    out.print(f"embedder {manifest.model_id}: {manifest.dimension} dimensions, in {Folder.at(to)}")
 
 
 def evaluate(
@@ -115,25 +125,25 @@ def evaluate(
 ) -> None:
     """Measure an Embedder: verification, one-shot identification, and open-set errors; as text, JSON and plots."""
     from trainer.assess import evaluate_split
-    from trainer.atomic import write_file
     from trainer.embedder import Embedder
+    from trainer.storage import Folder, written_here
 
     opened = Embedder.open(embedder, threads)
     with progress() as show:
         report = evaluate_split(opened, data, split, unenrolled=unenrolled, seed=seed, progress=show)
-    to = to or embedder / "evaluation"
-    to.mkdir(parents=True, exist_ok=True)
-    write_file(to / "report.json", report.to_json())
+    place = Folder.at(to or embedder / "evaluation")
     _print(f"{split}: {report.samples} samples of {report.identities} identities", _report_rows(report))
     plots = []
-    try:
-        from trainer.evaluation.plots import report_plots
+    with written_here(place, "report.json") as here:
+        Folder(here).write("report.json", report.to_json())
+        try:
+            from trainer.evaluation.plots import report_plots
 
-        plots = report_plots(report, to)
-    except ModuleNotFoundError as error:
-        warn(f"no plots: '{error.name}' is not installed; pip install 'hypersphere[trainer]' brings it")
-    out.print(f"report and {len(plots)} plots are in {to}")
-    _track(opened.manifest, report, to)
+            plots = report_plots(report, here)
+        except ModuleNotFoundError as error:
+            warn(f"no plots: '{error.name}' is not installed; pip install 'hypersphere[trainer]' brings it")
+        _track(opened.manifest, report, here)
+    out.print(f"report and {len(plots)} plots are in {place}")
 
 
 def calibrate(

@@ -59,7 +59,7 @@ class TrainingView(Progress):
         """Show what rank 0 tells: in the bar, or as a line above it."""
         if record.kind in ("start", "step"):
             self._step(record.step, record.total_steps, record.values)
-        elif record.kind in ("note", "metrics"):
+        elif record.kind in ("note", "metrics", "back"):
             text = record.text or f"step {record.step}: {_evaluation(record.values)}"
             self.console.print(text, markup=False, highlight=False)
 

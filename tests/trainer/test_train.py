@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from tests.ranks import folder_of_shapes, run_on_ranks
-from trainer.checkpoint import latest
+from trainer.checkpoint import Shelf, latest
 from trainer.config import Config, from_tree, load
 from trainer.data.importers import ImportOptions
 from trainer.data.importers.run import run_import
 from trainer.errors import Diverged, UserError
-from trainer.train import Record, _dropout_seed, _Watch, run
+from trainer.storage import Folder
+from trainer.train import Record, _dropout_seed, run
+from trainer.watch import Watch
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def test_resume_gives_the_losses_of_the_uninterrupted_run(resumed: Path) -> None
         assert all(map(math.isfinite, whole.values()))
         assert 0 <= case["metrics"][-1]["val/rank1"] <= 1
         assert len(case["metrics"]) == 4
-        found = latest(resumed / f"cut{number}" / "checkpoints")
+        found = latest(Folder(resumed / f"cut{number}" / "checkpoints"))
         assert found is not None
         assert found.step == 12
         assert sum(name.startswith(("arcface", "cosface")) for name in found.manifest.files) == 2
@@ -120,15 +122,6 @@ def one_rank(rank: int, data: Path, folder: Path) -> None:
 
 def test_what_does_not_fit_is_named(data: Path, tmp_path: Path) -> None:
     run_on_ranks(1, one_rank, data, tmp_path)
-
-
-def other_world(rank: int, data: Path, folder: Path) -> None:
-    with pytest.raises(UserError, match=r"scaling\.workers is 1 now and was 2 .* set it back"):
-        run(config(data, folder / "cut0", "scaling.workers=1"), resume=True, report=lambda _: None)
-
-
-def test_another_number_of_workers_is_refused_for_now(data: Path, resumed: Path) -> None:
-    run_on_ranks(1, other_world, data, resumed)
 
 
 def from_a_mix(rank: int, data: Path, folder: Path) -> None:
@@ -178,14 +171,14 @@ def diverges_and_goes_on(rank: int, data: Path, folder: Path) -> None:
     wild = config(data, folder / "run", *overrides, "optimizer.lr=1e8")
     with pytest.raises(Diverged, match=r"optimizer\.lr \(now 1e\+08\).* goes on from step 0"):
         run(wild, resume=False, report=lambda _: None)
-    found = sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
-    assert found
-    assert all(name.endswith(".diverged") for name in found)
+    shelf = Shelf.of(Folder(folder / "run" / "checkpoints"))
+    assert shelf.diverged
+    assert shelf.whole == []
     after = train(config(data, folder / "run", *overrides, "optimizer.lr=0.01", "run.log_every=1"), folder, rank, True)
     assert sorted(losses(after)) == [1, 2, 3, 4, 5, 6]
     whole = train(config(data, folder / "whole", *overrides, "optimizer.lr=0.01", "run.log_every=1"), folder, rank)
     assert losses(after) == losses(whole)
-    newest = latest(folder / "run" / "checkpoints")
+    newest = latest(Folder(folder / "run" / "checkpoints"))
     assert newest is not None
     assert newest.step == 6
 
@@ -195,7 +188,7 @@ def test_a_run_that_diverged_goes_on_with_a_lower_rate(data: Path, tmp_path: Pat
 
 
 def test_the_loss_of_every_step_is_looked_at_one_step_later() -> None:
-    watch = _Watch()
+    watch = Watch()
     watch(torch.tensor(1.0), 1)
     watch(torch.tensor(math.nan), 2)
     with pytest.raises(Diverged, match="the loss at step 2 is nan"):
@@ -206,7 +199,7 @@ def test_the_loss_of_every_step_is_looked_at_one_step_later() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 def test_looking_at_the_loss_does_not_make_a_gpu_wait() -> None:
-    watch, loss = _Watch(), torch.ones((), device="cuda")
+    watch, loss = Watch(), torch.ones((), device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(1, 4):
@@ -231,9 +224,9 @@ def from_format_1(rank: int, folder: Path) -> None:
     assert losses(after) == pytest.approx(LOSSES_OF_FORMAT_1, rel=1e-4)  # other processors round in another way
     notes = [record.text for record in after if record.kind == "note"]
     assert ["no digest of its shards" in note for note in notes[:2]] == [True, False]
-    found = latest(folder / "checkpoints")
+    found = latest(Folder(folder / "checkpoints"))
     assert found is not None
-    assert (found.manifest.format, found.step) == (2, 6)
+    assert (found.manifest.format, found.step) == (3, 6)
 
 
 def test_a_checkpoint_of_format_1_is_gone_on_from(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Bytes from any fsspec address, patiently: a broken transfer is tried again, and a lasting fault is one sentence.
+"""Bytes from and to any fsspec address, patiently: a broken transfer is tried again, a lasting fault is one sentence.
 
 Addresses and the messages of others may carry passwords and tokens: neither is ever shown as it is.
 """
@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -18,7 +19,8 @@ import fsspec
 from trainer.errors import UserError
 
 ATTEMPTS = 5
-_FIRST_DELAY = 0.2  # seconds; doubled after each further failure
+_FIRST_DELAY, _LONGEST_DELAY = 0.2, 10  # seconds; doubled after each further failure
+WRITE_PATIENCE_S = 120  # that a storage may be away while something is written to it
 _CONNECT, _SILENCE = 10, 30  # seconds until a server that does not accept, or falls silent, counts as broken
 _BUSY = (408, 425, 429)  # statuses of HTTP below 500 that pass
 # What the libraries behind fsspec raise, by module: those that nobody imported raise nothing.
@@ -44,6 +46,10 @@ Result = TypeVar("Result")
 
 class OutOfReach(UserError):
     """The whole file cannot be had, whatever part of it is asked for."""
+
+
+class NotThere(OutOfReach):
+    """There is no file of this name."""
 
 
 class _Cut(OSError):
@@ -170,8 +176,67 @@ def size_of(address: str) -> int:
     return _patiently(address, ask)
 
 
-def _patiently(address: str, work: Callable[[Any, str], Result], attempts: int | None = None) -> Result:
-    attempt, attempts = 1, attempts or ATTEMPTS
+def put(address: str, data: bytes, *, fresh: bool = False) -> bool:
+    """Write a file, whole or not at all; `fresh`: only if there is none. Whether it was written.
+
+    Raises:
+        UserError: the storage refused it, or was away for `WRITE_PATIENCE_S`.
+    """
+
+    def write(files: Any, path: str) -> bool:
+        try:
+            files.pipe_file(path, data, mode="create" if fresh else "overwrite")
+        except FileExistsError:
+            return False
+        return True
+
+    return _patiently(address, write, doing="written", patience_s=WRITE_PATIENCE_S)
+
+
+def below(address: str) -> dict[str, int]:
+    """The bytes of each file in a folder and the folders in it, by name relative to it, as they are now; none, where
+    there is no such folder.
+
+    Raises:
+        UserError: as `fetch`.
+    """
+
+    def find(files: Any, path: str) -> dict[str, int]:
+        files.invalidate_cache()  # others write there, too
+        try:
+            found = files.find(path, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {name.removeprefix(f"{path.rstrip('/')}/"): int(one["size"]) for name, one in found.items()}
+
+    return _patiently(address, find)
+
+
+def remove(address: str) -> None:
+    """Remove a file; one that is not there is removed already.
+
+    Raises:
+        UserError: as `put`.
+    """
+
+    def forget(files: Any, path: str) -> None:
+        with suppress(FileNotFoundError):
+            files.rm_file(path)
+            files.invalidate_cache(path)
+
+    _patiently(address, forget, doing="removed", patience_s=WRITE_PATIENCE_S)
+
+
+def _patiently(
+    address: str,
+    work: Callable[[Any, str], Result],
+    attempts: int = ATTEMPTS,
+    *,
+    doing: str = "read",
+    patience_s: float = 0.0,
+) -> Result:
+    """Try so often, and for so long at least."""
+    attempt, until = 1, time.monotonic() + patience_s
     while True:
         try:
             return work(*_filesystem(address))
@@ -179,13 +244,19 @@ def _patiently(address: str, work: Callable[[Any, str], Result], attempts: int |
             raise  # it is a ValueError
         except _loaded(_FAULTS) as error:
             lasting = _lasting(error)
-            if lasting or attempt == attempts:
+            if lasting or (attempt >= attempts and time.monotonic() >= until):
                 tried = "" if lasting or attempt == 1 else f", {attempt} times"
-                kind = UserError if isinstance(error, _Cut) or _status(error) == 416 else OutOfReach
-                told = f"'{shown(address)}' cannot be read: {_reason(error)}{tried}; {_remedy(error)}"
-                raise kind(told) from None  # a trace of the cause would show the address as it is
-        time.sleep(_FIRST_DELAY * 2 ** (attempt - 1) * random.uniform(0.5, 1))  # ranks do not come back in step
+                told = f"'{shown(address)}' cannot be {doing}: {_reason(error)}{tried}; {_remedy(error, doing)}"
+                raise _kind(error)(told) from None  # a trace of the cause would show the address as it is
+        delay = min(_FIRST_DELAY * 2 ** min(attempt - 1, 10), _LONGEST_DELAY)
+        time.sleep(delay * random.uniform(0.5, 1))  # ranks do not come back in step
         attempt += 1
+
+
+def _kind(error: BaseException) -> type[UserError]:
+    if isinstance(error, FileNotFoundError):
+        return NotThere
+    return UserError if isinstance(error, _Cut) or _status(error) == 416 else OutOfReach
 
 
 def _filesystem(address: str) -> tuple[Any, str]:
@@ -253,9 +324,11 @@ def _reason(error: BaseException) -> str:
     return f"the server answers {status}" if status else getattr(error, "strerror", None) or type(error).__name__
 
 
-def _remedy(error: BaseException) -> str:
+def _remedy(error: BaseException, doing: str) -> str:
+    reading = doing == "read"
     if _no_credentials(error) or isinstance(error, PermissionError) or _status(error) in (401, 403):
-        return "give credentials that may read it as the storage's own tools take them (environment or files)"
+        may = "read" if reading else "write"
+        return f"give credentials that may {may} it as the storage's own tools take them (environment or files)"
     if isinstance(error, FileNotFoundError | ValueError):
         return "check the address"
-    return "try again later, or fetch the data set whole"
+    return "try again later" + (", or fetch the data set whole" if reading else "")

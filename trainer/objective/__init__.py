@@ -97,12 +97,16 @@ class Objective:
         parts = [member.memory() for member in self._members.values()]
         return {name: sum(one.get(name, 0) for one in parts) for part in parts for name in part}
 
+    def buffers(self) -> list[Tensor]:
+        """What the losses keep beside what they learn, such as running means, and change in the forward."""
+        return [buffer for member in self._members.values() for buffer in member.module.buffers()]
+
     def files(self) -> dict[str, dict[str, Tensor]]:
         """This rank's share of a checkpoint: tensors by name, by file."""
         return {name: tensors for member in self._members.values() for name, tensors in member.files().items()}
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint of the same number of ranks."""
+        """Continue from a checkpoint of any number of ranks."""
         for member in self._members.values():
             member.load(checkpoint)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.checkpoint import Checkpoint, rows_file
+from trainer.checkpoint import Checkpoint, in_rows
 from trainer.config import Config
 from trainer.distributed import Group
 from trainer.errors import UserError
@@ -65,7 +65,7 @@ class Member:
         raise NotImplementedError
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Continue from `files` of the same number of ranks."""
+        """Continue from `files` of any number of ranks."""
         raise NotImplementedError
 
 
@@ -146,13 +146,13 @@ class HeadMember(Member):
         return ClassCentres(rows, bias, scale)
 
     def files(self) -> dict[str, dict[str, Tensor]]:
-        """One file, named by the classes whose rows it holds; the few numbers that all ranks share lie in each."""
+        """Files named by the classes whose rows they hold; the few numbers that all ranks share lie in each."""
         state = {f"head.{name}": tensor for name, tensor in self.module.state_dict().items()}
         state |= {f"optimizer.{name}": tensor for name, tensor in self._optimizer.state_dict().items()}
-        return {rows_file(self.spec.name, self.module.rows): state}
+        return in_rows(self.spec.name, self.module.rows, state, _of_rows)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.read(rows_file(self.spec.name, self.module.rows))
+        state = checkpoint.rows(self.spec.name, self.module.rows, _of_rows)
         self.module.load_state_dict(_under("head.", state))
         self._optimizer.load_state_dict(_under("optimizer.", state))
 
@@ -173,10 +173,10 @@ class CentreMember(Member):
         self.module.update()
 
     def files(self) -> dict[str, dict[str, Tensor]]:
-        return {rows_file(self.spec.name, self.module.rows): dict(self.module.state_dict())}
+        return in_rows(self.spec.name, self.module.rows, self.module.state_dict(), lambda key: True)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        self.module.load_state_dict(checkpoint.read(rows_file(self.spec.name, self.module.rows)))
+        self.module.load_state_dict(checkpoint.rows(self.spec.name, self.module.rows, lambda key: True))
 
 
 class BatchMember(Member):
@@ -228,6 +228,11 @@ class BatchMember(Member):
                 key: value if key == "step" else value.to(parameter.device)
                 for key, value in _under(f"optimizer.{name}.", state).items()
             }
+
+
+def _of_rows(key: str) -> bool:
+    """Whether a tensor of a head has rows for each class; the others are the same on every rank."""
+    return key in ("head.weight", "head.bias") or key.startswith(("optimizer.rows.", "optimizer.classes."))
 
 
 def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

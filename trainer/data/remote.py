@@ -185,7 +185,7 @@ def put(address: str, data: bytes, *, fresh: bool = False) -> bool:
 
     def write(files: Any, path: str) -> bool:
         try:
-            files.pipe_file(path, data, mode="create" if fresh else "overwrite")
+            files.pipe_file(path, data, **({"mode": "create"} if fresh else {}))
         except FileExistsError:
             return False
         return True

@@ -133,6 +133,10 @@ def start(
     """
     config = resolved(config)
     folder, kind = Folder.at(config.run.out), check(config).kind
+    if str(folder).startswith("memory://"):
+        raise UserError(
+            f"run.out '{folder}' is in one process' memory, where no worker sees it; name a folder, or s3://"
+        )
     with held(folder, LOCK, uuid.uuid4().hex), _ended_by_sigterm():
         _refuse_earlier(config, resume)
         folder.write("config.yaml", config.to_yaml())

@@ -12,6 +12,7 @@ run.out/  config.yaml          the resolved config
 import hashlib
 import os
 import signal
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -156,6 +157,10 @@ def start(
     """
     config = resolved(config)
     folder, kind = Folder.at(config.run.out), check(config).kind
+    if str(folder).startswith("memory://"):
+        raise UserError(
+            f"run.out '{folder}' is in one process' memory, where no worker sees it; name a folder, or s3://"
+        )
     with held(folder, LOCK, uuid.uuid4().hex), _stopped_by_sigterm() as stop:
         _refuse_earlier(config, resume)
         folder.write("config.yaml", config.to_yaml())
@@ -224,7 +229,10 @@ def _beside(folder: Folder) -> Path:
         return folder.address
     home = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
     beside = home / "hypersphere" / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
-    beside.mkdir(parents=True, exist_ok=True)
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+    except OSError:  # in a container, say
+        return Path(tempfile.mkdtemp(prefix="hypersphere-"))
     return beside
 
 

@@ -20,6 +20,7 @@ from trainer.data.importers.run import run_import
 from trainer.errors import UserError
 from trainer.locks import within
 from trainer.run import RunNote, resolved, start
+from trainer.storage import Folder
 from trainer.tracking import Tracker
 from trainer.train import Record
 
@@ -66,7 +67,7 @@ def test_evaluations_are_noted_and_drawn_and_a_resumed_run_adds_to_them(
     with Image.open(tmp_path / "run" / "neural_collapse.png") as image:
         first = image.tobytes()
     monkeypatch.setattr(launch, "launch", workers(30, 40))
-    assert start(config(data, tmp_path / "run"), True, shown.append, pytest.fail) == tmp_path / "run"
+    assert start(config(data, tmp_path / "run"), True, shown.append, pytest.fail) == Folder(tmp_path / "run")
     note = RunNote.read(tmp_path / "run")
     assert [one.step for one in note.evaluations] == [10, 20, 30, 40]
     assert note.course()[-1] == (40, {"self_duality": 1 / 40})
@@ -160,6 +161,11 @@ def test_what_a_signal_ends_is_killed_in_mlflow_and_free(
     start(config(data, out, *overrides), True, lambda _: None, pytest.fail)
     assert client.get_run(run_id).info.status == "FINISHED"
     assert [m.step for m in client.get_metric_history(run_id, "loss")] == [1, 2]
+
+
+def test_memory_is_no_place_for_a_run(data: Path) -> None:
+    with pytest.raises(UserError, match=r"run\.out 'memory://run' is in one process' memory"):
+        start(config(data, Path("memory://run")), False, lambda _: None, pytest.fail)
 
 
 def test_a_folder_without_a_note_and_one_with_a_spoilt_one(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from trainer.data.importers.run import run_import
 from trainer.errors import UserError
 from trainer.locks import within
 from trainer.run import RunNote, resolved, start
+from trainer.storage import Folder
 from trainer.tracking import Tracker
 from trainer.train import Record
 
@@ -67,7 +68,7 @@ def test_evaluations_are_noted_and_drawn_and_a_resumed_run_adds_to_them(
     with Image.open(tmp_path / "run" / "neural_collapse.png") as image:
         first = image.tobytes()
     monkeypatch.setattr(launch, "launch", workers(30, 40))
-    assert start(config(data, tmp_path / "run"), True, shown.append, pytest.fail) == tmp_path / "run"
+    assert start(config(data, tmp_path / "run"), True, shown.append, pytest.fail) == Folder(tmp_path / "run")
     note = RunNote.read(tmp_path / "run")
     assert [one.step for one in note.evaluations] == [10, 20, 30, 40]
     assert note.course()[-1] == (40, {"self_duality": 1 / 40})

@@ -1,4 +1,4 @@
-# make demo | test | hostile | lint | bench | gpu: each makes .venv and installs what it needs, once.
+# make demo | test | test-cluster | hostile | lint | bench | gpu: each makes .venv and installs what it needs, once.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3.11
@@ -6,10 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test hostile lint bench gpu clean help
+.PHONY: demo test test-cluster hostile lint bench gpu clean help
 
 help: ## what there is to make
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 # Bytecode is made on all cores, without the packages' own tests. Were it left to the first import, all processes of a
 # job would compile the same files at once, and anew at every start where PYTHONDONTWRITEBYTECODE is set. Templates that
@@ -27,6 +27,9 @@ demo: $(STAMP) ## images to a running service; KEEP=1 leaves it running, TRAIN='
 
 test: $(STAMP) ## every test
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TESTS)
+
+test-cluster: $(STAMP) ## as root: nodes of a cluster that are killed and cut off, some ten minutes
+	PATH="$(CURDIR)/$(BIN):$$PATH" CLUSTER=long $(BIN)/python -m pytest tests/cluster $(TESTS)
 
 hostile: $(STAMP) ## the attacks on the service in their long form, with a table of what each cost
 	PATH="$(CURDIR)/$(BIN):$$PATH" HOSTILE=long $(BIN)/python -m pytest tests/serving/hostile $(TESTS)

@@ -9,6 +9,7 @@ and refuse another number of ranks.
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -155,16 +156,30 @@ def _optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimi
     return torch.optim.AdamW(groups, lr=config.lr)
 
 
-def _initialize(module: nn.Module, config: Config, device: torch.device) -> Any:
+def import_deepspeed(device: str) -> Any:
+    """DeepSpeed for this type of device."""
     # DeepSpeed picks its accelerator from this variable when it is first imported, hence before the import.
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    import deepspeed
+    os.environ.setdefault("DS_ACCELERATOR", device)
+    # Its autotuner wants MLflow if that is there. Nobody tunes here, and the import would take longer than DeepSpeed's.
+    absent = "mlflow" not in sys.modules
+    if absent:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        import deepspeed
+    finally:
+        if absent:
+            del sys.modules["mlflow"]
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
     # On the CPU, DeepSpeed compiles a shared-memory collective at its first use (20 s, and a C++ compiler). Only
     # inference_all_reduce calls it, which training never does: declare it unavailable.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _initialize(module: nn.Module, config: Config, device: torch.device) -> Any:
+    deepspeed = import_deepspeed(device.type)
     # The default bucket reserves 2 GB; none needs to be larger than the backbone.
     bucket = min(sum(p.numel() for p in module.parameters()), 500_000_000)
     zero = {"stage": config.engine.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}

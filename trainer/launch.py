@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +26,6 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.train.torch import TorchConfig
 
 from trainer.board import Board
 from trainer.config import Config, ScalingConfig, from_tree
@@ -35,6 +34,7 @@ from trainer.errors import UserError
 from trainer.lease import held, token_in
 from trainer.locks import within
 from trainer.pulse import Wishes
+from trainer.rendezvous import Ranks
 from trainer.storage import Folder
 from trainer.supervision import Trainer, heartbeat
 from trainer.train import Record, run
@@ -109,7 +109,7 @@ def _train(config: Config, resume: bool, on_record: Callable[[Record], None], st
             name="ray", storage_path=_rays_folder(config),
             failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures),
         ),
-        backend_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=1800),
+        backend_config=Ranks("nccl" if scaling.use_gpu else "gloo", timeout_s=1800),
     )  # fmt: skip
     training = _Thread(trainer.fit)
     records = _Records(board, on_record)
@@ -297,17 +297,21 @@ class Job:
         return str(status.value)
 
 
-def submit(address: str, config: Config, command: str, resume: bool) -> Job:
+def submit(address: str, config: Config, command: str, resume: bool, env: Sequence[str] = ()) -> Job:
     """Send a training run to a cluster through Ray Jobs.
 
     Args:
         address: of the cluster's dashboard, http://HEAD:8265.
         config: the resolved tree, sent along as a file.
         command: the program on the cluster that runs it, usually `hypersphere`.
+        env: names of variables of this process that the job and its workers get, such as a bucket's credentials. Ray
+            shows them to whoever may ask it about the job.
 
     Raises:
-        UserError: nothing answers at the address.
+        UserError: nothing answers at the address, or a variable is not set.
     """
+    if missing := [name for name in env if name not in os.environ]:
+        raise UserError(f"--env {missing[0]}: the variable is not set here; set it, or leave --env out")
     from ray.job_submission import JobSubmissionClient  # the workers, which import this file too, do without
 
     words = [command, "train", "--config", "config.yaml", *(["--resume"] if resume else [])]
@@ -317,7 +321,7 @@ def submit(address: str, config: Config, command: str, resume: bool) -> Job:
             client = JobSubmissionClient(address)
             identity = client.submit_job(
                 entrypoint=shlex.join(words),
-                runtime_env={"working_dir": folder},
+                runtime_env={"working_dir": folder, "env_vars": {name: os.environ[name] for name in env}},
                 metadata={"project": "hypersphere", "experiment": config.tracking.experiment},
             )
         except (ConnectionError, RuntimeError, ValueError) as error:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from pydantic import Field, ValidationError
+from torch.overrides import TorchFunctionMode
 
 from trainer.backbones import build
 from trainer.checkpoint import CHECKPOINTS, Shelf
@@ -244,9 +245,17 @@ def check(config: Config) -> Manifest:
     manifest = Manifest.read(config.data.path, config.data.remote_cache)
     manifest.split(config.data.train_split)
     check_augment(config.augment, form := preprocessing(manifest, config.data))
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         build(config.backbone, *form.shape_CHW)
     return manifest
+
+
+class _Unfilled(TorchFunctionMode):
+    """Skips what draws a weight's first values: on the meta device there are none, and torch's compiler, seconds of a
+    core to import, would be asked for them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in (torch.Tensor.normal_, torch.Tensor.uniform_) else func(*args, **(kwargs or {}))
 
 
 def _refuse_earlier(config: Config, resume: bool) -> None:

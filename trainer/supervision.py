@@ -15,6 +15,8 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
@@ -26,6 +28,8 @@ from trainer.pulse import PULSE, Wishes
 from trainer.watchdog import Beat
 
 _BEAT_S = 1.0
+# Each starts a process, a second of a core. No Ray Data is read; and a placement group ends with the job that made it.
+_IDLE = (DatasetsCallback, PlacementGroupCleanerCallback)
 _LONGEST_PAUSE_S = 60.0  # before the workers are started again; 0.5 s after the first fault
 
 
@@ -84,7 +88,8 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]  # Ray has no types
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
         given["failure_policy"] = _Faults(self.run_config.failure_config, self._board)
-        given["callbacks"] = [*given["callbacks"], _Starts(self._board)]
+        kept = [callback for callback in given["callbacks"] if not isinstance(callback, _IDLE)]
+        given["callbacks"] = [*kept, _Starts(self._board)]
         if self.scaling_config.elasticity_enabled:
             given["scaling_policy"] = _Sizes(self.scaling_config, self._sizes)
         return super()._initialize_and_run_controller(**given)

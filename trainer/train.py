@@ -72,7 +72,9 @@ def run(
         Diverged: the numbers are no longer finite; checkpoints that may be spoilt are set aside.
     """
     device = torch.device("cuda", local_rank) if config.scaling.use_gpu else torch.device("cpu")
-    if device.type == "cpu":
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
         torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     with memory.told(config):
         while _goes_back(config, resume, device, report, wishes or Wishes()):

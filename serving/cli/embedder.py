@@ -57,6 +57,9 @@ def submit(
     config: ConfigOption = None,
     resume: Resume = False,
     command: Annotated[str, typer.Option(help="The program on the cluster.")] = "hypersphere",
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Variable to hand to the job; may be given several times.")
+    ] = None,
 ) -> None:
     """Send a training run to a cluster through Ray Jobs, follow its log, and exit with its status.
 
@@ -66,7 +69,7 @@ def submit(
     from trainer.launch import submit as send
     from trainer.run import resolved
 
-    job = send(address, resolved(load(config, overrides)), command, resume)
+    job = send(address, resolved(load(config, overrides)), command, resume, env or ())
     out.print(f"job {job.identity} is on {address}; stop it with: ray job stop --address {address} {job.identity}")
     status = job.follow(lambda part: print(part, end="", flush=True))
     out.print(f"job {status}")

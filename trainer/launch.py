@@ -160,9 +160,9 @@ def _connect(scaling: ScalingConfig, address: str | None) -> None:
         ray.init(**where, log_to_driver=False, logging_level="ERROR")
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put one of its own there
-    except (OSError, OverflowError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises this very class where its processes start too slowly
         raise UserError(
-            f"cannot reach the Ray cluster '{address or 'local'}': {str(error).splitlines()[0]}; start one with "
+            f"cannot reach the Ray cluster '{address or 'local'}': {str(error).partition(chr(10))[0]}; start one with "
             "'ray start --head', or leave scaling.address and RAY_ADDRESS empty to train on this machine"
         ) from error
 

@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -176,7 +177,7 @@ def test_steps_that_are_done_again_are_recorded_once(tmp_path: Path) -> None:
     config = TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
 
     def train(run_id: str | None, tree: dict[str, Any], *steps: int) -> str:
-        tracker = Tracker(config, pytest.fail, run_id, folder=tmp_path / "box")
+        tracker = Tracker(config, pytest.fail, run_id, folder=tmp_path / "box", patience_s=200)
         tracker.start(tree, "", {})
         for step in steps:
             if step < 0:

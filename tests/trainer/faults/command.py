@@ -14,7 +14,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[3]
 LONG = os.environ.get("FAULTS") == "long"
-STEPS = 4000 if LONG else 400  # a second or less between two faults
+STEPS = 4000 if LONG else 300  # a second or less between two faults
 _MARK = "HYPERSPHERE_TEST"
 # The command, which also writes each record as a line of JSON.
 _PROGRAM = """

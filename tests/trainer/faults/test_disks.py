@@ -13,6 +13,7 @@ from trainer.config import Config, load
 from trainer.errors import UserError
 from trainer.train import Record, run
 
+pytestmark = pytest.mark.timeout(900)
 STEPS = 60
 
 

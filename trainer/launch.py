@@ -229,19 +229,14 @@ def sole_writer(folder: Folder, token: str, group: Group, patience_s: float = _S
     Raises:
         UserError: the folder cannot be written, is not shared with this rank, or another run writes there.
     """
-    here = f"rank {group.rank} on {socket.gethostname()}"
     with ExitStack() as stack:
         if group.rank == 0:
-            try:
-                stack.enter_context(held(folder, _WRITER, token, patience_s))
-            except OSError as error:
-                reason = f"{here} cannot write into run.out '{folder}': {error.strerror}"
-                raise UserError(f"{reason}; choose a folder that every node can write") from error
+            stack.enter_context(held(folder, _WRITER, token, patience_s))
         group.barrier()
         if not within(patience_s, lambda: token_in(folder, _WRITER) == token):
             raise UserError(
-                f"{here} does not see in run.out '{folder}' what rank 0 writes there; choose a folder that all nodes "
-                "share, or train on one node"
+                f"rank {group.rank} on {socket.gethostname()} does not see in run.out '{folder}' what rank 0 writes "
+                "there; choose a folder that all nodes share, or train on one node"
             )
         group.barrier()
         yield

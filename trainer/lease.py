@@ -34,7 +34,7 @@ def held(folder: Folder, name: str, token: str, patience_s: float = 0.0) -> Iter
         patience_s: how long it may stay another's.
 
     Raises:
-        UserError: it is another's, or a bucket cannot be used; OSError where a disk cannot.
+        UserError: it is another's, or the folder cannot be written.
     """
     address = folder.address
     with (
@@ -60,8 +60,13 @@ def _refused(folder: Folder) -> UserError:
 
 @contextmanager
 def _locked(path: Path, token: str, patience_s: float) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:  # for writing: network file systems lock nothing else
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("ab")  # for writing: network file systems lock nothing else
+    except OSError as error:
+        reason = f"'{path.parent}' cannot be written: {error.strerror}"
+        raise UserError(f"{reason}; choose a run.out that every node can write") from error
+    with opened as file:
         if not within(patience_s, lambda: try_lock(file)):
             raise _refused(Folder(path.parent))
         file.truncate(0)

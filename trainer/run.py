@@ -12,6 +12,7 @@ run.out/  config.yaml          the resolved config
 import hashlib
 import os
 import signal
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -202,7 +203,10 @@ def _beside(folder: Folder) -> Path:
         return folder.address
     home = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
     beside = home / "hypersphere" / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
-    beside.mkdir(parents=True, exist_ok=True)
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+    except OSError:  # in a container, say
+        return Path(tempfile.mkdtemp(prefix="hypersphere-"))
     return beside
 
 

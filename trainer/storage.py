@@ -55,7 +55,7 @@ class Folder:
         if isinstance(address, Path):
             return (address / name).read_bytes()
         try:
-            return remote.fetch(remote.join(address, name))
+            return remote.get(remote.join(address, name))
         except remote.NotThere as error:
             raise FileNotFoundError(2, str(error), f"{self}/{name}") from None
 

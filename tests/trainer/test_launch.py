@@ -81,7 +81,7 @@ def test_a_folder_that_the_nodes_do_not_share_is_noticed_before_the_first_step(t
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    words = r"cannot write into run\.out '.*file/run': Not a directory; choose a folder"
+    words = r"'.*file/run' cannot be written: Not a directory; choose a run\.out that every node can write"
     with pytest.raises(UserError, match=words), sole_writer(Folder(tmp_path / "file" / "run"), "token", Group()):
         pass
 

@@ -86,7 +86,7 @@ def test_what_cannot_be_written_says_why_without_secrets(bucket: str, monkeypatc
     with pytest.raises(UserError, match=r"'s3://nowhere/run/a' cannot be written: the bucket is not there; check the"):
         Folder.at("s3://nowhere/run").write("a", "1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(remote, "WRITE_PATIENCE_S", 0)
+    monkeypatch.setattr(remote, "PATIENCE_S", 0)
     monkeypatch.setattr(remote, "_FIRST_DELAY", 0.01)
     fsspec.filesystem("s3").clear_instance_cache()
     try:

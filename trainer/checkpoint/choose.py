@@ -48,7 +48,10 @@ def go_on(
 def _loaded(inside: Folder, group: Group, load: Callable[[Checkpoint], None]) -> Checkpoint:
     def seen() -> str:
         within(_PATIENCE_S if group.size > 1 else 0, lambda: MANIFEST in inside.sizes())
-        return hashlib.sha256(inside.read(MANIFEST)).hexdigest()
+        try:
+            return hashlib.sha256(inside.read(MANIFEST)).hexdigest()
+        except OSError as error:
+            raise Damaged(f"'{inside}' is not a checkpoint: cannot read {MANIFEST} ({error.strerror})") from error
 
     digests = on_all(group, inside, seen)
     if len(set(digests)) > 1:

@@ -65,7 +65,8 @@ class Shelf:
     def best(self) -> tuple[int, dict[str, float]] | None:
         """The step of the one that was best last, and its metric."""
         for step in reversed([one for one in self._with(BEST) if one in self.whole]):
-            return step, dict(json.loads(place(self.folder, step).read(BEST)))
+            with suppress(ValueError):  # somebody has edited it
+                return step, dict(json.loads(place(self.folder, step).read(BEST)))
         return None
 
     def remove(self, step: int) -> None:

@@ -135,7 +135,7 @@ class Saver:
             self._flag = None
             self._job.thread.join()
             assert self._job.done
-            self._group.gather_text("")  # all of them, so that all raise
+            self._group.barrier()  # so that all raise
             self._settle()
 
     def close(self, patience_s: float = 10.0) -> None:

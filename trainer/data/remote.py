@@ -20,7 +20,7 @@ from trainer.errors import UserError
 
 ATTEMPTS = 5
 _FIRST_DELAY, _LONGEST_DELAY = 0.2, 10  # seconds; doubled after each further failure
-WRITE_PATIENCE_S = 120  # that a storage may be away while something is written to it
+PATIENCE_S = 120  # that a storage may be away from a run that writes to it
 _CONNECT, _SILENCE = 10, 30  # seconds until a server that does not accept, or falls silent, counts as broken
 _BUSY = (408, 425, 429)  # statuses of HTTP below 500 that pass
 # What the libraries behind fsspec raise, by module: those that nobody imported raise nothing.
@@ -119,6 +119,15 @@ def join(address: str, name: str) -> str:
     return f"{protocol}://{posixpath.normpath(f'{path}/{name}')}{mark}{query}"
 
 
+def get(address: str) -> bytes:
+    """A file that was put there, whole.
+
+    Raises:
+        UserError: as `put`; NotThere where there is none.
+    """
+    return _patiently(address, lambda files, path: bytes(files.cat_file(path)), doing="fetched", patience_s=PATIENCE_S)
+
+
 def fetch(address: str, start: int = 0, stop: int | None = None, *, patient: bool = True) -> bytes:
     """The file's bytes from `start` to before `stop` (None: its end); not `patient`: in one attempt.
 
@@ -180,17 +189,17 @@ def put(address: str, data: bytes, *, fresh: bool = False) -> bool:
     """Write a file, whole or not at all; `fresh`: only if there is none. Whether it was written.
 
     Raises:
-        UserError: the storage refused it, or was away for `WRITE_PATIENCE_S`.
+        UserError: the storage refused it, or was away for `PATIENCE_S`.
     """
 
     def write(files: Any, path: str) -> bool:
         try:
-            files.pipe_file(path, data, mode="create" if fresh else "overwrite")
+            files.pipe_file(path, data, **({"mode": "create"} if fresh else {}))
         except FileExistsError:
             return False
         return True
 
-    return _patiently(address, write, doing="written", patience_s=WRITE_PATIENCE_S)
+    return _patiently(address, write, doing="written", patience_s=PATIENCE_S)
 
 
 def below(address: str) -> dict[str, int]:
@@ -198,7 +207,7 @@ def below(address: str) -> dict[str, int]:
     there is no such folder.
 
     Raises:
-        UserError: as `fetch`.
+        UserError: as `put`.
     """
 
     def find(files: Any, path: str) -> dict[str, int]:
@@ -209,7 +218,7 @@ def below(address: str) -> dict[str, int]:
             return {}
         return {name.removeprefix(f"{path.rstrip('/')}/"): int(one["size"]) for name, one in found.items()}
 
-    return _patiently(address, find)
+    return _patiently(address, find, doing="listed", patience_s=PATIENCE_S)
 
 
 def remove(address: str) -> None:
@@ -224,7 +233,7 @@ def remove(address: str) -> None:
             files.rm_file(path)
             files.invalidate_cache(path)
 
-    _patiently(address, forget, doing="removed", patience_s=WRITE_PATIENCE_S)
+    _patiently(address, forget, doing="removed", patience_s=PATIENCE_S)
 
 
 def _patiently(
@@ -325,10 +334,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _remedy(error: BaseException, doing: str) -> str:
-    reading = doing == "read"
     if _no_credentials(error) or isinstance(error, PermissionError) or _status(error) in (401, 403):
-        may = "read" if reading else "write"
+        may = "write" if doing in ("written", "removed") else "read"
         return f"give credentials that may {may} it as the storage's own tools take them (environment or files)"
     if isinstance(error, FileNotFoundError | ValueError):
         return "check the address"
-    return "try again later" + (", or fetch the data set whole" if reading else "")
+    return "try again later" + (", or fetch the data set whole" if doing == "read" else "")

@@ -6,6 +6,7 @@ Unknown keys are errors. The resolved tree is stored with every run (`Config.to_
 import difflib
 import math
 import operator
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import reduce
@@ -168,8 +169,11 @@ class RunConfig(Strict):
     @field_validator("out", mode="after")
     @classmethod
     def _a_folder(cls, value: Path | str) -> Path | str:
-        if isinstance(value, str) and (value.startswith("http") or "?" in value):
-            raise ValueError(f"'{shown(value)}' cannot be written to; name a folder, or s3:// or gs://")
+        if isinstance(value, str) and (value.startswith("http") or re.search(r"\?|://[^/@]*:[^/@]*@", value)):
+            raise ValueError(
+                f"'{shown(value)}' cannot be written to, or was given with a password; name a folder, or s3:// or "
+                "gs://, and give credentials as the storage's own tools take them (environment or files)"
+            )
         return Folder.at(value).address
 
     @property

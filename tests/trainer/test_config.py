@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from trainer.config import RENAMED, Config, RunConfig, ScheduleConfig, load
+from trainer.config import RENAMED, Config, ScheduleConfig, load
 from trainer.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -42,15 +42,26 @@ def test_the_heads_rate_where_none_is_given(overrides: list[str], rate: float) -
     assert load(None, ["optimizer.lr=0.03", *overrides]).head_lr() == rate
 
 
-@pytest.mark.parametrize("address", ["s3://key:secret@bucket/run", "gs://bucket", "file:///tmp/run"])
-def test_a_run_is_written_to_a_folder_only(address: str) -> None:
-    with pytest.raises(UserError) as caught:
+@pytest.mark.parametrize(
+    "address", ["s3://key:s3cret@bucket/run", "https://host/run", "s3://bucket/run?token=s3cret", "http://a:s3cret@b/c"]
+)
+def test_a_run_is_not_written_where_it_cannot_be_or_with_a_password(address: str) -> None:
+    with pytest.raises(UserError, match=r"^config: run\.out: '[a-z0-9]+://[a-z/]+' cannot be written to, or") as caught:
         load(None, [f"run.out={address}"])
-    plain = address.replace("key:secret@", "")
-    said = f"config: run.out: '{plain}' is an address, and a run is written to a folder; "
-    assert str(caught.value) == said + "name a folder that every node sees"
-    with pytest.raises(ValidationError, match="is an address"):
-        RunConfig(out=Path(address))
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_run_is_written_to_a_folder_or_an_address(tmp_path: Path) -> None:
+    for given, read in (
+        ("s3://bucket/run/", "s3://bucket/run"),
+        ("abfs://container@account/run", "abfs://container@account/run"),
+        (f"file://{tmp_path}", tmp_path),
+        ("runs/one", Path("runs/one")),
+    ):
+        config = load(None, [f"run.out={given}"])
+        assert config.run.out == read
+        (tmp_path / "config.yaml").write_text(config.to_yaml())
+        assert load(tmp_path / "config.yaml") == config
 
 
 def test_a_seed_has_at_most_63_bits() -> None:

@@ -211,27 +211,32 @@ def test_looking_at_the_loss_does_not_make_a_gpu_wait() -> None:
         watch.look()
 
 
-FORMAT_1 = Path(__file__).parent / "checkpoint1"
-# Of the run that wrote the checkpoint, after it.
-LOSSES_OF_FORMAT_1 = {5: 7.686795234680176, 6: 7.151485443115234}
+HERE = Path(__file__).parent
+# What wrote the checkpoints of earlier formats, after their fourth step. The second has rows with K centres and int8
+# moments, a learned scale, centres that follow, a projection, and ZeRO 1.
+LOSSES = {
+    1: {5: 7.686795234680176, 6: 7.151485443115234},
+    2: {5: 8.952739715576172, 6: 10.053959846496582, 7: 9.749977111816406, 8: 6.387629508972168, 9: 7.075891494750977},
+}
 
 
-def from_format_1(rank: int, folder: Path) -> None:
-    written = json.loads((FORMAT_1 / "checkpoint.json").read_text())["config"]
+def from_an_earlier_format(rank: int, folder: Path, number: int) -> None:
+    written = json.loads((HERE / f"checkpoint{number}" / "checkpoint.json").read_text())["config"]
     out = {"run": written["run"] | {"out": str(folder)}, "data": written["data"] | {"path": str(folder / "data")}}
     after = train(from_tree(written | out), folder, rank, resume=True)
-    assert losses(after) == pytest.approx(LOSSES_OF_FORMAT_1, rel=1e-4)  # other processors round in another way
+    assert losses(after) == pytest.approx(LOSSES[number], rel=1e-4)  # other processors round in another way
     notes = [record.text for record in after if record.kind == "note"]
-    assert ["no digest of its shards" in note for note in notes[:2]] == [True, False]
+    assert any("no digest of its shards" in note for note in notes) == (number == 1)
     found = latest(Folder(folder / "checkpoints"))
     assert found is not None
-    assert (found.manifest.format, found.step) == (3, 6)
+    assert (found.manifest.format, found.step) == (3, max(LOSSES[number]))
 
 
-def test_a_checkpoint_of_format_1_is_gone_on_from(tmp_path: Path) -> None:
-    shutil.copytree(FORMAT_1, tmp_path / "checkpoints" / "step-00000004")
-    shutil.copytree(Path(__file__).parent / "data" / "format1", tmp_path / "data")
-    run_on_ranks(2, from_format_1, tmp_path)
+@pytest.mark.parametrize("number", LOSSES)
+def test_a_checkpoint_of_an_earlier_format_is_gone_on_from(number: int, tmp_path: Path) -> None:
+    shutil.copytree(HERE / f"checkpoint{number}", tmp_path / "checkpoints" / "step-00000004")
+    shutil.copytree(HERE / "data" / "format1", tmp_path / "data")
+    run_on_ranks(2, from_an_earlier_format, tmp_path, number)
 
 
 def other_order(rank: int, data: Path, others: Path, folder: Path) -> None:

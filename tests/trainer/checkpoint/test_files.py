@@ -136,3 +136,23 @@ def test_a_damaged_manifest_is_noticed(tmp_path: Path, text: str) -> None:
 def test_a_loss_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(Damaged, match="has no rows of cosface, only"):
         written(tmp_path, 1).rows("cosface", RowRange(0, 1), of_rows)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_rows_of_earlier_formats_are_read_by_any_number_of_ranks(number: int) -> None:
+    """There one file holds all rows of a rank that wrote."""
+    found = open_checkpoint(Folder(Path(__file__).parents[1] / f"checkpoint{number}"))
+    loss = {1: "arcface", 2: "sub_center_arcface"}[number]
+
+    def rows(key: str) -> bool:
+        return key == "head.weight" or key.startswith("optimizer.rows.")
+
+    whole = found.rows(loss, RowRange(0, 4), rows)
+    assert len(whole["head.weight"]) == 4 * number  # K centres a class
+    assert ("optimizer.rows.first_scale" in whole) == (number == 2)
+    for ranks in (2, 3, 4):
+        parts = [found.rows(loss, RowRange.of(4, rank, ranks), rows) for rank in range(ranks)]
+        for key, tensor in whole.items():
+            again = torch.cat([part[key] for part in parts]) if rows(key) else parts[-1][key]
+            assert torch.equal(again, tensor)
+    assert any(key.startswith("weight.") for key in found.parts("backbone"))

@@ -15,6 +15,7 @@ from trainer.errors import UserError
 from trainer.losses import Triplet
 from trainer.objective import Objective, embedder_of
 from trainer.objective.geometry import Projected
+from trainer.storage import Folder
 
 CLASSES, DIMENSION, SLOTS = 7, 6, 12
 COUNTS = [5] * CLASSES
@@ -138,9 +139,9 @@ def restore(rank: int, folder: Path) -> None:
                 config=chosen.model_dump(mode="json"),
                 files={},
             )
-            checkpoint.save(parent, manifest, first.files(), 1, group)
+            checkpoint.save(Folder(parent), manifest, first.files(), 1, group)
             second = Objective(chosen, CLASSES, COUNTS, torch.device("cpu"))
-            found = checkpoint.latest(parent)
+            found = checkpoint.latest(Folder(parent))
             assert found is not None
             second.load(found)
             for i in range(3, 6):
@@ -186,8 +187,8 @@ def test_the_embedder_ends_with_the_learned_projection(tmp_path: Path) -> None:
     x, t = backbone(images), objective.files()["tpe.safetensors"]["loss.values.projection"]
     torch.testing.assert_close(embedder(images), (x / x.norm(dim=1, keepdim=True)) @ t.T)
     manifest = CheckpointManifest(step=1, world_size=1, classes=CLASSES, class_digest="", config={}, files={})
-    checkpoint.save(tmp_path, manifest, objective.files(), 1, Group())
-    found = checkpoint.latest(tmp_path)
+    checkpoint.save(Folder(tmp_path), manifest, objective.files(), 1, Group())
+    found = checkpoint.latest(Folder(tmp_path))
     assert found is not None
     torch.testing.assert_close(embedder_of(chosen, found, backbone)(images), embedder(images))
     plain = config("arcface", "triplet")

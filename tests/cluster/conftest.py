@@ -9,7 +9,7 @@ import pytest
 from tests.cluster.machines import Machine, Site, cannot, within
 
 LONG = os.environ.get("CLUSTER") == "long"
-_UP_S = 240  # for Ray or MLflow to start, on a machine that has other work, too
+_UP_S = 900  # for Ray or MLflow to start, on a machine that has other work, too
 TOKEN = "0123456789abcdef" * 4
 SECRET = "s3cr3t-of-the-bucket"
 

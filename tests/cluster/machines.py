@@ -89,7 +89,7 @@ class Machine:
         self._started.append(started)
         return started
 
-    def run(self, words: Sequence[str], environment: Mapping[str, str] | None = None, timeout: float = 600) -> str:
+    def run(self, words: Sequence[str], environment: Mapping[str, str] | None = None, timeout: float = 1200) -> str:
         """Run a program there to its end; what it printed. Raises AssertionError if it fails."""
         done = subprocess.run(
             ["nsenter", "-t", str(self.pid), *_ALONE.split(), "--root", "env", "-C", "/root", *words],

@@ -245,12 +245,12 @@ def check(config: Config) -> Manifest:
     manifest = Manifest.read(config.data.path, config.data.remote_cache)
     manifest.split(config.data.train_split)
     check_augment(config.augment, form := preprocessing(manifest, config.data))
-    with torch.device("meta"), _Unfilled():
+    with torch.device("meta"), Unfilled():
         build(config.backbone, *form.shape_CHW)
     return manifest
 
 
-class _Unfilled(TorchFunctionMode):
+class Unfilled(TorchFunctionMode):
     """Skips what draws a weight's first values: on the meta device there are none, and torch's compiler, seconds of a
     core to import, would be asked for them."""
 

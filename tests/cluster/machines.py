@@ -1,5 +1,8 @@
 """Machines on one: namespaces of Linux with an address, a host name, processes and folders of their own.
 
+Each program is a session of its own: the system shares the processor out between sessions, as between machines, and
+Ctrl-C reaches the test alone.
+
 What a machine shares with the others is read-only: the system's programs, Python, the packages, this project. Its
 `/tmp`, `/root` and `/dev/shm` are its own and empty. All are plugged into one switch, a bridge in a namespace too, from
 which nothing leads outside.
@@ -85,6 +88,7 @@ class Machine:
             started = subprocess.Popen(
                 ["nsenter", "-t", str(self.pid), *_ALONE.split(), "--root", "env", "-C", "/root", *words],
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=self._environment(environment),
+                start_new_session=True,
             )  # fmt: skip
         self._started.append(started)
         return started
@@ -94,7 +98,7 @@ class Machine:
         done = subprocess.run(
             ["nsenter", "-t", str(self.pid), *_ALONE.split(), "--root", "env", "-C", "/root", *words],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, env=self._environment(environment),
-            timeout=timeout, check=False,
+            timeout=timeout, check=False, start_new_session=True,
         )  # fmt: skip
         assert done.returncode == 0, f"{self.name}: {shlex.join(words)}\n{done.stdout}{done.stderr}"
         return done.stdout

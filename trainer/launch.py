@@ -29,13 +29,14 @@ import torch
 
 from trainer import memory
 from trainer.board import Board
-from trainer.config import Config, ScalingConfig, from_tree
+from trainer.config import Config, from_tree
 from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.lease import held, token_in
 from trainer.locks import within
 from trainer.pulse import Wishes
 from trainer.rendezvous import Ranks
+from trainer.scaling import ScalingConfig
 from trainer.storage import Folder
 from trainer.supervision import Trainer, heartbeat
 from trainer.train import Record, run

@@ -176,6 +176,8 @@ def test_steps_that_are_done_again_are_recorded_once(tmp_path: Path) -> None:
     """Unless they are news: with another config, or after going back on purpose."""
     config = TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
 
+    times: list[int] = []
+
     def train(run_id: str | None, tree: dict[str, Any], *steps: int) -> str:
         tracker = Tracker(config, pytest.fail, run_id, folder=tmp_path / "box", patience_s=200)
         tracker.start(tree, "", {})
@@ -183,7 +185,8 @@ def test_steps_that_are_done_again_are_recorded_once(tmp_path: Path) -> None:
             if step < 0:
                 tracker.go_back(-step)
             else:
-                tracker.metrics({"loss": step / 10, f"even/{step % 2}": 1.0}, step, step)
+                times.append(len(times))
+                tracker.metrics({"loss": step / 10, f"even/{step % 2}": 1.0}, step, times[-1])
         found = tracker.run_id()
         tracker.close("KILLED")
         assert found is not None

@@ -1,4 +1,4 @@
-# make demo | test | test-cluster | hostile | lint | bench | gpu: each makes .venv and installs what it needs, once.
+# make demo | test | test-cluster | faults | hostile | lint | bench | gpu: each makes .venv and installs what it needs, once.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3.11
@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-cluster hostile lint bench gpu clean help
+.PHONY: demo test test-cluster faults hostile lint bench gpu clean help
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -30,6 +30,9 @@ test: $(STAMP) ## every test
 
 test-cluster: $(STAMP) ## as root: nodes of a cluster that are killed and cut off, some ten minutes
 	PATH="$(CURDIR)/$(BIN):$$PATH" CLUSTER=long $(BIN)/python -m pytest tests/cluster $(TESTS)
+
+faults: $(STAMP) ## training runs whose processes, nodes and disks fail at random moments; about an hour
+	PATH="$(CURDIR)/$(BIN):$$PATH" FAULTS=long $(BIN)/python -m pytest -s tests/trainer/faults $(TESTS)
 
 hostile: $(STAMP) ## the attacks on the service in their long form, with a table of what each cost
 	PATH="$(CURDIR)/$(BIN):$$PATH" HOSTILE=long $(BIN)/python -m pytest tests/serving/hostile $(TESTS)

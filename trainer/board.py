@@ -64,6 +64,10 @@ class Board:
         return self._furthest
 
     def begin(self) -> None:
-        """A group is started: nothing is expected any more of the ranks of the one before."""
+        """A group of workers is started."""
         self._groups += 1
+        self._watchdog.forget()
+
+    def end(self) -> None:
+        """A group has ended: nothing is expected of its ranks."""
         self._watchdog.forget()

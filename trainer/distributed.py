@@ -8,9 +8,8 @@ One step of a class-sharded loss:
   2. `sum_over_ranks`    one all-reduce of [B, 2]; backward: nothing
      or `stack_over_ranks`, one all-gather of [B, 2], where partial results cannot simply be added; backward: nothing
 Between 1 and 2 a rank works on its own rows of the class centres; after 2 every rank computes the same loss. A gradient
-that reaches 1 is therefore this rank's *part* of the gradient, and the reduce-scatter adds the parts up.
-
-On one process nothing is sent and the same code runs.
+that reaches 1 is therefore this rank's *part* of the gradient, and the reduce-scatter adds the parts up. On one process
+nothing is sent and the same code runs.
 """
 
 from collections.abc import Callable, Sequence
@@ -288,8 +287,7 @@ class Gatherer:
             shape = tuple(x_bD.shape)
             raise UserError(f"embeddings of shape {shape}; the {self.what} was made for [b, {self.dimension}]")
         if not len(x_bD):
-            remedy = "give each rank one slot or more, labelled -1 where it is empty"
-            raise UserError(f"the {self.what} got no embedding; {remedy}")
+            raise UserError(f"the {self.what} got no embedding; give each rank one slot or more, -1 where it is empty")
         if labels_b.shape != x_bD.shape[:1] or labels_b.dtype != torch.int64:
             raise UserError(
                 f"labels of shape {tuple(labels_b.shape)} and type {labels_b.dtype} for {x_bD.shape[0]} embeddings; "

@@ -27,8 +27,9 @@ import ray
 import ray.train
 import torch
 
+from trainer import memory
 from trainer.board import Board
-from trainer.config import Config, ScalingConfig, from_tree
+from trainer.config import Config, from_tree
 from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.lease import held, token_in
@@ -36,11 +37,13 @@ from trainer.locks import within
 from trainer.plan import rehearse
 from trainer.pulse import Wishes
 from trainer.rendezvous import Ranks
+from trainer.scaling import ScalingConfig
 from trainer.storage import Folder
 from trainer.supervision import Trainer, heartbeat
 from trainer.train import Record, run
 
 _POLL_S = 0.3
+_SILENT_S = 15  # workers speak every second
 _ANSWER_S = 10
 _SIGHT_S = 30  # until a network file system shows to one node what another wrote, or a killed run's ranks are gone
 _WRITER = ".writer"  # in run.out: locked by the rank that writes checkpoints there, and seen by the others
@@ -96,46 +99,59 @@ def launch(
 
 
 def _train(config: Config, resume: bool, on_record: Callable[[Record], None], stop: threading.Event, dry: bool) -> None:
-    scaling, here = config.scaling, {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
-    board = ray.remote(num_cpus=0, label_selector=here)(Board).remote(scaling.stall_s)
-    resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.use_gpu else {})
-    settings = {"config": config.model_dump(mode="json"), "resume": resume, "board": board, "token": uuid.uuid4().hex}
-    trainer = Trainer(
-        _worker,
-        board=board,
-        sizes=config.world_sizes(),
-        train_loop_config=settings | {"dry": dry},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=scaling.workers, use_gpu=scaling.use_gpu, resources_per_worker=resources,
-            elastic_resize_monitor_interval_s=scaling.grow_s,
-        ),
-        run_config=ray.train.RunConfig(
-            name="ray", storage_path=_rays_folder(config, dry),
-            failure_config=ray.train.FailureConfig(max_failures=0 if dry else scaling.max_failures),
-        ),
-        backend_config=Ranks("nccl" if scaling.use_gpu else "gloo", timeout_s=1800),
-    )  # fmt: skip
-    training = _Thread(trainer.fit)
-    records = _Records(board, on_record)
+    here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+    board = ray.remote(num_cpus=0, label_selector=here)(Board).remote(config.scaling.stall_s)
+    training, records = _Thread(_trainer(config, resume, board, dry).fit), _Records(board, on_record)
     while training.is_alive():
         training.join(_POLL_S)
         silent_s = records.take()
         if stop.is_set():
             board.stop.remote()
-            if not records.started:
-                raise Interrupted("stopped before the first step; --resume starts, or goes on")
-        if silent_s > scaling.wait_s and training.is_alive():
+            if not records.started or silent_s > _SILENT_S:
+                raise Interrupted("stopped while no workers ran; --resume goes on from the newest checkpoint, if any")
+        if silent_s > config.scaling.wait_s and training.is_alive():
             raise Interrupted(
-                f"the cluster has had no room for {scaling.least} workers for {silent_s:.0f} s, and scaling.wait_s is "
-                f"{scaling.wait_s:g}: when it has, --resume goes on from the newest checkpoint"
+                f"the cluster has had no room for {config.scaling.least} workers for {silent_s:.0f} s (scaling.wait_s "
+                f"is {config.scaling.wait_s:g}); when it has, --resume goes on from the newest checkpoint"
             )
     records.take()
     if records.errors:
         raise UserError(records.errors[0]) from training.error
+    if isinstance(training.error, ray.train.TrainingFailedError):
+        more = f"\n{memory.advice(config)}" if "low on memory" in str(training.error) else ""
+        raise TrainingFailed(f"{training.error}{more}") from training.error
     if training.error is not None:
-        raise TrainingFailed(str(training.error)) from training.error
+        raise training.error
     if records.stopped is not None:
         raise Interrupted(f"stopped at step {records.stopped} with a checkpoint, from which --resume goes on")
+
+
+def _trainer(config: Config, resume: bool, board: Any, dry: bool) -> Trainer:
+    scaling = config.scaling
+    return Trainer(
+        _worker,
+        board=board,
+        sizes=config.world_sizes(),
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "resume": resume,
+            "board": board,
+            "token": uuid.uuid4().hex,
+            "dry": dry,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scaling.workers,
+            use_gpu=scaling.use_gpu,
+            resources_per_worker={"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.use_gpu else {}),
+            elastic_resize_monitor_interval_s=scaling.grow_s,
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=_rays_folder(config, dry),
+            failure_config=ray.train.FailureConfig(max_failures=0 if dry else scaling.max_failures),
+        ),
+        backend_config=Ranks("nccl" if scaling.use_gpu else "gloo", timeout_s=1800),
+    )
 
 
 def _rays_folder(config: Config, dry: bool) -> str:
@@ -164,9 +180,9 @@ def _connect(scaling: ScalingConfig, address: str | None) -> None:
         ray.init(**where, log_to_driver=False, logging_level="ERROR")
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put one of its own there
-    except (OSError, OverflowError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises this very class where its processes start too slowly
         raise UserError(
-            f"cannot reach the Ray cluster '{address or 'local'}': {str(error).splitlines()[0]}; start one with "
+            f"cannot reach the Ray cluster '{address or 'local'}': {str(error).partition(chr(10))[0]}; start one with "
             "'ray start --head', or leave scaling.address and RAY_ADDRESS empty to train on this machine"
         ) from error
 
@@ -238,13 +254,14 @@ class _Thread(threading.Thread):
 
     def __init__(self, work: Callable[[], object]) -> None:
         super().__init__(name="ray-train", daemon=True)
-        self._work, self.error = work, None
+        self._work = work
+        self.error: Exception | None = None
         self.start()
 
     def run(self) -> None:
         try:
             self._work()
-        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+        except Exception as error:  # noqa: BLE001  it is raised in the main thread
             self.error = error
 
 
@@ -265,7 +282,10 @@ class _Records:
 
     def take(self) -> float:
         """Hand over what has come; for how many seconds no rank has been heard."""
-        values, silent_s = ray.get(self._board.take.remote())
+        try:
+            values, silent_s = ray.get(self._board.take.remote())
+        except ray.exceptions.RayActorError as error:
+            raise TrainingFailed("the process that watches the workers has died; go on with --resume") from error
         for record in (Record(**one) for one in values):
             if record.kind == "error":
                 self.errors.append(record.text)

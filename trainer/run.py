@@ -192,20 +192,17 @@ def _launch(
         on_record(record)
         if record.kind == "start":
             tracker.wake()
+        elif record.kind == "back":
+            tracker.go_back(record.step)
+        elif record.kind in ("step", "metrics"):
+            tracker.metrics(record.values, record.step, record.time_ms)
         if record.kind == "metrics":
             notes.measured(record.step, record.values)
-        if record.kind == "back":
-            tracker.go_back(record.step)
-        if record.kind in ("step", "metrics"):
-            tracker.metrics(record.values, record.step, record.time_ms)
 
-    from trainer.launch import (
-        Interrupted,
-        launch,
-    )  # only now: Ray takes seconds to import; who reads a note does without
+    # Only now: Ray takes seconds to import, and who reads a note does without.
+    from trainer.launch import Interrupted, launch
 
     status: Status = "FAILED"
-    folder = Folder.at(config.run.out)
     try:
         launch(config, resume, dispatch, stop)
         status = "FINISHED"
@@ -216,6 +213,7 @@ def _launch(
         if course := notes.note.course():
             from trainer.evaluation.plots import course_plot  # matplotlib, which the workers do not need
 
+            folder = Folder.at(config.run.out)
             picture = course_plot(course, _beside(folder) / f"{COLLAPSE}.png")
             if isinstance(folder.address, str):
                 folder.write(picture.name, [picture.read_bytes()])
@@ -275,7 +273,7 @@ def check(config: Config) -> Manifest:
     manifest = Manifest.read(config.data.path, config.data.remote_cache)
     manifest.split(config.data.train_split)
     check_augment(config.augment, form := preprocessing(manifest, config.data))
-    with torch.device("meta"), _Unfilled():
+    with torch.device("meta"), Unfilled():
         build(config.backbone, *form.shape_CHW)
     if config.init.weights is not None and not config.init.weights.is_dir():
         raise UserError(
@@ -284,7 +282,7 @@ def check(config: Config) -> Manifest:
     return manifest
 
 
-class _Unfilled(TorchFunctionMode):
+class Unfilled(TorchFunctionMode):
     """Skips what draws a weight's first values: on the meta device there are none, and torch's compiler, seconds of a
     core to import, would be asked for them."""
 

@@ -104,6 +104,7 @@ class _Faults(DefaultFailurePolicy):  # type: ignore[misc]
         self._board, self._furthest = board, 0
 
     def make_decision(self, training_failed_error: Exception) -> Any:
+        self._board.end.remote()
         failures: Mapping[int, Exception] = getattr(training_failed_error, "worker_failures", {})
         if any(isinstance(error, UserError) for error in failures.values()):
             return FailureDecision.RAISE
@@ -121,7 +122,8 @@ class _Faults(DefaultFailurePolicy):  # type: ignore[misc]
         words = [f"worker {rank} {_death(one)}" for rank, one in sorted(died.items())]
         words = words or [f"worker {rank}: {_first_line(one)}" for rank, one in sorted(failures.items())]
         count = f" (fault {self._worker_group_failures} of {self.failure_config.max_failures})" if failures else ""
-        text = f"{'; '.join(words[:4]) or _first_line(error)}{count}: the workers are started again"
+        why = "; ".join(words[:4]) or _first_line(getattr(error, "controller_failure", error)).rstrip(".")
+        text = f"{why}{count}: the workers are started again"
         self._board.put.remote({"kind": "note", "text": text})
 
 

@@ -170,6 +170,8 @@ class _Run:
             self.wishes.save = False
             if self.saved != self.step:
                 self.save()
+        if save:
+            self.report(Record("note", text=f"a node will be taken away: a checkpoint of step {self.step} is written"))
         if stop:
             self.saver.finish()
             self.report(Record("stopped", self.step, self.total_steps))

@@ -1,5 +1,8 @@
 """Machines on one: namespaces of Linux with an address, a host name, processes and folders of their own.
 
+Each program is a session of its own: the system shares the processor out between sessions, as between machines, and
+Ctrl-C reaches the test alone.
+
 What a machine shares with the others is read-only: the system's programs, Python, the packages, this project. Its
 `/tmp`, `/root` and `/dev/shm` are its own and empty. All are plugged into one switch, a bridge in a namespace too, from
 which nothing leads outside.
@@ -69,6 +72,7 @@ class Machine:
     def __init__(self, name: str, number: int, switch: int, folder: Path) -> None:
         self.name, self.address, self._switch, self._port = name, f"{NET}.{number}", switch, f"port{number}"
         self.log = folder / f"{name}.log"
+        self._started: list[subprocess.Popen[bytes]] = []
         (root := folder / name).mkdir()
         shared = [str(path) for path in (ROOT, sys.prefix, sys.base_prefix)]
         self._first, self.pid = _first_process(["/bin/bash", "-c", _ROOT, "root", str(root), name, *shared])
@@ -81,17 +85,20 @@ class Machine:
     def start(self, words: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Start a program there, with this environment and no other; what it prints is added to the machine's log."""
         with self.log.open("ab") as file:
-            return subprocess.Popen(
+            started = subprocess.Popen(
                 ["nsenter", "-t", str(self.pid), *_ALONE.split(), "--root", "env", "-C", "/root", *words],
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=self._environment(environment),
+                start_new_session=True,
             )  # fmt: skip
+        self._started.append(started)
+        return started
 
-    def run(self, words: Sequence[str], environment: Mapping[str, str] | None = None, timeout: float = 600) -> str:
+    def run(self, words: Sequence[str], environment: Mapping[str, str] | None = None, timeout: float = 1200) -> str:
         """Run a program there to its end; what it printed. Raises AssertionError if it fails."""
         done = subprocess.run(
             ["nsenter", "-t", str(self.pid), *_ALONE.split(), "--root", "env", "-C", "/root", *words],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, env=self._environment(environment),
-            timeout=timeout, check=False,
+            timeout=timeout, check=False, start_new_session=True,
         )  # fmt: skip
         assert done.returncode == 0, f"{self.name}: {shlex.join(words)}\n{done.stdout}{done.stderr}"
         return done.stdout
@@ -108,7 +115,8 @@ class Machine:
         """Cut the power: all its processes are killed at once."""
         if self._first.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
-        self._first.wait()
+        for process in (self._first, *self._started):
+            process.communicate()
 
     def _on_switch(self, command: str) -> None:
         _run("nsenter", "-t", str(self._switch), "--net", *command.split())
@@ -142,7 +150,7 @@ class Site:
         for machine in self._machines:
             machine.kill()
         os.kill(self._switch, signal.SIGKILL)
-        self._first.wait()
+        self._first.communicate()
 
 
 def within(patience_s: float, true: Callable[[], object], what: str) -> None:

@@ -25,7 +25,16 @@ def _commands(page: str) -> list[list[str]]:
 def test_the_command_line_accepts_every_command_on_the_page(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
     commands = _commands(_page(root))
-    assert [words[0] for words in commands] == ["data", "submit", "export", "evaluate", "calibrate", "submit"]
+    assert [words[0] for words in commands] == [
+        "data",
+        "submit",
+        "export",
+        "evaluate",
+        "calibrate",
+        "submit",
+        "submit",
+        "export",
+    ]
     for words in commands:
         command, rest = typer.main.get_command(app), words
         while commands_below := getattr(command, "commands", None):

@@ -62,13 +62,15 @@ def test_the_config_of_the_job_is_valid_and_asks_for_the_gpus_there_are(folder: 
     limits = [group["template"]["spec"]["containers"][0]["resources"]["limits"] for group in groups]
     gpus = sum(group["replicas"] * int(limit["nvidia.com/gpu"]) for group, limit in zip(groups, limits, strict=True))
     assert config.scaling.use_gpu
-    assert config.scaling.workers == gpus
+    assert config.scaling.most == gpus
+    assert config.scaling.least in [int(limit["nvidia.com/gpu"]) for limit in limits]
+    assert {config.scaling.least, gpus} <= set(config.world_sizes())
     for limit in limits:
         assert int(limit["nvidia.com/gpu"]) * config.scaling.cpus_per_worker <= float(limit["cpu"])
     mounts = {mount["mountPath"] for mount in _pods(job)[0]["containers"][0]["volumeMounts"]}
     assert str(config.data.path.parent) in mounts
     assert str(config.run.out.parent) in mounts
-    assert job["spec"]["entrypoint"] == "hypersphere train --config /etc/hypersphere/train.yaml"
+    assert job["spec"]["entrypoint"] == "hypersphere train --config /etc/hypersphere/train.yaml --resume"
     assert "/etc/hypersphere" in mounts
 
 

@@ -188,3 +188,23 @@ def test_margin_grows_to_its_value() -> None:
     config = ScheduleConfig(margin_warmup_steps=10)
     assert [config.margin_factor(step) for step in (0, 5, 10, 99)] == [0.0, 0.5, 1.0, 1.0]
     assert ScheduleConfig().margin_factor(0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("workers", "batch", "sizes"), [(2, 12, (2,)), ([2, 4], 12, (2, 3, 4)), ([3, 8], 256, (4, 8)), ([4, 4], 8, (4,))]
+)
+def test_numbers_of_workers_that_share_the_batch(workers: object, batch: int, sizes: tuple[int, ...]) -> None:
+    config = from_tree({"scaling": {"workers": workers}, "data": {"batch_size": batch}})
+    assert config.world_sizes() == sizes
+    assert from_tree(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("workers", [0, True, "x", 2.5, None, [2], [1, 2, 3], [4, 2], [0, 2], [1, 2.5]])
+def test_what_is_no_number_of_workers(workers: object) -> None:
+    with pytest.raises(UserError, match=r"is neither a number of workers, such as 8, nor \[least, most\]"):
+        from_tree({"scaling": {"workers": workers}})
+
+
+def test_a_batch_that_no_number_of_workers_can_share() -> None:
+    with pytest.raises(UserError, match=r"not a multiple of any number in scaling\.workers \[5, 7\]; every worker"):
+        from_tree({"scaling": {"workers": [5, 7]}, "data": {"batch_size": 256}})

@@ -1,5 +1,6 @@
 """What is refused before Ray starts, and who writes a run's folder. Runs that start are in tests/test_end_to_end.py."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def test_more_gpus_than_this_machine_has_are_refused_before_ray_is_started(monke
     workers = here + 2
     config = from_tree({"scaling": {"workers": workers, "use_gpu": True}, "data": {"batch_size": workers}})
     with pytest.raises(UserError) as raised:
-        launch(config, False, lambda record: None)
+        launch(config, False, lambda record: None, threading.Event())
     assert str(raised.value) == (
         f"{workers} workers want {workers} GPUs, this machine has {here}; lower scaling.workers, set "
         "scaling.use_gpu=false, or name a cluster that has them in scaling.address"
@@ -33,7 +34,7 @@ def test_more_gpus_than_this_machine_has_are_refused_before_ray_is_started(monke
 )
 def test_a_cluster_that_is_not_there_is_named_at_once(address: str) -> None:
     with pytest.raises(UserError) as raised:
-        launch(from_tree({"scaling": {"address": address}}), False, lambda record: None)
+        launch(from_tree({"scaling": {"address": address}}), False, lambda record: None, threading.Event())
     message = str(raised.value)
     assert message.startswith(f"cannot reach the Ray cluster '{address}': ")
     assert "start one with 'ray start --head', or leave scaling.address and RAY_ADDRESS empty" in message
@@ -95,5 +96,5 @@ def test_without_an_address_another_ray_of_this_machine_is_not_joined(monkeypatc
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(UserError, match="no further"):
-        launch(from_tree({"scaling": {"use_gpu": False}}), False, lambda record: None)
+        launch(from_tree({"scaling": {"use_gpu": False}}), False, lambda record: None, threading.Event())
     assert asked["address"] == "local"

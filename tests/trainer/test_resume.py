@@ -46,6 +46,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "engine.bf16": {"engine": {"bf16": True}},
     "data.val_split": {"data": {"val_split": "test"}},
     "data.path": {"data": {"path": "s3://bucket/faces?token=t0ken"}},
+    "run.on_divergence": {"run": {"on_divergence": "skip"}},
     "run.keep_checkpoints": {"run": {"keep_checkpoints": 9}},
     "init.samples": {"init": {"samples": 2}},
     "tracking.uri": {"tracking": {"uri": "http://user:password@host"}},

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from trainer.storage import Folder
 from trainer.tracking import Tracker
 from trainer.train import Record
 
-Workers = Callable[[Config, bool, Callable[[Record], None]], None]
+Workers = Callable[[Config, bool, Callable[[Record], None], threading.Event], None]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def config(data: Path, out: Path, *overrides: str) -> Config:
 def workers(*steps: int, ends_well: bool = True) -> Workers:
     """What stands in for Ray's workers: an evaluation at each of the steps."""
 
-    def work(config: Config, resume: bool, on_record: Callable[[Record], None]) -> None:
+    def work(config: Config, resume: bool, on_record: Callable[[Record], None], stop: threading.Event) -> None:
         for step in steps:
             values = {"val/rank1": step / 100, "neural_collapse/self_duality": 1 / step}
             values["neural_collapse/within_between"] = math.inf
@@ -91,7 +92,7 @@ def test_paths_mean_the_same_from_everywhere(data: Path, tmp_path: Path, monkeyp
 def test_two_runs_in_one_folder(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
 
-    def work(given: Config, resume: bool, on_record: Callable[[Record], None]) -> None:
+    def work(given: Config, resume: bool, on_record: Callable[[Record], None], stop: threading.Event) -> None:
         for again in (False, True):
             with pytest.raises(UserError) as caught:
                 start(config(data, tmp_path / "run", "run.seed=9"), again, lambda _: None, pytest.fail)
@@ -113,35 +114,45 @@ from trainer import launch, run
 from trainer.config import load
 from trainer.train import Record
 
-def work(config, resume, on_record):
+def work(config, resume, on_record, stop):
     on_record(Record("start", 0, 99))
     on_record(Record("step", 1, 99, {"loss": 1.0}))
     while not run.RunNote.read(config.run.out).mlflow_run_id:
         time.sleep(0.1)
     print("training", flush=True)
-    try:
+    stop.wait(600)
+    print("stopping", flush=True)
+    if config.run.seed == 2:  # the workers do not come to an end
         time.sleep(600)
-    except (KeyboardInterrupt, SystemExit):
-        raise SystemExit(1)  # as Ray does, whatever the signal
+    raise launch.Interrupted("stopped at step 1")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background of a script ignores it
 launch.launch = work
-run.start(load(Path(sys.argv[1])), False, lambda record: None, print)
+try:
+    run.start(load(Path(sys.argv[1])), False, lambda record: None, print)
+except launch.Interrupted:
+    sys.exit(75)
 """
 
 
 @pytest.mark.filterwarnings("default")  # MLflow's own imports warn of what they use
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+    ("numbers", "code"),
+    [
+        ([signal.SIGINT], 1),
+        ([signal.SIGTERM], 75),
+        ([signal.SIGTERM, signal.SIGTERM], 143),
+        ([signal.SIGKILL], -signal.SIGKILL),
+    ],
 )
 def test_what_a_signal_ends_is_killed_in_mlflow_and_free(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numbers: list[int], code: int
 ) -> None:
     """The run's identity is noted while it trains; the lock on its folder dies with the process."""
     from mlflow import MlflowClient
 
     uri, out = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "run"
-    overrides = ("tracking.enabled=true", f"tracking.uri={uri}")
+    overrides = ("tracking.enabled=true", f"tracking.uri={uri}", f"run.seed={len(numbers)}")
     (tmp_path / "config.yaml").write_text(config(data, out, *overrides).to_yaml())
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(tmp_path / "config.yaml")],
@@ -152,7 +163,9 @@ def test_what_a_signal_ends_is_killed_in_mlflow_and_free(
         with pytest.raises(UserError, match="another run is writing into"):
             start(config(data, out), False, lambda _: None, pytest.fail)
         run_id = RunNote.read(out).mlflow_run_id
-        process.send_signal(number)
+        for sent, number in enumerate(numbers):
+            assert sent == 0 or process.stdout.readline() == "stopping\n"
+            process.send_signal(number)
         assert process.wait(60) == code
     client = MlflowClient(uri, uri)
     assert within(120, lambda: client.get_run(run_id).info.status == "KILLED")

@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -169,6 +170,38 @@ def test_a_run_goes_on_with_other_keys_as_tags(tmp_path: Path) -> None:
     changed = {key: value for key, value in run.data.tags.items() if key.startswith("changed.")}
     assert changed == {"changed.optimizer.lr": "0.1 -> 0.01 -> 0.001"}
     assert losses(client, noted[0]) == [0, 1, 2, 3]
+
+
+def test_steps_that_are_done_again_are_recorded_once(tmp_path: Path) -> None:
+    """Unless they are news: with another config, or after going back on purpose."""
+    config = TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+    times: list[int] = []
+
+    def train(run_id: str | None, tree: dict[str, Any], *steps: int) -> str:
+        tracker = Tracker(config, pytest.fail, run_id, folder=tmp_path / "box", patience_s=200)
+        tracker.start(tree, "", {})
+        for step in steps:
+            if step < 0:
+                tracker.go_back(-step)
+            else:
+                times.append(len(times))
+                tracker.metrics({"loss": step / 10, f"even/{step % 2}": 1.0}, step, times[-1])
+        found = tracker.run_id()
+        tracker.close("KILLED")
+        assert found is not None
+        return found
+
+    client = MlflowClient(config.uri, config.uri)
+    run_id = train(None, {"lr": 0.1}, 1, 2, 3, 4, 3, 4, 5)
+    assert losses(client, run_id) == [1, 2, 3, 4, 5]
+    assert train(run_id, {"lr": 0.1}, 4, 5, 6, 7) == run_id
+    assert losses(client, run_id) == [1, 2, 3, 4, 5, 6, 7]
+    assert [m.step for m in client.get_metric_history(run_id, "even/0")] == [2, 4, 6]
+    train(run_id, {"lr": 0.1}, -4, 5, 6, 7, 8)
+    assert losses(client, run_id) == [1, 2, 3, 4, 5, 5, 6, 6, 7, 7, 8]
+    train(run_id, {"lr": 0.2}, 8, 9)
+    assert losses(client, run_id) == [1, 2, 3, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9]
 
 
 def test_what_mlflow_refuses_holds_nothing_up(tmp_path: Path) -> None:

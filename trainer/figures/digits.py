@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trainer.config import BackboneConfig, Config, RunConfig, ScalingConfig, from_tree
+from trainer.config import BackboneConfig, Config, RunConfig, from_tree
 from trainer.data.stream import DataConfig
 from trainer.errors import UserError
 from trainer.evaluation.geometry import Angles, angles, class_means
@@ -22,6 +22,7 @@ from trainer.head.settings import HeadConfig, HeadOptimizerConfig
 from trainer.losses import by_name
 from trainer.objective import Objective
 from trainer.objective.geometry import ClassCentres, of_length
+from trainer.scaling import ScalingConfig
 
 CLASSES = 10
 TEST_SHARE = 0.3

@@ -54,8 +54,8 @@ class Engine:
         self.module = module  # with this rank's buffers
         self._config, self._group = config, Group.current()
         _check_parts(config, self._group)
-        key = torch.zeros((), dtype=torch.int64, device=device)
-        self._places = Places(self._group, config.backbone.norm_group, key)
+        key, first = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        self._places = Places(self._group, config.backbone.norm_group, key, first)
         place(module, self._places)
         if config.backbone.recompute:
             recompute(module)

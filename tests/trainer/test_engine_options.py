@@ -13,10 +13,10 @@ from trainer.backbones import networks
 
 __all__ = ["data"]  # the fixture
 
-SMALL = ("backbone.name=iresnet18", "backbone.norm_group=4", "run.max_steps=8")
-ADAMW = ("backbone.name=mlp", "optimizer.name=adamw", "optimizer.lr=0.001", "engine.zero_stage=1", "run.max_steps=8")
+SMALL = ("backbone.name=iresnet18", "backbone.norm_group=4", "run.max_steps=6")
+ADAMW = ("backbone.name=mlp", "optimizer.name=adamw", "optimizer.lr=0.001", "engine.zero_stage=1", "run.max_steps=6")
 PAIRS = ("data.identities_per_batch=6", "auxiliary=[triplet]", *SMALL)
-MLP = ("backbone.name=mlp", "backbone.norm_group=4", "run.max_steps=8")
+MLP = ("backbone.name=mlp", "backbone.norm_group=4", "run.max_steps=6")
 # Name: the same without it, how near their losses are, and the config. None: they are others.
 CASES: dict[str, tuple[str, float | None, tuple[str, ...]]] = {
     "plain": ("plain", 0, SMALL),

@@ -18,7 +18,7 @@ from trainer.data.importers.run import run_import
 from trainer.train import Record, run
 
 WORLDS = (1, 2, 3)
-STEPS = 20
+STEPS = 12
 # Backbone, ZeRO stage, group of batch norm: 8 is inside every share of the 24 samples, 10 (24 are cut into 12 and 12)
 # goes over borders between three of them, 0 is all 24.
 CASES = [
@@ -80,7 +80,7 @@ def config(data: Path, out: Path, *overrides: str) -> Config:
         *(f"data.path={data}", f"run.out={out}", "data.batch_size=24", "run.epochs=99", f"run.max_steps={STEPS}"),
         *("run.log_every=1", "run.eval_every=0", "backbone.dimension=16", "backbone.width=8", "backbone.dropout=0.2"),
         *("data.height=24", "data.width=24", "augment.translate=0.1", "optimizer.lr=0.01", "head.optimizer.lr=0.1"),
-        *("loss=cosface", "loss.scale=8", "loss.margin=0.2", *overrides),
+        *("engine.gradient_clipping=1", "loss=cosface", "loss.scale=8", "loss.margin=0.2", *overrides),
     )
     return load(None, list(overrides))
 

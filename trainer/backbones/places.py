@@ -70,7 +70,7 @@ class Places:
         group: the ranks.
         norm_group: samples that a batch norm takes together, about: B is cut into max(1, B // norm_group) groups of one
             size, or of two that differ by 1. 0: all of them.
-        key, first: int64 [], of seed and step, and the forward's first place: tensors, so that a compiled network takes
+        key, first: int64 [], of seed and step (the lower 32 bits count), and the forward's first place: tensors, so that a compiled network takes
             other values without being compiled again.
         observes: whether this forward counts in running statistics: one that repeats another does not.
         begins: whether it is the first one of its step.
@@ -97,7 +97,7 @@ def place(network: nn.Module, places: Places) -> None:
         if isinstance(child, _BatchNorm):
             setattr(parent, name, PlacedNorm(child, places))
         elif type(child) is nn.Dropout and child.p > 0:
-            setattr(parent, name, PlacedDropout(child.p, layer, places))
+            setattr(parent, name, PlacedDropout(child.p, layer, places).train(child.training))
 
 
 class PlacedDropout(nn.Module):

@@ -70,8 +70,9 @@ class Places:
         group: the ranks.
         norm_group: samples that a batch norm takes together, about: B is cut into max(1, B // norm_group) groups of one
             size, or of two that differ by 1. 0: all of them.
-        key, first: int64 [], of seed and step (the lower 32 bits count), and the forward's first place: tensors, so that a compiled network takes
-            other values without being compiled again.
+        key: int64 [], of seed and step; its lower 32 bits count.
+        first: int64 [], the forward's first place. Both are tensors, so that a compiled network takes other values
+            without being compiled again.
         observes: whether this forward counts in running statistics: one that repeats another does not.
         begins: whether it is the first one of its step.
     """

@@ -118,7 +118,7 @@ def test_two_ranks_go_on_as_one(folder: Path) -> None:
     for name, found in one.items():
         assert two[name] == pytest.approx(found, rel=5e-4), name
     assert one["embedder"] == pytest.approx(one["source"], rel=1e-4)
-    assert one["averaged"][0] > 1.2 * one["source"][0]  # random centres begin far from their classes
+    assert one["averaged"][0] > one["source"][0]  # random centres are no means
 
 
 def test_what_is_exported_is_what_was_chosen(folder: Path) -> None:

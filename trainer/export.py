@@ -78,7 +78,8 @@ def export_run(
     if found is None:
         raise UserError(f"'{run}' holds no checkpoint; give the run.out of a training run, or train one first")
     config = from_tree(found.manifest.config)
-    manifest = Manifest.read(data or config.data.path, config.data.remote_cache)
+    path = data or config.data.path
+    manifest = Manifest.read(path, config.data.remote_cache)
     form = preprocessing(manifest, config.data)
     backbone = build(config.backbone, *form.shape_CHW)
     weights = of_checkpoint(found, which)
@@ -86,8 +87,8 @@ def export_run(
         backbone.load_state_dict(weights)
     except RuntimeError as error:  # with a list of all shapes
         raise UserError(
-            f"the model in '{found.folder}' does not read the {manifest.holds} at '{shown(data or config.data.path)}'; "
-            "give a data set like the one that it was trained on"
+            f"the model in '{found.folder}' does not read the {manifest.holds} at '{shown(path)}'; give a data set like "
+            "the one that it was trained on"
         ) from error
     note = RunNote.read(config.run.out)
     provenance = {
@@ -100,8 +101,7 @@ def export_run(
         "weights": which,
     }
     model = embedder_of(config, found, backbone)
-    samples = _samples(manifest, config)
-    written = export(model, form, out, samples, provenance, overwrite=overwrite, weights=weights)
+    written = export(model, form, out, _samples(manifest, config), provenance, overwrite=overwrite, weights=weights)
     if register and note.mlflow_run_id:
         with contextlib.closing(Tracker(config.tracking, on_trouble, note.mlflow_run_id)) as tracker:
             tracker.register(out, written.model_id)

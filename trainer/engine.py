@@ -251,8 +251,8 @@ def _check_compiler() -> None:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise UserError(
-            f"backbone.compile=true needs a C++ compiler, and there is no '{compiler}' here; install one, name it in CXX, "
-            "or set backbone.compile=false"
+            f"backbone.compile=true needs a C++ compiler, and there is no '{compiler}' here; install one, name it in "
+            "CXX, or set backbone.compile=false"
         )
 
 

@@ -42,7 +42,7 @@ def train(
 
     try:
         if dry_run:
-            _show_plan(*rehearse(load(config, overrides)))
+            _show_plan(*rehearse(load(config, overrides), resume))
             return
         with TrainingView(out) as view:
             folder = start(load(config, overrides), resume, view.record, warn)

@@ -65,6 +65,13 @@ class BackboneConfig(Strict):
     channels_last: bool = Field(False, description="images and weights in NHWC order: faster convolutions on GPUs")
     compile: bool = Field(False, description="by torch.compile; the first steps take minutes")
 
+    @field_validator("norm_group")
+    @classmethod
+    def _more_than_one(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("1 sample is its own mean, so that a batch norm forgets it; take 0 or 2 and more")
+        return value
+
 
 class InitConfig(Strict):
     """What a training begins with; a run that goes on from its checkpoint has that."""

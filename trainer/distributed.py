@@ -235,10 +235,7 @@ def sum_not_mean(x: Tensor, group: Group) -> Tensor:
 
 
 def average_buffers(module: nn.Module, group: Group) -> None:
-    """Give every rank the mean of all ranks' floating-point buffers.
-
-    Each rank sees other samples, so its batch norms' statistics differ; a checkpoint and an evaluation want one set.
-    """
+    """Give every rank the mean of all ranks' floating-point buffers: each has taken statistics of other samples."""
     average([buffer for buffer in module.buffers() if buffer.is_floating_point()], group)
 
 

@@ -9,6 +9,7 @@ and refuse another number of ranks.
 
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -46,7 +47,8 @@ class Engine:
         device: where this rank computes.
 
     Raises:
-        UserError: bf16 on a device that cannot compute it, or a batch that cannot be cut as the config says.
+        UserError: bf16 on a device that cannot compute it, a batch that cannot be cut as the config says, a pattern of
+            `optimizer.rates` that fits nothing, or no compiler where one is needed.
     """
 
     def __init__(self, module: nn.Module, config: Config, device: torch.device) -> None:
@@ -55,12 +57,13 @@ class Engine:
         self.module = module  # with this rank's buffers
         self._config, self._group = config, Group.current()
         _check_parts(config, self._group)
-        key = torch.zeros((), dtype=torch.int64, device=device)
-        self._places = Places(self._group, config.backbone.norm_group, key)
+        key, first = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        self._places = Places(self._group, config.backbone.norm_group, key, first)
         place(module, self._places)
         if config.backbone.recompute:
             recompute(module)
         if config.backbone.compile:
+            _check_compiler()
             module.compile()
         self._moments = _MOMENTS[config.optimizer.name]
         self._engine = _initialize(module, config, device)
@@ -249,13 +252,23 @@ def _check_parts(config: Config, group: Group) -> None:
         )
 
 
+def _check_compiler() -> None:
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"backbone.compile=true needs a C++ compiler, and there is no '{compiler}' here; install one, name it in "
+            "CXX, or set backbone.compile=false"
+        )
+
+
 def _optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """No decay on biases, norms and PReLU. Parameters with the same factor of the learning rate are one group."""
     factors = rate_factors(module, config.layer_decay, config.rates)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
-        decay = config.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((decay, factors[name]), []).append(parameter)
+        if parameter.requires_grad:
+            decay = config.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((decay, factors[name]), []).append(parameter)
     settings = [
         {"params": parameters, "weight_decay": decay, "factor": factor}
         for (decay, factor), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)

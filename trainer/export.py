@@ -20,6 +20,7 @@ from torch import nn
 
 from trainer.atomic import Kind, fresh_folder
 from trainer.backbones import build
+from trainer.checkpoint import Checkpoint
 from trainer.config import Config, from_tree
 from trainer.data.arrays import Form
 from trainer.data.manifest import Manifest
@@ -92,26 +93,19 @@ def export_run(
         raise UserError(f"'{place}' holds no checkpoint; give the run.out of a training run, or train one first")
     found, weights = stored.checkpoint, stored.weights(which)
     config = from_tree(found.manifest.config)
-    manifest = Manifest.read(data or config.data.path, config.data.remote_cache)
+    path = data or config.data.path
+    manifest = Manifest.read(path, config.data.remote_cache)
     form = preprocessing(manifest, config.data)
     backbone = build(config.backbone, *form.shape_CHW)
     try:
         backbone.load_state_dict(weights)
     except RuntimeError as error:  # with a list of all shapes
         raise UserError(
-            f"the model in '{found.folder}' does not read the {manifest.holds} at '{shown(data or config.data.path)}'; "
+            f"the model in '{found.folder}' does not read the {manifest.holds} at '{shown(path)}'; "
             "give a data set like the one that it was trained on"
         ) from error
     note = RunNote.read(config.run.out)
-    provenance = {
-        "checkpoint_step": str(found.step),
-        "class_digest": found.manifest.class_digest,
-        "classes": str(found.manifest.classes),
-        "mlflow_run_id": note.mlflow_run_id,
-        "tracking_uri": "" if "@" in note.tracking_uri else note.tracking_uri,  # it may hold a password
-        "data": manifest.kind,
-        "weights": which,
-    }
+    provenance = _provenance(found, manifest.kind, note, which)
     model = embedder_of(config, found, backbone)
     place = Folder.at(out)
     _check_free(place, overwrite)
@@ -122,6 +116,18 @@ def export_run(
             with contextlib.closing(Tracker(config.tracking, on_trouble, note.mlflow_run_id)) as tracker:
                 tracker.register(here, written.model_id)
     return written
+
+
+def _provenance(found: Checkpoint, data: str, note: RunNote, which: Which) -> dict[str, str]:
+    return {
+        "checkpoint_step": str(found.step),
+        "class_digest": found.manifest.class_digest,
+        "classes": str(found.manifest.classes),
+        "mlflow_run_id": note.mlflow_run_id,
+        "tracking_uri": "" if "@" in note.tracking_uri else note.tracking_uri,  # it may hold a password
+        "data": data,
+        "weights": which,
+    }
 
 
 def _check_free(out: Folder, overwrite: bool) -> None:

@@ -25,6 +25,7 @@ def rehearse(config: Config, report: Callable[[Record], None], local_rank: int =
 
     Raises:
         UserError: as `train.run`.
+        Diverged: the step's loss is not finite.
     """
     device = torch.device("cuda", local_rank) if config.scaling.use_gpu else torch.device("cpu")
     run = _Run(config, device, report, Wishes())
@@ -32,13 +33,14 @@ def rehearse(config: Config, report: Callable[[Record], None], local_rank: int =
         put(read_weights(config.init.weights, config.init.which), run.engine.module, config.init.weights)
     kept: dict[int, int] = {}
     run.engine.around_forward = _kept(run, kept)
-    loss = run._step(_made_up(run), 0)["loss"]
+    run.watch(run._step(_made_up(run), 0)["loss"], 1)
+    run.watch.look()
     parts = run.engine.memory() | run.objective.memory() | {"activations": sum(kept.values())}
     if device.type == "cuda":
         parts["allocated at most"] = torch.cuda.max_memory_allocated(device)
     found = [json.loads(text) for text in run.group.gather_text(json.dumps(parts))]
     most = {name: float(max(one.get(name, 0) for one in found)) for name in parts}
-    report(Record("plan", 1, run.total_steps, most, text=f"loss {float(loss):.4g}"))
+    report(Record("plan", 1, run.total_steps, most))
 
 
 def _made_up(run: _Run) -> Batch:

@@ -98,7 +98,7 @@ def resolved(config: Config) -> Config:
     return config.model_copy(update={"data": data, "init": init, "run": run, "tracking": tracking})
 
 
-def rehearse(config: Config) -> tuple[Config, dict[str, float], list[str]]:
+def rehearse(config: Config, resume: bool) -> tuple[Config, dict[str, float], list[str]]:
     """Check a config, and do one step on each of its Ray workers on made-up samples. Nothing is written.
 
     Returns:
@@ -110,6 +110,7 @@ def rehearse(config: Config) -> tuple[Config, dict[str, float], list[str]]:
     """
     config = resolved(config)
     check(config)
+    _refuse_earlier(config, resume)
     records: list[Record] = []
 
     from trainer.launch import launch

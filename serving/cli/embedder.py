@@ -45,7 +45,7 @@ def train(
 
     try:
         if dry_run:
-            _show_plan(*rehearse(load(config, overrides)))
+            _show_plan(*rehearse(load(config, overrides), resume))
             return
         with TrainingView(out) as view:
             folder = start(load(config, overrides), resume, view.record, warn)
@@ -63,11 +63,13 @@ def _show_plan(config: "Config", parts: Mapping[str, float], notes: Sequence[str
     table.add_column("part")
     table.add_column("MB", justify="right")
     for name, size in parts.items():
-        table.add_row(name, f"{size / 1e6:,.1f}")
+        if size:
+            table.add_row(name, f"{size / 1e6:,.2f}")
     out.print(config.to_yaml(), end="")
     out.print(table)
     for note in notes:
         out.print(note)
+    out.print("one step was done on each worker; nothing was written")
 
 
 def submit(

@@ -43,6 +43,19 @@ def test_the_heads_rate_where_none_is_given(overrides: list[str], rate: float) -
 
 
 @pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["backbone.norm_group=1"], r"backbone\.norm_group: 1 sample is its own mean.* take 0 or 2 and more"),
+        (["engine.offload=true"], r"offload=true needs zero_stage 1 or 2"),
+        (["optimizer.rates={stem: -1}"], r"optimizer\.rates\.stem=-1"),
+    ],
+)
+def test_what_makes_no_sense_together_is_one_sentence(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load(None, overrides)
+
+
+@pytest.mark.parametrize(
     "address", ["s3://key:s3cret@bucket/run", "https://host/run", "s3://bucket/run?token=s3cret", "http://a:s3cret@b/c"]
 )
 def test_a_run_is_not_written_where_it_cannot_be_or_with_a_password(address: str) -> None:

@@ -35,7 +35,7 @@ def recompute(network: nn.Module) -> None:
     Raises:
         UserError: no block of the network holds more than one layer.
     """
-    found = [block for _, block in blocks(network) if len(list(block.children())) > 1]
+    found = [block for _, block in blocks(network) if len(list(block.modules())) > 2]
     if not found:
         raise UserError(
             f"backbone.recompute=true: {type(network).__name__} has no blocks of several layers to compute again; set "

@@ -25,7 +25,7 @@ Parts = tuple[tuple[int, int], ...]
 def within(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, sizes: list[int]) -> Normed:
     """Each part, of so many samples, by its own mean and variance: `cat(F.batch_norm(part) for part in parts)`."""
     if weight is None:
-        x = x.float()  # of mixed types torch's kernels know only 16-bit values with 32-bit weights
+        x = x.to(_wide(x))  # of mixed types torch's kernels know only 16-bit values with 32-bit weights
     if torch.compiler.is_compiling():
         return _compiled(x, weight, bias, eps, sizes)
     normed: Normed = _Within.apply(x, weight, bias, eps, sizes)  # type: ignore[no-untyped-call]
@@ -45,7 +45,8 @@ def across(
         sizes: samples of each of the N groups, on all ranks.
     """
     if weight is None:
-        x, weight, bias = x.float(), x.new_ones(x.shape[1]).float(), x.new_zeros(x.shape[1]).float()
+        x = x.to(_wide(x))
+        weight, bias = x.new_ones(x.shape[1]), x.new_zeros(x.shape[1])
     normed: Normed = _Across.apply(x, weight, bias, eps, parts, sizes, group)  # type: ignore[no-untyped-call]
     return normed
 
@@ -54,7 +55,7 @@ def _compiled(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
     """The same in a form that torch.compile fuses."""
     y, means, variances = [], [], []
     for part in split_with_sizes(x, sizes):
-        mean_C, var_C = (torch.zeros(x.shape[1], device=x.device) for _ in range(2))
+        mean_C, var_C = (torch.zeros(x.shape[1], dtype=_wide(x), device=x.device) for _ in range(2))
         y.append(F.batch_norm(part, mean_C, var_C, weight, bias, True, 1.0, eps))
         means.append(mean_C)
         variances.append(var_C)
@@ -64,7 +65,7 @@ def _compiled(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
 def _normalise_parts(x: Tensor, y: Tensor, weight: Any, bias: Any, eps: float, sizes: list[int]) -> tuple[Tensor, ...]:
     """Write each part into y, normalised by itself; means [P, C], 1 / deviation [P, C], and the variances (divided by
     the count) that follow."""
-    mean_PC, inverse_PC = torch.empty(2, len(sizes), x.shape[1], device=x.device).unbind()
+    mean_PC, inverse_PC = torch.empty(2, len(sizes), x.shape[1], dtype=_wide(x), device=x.device).unbind()
     for index, (part, out) in enumerate(zip(split_with_sizes(x, sizes), split_with_sizes(y, sizes), strict=True)):
         saved = {"out": out, "save_mean": mean_PC[index], "save_invstd": inverse_PC[index]}
         _norm.out(part, weight, bias, None, None, True, 0.0, eps, **saved)
@@ -79,7 +80,7 @@ class _Within(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean_PC, inverse_PC)
         ctx.eps, ctx.sizes = eps, sizes
         count_P1 = _column(sizes, x)
-        var_PC = (var_PC * (count_P1 / (count_P1 - 1).clamp_min(1))).float()
+        var_PC = (var_PC * (count_P1 / (count_P1 - 1).clamp_min(1))).to(mean_PC.dtype)
         ctx.mark_non_differentiable(mean_PC, var_PC)
         return y, mean_PC, var_PC
 
@@ -122,17 +123,17 @@ class _Across(torch.autograd.Function):
         sizes: tuple[int, ...],
         group: Group,
     ) -> Normed:
-        y, own = torch.empty_like(x), [size for _, size in parts]
+        y, own, wide = torch.empty_like(x), [size for _, size in parts], _wide(x)
         mean_PC, _, var_PC = _normalise_parts(x, y, weight, bias, eps, own)
         mean_PC, count_P1 = mean_PC.double(), _column(own, x)
         sums_N2C = _at_groups(torch.cat([mean_PC, var_PC + mean_PC.square()], dim=1) * count_P1, parts, len(sizes))
         count_N1 = _column(sizes, x)
         mean_NC, square_NC = (group.all_reduce(sums_N2C) / count_N1).chunk(2, dim=1)
         var_NC = (square_NC - mean_NC.square()).clamp_min_(0)
-        unbiased_NC = (var_NC * (count_N1 / (count_N1 - 1).clamp_min(1))).float()
-        mean_NC, var_NC = mean_NC.float(), var_NC.float()
+        unbiased_NC = (var_NC * (count_N1 / (count_N1 - 1).clamp_min(1))).to(wide)
+        mean_NC, var_NC = mean_NC.to(wide), var_NC.to(wide)
         for (index, _), part, out in zip(parts, split_with_sizes(x, own), split_with_sizes(y, own), strict=True):
-            nothing = {"out": out, "save_mean": x.new_empty(0).float(), "save_invstd": x.new_empty(0).float()}
+            nothing = {"out": out, "save_mean": mean_NC.new_empty(0), "save_invstd": mean_NC.new_empty(0)}
             _norm.out(part, weight, bias, mean_NC[index], var_NC[index], False, 0.0, eps, **nothing)
         ctx.save_for_backward(x, weight, mean_NC, var_NC, count_N1)
         ctx.eps, ctx.parts, ctx.group = eps, parts, group
@@ -152,15 +153,20 @@ class _Across(torch.autograd.Function):
             sums.append(torch.cat([d_w, d_b]))
         sums_P2C = torch.stack(sums).double()
         all_N2C = ctx.group.all_reduce(_at_groups(sums_P2C, ctx.parts, len(count_N1)))
-        slope_NC, shift_NC = (all_N2C / count_N1).float().chunk(2, dim=1)
+        slope_NC, shift_NC = (all_N2C / count_N1).to(mean_NC.dtype).chunk(2, dim=1)
         inverse_NC = (var_NC + ctx.eps).rsqrt()
         shape, k_NC = (1, -1, *(1 for _ in x.shape[2:])), weight * inverse_NC
         slope_NC = -k_NC * inverse_NC * slope_NC
         shift_NC = -k_NC * shift_NC - slope_NC * mean_NC
         for (index, _), part, d_x in zip(ctx.parts, split_with_sizes(x, own), dx, strict=True):
             d_x.add_(shift_NC[index].view(shape)).addcmul_(part, slope_NC[index].view(shape))
-        d_weight, d_bias = sums_P2C.sum(dim=0).float().chunk(2)
+        d_weight, d_bias = sums_P2C.sum(dim=0).to(weight.dtype).chunk(2)
         return torch.cat(dx), d_weight, d_bias, None, None, None, None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """Of the statistics: fp32, for fp64 fp64."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _column(sizes: Sequence[int], x: Tensor) -> Tensor:

@@ -38,11 +38,13 @@ class Layout:
     Attributes:
         sizes: samples of each group of the global batch.
         parts: group and number of samples of what the forward holds, in order.
+        held: these numbers alone.
         across: whether any forward of this many samples holds a part of a group only; every rank finds the same.
     """
 
     sizes: tuple[int, ...]
     parts: tuple[tuple[int, int], ...]
+    held: tuple[int, ...]
     across: bool
 
     @classmethod
@@ -51,9 +53,11 @@ class Layout:
         count = max(1, size // norm_group) if norm_group else 1
         groups = [RowRange.of(size, index, count) for index in range(count)]
         held = [min(rows.stop, first + samples) - max(rows.start, first) for rows in groups]
+        parts = tuple((index, inside) for index, inside in enumerate(held) if inside > 0)
         return cls(
             sizes=tuple(len(rows) for rows in groups),
-            parts=tuple((index, inside) for index, inside in enumerate(held) if inside > 0),
+            parts=parts,
+            held=tuple(inside for _, inside in parts),
             across=not {rows.stop for rows in groups}.issuperset(range(samples, size, samples)),
         )
 
@@ -66,9 +70,9 @@ class Places:
         group: the ranks.
         norm_group: samples that a batch norm takes together, about: B is cut into max(1, B // norm_group) groups of one
             size, or of two that differ by 1. 0: all of them.
-        key: int64 [], of seed and step: a tensor, so that a compiled network takes another value without being
-            compiled again.
-        first: the forward's first place.
+        key: int64 [], of seed and step; its lower 32 bits count.
+        first: int64 [], the forward's first place. Both are tensors, so that a compiled network takes other values
+            without being compiled again.
         observes: whether this forward counts in running statistics: one that repeats another does not.
         begins: whether it is the first one of its step.
     """
@@ -76,14 +80,15 @@ class Places:
     group: Group
     norm_group: int
     key: Tensor
-    first: int = 0
+    first: Tensor
     layout: Layout | None = None
     observes: bool = True
     begins: bool = True
 
     def at(self, first: int, samples: int, size: int) -> None:
         """The next forward holds the places `first` to `first + samples - 1` of `size`."""
-        self.first, self.layout = first, Layout.of(first, samples, size, self.norm_group)
+        self.first.fill_(first)
+        self.layout = Layout.of(first, samples, size, self.norm_group)
 
 
 def place(network: nn.Module, places: Places) -> None:
@@ -93,7 +98,7 @@ def place(network: nn.Module, places: Places) -> None:
         if isinstance(child, _BatchNorm):
             setattr(parent, name, PlacedNorm(child, places))
         elif type(child) is nn.Dropout and child.p > 0:
-            setattr(parent, name, PlacedDropout(child.p, layer, places))
+            setattr(parent, name, PlacedDropout(child.p, layer, places).train(child.training))
 
 
 class PlacedDropout(nn.Module):
@@ -168,7 +173,7 @@ class PlacedNorm(_BatchNorm):
             y, means, variances = across(x, *own, layout.parts, layout.sizes, places.group)
             share = 1
         else:
-            y, means, variances = within(x, *own, [samples for _, samples in layout.parts])
+            y, means, variances = within(x, *own, list(layout.held))
             share = places.group.size
         if self.running_mean is not None and places.observes:
             self._observe(means, variances, share / len(layout.sizes))

@@ -23,12 +23,15 @@ NEVER_SURE = ("normface auto", "cosface auto", "arcface beyond pi", "adaface bey
 
 @dataclass
 class Gradients:
-    """Of one step: the denominator's part of dE, dW and of the bias; and how many samples product 3 took."""
+    """Of one step: the denominator's part of dE, dW and of the bias, and the learnable numbers; how many samples
+    product 3 took, and the mass of those that product 2 left out."""
 
     embeddings_BD: Tensor
     rows_RD: Tensor
     bias_C: Tensor | None
+    scalars: dict[str, Tensor]
     kept: list[int] = field(default_factory=list)
+    missing: float = 0.0
 
 
 def apart(head: Head) -> Head:
@@ -62,6 +65,7 @@ def gradients(
     whole = apart(make_head(margin, config, counts, Group()))
     x_BD, labels_B = learned(whole, BATCH * group.size, seed)
     head, seen, kept = apart(make_head(margin, config, counts, group)), [], []
+    missing = 0.0
     backward = tiles.Tiles.backward
 
     def watched(self: tiles.Tiles, *arguments: Tensor) -> tuple[Tensor, None, Tensor | None]:
@@ -71,7 +75,9 @@ def gradients(
 
     def counted(errors: Errors, least: Tensor, tolerance: float, of: Callable[[Tensor], Tensor]) -> Kept | None:
         found = essential(errors, least, tolerance, of)
+        nonlocal missing
         kept.append(BATCH * group.size if found is None else len(found.samples_n))
+        missing = 0.0 if found is None else float(errors.mass_B[(found.de_BD == 0).all(dim=1)].sum())
         return found
 
     with monkeypatch.context() as patch:
@@ -85,7 +91,8 @@ def gradients(
     if head.unit_rows:
         rows_RD = rows_RD - head.weight.detach() * (rows_RD * head.weight.detach()).sum(1, keepdim=True)
     bias_C = None if head.bias is None or head.bias.grad is None else head.bias.grad.to_dense()
-    return Gradients(seen[0], rows_RD, bias_C, kept)
+    scalars = {key: value.grad.clone() for key, value in head.scalars.items() if value.grad is not None}
+    return Gradients(seen[0], rows_RD, bias_C, scalars, kept, missing)
 
 
 def check(name: str, tolerance: float, seed: int, group: Group | None = None, **choice: object) -> int:
@@ -100,6 +107,8 @@ def check(name: str, tolerance: float, seed: int, group: Group | None = None, **
         assert error.norm() <= tolerance * whole.norm() * (1 + 1e-9) + 1e-14, (name, what, choice)
     if exact.bias_C is not None:
         torch.testing.assert_close(near.bias_C, exact.bias_C, rtol=1e-12, atol=1e-14)
+    for key, value in exact.scalars.items():
+        assert abs(near.scalars[key] - value) <= near.missing * (1 + 1e-9) + 1e-14, (name, key, choice)
     return len(exact.embeddings_BD) - near.kept[0]
 
 

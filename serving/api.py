@@ -24,15 +24,16 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving import schemas
-from serving.bodies import read
-from serving.errors import ApiError, invalid
-from serving.gallery import GalleryLoading
+from serving import openapi, schemas
+from serving.batching import Closed
+from serving.bodies import read, read_bulk
+from serving.changes import KeyReused, StoreError, SubjectFull, SubjectUnknown
+from serving.errors import ApiError, invalid, stopping
 from serving.parsing import KEY_PATTERN, PATTERN, Sent
+from serving.projection import GalleryLoading
 from serving.security import ASSETS, Guard, as_response
 from serving.service import Service, loading
 from serving.settings import Settings
-from serving.store import KeyReused, StoreError, SubjectFull, SubjectUnknown
 from trainer.errors import UserError
 
 log = logging.getLogger("hypersphere.serving")
@@ -42,37 +43,55 @@ SubjectPath = Annotated[str, Path(description=_NAME, examples=["alice"], json_sc
 Key = Annotated[
     str | None, Header(alias="Idempotency-Key", description=_KEY, json_schema_extra={"pattern": KEY_PATTERN})
 ]
+AT_ONCE_BYTES = 64 * 1024  # of JSON that the event loop reads itself: half a millisecond
 SAMPLES = "/v1/subjects/{subject_id}/samples"
 # What answers PUT points to its successor in the way of RFC 9745; the date is that of the release that began it.
 SUPERSEDED = {"deprecation": "@1795651200", "link": '<{path}>; rel="successor-version"; method="POST"'}
-router, open_router = (APIRouter(responses=schemas.ERRORS) for _ in range(2))  # the second asks for no key
+router, open_router = (APIRouter(responses=openapi.ERRORS) for _ in range(2))  # the second asks for no key
 
 
-@router.post("/v1/verify", tags=["decide"], openapi_extra=schemas.VERIFY.openapi())
+@router.post("/v1/verify", tags=["decide"], openapi_extra=openapi.VERIFY.openapi())
 async def verify(request: Request) -> schemas.VerifyAnswer:
     """Are these the same identity? Two images, an image and an enrolled subject, or the same with embeddings."""
-    sent = await _read(request, schemas.VERIFY)
+    sent = await _read(request, openapi.VERIFY)
     return await _compute(request, lambda service, request_id: service.verify(sent, request_id))
 
 
-@router.post("/v1/identify", tags=["decide"], openapi_extra=schemas.IDENTIFY.openapi())
-async def identify(request: Request) -> schemas.IdentifyAnswer:
+@router.post(
+    "/v1/identify", tags=["decide"], openapi_extra=openapi.IDENTIFY.openapi(), response_model=schemas.IdentifyAnswer
+)
+async def identify(request: Request) -> Response:
     """Who is this, or is it nobody we know? `unknown` means that the best candidate stays below the threshold."""
-    sent = await _read(request, schemas.IDENTIFY)
-    return await _compute(request, lambda service, request_id: service.identify(sent, request_id))
+    sent, service = await _read(request, openapi.IDENTIFY), _service(request)
+    if sent.document is None or len(sent.document) > AT_ONCE_BYTES:
+        probe, below = await _compute(request, lambda service, _: service.probe(sent))
+    else:  # sooner read than handed to another thread
+        probe, below = service.probe(sent)
+    found = await asyncio.wrap_future(service.gallery.submit(probe))
+    return _json(service.identified(found, below, request.state.request_id))
 
 
-@router.post(SAMPLES, status_code=201, tags=["gallery"], openapi_extra=schemas.ENROL.openapi())
+@router.post(SAMPLES, status_code=201, tags=["gallery"], openapi_extra=openapi.ENROL.openapi())
 async def enrol(request: Request, response: Response, subject_id: SubjectPath, key: Key = None) -> schemas.EnrolAnswer:
     """Add samples to a subject, new or known. Once answered, they are on disk and the next search finds them."""
-    sent = await _read(request, schemas.ENROL)
+    sent = await _read(request, openapi.ENROL)
     answer, replayed = await _compute(request, lambda service, name: service.enrol(subject_id, sent, key, name))
     if replayed:
         response.headers["Idempotent-Replayed"] = "true"
     return answer
 
 
-@router.put(SAMPLES, status_code=201, tags=["gallery"], openapi_extra=schemas.ENROL.openapi(), deprecated=True)
+@router.post("/v1/samples", tags=["gallery"], openapi_extra=openapi.BULK)
+async def enrol_many(request: Request, response: Response, key: Key = None) -> schemas.BulkAnswer:
+    """Add samples to many subjects, all that can be in one change. An item that is refused leaves the others alone."""
+    sent = await read_bulk(request)
+    answer, replayed = await _compute(request, lambda service, name: service.enrol_many(sent, key, name))
+    if replayed:
+        response.headers["Idempotent-Replayed"] = "true"
+    return answer
+
+
+@router.put(SAMPLES, status_code=201, tags=["gallery"], openapi_extra=openapi.ENROL.openapi(), deprecated=True)
 async def enrol_by_put(
     request: Request, response: Response, subject_id: SubjectPath, key: Key = None
 ) -> schemas.EnrolAnswer:
@@ -99,10 +118,10 @@ async def subjects(
     return await _compute(request, lambda service, request_id: service.subjects(cursor, limit, request_id))
 
 
-@router.post("/v1/embed", tags=["decide"], openapi_extra=schemas.EMBED.openapi())
+@router.post("/v1/embed", tags=["decide"], openapi_extra=openapi.EMBED.openapi())
 async def embed(request: Request) -> schemas.EmbedAnswer:
     """Unit vectors of images, to be kept by the client or sent to the other routes. Nothing is stored."""
-    sent = await _read(request, schemas.EMBED)
+    sent = await _read(request, openapi.EMBED)
     return await _compute(request, lambda service, request_id: service.embed(sent, request_id))
 
 
@@ -140,7 +159,7 @@ def create_app(
     app = FastAPIOffline(
         title="Hypersphere",
         summary="Who is this, or is it nobody we know?",
-        description=schemas.DESCRIPTION,
+        description=openapi.DESCRIPTION,
         version=importlib.metadata.version("hypersphere"),
         lifespan=functools.partial(_life, service, on_fault),
         redoc_url=None,
@@ -199,9 +218,14 @@ def _service(request: Request) -> Service:
     return service
 
 
-async def _read(request: Request, body: schemas.Body) -> Sent:
+async def _read(request: Request, body: openapi.Body) -> Sent:
     service = _service(request)
     return await read(request, body, service.settings.max_images if body.many else 1, service.gallery.dimension)
+
+
+def _json(answer: schemas.Answer) -> Response:
+    """FastAPI would check an answer of its own type once more before writing it."""
+    return Response(answer.model_dump_json(), media_type="application/json")
 
 
 async def _compute(request: Request, work: Callable[[Service, str], T]) -> T:
@@ -225,6 +249,8 @@ def _refusal(request: Request, error: Exception) -> ApiError:
             return _not_routed(request, error)
         case RequestValidationError():  # path, query and header parameters
             return invalid(*((str(fault["loc"][-1]), fault["msg"]) for fault in error.errors()))
+        case Closed():
+            return stopping()
         case GalleryLoading():
             return loading(error.done, error.total)
         case KeyReused():
@@ -258,6 +284,9 @@ def _not_routed(request: Request, error: HTTPException) -> ApiError:
     return ApiError(error.status_code, code, message, headers=headers)
 
 
-_HANDLED = (ApiError, HTTPException, RequestValidationError, GalleryLoading, KeyReused, SubjectFull, SubjectUnknown)
+_HANDLED = (
+    *(ApiError, HTTPException, RequestValidationError, Closed, GalleryLoading),
+    *(KeyReused, SubjectFull, SubjectUnknown),
+)
 HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Any]]
 HANDLERS = dict.fromkeys((*_HANDLED, UserError, StoreError, Exception), _on_error)

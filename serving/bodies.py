@@ -4,14 +4,15 @@ What has been read is plain data, so that the rooms below know nothing of the we
 """
 
 import sys
+from collections.abc import Mapping
 
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from serving.errors import ApiError, invalid
+from serving.openapi import BULK_TYPES, Body
 from serving.parsing import Sent
-from serving.schemas import Body
 
 MAX_FIELD_BYTES = 4096
 # A number in JSON: 17 digits with sign, point and exponent take 24 bytes; the rest is for separators and indentation.
@@ -34,6 +35,36 @@ async def read(request: Request, body: Body, most: int, dimension: int) -> Sent:
     Raises:
         ApiError: another content type, too large, incomplete, or not the parts that the route takes.
     """
+    kind = _content_type(request)
+    try:
+        if kind == "application/json" and body.model is not None:
+            return await _json(request, most * len(body.files), dimension)
+        if kind == "multipart/form-data":
+            return await _form(request, body, most)
+    except ClientDisconnect as error:
+        raise ApiError(400, "body_incomplete", "the connection ended before the body did") from error
+    raise _unsupported(
+        kind, {"multipart/form-data": "images"} | ({"application/json": "embeddings"} if body.model else {})
+    )
+
+
+async def read_bulk(request: Request) -> Sent:
+    """The body of a bulk enrolment, unparsed; its size was bounded by the Guard.
+
+    Raises:
+        ApiError: another content type, or incomplete.
+    """
+    kind = _content_type(request)
+    if kind not in BULK_TYPES:
+        raise _unsupported(kind, BULK_TYPES)
+    try:
+        return Sent(document=await request.body(), kind=kind)
+    except ClientDisconnect as error:
+        raise ApiError(400, "body_incomplete", "the connection ended before the body did") from error
+
+
+def _content_type(request: Request) -> str:
+    """Raises ApiError 415 for a body that is compressed or in another charset than UTF-8."""
     kind, *parameters = [part.strip().lower() for part in request.headers.get("content-type", "").split(";")]
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ApiError(415, "compressed_body", "compressed bodies are not read; send it without Content-Encoding")
@@ -43,17 +74,13 @@ async def read(request: Request, body: Body, most: int, dimension: int) -> Sent:
         raise ApiError(
             415, "unsupported_charset", f"charset '{charsets[0][:40]}' is not read; send UTF-8, and leave charset out"
         )
-    try:
-        if kind == "application/json" and body.model is not None:
-            return await _json(request, most * len(body.files), dimension)
-        if kind == "multipart/form-data":
-            return await _form(request, body, most)
-    except ClientDisconnect as error:
-        raise ApiError(400, "body_incomplete", "the connection ended before the body did") from error
-    allowed = {"multipart/form-data": "images"} | ({"application/json": "embeddings"} if body.model else {})
+    return kind
+
+
+def _unsupported(kind: str, allowed: Mapping[str, str]) -> ApiError:
     told = ", ".join(f"{name} ({what})" for name, what in allowed.items())
     message = f"content type '{kind[:80]}' is not read here; allowed: {told}"
-    raise ApiError(415, "unsupported_type", message, {"sent": kind[:80], "allowed": list(allowed)})
+    return ApiError(415, "unsupported_type", message, {"sent": kind[:80], "allowed": list(allowed)})
 
 
 async def _json(request: Request, vectors: int, dimension: int) -> Sent:

@@ -3,50 +3,33 @@
 Order of a change, under one lock: commit in the store (on disk), then apply to the index, then answer. A search between
 the two steps does not see the change, which nobody has been told of yet.
 
-If the second step fails, or another program changed the store, the two have come apart. Then the index is built anew
-aside, while searches and changes go on with the old one. An erased subject is hidden in that one whatever happened.
+`Projection` finds out and mends what fails between the two.
 """
 
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.index import Candidate, Index
-from serving.store import Deletion, Enrolment, IdempotencyKey, State, Store, StoreError, SubjectRow, SubjectUnknown
+from serving.batching import Batcher
+from serving.changes import BulkEnrolment, Deletion, Enrolment, IdempotencyKey, State, SubjectRow, SubjectUnknown
+from serving.index import Candidate
+from serving.projection import Projection, Status
+from serving.store import Store
 from serving.threshold import Rule
-from trainer.errors import UserError
-
-FAILURES = (StoreError, UserError, MemoryError, RuntimeError)  # the last is FAISS's
-RETRY_S = 60.0  # between two tries to build an index from a store that does not let itself be read
-
-
-class GalleryLoading(Exception):
-    """The index is being built; `done` of `total` samples are in it. Ask again later."""
-
-    def __init__(self, done: int, total: int) -> None:
-        super().__init__(f"the gallery is being loaded: {done} of {total} samples are; try again in a moment")
-        self.done, self.total = done, total
-
-
-class Stopped(Exception):
-    """Loading was ended early because the caller wanted it."""
 
 
 @dataclass(frozen=True)
-class Status:
-    """How far the index is: samples in it, and in all. `reason`: why it could not be built."""
+class Probe:
+    """Whom to search for: a unit vector, and how many subjects to return."""
 
-    state: Literal["loading", "ready", "rebuilding", "failed"]
-    done: int = 0
-    total: int = 0
-    reason: str = ""
+    vector_D: NDArray[np.float32]
+    top_k: int
 
 
 @dataclass(frozen=True)
@@ -86,26 +69,24 @@ class Gallery:
         """
         self.verify_rule, self.identify_rule = verify_rule, identify_rule
         self.model_id, self.dimension = store.model_id, store.dimension
-        self.revision = 0  # of the store, that the index has reached
-        self._store, self._threads, self._max_samples = store, threads, max_samples
-        self._index = Index(store.dimension, threads)
-        self._status = Status("loading")
-        self._lock = threading.Lock()  # held by a change from the store's commit to the index
-        self._closing = threading.Event()
-        self._apart = True  # the index may lack what the store has
-        self._loaded = False
-        self._rebuilding: threading.Thread | None = None
-        self._changed: set[str] = set()  # subjects that were changed while an index was being built
-        self._failed_at = 0.0
+        self._store, self._max_samples = store, max_samples
+        self._projection = Projection(store, threads)
+        self._searches = Batcher(self._search)
+        self.on_search: Callable[[int, float], object] = lambda size, seconds: None
+
+    @property
+    def revision(self) -> int:
+        """Of the store, that searches have reached."""
+        return self._projection.revision
 
     @property
     def size(self) -> int:
         """Enrolled subjects; 0 before they are loaded."""
-        return self._index.subjects
+        return self._projection.index.subjects
 
     @property
     def samples(self) -> int:
-        return self._index.samples
+        return self._projection.index.samples
 
     def enrolled(self) -> State:
         """The store's counts, which it knows before the gallery is loaded."""
@@ -113,41 +94,20 @@ class Gallery:
 
     def status(self) -> Status:
         """What stands in memory; nothing is waited for."""
-        return self._status
+        return self._projection.status
 
     def load(self, stopping: Callable[[], bool] = lambda: False) -> None:
-        """Verify the store and build the index from it; `status` tells how far it is.
+        """See `Projection.load`."""
+        self._projection.load(stopping)
 
-        Args:
-            stopping: asked several times a second; true ends the loading.
-
-        Raises:
-            UserError: the store is damaged.
-            Stopped: `stopping` returned true, or the gallery was closed.
-        """
-
-        def ending() -> bool:
-            return stopping() or self._closing.is_set()
-
-        with self._lock:
-            try:
-                self._status = Status("loading", 0, self._store.state().samples)
-                self._store.verify(ending)
-                self._install(self._build(ending, settled=True))
-                self._loaded = True
-            except FAILURES as error:
-                if ending():
-                    raise Stopped("loading was stopped") from error
-                self._status = Status("failed", reason=_reason(error))
-                raise UserError(self._status.reason) from error
+    def check(self) -> State:
+        """See `Projection.check`."""
+        return self._projection.check()
 
     def close(self) -> None:
         """End what is under way in the background, and close the store. Idempotent."""
-        self._closing.set()
-        if rebuilding := self._rebuilding:
-            rebuilding.join()
-        with self._lock:
-            self._store.close()
+        self._searches.close()
+        self._projection.close()
 
     def enrol(self, subject_id: str, vectors_BD: NDArray[np.float32], key: IdempotencyKey | None = None) -> Enrolment:
         """Add samples to a subject, new or known. When this returns, they are on disk and found by the next search.
@@ -155,23 +115,45 @@ class Gallery:
         Raises:
             SubjectFull: the subject would hold more than `max_samples`.
         """
-        with self._changing(subject_id):
-            self._index.check(vectors_BD)  # before the store has them
+        with self._projection.changing(subject_id):
+            self._projection.index.check(vectors_BD)  # before the store has them
             done = self._store.enrol(subject_id, vectors_BD, self._max_samples, key)
             if done.replayed:
-                self._confirm()
+                self._projection.confirm()
             else:
                 sample_ids = [uuid.UUID(item).bytes for item in done.sample_ids]
-                self._index.add([subject_id] * len(sample_ids), sample_ids, vectors_BD)
-                self.revision += 1
+                self._projection.index.add([subject_id] * len(sample_ids), sample_ids, vectors_BD)
+                self._projection.revision += 1
+            return done
+
+    def enrol_many(
+        self, items: Sequence[tuple[str, NDArray[np.float32]]], key: IdempotencyKey | None = None
+    ) -> BulkEnrolment:
+        """`enrol` for many subjects at once, in one change; an item that is refused leaves the others alone."""
+        with self._projection.changing(*(subject_id for subject_id, _ in items)):
+            for _, vectors_BD in items:
+                self._projection.index.check(vectors_BD)
+            done = self._store.enrol_many(items, self._max_samples, key)
+            if done.replayed:
+                self._projection.confirm()
+                return done
+            names, sample_ids, vectors = list[str](), list[bytes](), []
+            for one, (subject_id, vectors_BD) in zip(done.results, items, strict=True):
+                if isinstance(one, Enrolment):
+                    names += [subject_id] * len(vectors_BD)
+                    sample_ids += [uuid.UUID(item).bytes for item in one.sample_ids]
+                    vectors.append(vectors_BD)
+            if vectors:
+                self._projection.index.add(names, sample_ids, np.concatenate(vectors))
+            self._projection.revision += 1
             return done
 
     def replay(self, key: IdempotencyKey, subject_id: str) -> Enrolment | None:
         """What an enrolment of `subject_id` under this key did, if it was done; the next search finds it."""
-        with self._changing(subject_id):  # waits for one that is committed but not yet in the index
+        with self._projection.changing(subject_id):  # waits for one that is committed but not yet in the index
             done = self._store.recall(key, subject_id)
             if done is not None:
-                self._confirm()
+                self._projection.confirm()
             return done
 
     def delete(self, subject_id: str, key: IdempotencyKey | None = None) -> Deletion:
@@ -180,30 +162,42 @@ class Gallery:
         Raises:
             SubjectUnknown: nobody of that id is enrolled.
         """
-        with self._changing(subject_id):
+        with self._projection.changing(subject_id):
             done = self._store.delete(subject_id, key)
             if not done.replayed:
-                self._index.remove(subject_id)
-                self.revision += 1
+                self._projection.index.remove(subject_id)
+                self._projection.revision += 1
             return done
 
     def subjects(self, after: int, limit: int) -> list[SubjectRow]:
         """A page of the subjects, in order of enrolment, behind position `after` (0: from the start)."""
-        self._refuse_loading()
+        self._projection.refuse_loading()
         return self._store.subjects(after, limit)
 
     def identify(self, probe_D: NDArray[np.float32], top_k: int) -> Identification:
         """The `top_k` nearest subjects; a match if the nearest reaches the threshold."""
-        self._refuse_loading()
-        index = self._index  # a new one may take its place meanwhile
+        return self.submit(Probe(probe_D, top_k)).result()
+
+    def submit(self, probe: Probe) -> Future[Identification]:
+        """`identify` in a while; searches that wait at the same time go through the index together."""
+        self._projection.refuse_loading()
+        self._projection.index.check(probe.vector_D[None])
+        return self._searches.submit(probe)
+
+    def _search(self, probes: Sequence[Probe]) -> list[Identification]:
+        start, index = time.perf_counter(), self._projection.index  # a new one may take its place meanwhile
         size = index.subjects
-        (candidates,) = index.search(probe_D[None], top_k)
-        known = bool(candidates) and self.identify_rule.matches(candidates[0].score)
-        return Identification(candidates, "match" if known else "unknown", size)
+        together = index.search(np.stack([probe.vector_D for probe in probes]), max(probe.top_k for probe in probes))
+        found = []
+        for probe, candidates in zip(probes, together, strict=True):
+            known = bool(candidates) and self.identify_rule.matches(candidates[0].score)
+            found.append(Identification(candidates[: probe.top_k], "match" if known else "unknown", size))
+        self.on_search(len(probes), time.perf_counter() - start)
+        return found
 
     def verify(self, probe_D: NDArray[np.float32], reference_D: NDArray[np.float32]) -> Verification:
         """Compare two vectors; needs no index."""
-        self._index.check(np.stack([probe_D, reference_D]))
+        self._projection.index.check(np.stack([probe_D, reference_D]))
         return self._verified(max(-1.0, min(1.0, float(probe_D @ reference_D))), None)
 
     def verify_subject(self, probe_D: NDArray[np.float32], subject_id: str) -> Verification:
@@ -212,134 +206,11 @@ class Gallery:
         Raises:
             SubjectUnknown: nobody of that id is enrolled.
         """
-        self._refuse_loading()
-        candidate = self._index.compare(probe_D, subject_id)
+        self._projection.refuse_loading()
+        candidate = self._projection.index.compare(probe_D, subject_id)
         if candidate is None:
             raise SubjectUnknown(f"no subject '{subject_id}' is enrolled; GET /v1/subjects lists them")
         return self._verified(candidate.score, candidate.sample_id)
 
-    def check(self) -> State:
-        """The store's counts, after making sure that it answers from the files that were opened.
-
-        Where the index is not in step with it, building a new one is begun in the background. A change under way is not
-        waited for. Called about once a second.
-        """
-        self._refuse_loading()
-        state = self._store.check()
-        if self._lock.acquire(blocking=False):
-            try:
-                self._mend()
-            finally:
-                self._lock.release()
-        self._refuse_failed()
-        return state
-
     def _verified(self, score: float, sample_id: str | None) -> Verification:
         return Verification(score, "match" if self.verify_rule.matches(score) else "no_match", sample_id)
-
-    def _refuse_loading(self) -> None:
-        """Raises GalleryLoading as long as there is no index to search in, StoreError where there will be none."""
-        if not self._loaded:
-            self._refuse_failed()
-            raise GalleryLoading(self._status.done, self._status.total)
-
-    def _refuse_failed(self) -> None:
-        if self._status.state == "failed":
-            raise StoreError(self._status.reason)
-
-    @contextmanager
-    def _changing(self, subject_id: str) -> Iterator[None]:
-        """Alone with the store and the index, to change both. What fails between the two is found out and mended."""
-        self._refuse_loading()
-        with self._lock:
-            self._mend()
-            self._refuse_failed()
-            self._changed.add(subject_id)
-            sound = False
-            try:
-                yield
-                sound = True
-            finally:
-                if not sound:
-                    self._distrust(subject_id)
-
-    def _confirm(self) -> None:
-        """Raises GalleryLoading as long as the index may lack what a repeated answer tells of."""
-        if self._apart:
-            raise GalleryLoading(self._status.done, self._status.total)
-
-    def _distrust(self, subject_id: str) -> None:
-        """A change ended in an error, perhaps after it was committed. If it was a deletion, it must hold."""
-        try:
-            if self._store.state().revision == self.revision:
-                return
-            erased = self._store.samples_of(subject_id) is None
-        except (StoreError, UserError):
-            erased = True  # nobody knows
-        self._apart = True
-        if erased:
-            self._index.hide(subject_id)
-
-    def _mend(self) -> None:
-        """Begin to build a new index where the old one is not in step. Called with the lock held."""
-        if self._rebuilding is not None or self._closing.is_set():
-            return
-        state = self._store.state()
-        self._apart = self._apart or state != State(self._index.subjects, self._index.samples, self.revision)
-        if not self._apart:
-            self._changed.clear()
-        elif self._status.state != "failed" or time.monotonic() >= self._failed_at + RETRY_S:
-            self._changed.clear()
-            self._status = Status("rebuilding", 0, state.samples)
-            self._rebuilding = threading.Thread(target=self._rebuild, name="rebuild", daemon=True)
-            self._rebuilding.start()
-
-    def _rebuild(self) -> None:
-        """Build an index aside. What was changed meanwhile is read again in the end, with further changes kept out."""
-        try:
-            index = self._build(self._closing.is_set)
-            with self._lock:
-                index.remove(*self._changed)
-                for subject_id in self._changed:
-                    if piece := self._store.samples_of(subject_id):
-                        self._put(index, piece)
-                self._install(index)
-        except (*FAILURES, Stopped) as error:
-            self._failed_at = time.monotonic()
-            self._status = Status("failed", reason=f"the index cannot be built: {_reason(error)}")
-        finally:
-            self._rebuilding = None
-
-    def _build(self, ending: Callable[[], bool], settled: bool = False) -> Index:
-        """A new index from the store; `status` counts. `settled`: nobody changes the store meanwhile."""
-        index = Index(self._store.dimension, self._threads)
-        for piece in self._store.samples(settled):
-            if ending():
-                raise Stopped("the service is being stopped")
-            self._put(index, piece)
-            self._status = replace(self._status, done=index.samples)
-        return index
-
-    def _put(self, index: Index, piece: tuple[list[str], list[bytes], NDArray[np.float32]]) -> None:
-        try:
-            index.add(*piece)
-        except ValueError as error:
-            raise UserError(
-                f"the store '{self._store.path}' holds a vector that cannot be one of an embedder's ({error}); "
-                "restore the store from a backup"
-            ) from error
-
-    def _install(self, index: Index) -> None:
-        """Search in this one from now on. Called with the lock held."""
-        state = self._store.state()
-        if (index.subjects, index.samples) != (state.subjects, state.samples):
-            raise UserError(
-                f"the store '{self._store.path}' counts {state.subjects} subjects with {state.samples} samples but "
-                f"gave {index.subjects} with {index.samples}; it was damaged: restore it from a backup"
-            )
-        self._index, self.revision, self._apart = index, state.revision, False
-        self._status = Status("ready", index.samples, index.samples)
-
-
-def _reason(error: Exception) -> str:
-    return "there is not enough memory for the index" if isinstance(error, MemoryError) else str(error)

@@ -9,6 +9,7 @@ from serving.gallery import Gallery
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 TEXT_KEPT_S = 0.1  # writing takes some milliseconds of the event loop, and any number of clients may ask
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SCORES = tuple(round(-0.2 + 0.05 * step, 2) for step in range(25))  # -0.2 ... 1.0
 
 
@@ -29,9 +30,10 @@ class Metrics:
             "hypersphere_embed_seconds", "Time to embed the images of a request", buckets=SECONDS, registry=own
         )
         self.images = Counter("hypersphere_embedded_images", "Images embedded", registry=own)
-        self.searching = Histogram(
-            "hypersphere_search_seconds", "Time to search the gallery", buckets=SECONDS, registry=own
+        self._searching = Histogram(
+            "hypersphere_search_seconds", "Time of a pass over the gallery", buckets=SECONDS, registry=own
         )
+        self._batches = Histogram("hypersphere_search_batch", "Searches of one pass", buckets=BATCHES, registry=own)
         self.decisions = Counter("hypersphere_decisions", "Decisions taken", ["operation", "decision"], registry=own)
         self.scores = Histogram(
             "hypersphere_best_score", "Best score of a search; its drift shows", buckets=SCORES, registry=own
@@ -46,6 +48,11 @@ class Metrics:
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
         self._requests.labels(route, method if method in METHODS else "other", str(status)).inc()
         self._latency.labels(route).observe(seconds)
+
+    def searched(self, probes: int, seconds: float) -> None:
+        """A pass over the gallery for so many searches."""
+        self._searching.observe(seconds)
+        self._batches.observe(probes)
 
     def text(self) -> bytes:
         """The exposition format that Prometheus scrapes, written anew ten times a second at most."""

@@ -15,8 +15,8 @@ from typing import TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
+from serving.changes import IdempotencyKey
 from serving.errors import ApiError, invalid
-from serving.store import IdempotencyKey
 
 MAX_KEYS = 16  # of a JSON document, known or not
 # For the documentation; `idempotency_key` and `enrollable` check the same, the latter more. Left out of names: slashes,
@@ -43,11 +43,12 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Sent:
-    """The body of a request: a form's files by part name and its other fields, or a JSON document."""
+    """The body of a request: a form's files by part name and its other fields, or a document."""
 
     files: dict[str, list[bytes]] = field(default_factory=dict)
     fields: dict[str, str] = field(default_factory=dict)
     document: bytes | None = None
+    kind: str = "application/json"  # of the document
 
 
 def read_json(model: type[Model], document: bytes) -> Model:

@@ -150,21 +150,25 @@ def verify(connection: sqlite3.Connection, stopping: Callable[[], bool]) -> None
         connection.set_progress_handler(None, 0)
 
 
-def find_or_add_subject(
-    connection: sqlite3.Connection, secret: bytes, subject_id: str, now: int
-) -> tuple[int, list[bytes]]:
-    """The subject's number; and its checksum, if it was made just now."""
+def find_subject(connection: sqlite3.Connection, secret: bytes, subject_id: str) -> tuple[int | None, int]:
+    """The subject's number, None where nobody has the name; and its samples."""
+    found = connection.execute(
+        "SELECT id, (SELECT count(*) FROM samples WHERE subject_id = subjects.id) FROM subjects WHERE digest = ?",
+        (name_digest(secret, subject_id),),
+    ).fetchone()
+    return found or (None, 0)
+
+
+def add_subject(connection: sqlite3.Connection, secret: bytes, subject_id: str, now: int) -> tuple[int, bytes]:
+    """A new subject's number and checksum."""
     known_by, name = name_digest(secret, subject_id), subject_id.encode()
-    row = connection.execute("SELECT id FROM subjects WHERE digest = ?", (known_by,)).fetchone()
-    if row is not None:
-        return row[0], []
     (last,) = connection.execute("SELECT max(id) FROM subjects").fetchone()  # rows of erased subjects stay
     seal = checksum(last + 1, known_by, now, name)
     connection.execute(
         "INSERT INTO subjects (id, digest, created, checksum, name) VALUES (?, ?, ?, ?, ?)",
         (last + 1, known_by, now, seal, name),
     )
-    return last + 1, [seal]
+    return last + 1, seal
 
 
 def add_samples(

@@ -1,7 +1,6 @@
-"""The service's JSON, requests that carry embeddings and all answers, and what the OpenAPI page says beside it."""
+"""The service's JSON: requests that carry embeddings, and all answers."""
 
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
@@ -24,6 +23,7 @@ Embedding = Annotated[
         description="unit vector of the model's dimension, as POST /v1/embed gives",
     ),
 ]
+MAX_BULK = 10_000  # embeddings of one bulk enrolment
 TopK = Annotated[int, Field(ge=1, le=100, description="subjects to return")]
 
 # Shown on the documentation page.
@@ -93,6 +93,19 @@ class EnrolRequest(Request):
     embeddings: Annotated[list[Embedding], Field(min_length=1, max_length=1000, fail_fast=True)]
 
 
+class BulkItem(Request):
+    """One line of a bulk enrolment: embeddings of one subject."""
+
+    subject_id: SubjectId
+    embeddings: Annotated[list[Embedding], Field(min_length=1, max_length=1000, fail_fast=True)]
+
+
+class BulkHeader(Request):
+    """The first line of a bulk enrolment whose embeddings follow as bytes."""
+
+    subject_ids: list[SubjectId] = Field(min_length=1, max_length=MAX_BULK, description="of each embedding, in order")
+
+
 class Answer(BaseModel):
     """What every answer carries."""
 
@@ -159,6 +172,33 @@ class EnrolAnswer(Answer):
     gallery_size: int = Field(description="enrolled subjects now")
 
 
+class ErrorBody(BaseModel):
+    """A refusal."""
+
+    code: str = Field(description="for programs", examples=["wrong_model"])
+    message: str = Field(description="for people: what was wrong, what is allowed, what to do")
+    details: dict[str, object]
+
+
+class BulkResult(BaseModel):
+    """What became of one item of a bulk enrolment."""
+
+    subject_id: str
+    status: Literal["enrolled", "refused"]
+    samples: list[SampleAnswer] = Field([], description="those added now, in the order they were sent")
+    subject_created: bool = False
+    error: ErrorBody | None = None
+
+
+class BulkAnswer(Answer):
+    """What became of the items, in the order they were sent. What is enrolled is on disk, all of it in one change."""
+
+    results: list[BulkResult]
+    enrolled: int = Field(description="items that were enrolled")
+    refused: int
+    gallery_size: int = Field(description="enrolled subjects now")
+
+
 class SubjectAnswer(BaseModel):
     """An enrolled subject."""
 
@@ -199,101 +239,8 @@ class HealthAnswer(BaseModel):
     status: Literal["alive"] = "alive"
 
 
-class ErrorBody(BaseModel):
-    """A refusal."""
-
-    code: str = Field(description="for programs", examples=["wrong_model"])
-    message: str = Field(description="for people: what was wrong, what is allowed, what to do")
-    details: dict[str, object]
-
-
 class ErrorAnswer(BaseModel):
     """The shape of every error."""
 
     error: ErrorBody
     request_id: str
-
-
-DESCRIPTION = """\
-Verify (1:1) and identify (1:N) by embeddings, with a calibrated open-set threshold.
-
-* **Images** go as `multipart/form-data`, **embeddings** as `application/json`.
-* Every **decision** comes with its score, the threshold, and where the threshold came from. Scores at or above the
-  threshold match.
-* Every **error** is `{"error": {"code", "message", "details"}, "request_id"}`.
-* `X-Request-ID` is taken over if sent, and always returned.
-* `Idempotency-Key` on enrolment and `DELETE`: the same request under the same key is done once and answered alike.
-* Candidates **below the threshold** are left out of an identification unless it asks for them, where that is allowed.
-
-```
-curl -F images=@alice.png http://127.0.0.1:8000/v1/subjects/alice/samples
-curl -F image=@someone.png http://127.0.0.1:8000/v1/identify
-```
-"""
-
-_STATUS = {
-    400: "Not JSON, a form that cannot be read, or a Host that is not this service's",
-    401: "No key was sent, or a wrong one",
-    403: "Candidates below the threshold are not shown here, or a web page of another site asks",
-    404: "No such subject or route",
-    408: "The body came too slowly",
-    409: "Embeddings of another model, a reused idempotency key, or too many samples",
-    413: "The body or an image is too large",
-    415: "Not an image in an allowed format, another content type, or images for a model that reads none",
-    422: "A value that is not allowed",
-    429: "Too many requests",
-    500: "A fault of the service",
-    503: "Loading, overloaded or stopping, or the store cannot be reached",
-}
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": text} for status, text in _STATUS.items()
-}
-_IMAGE = {"type": "string", "format": "binary", "description": "PNG, JPEG, WebP, TIFF, BMP, PGM …"}
-
-
-@dataclass(frozen=True)
-class Body:
-    """The body of a request, which the service reads itself: a form with files and fields, or embeddings as JSON.
-
-    Attributes:
-        files: names of the parts with images; the first is needed.
-        fields: the form's other fields, with their schemas.
-        model: of the JSON; None where only images are taken.
-        example: of the JSON.
-        many: as many images or embeddings as the service allows; otherwise one a part.
-    """
-
-    files: tuple[str, ...]
-    fields: dict[str, Any] = field(default_factory=dict)
-    model: type[Request] | None = None
-    example: dict[str, Any] | None = None
-    many: bool = False
-
-    def openapi(self) -> dict[str, Any]:
-        """What the OpenAPI page shows of it."""
-        image = {"type": "array", "items": _IMAGE, "minItems": 1} if self.many else _IMAGE
-        form = {"type": "object", "properties": dict.fromkeys(self.files, image) | self.fields}
-        content: dict[str, Any] = {"multipart/form-data": {"schema": form | {"required": [self.files[0]]}}}
-        if self.model is not None:
-            content["application/json"] = {"schema": self.model.model_json_schema(), "example": self.example}
-        return {"requestBody": {"required": True, "content": content}}
-
-
-_SHORT = [0.6, 0.8]  # examples are in two dimensions to stay readable
-VERIFY = Body(
-    ("probe", "reference"),
-    {"subject_id": {"type": "string", "description": "instead of reference"}},
-    VerifyRequest,
-    {"probe": _SHORT, "subject_id": "alice"},
-)
-IDENTIFY = Body(
-    ("image",),
-    {
-        "top_k": {"type": "integer", "minimum": 1, "maximum": 100, "default": 5},
-        "below_threshold": {"type": "boolean", "default": False},
-    },
-    IdentifyRequest,
-    {"embedding": _SHORT, "top_k": 5},
-)
-ENROL = Body(("images",), model=EnrolRequest, example={"embeddings": [_SHORT]}, many=True)
-EMBED = Body(("images",), many=True)

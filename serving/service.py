@@ -12,14 +12,17 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from serving import schemas
+from serving.bulk import items
+from serving.changes import Enrolment, StoreError, SubjectFull
 from serving.decoding import Decoders, DecodersClosed, ImageRefused, Limits
 from serving.errors import ApiError, invalid, stopping
-from serving.gallery import Gallery, Stopped
+from serving.gallery import Gallery, Identification, Probe
 from serving.index import NORM_TOLERANCE
 from serving.metrics import Metrics
 from serving.parsing import Sent, enrollable, idempotency_key, known, read_cursor, read_field, read_json, write_cursor
+from serving.projection import Stopped
 from serving.settings import Settings
-from serving.store import Store, StoreError
+from serving.store import Store
 from serving.threshold import rules
 from trainer.data.image import Preprocessing
 from trainer.embedder import Embedder
@@ -52,6 +55,7 @@ class Service:
         form = self.embedder.preprocessing
         self._decoders = Decoders(form, settings.workers, limits) if isinstance(form, Preprocessing) else None
         self.metrics = Metrics(self.gallery)
+        self.gallery.on_search = self.metrics.searched
         self._closing = threading.Event()
         self._watched, self._fault = time.monotonic(), ""
 
@@ -88,7 +92,8 @@ class Service:
             self._fault = str(error)
         self._watched = time.monotonic()
 
-    def identify(self, sent: Sent, request_id: str) -> schemas.IdentifyAnswer:
+    def probe(self, sent: Sent) -> tuple[Probe, bool]:
+        """Whom an identification asks for, and whether its answer shows candidates below the threshold."""
         if sent.document is None:
             top_k = read_field(sent, "top_k", _TOP_K, "5", "not a whole number from 1 to 100")
             below = self._may_see_below(read_field(sent, "below_threshold", _FLAG, "false", "neither true nor false"))
@@ -97,8 +102,10 @@ class Service:
             body = read_json(schemas.IdentifyRequest, sent.document)
             top_k, below = body.top_k, self._may_see_below(body.below_threshold)
             (probe_D,) = self._vectors([body.embedding], body.model_id, "embedding")
-        with self.metrics.searching.time():
-            found = self.gallery.identify(probe_D, top_k)
+        return Probe(probe_D, top_k), below
+
+    def identified(self, found: Identification, below: bool, request_id: str) -> schemas.IdentifyAnswer:
+        """The answer to an identification."""
         self.metrics.decisions.labels("identify", found.decision).inc()
         if found.candidates:
             self.metrics.scores.observe(found.candidates[0].score)
@@ -167,6 +174,32 @@ class Service:
             samples=[schemas.SampleAnswer(sample_id=sample_id) for sample_id in done.sample_ids],
             subject_created=done.subject_created,
             subject_samples=done.subject_samples,
+            gallery_size=done.gallery_size,
+            model_id=self.gallery.model_id,
+            request_id=request_id,
+        )
+        return answer, done.replayed
+
+    def enrol_many(self, sent: Sent, key: str | None, request_id: str) -> tuple[schemas.BulkAnswer, bool]:
+        """The answer, and whether it is that of an earlier request with the same idempotency key."""
+        once = idempotency_key(key, "POST", "", [sent.document or b""])
+        refused, good, names = dict[int, ApiError](), list[tuple[str, Vectors]](), list[str]()
+        for item in items(sent, self.gallery.dimension):
+            names.append(item.subject_id)
+            try:
+                vectors_BD = self._vectors(item.embeddings, item.model_id, "embeddings", self.settings.max_samples)
+                good.append((enrollable(item.subject_id), vectors_BD))
+            except ApiError as error:
+                refused[len(names) - 1] = error
+        done = self.gallery.enrol_many(good, once)
+        outcomes, results = iter(done.results), []
+        for place, name in enumerate(names):
+            one = refused.get(place) or next(outcomes)
+            results.append(_bulk_result(name, one))
+        answer = schemas.BulkAnswer(
+            results=results,
+            enrolled=sum(result.status == "enrolled" for result in results),
+            refused=sum(result.status == "refused" for result in results),
             gallery_size=done.gallery_size,
             model_id=self.gallery.model_id,
             request_id=request_id,
@@ -255,7 +288,9 @@ class Service:
         self.metrics.images.inc(len(images))
         return vectors_BD
 
-    def _vectors(self, embeddings: Sequence[Sequence[float]], model_id: str | None, part: str) -> Vectors:
+    def _vectors(
+        self, embeddings: Vectors | Sequence[Sequence[float]], model_id: str | None, part: str, most: int | None = None
+    ) -> Vectors:
         """Embeddings that a client sent, checked and brought to length 1 exactly."""
         if model_id is not None and model_id != self.gallery.model_id:
             message = (
@@ -263,8 +298,8 @@ class Service:
                 "vectors of two models cannot be compared; make them with POST /v1/embed of this service"
             )
             raise ApiError(409, "wrong_model", message, {"sent": model_id, "served": self.gallery.model_id})
-        if len(embeddings) > self.settings.max_images:
-            problem = f"{len(embeddings)} embeddings were sent; at most {self.settings.max_images} fit one"
+        if len(embeddings) > (most := most or self.settings.max_images):
+            problem = f"{len(embeddings)} embeddings were sent; at most {most} fit one"
             raise invalid((part, problem))
         allowed = self.gallery.dimension
         for length in map(len, embeddings):
@@ -280,6 +315,17 @@ class Service:
             raise ApiError(422, "not_a_unit_vector", message, facts)
         unit_BD: Vectors = (x_BD / lengths_B[:, None]).astype(np.float32)
         return unit_BD
+
+
+def _bulk_result(subject_id: str, outcome: Enrolment | SubjectFull | ApiError) -> schemas.BulkResult:
+    if isinstance(outcome, Enrolment):
+        samples = [schemas.SampleAnswer(sample_id=sample_id) for sample_id in outcome.sample_ids]
+        return schemas.BulkResult(
+            subject_id=subject_id, status="enrolled", samples=samples, subject_created=outcome.subject_created
+        )
+    error = ApiError(409, "too_many_samples", str(outcome)) if isinstance(outcome, SubjectFull) else outcome
+    body = schemas.ErrorBody(code=error.code, message=error.message, details=dict(error.details))
+    return schemas.BulkResult(subject_id=subject_id, status="refused", error=body)
 
 
 def loading(done: int, total: int) -> ApiError:

@@ -12,8 +12,8 @@ import contextlib
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving import rows
+from serving.changes import (
+    BulkEnrolment,
+    Deletion,
+    Enrolment,
+    IdempotencyKey,
+    KeyReused,
+    State,
+    StoreError,
+    SubjectFull,
+    SubjectRow,
+    SubjectUnknown,
+)
 from serving.database import Database, Moved
 from serving.migrations import Target
 from trainer.errors import UserError
@@ -32,72 +44,9 @@ SAMPLES = (
     # CROSS JOIN: in this order. SQLite would rather walk the subjects and sort, for every piece anew.
     "FROM samples CROSS JOIN subjects ON subjects.id = subject_id "
 )
+BULK = frozenset({"items", "gallery_size"})  # what is remembered of an enrolment of many
 Vectors = NDArray[np.float32]
 Piece = tuple[list[str], list[bytes], Vectors]
-
-
-class StoreError(Exception):
-    """The disk or the database failed. Nothing that was acknowledged is lost; what was asked is not acknowledged."""
-
-
-class KeyReused(ValueError):
-    """An idempotency key came again with another request."""
-
-
-class SubjectUnknown(LookupError):
-    """No subject of that id is enrolled."""
-
-
-class SubjectFull(ValueError):
-    """The subject would hold more samples than allowed."""
-
-
-@dataclass(frozen=True)
-class IdempotencyKey:
-    """A client's key for one change, and the digest of the request that it stands for."""
-
-    key: str
-    request: bytes
-
-
-@dataclass(frozen=True)
-class Enrolment:
-    """What an enrolment did. `gallery_size` counts subjects, right after it; `replayed`: it was done before."""
-
-    subject_id: str
-    sample_ids: list[str]
-    subject_created: bool
-    subject_samples: int
-    gallery_size: int
-    replayed: bool = False
-
-
-@dataclass(frozen=True)
-class Deletion:
-    """What a deletion did."""
-
-    subject_id: str
-    samples: int
-    replayed: bool = False
-
-
-@dataclass(frozen=True)
-class SubjectRow:
-    """A line of the list of subjects. `position` orders the list and is where the next page starts after."""
-
-    position: int
-    subject_id: str
-    samples: int
-    created: str
-
-
-@dataclass(frozen=True)
-class State:
-    """How much a gallery holds, and the number of changes it has been through."""
-
-    subjects: int
-    samples: int
-    revision: int
 
 
 Outcome = TypeVar("Outcome", Enrolment, Deletion)
@@ -174,24 +123,60 @@ class Store:
         Raises:
             SubjectFull: the subject would hold more than `max_samples`.
         """
-        if vectors_BD.ndim != 2 or vectors_BD.shape[1] != self.dimension or not len(vectors_BD):
-            raise ValueError(f"vectors of shape {vectors_BD.shape}; the gallery takes [B >= 1, {self.dimension}]")
+        self._check_shape(vectors_BD)
         now = _now()
         with self._failures(), self._database.transaction() as connection:
             if done := self._done_before(Enrolment, connection, key, subject_id):
                 return done
-            number, seals = rows.find_or_add_subject(connection, self._secret, subject_id, now)
-            (held,) = connection.execute("SELECT count(*) FROM samples WHERE subject_id = ?", (number,)).fetchone()
-            if held + len(vectors_BD) > max_samples:
-                raise SubjectFull(
-                    f"subject '{subject_id}' holds {held} samples and {len(vectors_BD)} more were sent; "
-                    f"at most {max_samples} are allowed: send fewer, or delete the subject first"
-                )
-            sample_ids, more = rows.add_samples(connection, number, subject_id, vectors_BD, now)
-            size = rows.count_change(connection, len(seals), len(more), [*seals, *more])
-            done = Enrolment(subject_id, sample_ids, bool(seals), held + len(more), size)
-            self._remember(connection, key, done, now)
+            done, seals = self._add(connection, subject_id, vectors_BD, max_samples, now)
+            size = rows.count_change(connection, int(done.subject_created), len(vectors_BD), seals)
+            done = replace(done, gallery_size=size)
+            self._remember(connection, key, asdict(done), now)
             return done
+
+    def enrol_many(
+        self, items: Sequence[tuple[str, Vectors]], max_samples: int = 100, key: IdempotencyKey | None = None
+    ) -> BulkEnrolment:
+        """`enrol` for many subjects, in one change. An item that is refused leaves the others alone; a subject may come
+        more than once."""
+        for _, vectors_BD in items:
+            self._check_shape(vectors_BD)
+        now, results = _now(), list[Enrolment | SubjectFull]()
+        with self._failures(), self._database.transaction() as connection:
+            if found := self._remembered(connection, key):
+                return BulkEnrolment.remembered(found, [subject_id for subject_id, _ in items])
+            seals, subjects, samples = list[bytes](), 0, 0
+            for subject_id, vectors_BD in items:
+                try:
+                    done, more = self._add(connection, subject_id, vectors_BD, max_samples, now)
+                except SubjectFull as refusal:
+                    results.append(refusal)
+                    continue
+                results.append(done)
+                seals += more
+                subjects, samples = subjects + done.subject_created, samples + len(vectors_BD)
+            size = rows.count_change(connection, subjects, samples, seals)
+            bulk = BulkEnrolment(tuple(results), size)
+            self._remember(connection, key, bulk.to_remember(), now)
+        return bulk
+
+    def _add(
+        self, connection: sqlite3.Connection, subject_id: str, vectors_BD: Vectors, max_samples: int, now: int
+    ) -> tuple[Enrolment, list[bytes]]:
+        """Write the samples; what was done, as far as it is known now, and the checksums of all new rows."""
+        number, held = rows.find_subject(connection, self._secret, subject_id)
+        if held + len(vectors_BD) > max_samples:
+            raise SubjectFull(subject_id, held, len(vectors_BD), max_samples)
+        seals = list[bytes]()
+        if number is None:
+            number, seal = rows.add_subject(connection, self._secret, subject_id, now)
+            seals.append(seal)
+        sample_ids, more = rows.add_samples(connection, number, subject_id, vectors_BD, now)
+        return Enrolment(subject_id, sample_ids, bool(seals), held + len(more), 0), [*seals, *more]
+
+    def _check_shape(self, vectors_BD: Vectors) -> None:
+        if vectors_BD.ndim != 2 or vectors_BD.shape[1] != self.dimension or not len(vectors_BD):
+            raise ValueError(f"vectors of shape {vectors_BD.shape}; the gallery takes [B >= 1, {self.dimension}]")
 
     def delete(self, subject_id: str, key: IdempotencyKey | None = None) -> Deletion:
         """Erase a subject and its samples: their rows are overwritten, in the file and in its log.
@@ -210,7 +195,7 @@ class Store:
             seals = rows.erase_subject(connection, row[0], now)
             rows.count_change(connection, -1, -len(seals), [row[1], *seals])
             done = Deletion(subject_id, len(seals))
-            self._remember(connection, key, done, now)
+            self._remember(connection, key, asdict(done), now)
             self._database.unfolded = True
         self._database.fold_log()
         return done
@@ -284,25 +269,31 @@ class Store:
         self, kind: type[Outcome], connection: sqlite3.Connection, key: IdempotencyKey | None, subject_id: str
     ) -> Outcome | None:
         """What a change of this subject under this key did, if it was done."""
+        found = self._remembered(connection, key, {field.name for field in fields(kind)} - {"subject_id"})
+        return None if found is None else kind(**found | {"subject_id": subject_id, "replayed": True})
+
+    def _remembered(
+        self, connection: sqlite3.Connection, key: IdempotencyKey | None, names: Set[str] = BULK
+    ) -> dict[str, Any] | None:
+        """What a change under this key answered, if it was done: these values."""
         found = rows.recall(connection, self._secret, key.key, _now() - self._keep_ms) if key else None
         if key is None or found is None:
             return None
         request, done = found
-        same = request == rows.digest(self._secret, b"request", key.request)
-        if not same or ("sample_ids" in done) != (kind is Enrolment):
+        if request != rows.digest(self._secret, b"request", key.request) or done.keys() != names:
             raise KeyReused(
                 f"the idempotency key '{key.key}' was used for another request; a key stands for one request: "
                 "choose a new one"
             )
-        return kind(**done | {"subject_id": subject_id, "replayed": True})
+        return done
 
     def _remember(
-        self, connection: sqlite3.Connection, key: IdempotencyKey | None, done: Enrolment | Deletion, now: int
+        self, connection: sqlite3.Connection, key: IdempotencyKey | None, done: dict[str, Any], now: int
     ) -> None:
         """Keep what a change answered, in its transaction, and forget what is too old. Does nothing without a key."""
         if key is not None:
             connection.execute("DELETE FROM idempotency WHERE created <= ?", (now - self._keep_ms,))
-            row = rows.outcome(self._secret, key.key, key.request, asdict(done), now)
+            row = rows.outcome(self._secret, key.key, key.request, done, now)
             connection.execute("INSERT INTO idempotency VALUES (?, ?, ?, ?, ?)", row)
 
     @contextlib.contextmanager

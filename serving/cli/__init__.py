@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from serving.cli import data, embedder, losses
+from serving.cli import data, embedder, gallery, losses
 from serving.cli.serve import PASSED_ON, serve
 from serving.cli.terminal import fail
 from trainer.errors import UserError
@@ -24,6 +24,7 @@ app = typer.Typer(
     "The order of a first use: `data import`, `train`, `export`, `evaluate`, `calibrate`, `serve`.",
 )
 app.add_typer(data.app, name="data")
+app.add_typer(gallery.app, name="gallery")
 for command in (embedder.train, embedder.submit, embedder.export, embedder.evaluate, embedder.calibrate):
     app.command()(command)
 app.command(context_settings=PASSED_ON, add_help_option=False)(serve)

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from serving.changes import IdempotencyKey
 from serving.gallery import Gallery
-from serving.store import IdempotencyKey, Store
+from serving.store import Store
 from serving.threshold import Rule
 from trainer.errors import UserError
 

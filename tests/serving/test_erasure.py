@@ -5,8 +5,9 @@ import sqlite3
 import numpy as np
 import pytest
 
+from serving.changes import IdempotencyKey
 from serving.rows import NOBODY
-from serving.store import IdempotencyKey, Store
+from serving.store import Store
 
 MODEL = "a" * 32
 

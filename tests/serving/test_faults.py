@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from serving.api import create_app
-from serving.gallery import Stopped
+from serving.projection import Stopped
 from serving.settings import from_values
 from trainer.errors import UserError
 
@@ -41,7 +41,7 @@ def test_a_fault_is_a_500_in_the_same_shape_without_a_traceback(app, monkeypatch
         async with asking(app) as http:
             await until_loaded(http)
             with monkeypatch.context() as broken:
-                broken.setattr(app.state.service.gallery, "identify", fail)
+                broken.setattr(app.state.service.gallery, "submit", fail)
                 answer = await http.post("/v1/identify", json=body, headers={"X-Request-ID": "job-1"})
             return answer, await http.post("/v1/identify", json=body), (await http.get("/metrics")).text
 

@@ -5,8 +5,10 @@ import time
 import numpy as np
 import pytest
 
-from serving.gallery import Gallery, GalleryLoading, Status, Stopped
-from serving.store import IdempotencyKey, Store, StoreError, SubjectUnknown
+from serving.changes import IdempotencyKey, StoreError, SubjectUnknown
+from serving.gallery import Gallery
+from serving.projection import GalleryLoading, Status, Stopped
+from serving.store import Store
 from serving.threshold import Rule
 from trainer.errors import UserError
 
@@ -107,7 +109,7 @@ class _Faulty:
 
 
 def _break(gallery):
-    gallery._index = _Faulty(gallery._index)
+    gallery._projection.index = _Faulty(gallery._projection.index)
 
 
 def test_a_change_that_the_index_fails_to_make_is_not_lost(gallery, vectors):
@@ -150,7 +152,7 @@ def test_an_answer_is_not_repeated_before_the_index_has_what_it_tells_of(gallery
 def test_a_replay_waits_for_an_enrolment_between_store_and_index(gallery, vectors):
     x, key = vectors(1), IdempotencyKey("k", b"digest")
     committed, go_on, answers = threading.Event(), threading.Event(), []
-    index = gallery._index
+    index = gallery._projection.index
     add = index.add
 
     def slow(*arguments):
@@ -248,7 +250,7 @@ def test_an_index_that_does_not_fit_in_memory_is_told(tmp_path, vectors, monkeyp
         raise MemoryError
 
     gallery = Gallery(store, Rule(0.5, ""), Rule(0.5, ""))
-    monkeypatch.setattr("serving.gallery.Index.add", fail)
+    monkeypatch.setattr("serving.projection.Index.add", fail)
     with pytest.raises(UserError, match="there is not enough memory for the index"):
         gallery.load()
     gallery.close()
@@ -277,7 +279,7 @@ def test_searches_and_changes_go_on_while_an_index_is_built(gallery, vectors, mo
     _break(gallery)
     with pytest.raises(MemoryError):
         gallery.enrol("s8", x[8:9])
-    gallery._index = gallery._index._index  # from here on it can be changed again
+    gallery._projection.index = gallery._projection.index._index  # from here on it can be changed again
     gallery.check()
     for _ in range(4):
         permits.release()

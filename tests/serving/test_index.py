@@ -3,10 +3,11 @@ import uuid
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving.index import Index, ReadersWriter
+import serving.index
+from serving.index import Index
 
 FEW = st.integers(1, 6)
 
@@ -31,13 +32,28 @@ def _fill(index, rows):
     index.add([row[0] for row in rows], [row[1] for row in rows], np.stack([row[2] for row in rows]))
 
 
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), subjects=FEW, samples=st.integers(1, 300), top_k=FEW, removed=st.integers(0, 3))
-def test_search_is_the_definition(seed, subjects, samples, top_k, removed):
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 7 rows, and every scan shared out among the cores."""
+    monkeypatch.setattr("serving.index.FIRST_ROWS", 7)
+    monkeypatch.setattr("serving.index.BLOCK_BYTES", 0)
+    monkeypatch.setattr("serving.index.SPLIT", 0)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 10**6),
+    subjects=FEW,
+    samples=st.integers(1, 300),
+    top_k=FEW,
+    removed=st.integers(0, 3),
+    cores=st.integers(1, 3),
+)
+def test_search_is_the_definition(small_blocks, seed, subjects, samples, top_k, removed, cores):
     """Few subjects with very many samples make the search go deeper than its first try."""
     rng = np.random.default_rng(seed)
     rows = _rows(rng, subjects, samples)
-    index = Index(8)
+    index = Index(8, cores)
     _fill(index, rows)
     for number in range(removed):
         held = [row for row in rows if row[0] != f"s{number}"]
@@ -153,40 +169,54 @@ def test_a_removal_that_runs_out_of_memory_hides_and_mixes_nothing_up(vectors, m
     assert (index.subjects, index.samples) == (28, 28)
 
 
-def test_a_change_waits_for_readers_and_new_readers_wait_for_it():
-    lock, order = ReadersWriter(), []
-    inside, leave, waiting = threading.Event(), threading.Event(), threading.Event()
-
-    def read_first():
-        with lock.reading():
-            inside.set()
-            assert leave.wait(10)
-            order.append("first reader")
-
-    def write():
-        waiting.set()
-        with lock.writing():
-            order.append("writer")
-
-    def read_second():
-        with lock.reading():
-            order.append("second reader")
-
-    threads = [threading.Thread(target=step) for step in (read_first, write, read_second)]
-    threads[0].start()
-    assert inside.wait(10)
-    threads[1].start()
-    assert waiting.wait(10)
-    while not lock._waiting:  # the writer is in the queue
-        pass
-    threads[2].start()
-    leave.set()
-    for thread in threads:
-        thread.join(10)
-    assert order == ["first reader", "writer", "second reader"]
+def test_a_block_that_is_mostly_gone_gives_its_memory_back(small_blocks, vectors):
+    x = vectors(700)
+    index = Index(32)
+    index.add([f"s{number}" for number in range(700)], [uuid.uuid4().bytes for _ in x], x)
+    for number in range(690):
+        index.remove(f"s{number}")
+    held = sum(len(block) for block in index._view.blocks)
+    assert held <= 20  # rows, for 10
+    for number in range(690, 700):
+        (found,) = index.search(x[number : number + 1], 1)
+        assert found[0].subject_id == f"s{number}"
 
 
-def test_searches_beside_changes_never_see_half_of_one(vectors):
+def test_a_removed_vector_is_nowhere_in_memory(vectors):
+    x = vectors(40)
+    index = Index(32)
+    index.add([f"s{number}" for number in range(40)], [uuid.uuid4().bytes for _ in x], x)
+    (block,) = index._view.blocks
+    index.remove("s5")
+    assert not block.vectors_ND[5].any()
+    assert not block.sample_N[5].any()
+
+
+def test_a_change_does_not_wait_for_a_search(vectors, monkeypatch):
+    x = vectors(40)
+    index = Index(32)
+    index.add(["a"] * 40, [uuid.uuid4().bytes for _ in x], x)
+    scanning, changed = threading.Event(), threading.Event()
+    knn = serving.index.faiss.knn
+
+    def slow(*arguments, **named):
+        scanning.set()
+        assert changed.wait(10)
+        return knn(*arguments, **named)
+
+    monkeypatch.setattr("serving.index.faiss.knn", slow)
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(index.search(x[:1], 5)))
+    thread.start()
+    assert scanning.wait(10)
+    index.add(["b"], [uuid.uuid4().bytes], x[:1])
+    index.remove("a")
+    changed.set()
+    thread.join(10)
+    assert found == [[]]  # neither what came after it began, nor what is gone by its end
+
+
+def test_searches_beside_changes_never_see_half_of_one(small_blocks, vectors):
     """Each subject has one vector; a search for it finds it with score 1 or not at all, never somebody else's row."""
     x = vectors(200)
     index = Index(32)

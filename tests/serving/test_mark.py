@@ -3,8 +3,9 @@ import os
 import numpy as np
 import pytest
 
+from serving.changes import StoreError
 from serving.mark import SECTOR, Mark, MarkDamaged, Reached, make_mark, mark_path, read_mark
-from serving.store import Store, StoreError
+from serving.store import Store
 from trainer.errors import UserError
 
 MODEL, UID = "a" * 32, bytes(range(16))

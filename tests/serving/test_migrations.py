@@ -8,10 +8,11 @@ from datetime import UTC, datetime
 
 import pytest
 
+from serving.changes import IdempotencyKey, KeyReused
 from serving.gallery import Gallery
 from serving.mark import read_mark
 from serving.migrations import MIGRATIONS, Target, m001_create_tables, migrate
-from serving.store import IdempotencyKey, KeyReused, Store
+from serving.store import Store
 from serving.threshold import Rule
 from trainer.errors import UserError
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from serving import database
-from serving.store import SAMPLES, IdempotencyKey, KeyReused, Store, StoreError, SubjectFull, SubjectUnknown
+from serving.changes import IdempotencyKey, KeyReused, StoreError, SubjectFull, SubjectUnknown
+from serving.store import SAMPLES, Store
 from trainer.errors import UserError
 
 MODEL, OTHER = "a" * 32, "b" * 32

@@ -36,7 +36,10 @@ class _Client(threading.Thread):
     def run(self) -> None:
         with self._server.client() as http, contextlib.suppress(httpx.TransportError):
             while not self.faults:
-                self._enrol(http)
+                if self._rng.random() < 0.3:
+                    self._enrol_many(http)
+                else:
+                    self._enrol(http)
                 if self._rng.random() < 0.4:
                     self._erase(http)
                 if self._rng.random() < 0.5:
@@ -50,6 +53,15 @@ class _Client(threading.Thread):
         answer = http.request(ENROL, f"/v1/subjects/{subject_id}/samples", json={"embeddings": [ROWS[number].tolist()]})
         if self._settled(answer, 201):
             self.present[subject_id] = number
+
+    def _enrol_many(self, http: httpx.Client) -> None:
+        numbers = {f"{self._name}-{number}": number for number in self._rng.sample(range(len(ROWS)), 20)}
+        numbers = {name: number for name, number in numbers.items() if name not in self.present.keys() | self.absent}
+        head = json.dumps({"subject_ids": list(numbers)}).encode() + b"\n"
+        content = head + ROWS[list(numbers.values())].astype("<f4").tobytes()
+        answer = http.post("/v1/samples", content=content, headers={"content-type": "application/octet-stream"})
+        if self._settled(answer, 200):
+            self.present |= numbers
 
     def _erase(self, http: httpx.Client) -> None:
         if not self.present:

@@ -1,0 +1,74 @@
+"""Bodies of bulk enrolments: lines of JSON, or one line of JSON and the embeddings as bytes.
+
+What makes the body unreadable refuses all of it, with the number of the line; what is wrong with one item refuses that.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving import schemas
+from serving.errors import ApiError, invalid
+from serving.parsing import Sent, read_json
+
+Model = TypeVar("Model", bound=schemas.Request)
+MAX_LINE_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Item:
+    """A subject, its embeddings as they were sent, and the model that is said to have made them."""
+
+    subject_id: str
+    embeddings: NDArray[np.float32] | Sequence[Sequence[float]]
+    model_id: str | None
+
+
+def items(sent: Sent, dimension: int) -> Iterator[Item]:
+    """The items of a body, which is read as they are taken.
+
+    Raises:
+        ApiError: the body is not what its content type says, or holds too many embeddings.
+    """
+    document = sent.document or b""
+    if sent.kind == "application/octet-stream":
+        yield from _from_bytes(document, dimension)
+        return
+    count = 0
+    for number, line in enumerate(document.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        item = _line(schemas.BulkItem, line, number)
+        count += len(item.embeddings)
+        if count > schemas.MAX_BULK:
+            raise _too_many(count)
+        yield Item(item.subject_id, item.embeddings, item.model_id)
+    if not count:
+        raise invalid(("", "no item was sent; send one JSON object a line"))
+
+
+def _from_bytes(document: bytes, dimension: int) -> Iterator[Item]:
+    line, _, rest = document.partition(b"\n")
+    header = _line(schemas.BulkHeader, line, 1)
+    expected = 4 * dimension * len(header.subject_ids)
+    if len(rest) != expected:
+        told = f"{len(rest)} bytes follow the first line; {len(header.subject_ids)} embeddings of {dimension} take "
+        raise invalid(("", f"{told}{expected}"))
+    rows = np.frombuffer(rest, "<f4").reshape(-1, 1, dimension)
+    yield from (Item(name, row, header.model_id) for name, row in zip(header.subject_ids, rows, strict=True))
+
+
+def _line(model: type[Model], line: bytes, number: int) -> Model:
+    if len(line) > MAX_LINE_BYTES:
+        raise invalid((f"line {number}", f"it has {len(line)} bytes; at most {MAX_LINE_BYTES} are read"))
+    try:
+        return read_json(model, line)
+    except ApiError as error:
+        raise ApiError(error.status, error.code, f"line {number}: {error.message}", error.details) from error
+
+
+def _too_many(count: int) -> ApiError:
+    return invalid(("", f"{count} embeddings or more were sent; at most {schemas.MAX_BULK} fit one request"))

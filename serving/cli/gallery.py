@@ -1,0 +1,108 @@
+"""`hypersphere gallery stats`, `verify`, `backup`, `restore`, `export`, `import`: the gallery's file looked after."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from serving.cli.terminal import out, progress, warn
+
+if TYPE_CHECKING:
+    from serving.upkeep import Stats
+
+_TOLD = 10  # refusals that are printed
+
+app = typer.Typer(no_args_is_help=True, help="Look after the file of a gallery.")
+Store = Annotated[Path, typer.Option("--store", help="SQLite file of the gallery.")]
+File = Annotated[Path, typer.Option("--out", "-o", help="New file.")]
+GALLERY = Path("gallery.sqlite")
+
+
+@app.command()
+def stats(store: Store = GALLERY) -> None:
+    """What the gallery holds. The service may be running.
+
+    Example: `hypersphere gallery stats --store faces.sqlite`
+    """
+    from serving.upkeep import stats as of
+
+    _tell(of(store), store)
+
+
+@app.command()
+def verify(store: Store = GALLERY) -> None:
+    """Read everything and compare it with its checksums. The service must be stopped; its start does the same."""
+    from serving.upkeep import verify as examine
+
+    with progress() as show:
+        found = examine(store, lambda done, total: show("reading", done, total))
+    _tell(found, store)
+    out.print("nothing is wrong")
+
+
+@app.command()
+def backup(to: File, store: Store = GALLERY) -> None:
+    """Copy the gallery to a new file, in one state, whole or not at all. The service may be running.
+
+    The copy holds names and vectors, and those that are erased later: protect it, and delete it in time.
+
+    Example: `hypersphere gallery backup --store faces.sqlite --out faces-monday.sqlite`
+    """
+    from serving.upkeep import backup as copy
+
+    with progress() as show:
+        found = copy(store, to, lambda done, total: show("copying", done, total))
+    _tell(found, to)
+
+
+@app.command()
+def restore(copy: Annotated[Path, typer.Argument(metavar="BACKUP")], store: Store = GALLERY) -> None:
+    """Make a gallery of a backup. What was changed after it is lost, deletions included: erase those people again.
+
+    Example: `hypersphere gallery restore faces-monday.sqlite --store faces.sqlite`
+    """
+    from serving.upkeep import restore as remake
+
+    with progress() as show:
+        found = remake(copy, store, lambda done, total: show("copying", done, total))
+    _tell(found, store)
+
+
+@app.command()
+def export(to: File, store: Store = GALLERY) -> None:
+    """Write all samples as Parquet: subject, time, embedding. The service may be running.
+
+    Example: `hypersphere gallery export --store faces.sqlite --out faces.parquet`
+    """
+    from serving.upkeep import export as write
+
+    with progress() as show:
+        count = write(store, to, lambda done, total: show("writing", done, total))
+    out.print(f"{count} samples in '{to}'")
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What export wrote.")],
+    store: Store = GALLERY,
+    max_samples: Annotated[int, typer.Option(help="Of one subject.", min=1)] = 100,
+) -> None:
+    """Add the samples of an export, to a new gallery or to one of the same model. The service must be stopped.
+
+    Example: `hypersphere gallery import faces.parquet --store other.sqlite`
+    """
+    from serving.upkeep import import_ as read
+
+    with progress() as show:
+        found, refused = read(file, store, max_samples, lambda done, total: show("adding", done, total))
+    for text in refused[:_TOLD]:
+        warn(text)
+    if refused:
+        warn(f"{len(refused)} samples were left out")
+    _tell(found, store)
+
+
+def _tell(found: "Stats", path: Path) -> None:
+    out.print(f"{path}: {found.subjects} subjects with {found.samples} samples, {found.bytes / 1e6:.1f} MB")
+    out.print(f"samples of a subject: median {found.median:g}, most {found.most}; places of erased ones: {found.free}")
+    out.print(f"model {found.model_id}, dimension {found.dimension}, {found.revision} changes")

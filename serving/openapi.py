@@ -1,0 +1,114 @@
+"""What the OpenAPI page says beside the schemas: bodies that the service reads itself, errors, and a description."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from serving import schemas
+
+DESCRIPTION = """\
+Verify (1:1) and identify (1:N) by embeddings, with a calibrated open-set threshold.
+
+* **Images** go as `multipart/form-data`, **embeddings** as `application/json`.
+* Every **decision** comes with its score, the threshold, and where the threshold came from. Scores at or above the
+  threshold match.
+* Every **error** is `{"error": {"code", "message", "details"}, "request_id"}`.
+* `X-Request-ID` is taken over if sent, and always returned.
+* `Idempotency-Key` on enrolment and `DELETE`: the same request under the same key is done once and answered alike.
+* Candidates **below the threshold** are left out of an identification unless it asks for them, where that is allowed.
+
+```
+curl -F images=@alice.png http://127.0.0.1:8000/v1/subjects/alice/samples
+curl -F image=@someone.png http://127.0.0.1:8000/v1/identify
+```
+"""
+
+_STATUS = {
+    400: "Not JSON, a form that cannot be read, or a Host that is not this service's",
+    401: "No key was sent, or a wrong one",
+    403: "Candidates below the threshold are not shown here, or a web page of another site asks",
+    404: "No such subject or route",
+    408: "The body came too slowly",
+    409: "Embeddings of another model, a reused idempotency key, or too many samples",
+    413: "The body or an image is too large",
+    415: "Not an image in an allowed format, another content type, or images for a model that reads none",
+    422: "A value that is not allowed",
+    429: "Too many requests",
+    500: "A fault of the service",
+    503: "Loading, overloaded or stopping, or the store cannot be reached",
+}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": schemas.ErrorAnswer, "description": text} for status, text in _STATUS.items()
+}
+_IMAGE = {"type": "string", "format": "binary", "description": "PNG, JPEG, WebP, TIFF, BMP, PGM …"}
+
+
+@dataclass(frozen=True)
+class Body:
+    """The body of a request, which the service reads itself: a form with files and fields, or embeddings as JSON.
+
+    Attributes:
+        files: names of the parts with images; the first is needed.
+        fields: the form's other fields, with their schemas.
+        model: of the JSON; None where only images are taken.
+        example: of the JSON.
+        many: as many images or embeddings as the service allows; otherwise one a part.
+    """
+
+    files: tuple[str, ...]
+    fields: dict[str, Any] = field(default_factory=dict)
+    model: type[schemas.Request] | None = None
+    example: dict[str, Any] | None = None
+    many: bool = False
+
+    def openapi(self) -> dict[str, Any]:
+        """What the OpenAPI page shows of it."""
+        image = {"type": "array", "items": _IMAGE, "minItems": 1} if self.many else _IMAGE
+        form = {"type": "object", "properties": dict.fromkeys(self.files, image) | self.fields}
+        content: dict[str, Any] = {"multipart/form-data": {"schema": form | {"required": [self.files[0]]}}}
+        if self.model is not None:
+            content["application/json"] = {"schema": self.model.model_json_schema(), "example": self.example}
+        return {"requestBody": {"required": True, "content": content}}
+
+
+_SHORT = [0.6, 0.8]  # examples are in two dimensions to stay readable
+VERIFY = Body(
+    ("probe", "reference"),
+    {"subject_id": {"type": "string", "description": "instead of reference"}},
+    schemas.VerifyRequest,
+    {"probe": _SHORT, "subject_id": "alice"},
+)
+IDENTIFY = Body(
+    ("image",),
+    {
+        "top_k": {"type": "integer", "minimum": 1, "maximum": 100, "default": 5},
+        "below_threshold": {"type": "boolean", "default": False},
+    },
+    schemas.IdentifyRequest,
+    {"embedding": _SHORT, "top_k": 5},
+)
+ENROL = Body(("images",), model=schemas.EnrolRequest, example={"embeddings": [_SHORT]}, many=True)
+EMBED = Body(("images",), many=True)
+_LINES = '{"subject_id": "alice", "embeddings": [[0.6, 0.8]]}\n{"subject_id": "bob", "embeddings": [[1, 0]]}\n'
+BULK_TYPES = {
+    "application/x-ndjson": "a line of JSON for each subject",
+    "application/octet-stream": "a line of JSON with all subjects, then the embeddings",
+}
+_AFTER_HEADER = (
+    "a line of JSON as `contentSchema` says, ended by a newline; then the embeddings, one after the other, in "
+    "little-endian float32"
+)
+_BULK_BODIES: dict[str, Any] = {
+    "application/x-ndjson": {
+        "schema": {"type": "string", "contentSchema": schemas.BulkItem.model_json_schema()},
+        "example": _LINES,
+    },
+    "application/octet-stream": {
+        "schema": {
+            "type": "string",
+            "format": "binary",
+            "description": _AFTER_HEADER,
+            "contentSchema": schemas.BulkHeader.model_json_schema(),
+        },
+    },
+}
+BULK = {"requestBody": {"required": True, "content": _BULK_BODIES}}

@@ -1,0 +1,223 @@
+"""The index of a gallery, kept in step with the store.
+
+If the two come apart, because the second step of a change failed or another program changed the store, the index is
+built anew aside, while searches and changes go on with the old one. An erased subject is hidden in that one whatever
+happened.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from serving.changes import State, StoreError
+from serving.index import Index
+from serving.store import Piece, Store
+from trainer.errors import UserError
+
+FAILURES = (StoreError, UserError, MemoryError, RuntimeError)  # the last is FAISS's
+RETRY_S = 60.0  # between two tries to build an index from a store that does not let itself be read
+
+
+class GalleryLoading(Exception):
+    """The index is being built; `done` of `total` samples are in it. Ask again later."""
+
+    def __init__(self, done: int, total: int) -> None:
+        super().__init__(f"the gallery is being loaded: {done} of {total} samples are; try again in a moment")
+        self.done, self.total = done, total
+
+
+class Stopped(Exception):
+    """Loading was ended early because the caller wanted it."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far the index is: samples in it, and in all. `reason`: why it could not be built."""
+
+    state: Literal["loading", "ready", "rebuilding", "failed"]
+    done: int = 0
+    total: int = 0
+    reason: str = ""
+
+
+class Projection:
+    """What a gallery searches in. Methods may be called from several threads.
+
+    Attributes:
+        index: changes only while `changing` is entered, or by another one taking its place.
+        revision: of the store, that the index has reached.
+        status: how far it is; nothing is waited for.
+    """
+
+    def __init__(self, store: Store, threads: int) -> None:
+        """Nothing is read yet: see `load`. `threads`: cores that one search uses."""
+        self._store, self._threads = store, threads
+        self.index = Index(store.dimension, threads)
+        self.revision, self.status = 0, Status("loading")
+        self._lock = threading.Lock()  # held by a change from the store's commit to the index
+        self._closing = threading.Event()
+        self._apart = True  # the index may lack what the store has
+        self._loaded = False
+        self._rebuilding: threading.Thread | None = None
+        self._changed: set[str] = set()  # subjects that were changed while an index was being built
+        self._failed_at = 0.0
+
+    def load(self, stopping: Callable[[], bool] = lambda: False) -> None:
+        """Verify the store and build the index from it; `status` tells how far it is.
+
+        Args:
+            stopping: asked several times a second; true ends the loading.
+
+        Raises:
+            UserError: the store is damaged.
+            Stopped: `stopping` returned true, or the gallery was closed.
+        """
+
+        def ending() -> bool:
+            return stopping() or self._closing.is_set()
+
+        with self._lock:
+            try:
+                self.status = Status("loading", 0, self._store.state().samples)
+                self._store.verify(ending)
+                self._install(self._build(ending, settled=True))
+                self._loaded = True
+            except FAILURES as error:
+                if ending():
+                    raise Stopped("loading was stopped") from error
+                self.status = Status("failed", reason=_reason(error))
+                raise UserError(self.status.reason) from error
+
+    def close(self) -> None:
+        """End what is under way in the background, and close the store. Idempotent."""
+        self._closing.set()
+        if rebuilding := self._rebuilding:
+            rebuilding.join()
+        with self._lock:
+            self._store.close()
+
+    def check(self) -> State:
+        """The store's counts, after making sure that it answers from the files that were opened.
+
+        Where the index is not in step with it, building a new one is begun in the background. A change under way is not
+        waited for. Called about once a second.
+        """
+        self.refuse_loading()
+        state = self._store.check()
+        if self._lock.acquire(blocking=False):
+            try:
+                self._mend()
+            finally:
+                self._lock.release()
+        self._refuse_failed()
+        return state
+
+    def refuse_loading(self) -> None:
+        """Raises GalleryLoading as long as there is no index to search in, StoreError where there will be none."""
+        if not self._loaded:
+            self._refuse_failed()
+            raise GalleryLoading(self.status.done, self.status.total)
+
+    def _refuse_failed(self) -> None:
+        if self.status.state == "failed":
+            raise StoreError(self.status.reason)
+
+    @contextmanager
+    def changing(self, *subject_ids: str) -> Iterator[None]:
+        """Alone with the store and the index, to change both. What fails between the two is found out and mended."""
+        self.refuse_loading()
+        with self._lock:
+            self._mend()
+            self._refuse_failed()
+            self._changed.update(subject_ids)
+            sound = False
+            try:
+                yield
+                sound = True
+            finally:
+                if not sound:
+                    self._distrust(subject_ids)
+
+    def confirm(self) -> None:
+        """Raises GalleryLoading as long as the index may lack what a repeated answer tells of."""
+        if self._apart:
+            raise GalleryLoading(self.status.done, self.status.total)
+
+    def _distrust(self, subject_ids: Sequence[str]) -> None:
+        """A change ended in an error, perhaps after it was committed. If it was a deletion, it must hold."""
+        try:
+            if self._store.state().revision == self.revision:
+                return
+            erased = [subject_id for subject_id in subject_ids if self._store.samples_of(subject_id) is None]
+        except (StoreError, UserError):
+            erased = list(subject_ids)  # nobody knows
+        self._apart = True
+        for subject_id in erased:
+            self.index.hide(subject_id)
+
+    def _mend(self) -> None:
+        """Begin to build a new index where the old one is not in step. Called with the lock held."""
+        if self._rebuilding is not None or self._closing.is_set():
+            return
+        state = self._store.state()
+        self._apart = self._apart or state != State(self.index.subjects, self.index.samples, self.revision)
+        if not self._apart:
+            self._changed.clear()
+        elif self.status.state != "failed" or time.monotonic() >= self._failed_at + RETRY_S:
+            self._changed.clear()
+            self.status = Status("rebuilding", 0, state.samples)
+            self._rebuilding = threading.Thread(target=self._rebuild, name="rebuild", daemon=True)
+            self._rebuilding.start()
+
+    def _rebuild(self) -> None:
+        """Build an index aside. What was changed meanwhile is read again in the end, with further changes kept out."""
+        try:
+            index = self._build(self._closing.is_set)
+            with self._lock:
+                index.remove(*self._changed)
+                for subject_id in self._changed:
+                    if piece := self._store.samples_of(subject_id):
+                        self._put(index, piece)
+                self._install(index)
+        except (*FAILURES, Stopped) as error:
+            self._failed_at = time.monotonic()
+            self.status = Status("failed", reason=f"the index cannot be built: {_reason(error)}")
+        finally:
+            self._rebuilding = None
+
+    def _build(self, ending: Callable[[], bool], settled: bool = False) -> Index:
+        """A new index from the store; `status` counts. `settled`: nobody changes the store meanwhile."""
+        index = Index(self._store.dimension, self._threads)
+        for piece in self._store.samples(settled):
+            if ending():
+                raise Stopped("the service is being stopped")
+            self._put(index, piece)
+            self.status = replace(self.status, done=index.samples)
+        return index
+
+    def _put(self, index: Index, piece: Piece) -> None:
+        try:
+            index.add(*piece)
+        except ValueError as error:
+            raise UserError(
+                f"the store '{self._store.path}' holds a vector that cannot be one of an embedder's ({error}); "
+                "restore the store from a backup"
+            ) from error
+
+    def _install(self, index: Index) -> None:
+        """Search in this one from now on. Called with the lock held."""
+        state = self._store.state()
+        if (index.subjects, index.samples) != (state.subjects, state.samples):
+            raise UserError(
+                f"the store '{self._store.path}' counts {state.subjects} subjects with {state.samples} samples but "
+                f"gave {index.subjects} with {index.samples}; it was damaged: restore it from a backup"
+            )
+        self.index, self.revision, self._apart = index, state.revision, False
+        self.status = Status("ready", index.samples, index.samples)
+
+
+def _reason(error: Exception) -> str:
+    return "there is not enough memory for the index" if isinstance(error, MemoryError) else str(error)

@@ -1,0 +1,200 @@
+"""The file of a gallery looked after: what it holds, whether it is whole, copies of it, and its content out and in.
+
+`stats`, `backup` and `export` read while a service has the store open, one consistent state each. The others need the
+store for themselves.
+"""
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from serving import rows
+from serving.changes import SubjectFull
+from serving.migrations import APPLICATION_ID
+from serving.store import SAMPLES, Store
+from trainer.atomic import fresh_file, room_for
+from trainer.errors import UserError
+
+Progress = Callable[[int, int], object]  # done, total
+PAGES = 1000  # of a backup, 16 MB, copied at once; the service writes between them
+A_CHANGE = 1000  # samples
+MODEL, COLUMNS = b"hypersphere.model_id", ("subject_id", "created_ms", "embedding")
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a store holds. `most` and `median`: samples of a subject; `free`: places of erased samples."""
+
+    model_id: str
+    dimension: int
+    subjects: int
+    samples: int
+    revision: int
+    bytes: int
+    median: float
+    most: int
+    free: int
+
+
+def stats(path: Path) -> Stats:
+    """Raises UserError where it is no store."""
+    with _reading(path) as (connection, row):
+        found = connection.execute("SELECT subject_id, count(*) FROM samples GROUP BY subject_id").fetchall()
+    counts = dict(found)
+    free, held = counts.pop(rows.NOBODY, 0), list(counts.values()) or [0]
+    size = sum(file.stat().st_size for file in (path, Path(f"{path}-wal")) if file.exists())
+    numbers = row.model_id, row.dimension, row.subjects, row.samples, row.revision
+    return Stats(*numbers, size, float(np.median(held)), max(held), free)
+
+
+def verify(path: Path, progress: Progress) -> Stats:
+    """Read everything, as a start of the service does.
+
+    Raises:
+        UserError: it is damaged, or in use.
+    """
+    found = stats(path)
+    with contextlib.closing(Store(path, found.model_id, found.dimension)) as store:
+        store.verify()
+        done = 0
+        for names, _, _ in store.samples(settled=True):
+            progress(done := done + len(names), found.samples)
+    return found
+
+
+def backup(path: Path, out: Path, progress: Progress) -> Stats:
+    """Copy a store to a new file, whole or not at all; a service may have it open.
+
+    Raises:
+        UserError: `path` is no store, `out` is there already, or there is no room.
+    """
+    _refuse_existing(out, "--out")
+    with fresh_file(out) as file, _reading(path) as (connection, _):
+        copy = Path(file.name)
+        os.fchmod(file.fileno(), 0o600)
+        with contextlib.closing(sqlite3.connect(copy)) as target, _as_full(out):
+            connection.backup(target, pages=PAGES, progress=lambda _, left, total: progress(total - left, total))
+            target.execute("PRAGMA journal_mode=DELETE").fetchone()
+            rows.verify(target, lambda: False)
+    return stats(out)
+
+
+def restore(copy: Path, path: Path, progress: Progress) -> Stats:
+    """Make a store of a backup, which stays as it is.
+
+    Raises:
+        UserError: `copy` is no store or damaged, or there is something at `path`.
+    """
+    for file in (path, *(Path(f"{path}{end}") for end in ("-wal", "-shm", "-mark"))):
+        _refuse_existing(file, "--store")
+    found = backup(copy, path, progress)
+    with contextlib.closing(Store(path, found.model_id, found.dimension, restored=True)) as store:
+        store.verify()
+    return found
+
+
+def export(path: Path, out: Path, progress: Progress) -> int:
+    """Write all samples as Parquet: subject_id, created_ms, embedding; the model_id among the file's metadata.
+
+    Returns:
+        The samples written.
+
+    Raises:
+        UserError: `path` is no store, a sample is damaged, `out` is there already, or there is no room.
+    """
+    _refuse_existing(out, "--out")
+    with _reading(path) as (connection, row), fresh_file(out) as file:
+        os.fchmod(file.fileno(), 0o600)
+        embedding = pa.list_(pa.float32(), row.dimension)
+        schema = pa.schema(
+            [("subject_id", pa.string()), ("created_ms", pa.int64()), ("embedding", embedding)],
+            metadata={MODEL: row.model_id.encode()},
+        )
+        done, found = 0, connection.execute(SAMPLES + "WHERE subject_id <> ? ORDER BY samples.id", (rows.NOBODY,))
+        with pq.ParquetWriter(file, schema) as writer:
+            while some := found.fetchmany(A_CHANGE):
+                for place, *values in some:
+                    rows.check(f"sample number {place}", *values)
+                names = pa.array([values[4].decode() for values in some])
+                numbers = pa.array(np.frombuffer(b"".join(values[5] for values in some), "<f4"))
+                created = pa.array([values[2] for values in some], pa.int64())
+                vectors = pa.FixedSizeListArray.from_arrays(numbers, row.dimension)
+                writer.write_batch(pa.record_batch([names, created, vectors], schema=schema))
+                progress(done := done + len(some), row.samples)
+    return done
+
+
+def import_(file: Path, path: Path, max_samples: int, progress: Progress) -> tuple[Stats, list[str]]:
+    """Add the samples of an export to a store, which is made where there is none; they get new ids.
+
+    Returns:
+        What the store holds then, and why samples were left out.
+
+    Raises:
+        UserError: `file` is no export, or of another model than the store.
+    """
+    try:
+        source = pq.ParquetFile(file)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"'{file}' cannot be read as Parquet ({str(error).splitlines()[0]})") from error
+    schema, total = source.schema_arrow, source.metadata.num_rows
+    model, kind = (schema.metadata or {}).get(MODEL), schema.field("embedding").type if _fits(schema) else None
+    if model is None or kind is None:
+        raise UserError(f"'{file}' is not an export of a gallery; it has the columns {', '.join(schema.names[:9])}")
+    done, refused = 0, list[str]()
+    with contextlib.closing(Store(path, model.decode(), kind.list_size)) as store:
+        for batch in source.iter_batches(A_CHANGE):
+            vectors = batch.column("embedding").flatten().to_numpy().reshape(-1, kind.list_size)
+            lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
+            if not (np.abs(lengths - 1) <= 1e-3).all():
+                raise UserError(f"'{file}' holds an embedding that has not length 1; export the gallery again")
+            names = batch.column("subject_id").to_pylist()
+            items = [(name, row[None]) for name, row in zip(names, vectors, strict=True)]
+            results = store.enrol_many(items, max_samples).results
+            refused += [str(one) for one in results if isinstance(one, SubjectFull)]
+            progress(done := done + len(names), total)
+    return stats(path), refused
+
+
+def _fits(schema: pa.Schema) -> bool:
+    return bool(schema.names == list(COLUMNS) and pa.types.is_fixed_size_list(schema.field("embedding").type))
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[tuple[sqlite3.Connection, rows.GalleryRow]]:
+    """A connection that sees one state and cannot write, and the gallery's row; its errors as sentences."""
+    if not path.is_file() or not path.stat().st_size:
+        raise UserError(f"there is no store '{path}'; --store takes the file that a service keeps its gallery in")
+    try:
+        uri = f"{path.resolve().as_uri()}?mode=ro"
+        with contextlib.closing(sqlite3.connect(uri, uri=True, isolation_level=None, timeout=5)) as connection:
+            if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+                raise UserError(f"'{path}' is a database, but not a store of a gallery")
+            connection.execute("BEGIN")
+            yield connection, rows.read_gallery(connection)
+    except sqlite3.Error as error:
+        raise UserError(f"the store '{path}' cannot be read: {error}; see docs/storage.md") from error
+
+
+@contextlib.contextmanager
+def _as_full(out: Path) -> Iterator[None]:
+    """SQLite's word for a full disk as the system's."""
+    with room_for(out):
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                raise OSError(28, "full") from error
+            raise
+
+
+def _refuse_existing(path: Path, option: str) -> None:
+    if path.exists():
+        raise UserError(f"'{path}' is there already; move it away, or name another file with {option}")

@@ -1,0 +1,130 @@
+"""The client against the real service, and against one that fails in the ways that networks do."""
+
+import asyncio
+import itertools
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import httpx
+import numpy as np
+import pytest
+
+from serving.client import AsyncClient, Client, ServiceError
+from tests.serving.asking import identities
+from tests.serving.conftest import unit_vectors
+
+
+@pytest.fixture
+def client(server):
+    with Client(server.url) as opened:
+        yield opened
+
+
+def test_everything_a_program_needs(client, photos):
+    alice, bob = f"alice {next(identities)}", f"bob/{next(identities)}".replace("/", "-")
+    face = next(identities)
+    done = client.enrol(alice, images=[photos(face, 0), photos(face, 1)])
+    assert (done.subject_created, len(done.samples)) == (True, 2)
+    found = client.identify(image=photos(face, 2), top_k=3)
+    assert (found.decision, found.candidates[0].subject_id) == ("match", alice)
+    vectors = np.array(client.embed([photos(face, 3), photos(face, 4)]).embeddings)
+    assert client.identify(embedding=vectors[0]).candidates[0].subject_id == alice
+    client.enrol(bob, embeddings=-vectors)
+    assert client.verify(photos(face, 5), photos(face, 6)).decision == "match"
+    assert client.verify(photos(face, 5), alice).subject_id == alice
+    assert client.verify(vectors[0], -vectors[0]).decision == "no_match"
+    assert client.verify(vectors[0], bob).decision == "no_match"
+    assert {alice, bob} <= {subject.subject_id for subject in client.subjects(page=2)}
+    client.delete(alice)
+    with pytest.raises(ServiceError, match="no subject") as refusal:
+        client.verify(vectors[0], alice)
+    assert (refusal.value.status, refusal.value.code) == (404, "no_subject")
+    assert client.ready().gallery_size
+
+
+def test_many_are_enrolled_in_several_requests(client, monkeypatch):
+    monkeypatch.setattr("serving.client.blocking.A_REQUEST", 4)
+    x, names, told = unit_vectors(10, seed=next(identities)), [f"m{next(identities)}" for _ in range(10)], []
+    results = list(client.enrol_many(zip(names, x, strict=True), told.append))
+    assert [result.subject_id for result in results] == names
+    assert told == [4, 8, 10]
+    assert client.identify(embedding=x[7]).candidates[0].subject_id == names[7]
+
+
+def test_the_same_when_awaited(server):
+    async def run():
+        x, names = unit_vectors(5, seed=next(identities)), [f"a{next(identities)}" for _ in range(5)]
+        async with AsyncClient(server.url) as client:
+            results = [result async for result in client.enrol_many(zip(names, x, strict=True))]
+            assert [result.status for result in results] == ["enrolled"] * 5
+            found = await asyncio.gather(*(client.identify(embedding=row) for row in x))
+            assert [answer.candidates[0].subject_id for answer in found] == names
+            await client.delete(names[0])
+            listed = {subject.subject_id async for subject in client.subjects(page=100)}
+            assert set(names[1:]) == listed & set(names)
+
+    asyncio.run(run())
+
+
+def test_images_or_embeddings_but_not_both(client):
+    for nothing in ({}, {"images": [b"x"], "embeddings": unit_vectors(1)}):
+        with pytest.raises(ValueError, match="either images or embeddings"):
+            client.enrol("a", **nothing)
+
+
+class Failing:
+    """A service that fails so many times, in a way of its own, and then answers; `keys` are those it was sent."""
+
+    def __init__(self, *failures):
+        self.keys, self.asked = [], 0
+        todo = itertools.chain(failures, itertools.repeat(None))
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_DELETE(self):
+                outer.asked += 1
+                outer.keys.append(self.headers["idempotency-key"])
+                failure = next(todo)
+                if failure == "gone":
+                    self.connection.close()
+                    return
+                self.send_response(failure or 204)
+                if failure:
+                    self.send_header("retry-after", "0")
+                self.send_header("content-length", "0")
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.mark.parametrize("failures", [(503,), ("gone",), (429, "gone", 502, 504)])
+def test_a_change_is_repeated_under_its_key(failures):
+    failing = Failing(*failures)
+    with Client(failing.url) as client:
+        client.delete("alice")
+    assert failing.asked == len(failures) + 1
+    assert len(set(failing.keys)) == 1
+
+
+def test_what_goes_on_failing_is_told():
+    with Client(Failing(*[503] * 9).url, retries=2) as client, pytest.raises(ServiceError) as refusal:
+        client.delete("alice")
+    assert (refusal.value.status, refusal.value.code) == (503, "")
+    failing = Failing(*["gone"] * 9)
+    with Client(failing.url, retries=2) as client, pytest.raises(httpx.TransportError):
+        client.delete("alice")
+    assert failing.asked == 3
+
+
+def test_what_is_refused_is_not_repeated():
+    failing = Failing(404)
+    with Client(failing.url) as client, pytest.raises(ServiceError):
+        client.delete("alice")
+    assert failing.asked == 1

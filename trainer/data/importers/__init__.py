@@ -1,11 +1,6 @@
 """Importers: what each kind of source hands over. The engine (`run`) does everything else.
 
-A kind is a module with two functions, and one line in `kinds.KINDS`:
-
-    list_<kind>(source, options, progress) -> Listing      walks the source once, in the importing process
-    read_<kind>(source, options) -> Read                   opened once in each process that writes shards
-
-Both are plain functions of modules, because the processes that write shards find them by the name of the kind.
+A kind is a module with an `IMPORTER`, and one line in `kinds.KINDS`: by its name all processes find the same functions.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +10,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from trainer.data.manifest import Manifest
 from trainer.errors import UserError
 
 Progress = Callable[[str, int, int], None]  # stage, done, total (0: not known)
@@ -92,18 +86,15 @@ class Listing:
 
 
 class Importer(NamedTuple):
-    """One line of `kinds.KINDS`.
+    """What a kind does.
 
     Attributes:
-        list: lists a source; None as `source` where the user named none.
-        read: opens it for reading payloads.
-        in_place: with `options.in_place`, instead of both: writes indexes and tables of shards that stay where they lie
-            into a new folder (the source's address, that folder, options, progress); None: cannot be done.
+        list: walks a source once, in the importing process; None as `source` where the user named none.
+        read: opens it for reading payloads, once in each process that writes shards.
     """
 
     list: Callable[[str | None, "ImportOptions", Progress], Listing]
     read: Callable[[str, "ImportOptions"], Read]
-    in_place: Callable[[str, Path, "ImportOptions", Progress], Manifest] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +114,7 @@ class ImportOptions:
     jobs: int | None = None  # processes; None: as many as there are cores
     check: bool = True  # decode every payload
     max_side: int | None = None  # pixels; larger images are stored smaller
-    in_place: bool = False  # write no shards; see Importer
+    in_place: bool = False  # tars: write no shards, but indexes of those that are there
     label_field: str = "cls"  # tars: the label is in `.cls`, or in this field of `.json`
     labels: str | None = None  # arrays: the file with a label for each row
 

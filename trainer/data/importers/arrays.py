@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.arrays import NOT_NPY, as_payload, content_of_shape
-from trainer.data.importers import Entry, ImportOptions, Listing, Progress, Read, share_held_out
+from trainer.data.importers import Entry, Importer, ImportOptions, Listing, Progress, Read, share_held_out
 from trainer.data.importers.labels import WrongLabel, identity_of
 from trainer.data.importers.nested import Nested
 from trainer.data.importers.table import Table
@@ -56,6 +56,9 @@ def read_arrays(source: str, options: ImportOptions) -> Read:
     """A place is the number of a row in a .npy file."""
     rows = open_rows(source)
     return lambda place: as_payload(rows[int(place)])
+
+
+IMPORTER = Importer(list_arrays, read_arrays)
 
 
 def open_rows(path: str) -> NDArray[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from trainer.data.image import MAX_BYTES
-from trainer.data.importers import Entry, ImportOptions, Listing, PassedOver, Progress, Read, share_held_out
+from trainer.data.importers import Entry, Importer, ImportOptions, Listing, PassedOver, Progress, Read, share_held_out
 from trainer.data.remote import fetch, is_remote, join, listed, shown
 from trainer.errors import UserError
 
@@ -61,6 +61,9 @@ def read_folder(source: str, options: ImportOptions) -> Read:
     if is_remote(source):
         return lambda place: fetch(join(source, place))
     return lambda place: read_regular(f"{source}/{place}", place)
+
+
+IMPORTER = Importer(list_folder, read_folder)
 
 
 def read_regular(path: str, name: str) -> bytes:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageFont, ImageOps
 
-from trainer.data.importers import Entry, ImportOptions, Listing, Progress, Read, share_held_out
+from trainer.data.importers import Entry, Importer, ImportOptions, Listing, Progress, Read, share_held_out
 from trainer.errors import UserError
 
 SIDE = 105
@@ -83,6 +83,9 @@ def read_glyphs(source: str, options: ImportOptions) -> Read:
         return _draw(fonts, int(code, 16), face, int(number), options.seed)
 
     return draw
+
+
+IMPORTER = Importer(list_glyphs, read_glyphs)
 
 
 class _Fonts:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.data.importers import Entry, ImportOptions, Listing, Progress, Read, share_held_out
+from trainer.data.importers import Entry, Importer, ImportOptions, Listing, Progress, Read, share_held_out
 from trainer.data.importers.folder import read_regular, text
 from trainer.data.importers.labels import WrongLabel, identity_of
 from trainer.data.importers.table import Table
@@ -58,6 +58,9 @@ def read_list(source: str, options: ImportOptions) -> Read:
         return fetch(path) if is_remote(path) else read_regular(path, text(place))
 
     return read
+
+
+IMPORTER = Importer(list_list, read_list)
 
 
 def _resolve(place: str, source: str) -> str:

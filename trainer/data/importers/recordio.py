@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.csv
 from numpy.typing import NDArray
 
-from trainer.data.importers import Entry, ImportOptions, Listing, Progress, Read, share_held_out
+from trainer.data.importers import Entry, Importer, ImportOptions, Listing, Progress, Read, share_held_out
 from trainer.data.importers.labels import identity_of
 from trainer.data.importers.records import RecordHead, Records
 from trainer.errors import UserError
@@ -50,6 +50,9 @@ def read_recordio(source: str, options: ImportOptions) -> Read:
     """A place is the offset of a record."""
     records = Records(Path(source))
     return lambda place: records.image(int(place))
+
+
+IMPORTER = Importer(list_recordio, read_recordio)
 
 
 def _find(source: str | None) -> Path:

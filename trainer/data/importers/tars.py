@@ -11,7 +11,7 @@ from typing import Any
 from braceexpand import braceexpand
 
 from trainer.data.arrays import content_of
-from trainer.data.importers import Content, Entry, ImportOptions, Listing, Progress, Read, share_held_out
+from trainer.data.importers import Content, Entry, Importer, ImportOptions, Listing, Progress, Read, share_held_out
 from trainer.data.importers.labels import WrongLabel, identity_of
 from trainer.data.importers.ranges import opened, read_range
 from trainer.data.remote import is_remote, matching, shown
@@ -63,6 +63,9 @@ def read_tars(source: str, options: ImportOptions) -> Read:
         return read_range(address, int(offset), int(offset) + int(size))
 
     return read
+
+
+IMPORTER = Importer(list_tars, read_tars)
 
 
 def archives_of(source: str) -> list[str]:

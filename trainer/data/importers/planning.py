@@ -147,15 +147,16 @@ def _columns(batch: list[Entry], attributes: list[str], digest: "_Hash") -> list
 
 def _number(column: pa.ChunkedArray, path: Path) -> NDArray[np.int32]:
     """The number of each entry's identity among the sorted identities, which are written as an Arrow file."""
-    encoded = column.dictionary_encode().combine_chunks()
-    order = pc.sort_indices(encoded.dictionary)
-    table = pa.table({"name": encoded.dictionary.cast(pa.large_string()).take(order)})
+    order = pc.sort_indices(column)  # a table of hashes would take four times the memory where each is another's
+    names = column.cast(pa.large_string()).combine_chunks().take(order)
+    first = np.ones(len(names), bool)
+    first[1:] = pc.not_equal(names[1:], names[:-1]).to_numpy(zero_copy_only=False)
+    codes = np.empty(len(names), np.int32)
+    codes[order.to_numpy()] = np.cumsum(first, dtype=np.int32) - np.int32(1)
+    table = pa.table({"name": names.filter(pa.array(first))})
     with path.open("wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table, max_chunksize=len(table))
-    rank = np.empty(len(order), np.int32)
-    rank[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
-    codes: NDArray[np.int32] = rank[encoded.indices.to_numpy()]
-    del encoded, table, order
+    del order, names, table
     pa.default_memory_pool().release_unused()
     return codes
 

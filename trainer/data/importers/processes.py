@@ -1,9 +1,9 @@
 """The processes that write shards: started, given tasks, and watched.
 
 One program is started for all of them. It imports what they need and forks each, so that many cost hardly more than
-one, and none has threads, locks or open files of the importing process. Over a socket to that process each is sent its
-tasks and answers, in lines of JSON. All end with the importing process, however that ends; until then they hold the lock
-on the unfinished data set, so that no second import begins beside them.
+one, and none has threads, locks or open files of the importing process. Each has a socket, over which tasks come in and
+answers go out, in lines of JSON. All end with the importing process, however that ends; until then they hold the lock on the
+unfinished data set, so that no second import begins beside them.
 """
 
 import contextlib
@@ -110,6 +110,8 @@ def _children(setup: Setup, count: int) -> Iterator[list["_Child"]]:
             for one in ours:
                 one.shutdown(socket.SHUT_WR)  # no more tasks
             program.wait()
+            for one in ours:
+                one.close()
 
 
 class _Child:

@@ -49,13 +49,14 @@ MADE_UP = """
 import sys, tempfile, threading
 from pathlib import Path
 from trainer.data.importers import Entry, ImportOptions, Importer, Listing, share_held_out
-from trainer.data.importers.kinds import KINDS
+from trainer.data.importers import KINDS
 from trainer.data.importers.run import run_import
 
 JPEG = bytes.fromhex("ffd8ffc0000b080008000801000000")
 
 def listed(source, options, progress):
-    entries = (Entry(f"person {i // int(sys.argv[2]):07d}", f"{i:08d}.jpg", str(i), size=20) for i in range(int(sys.argv[1])))
+    samples, each = map(int, sys.argv[1:])
+    entries = (Entry(f"person {i // each:07d}", f"{i:08d}.jpg", str(i), size=20) for i in range(samples))
     return Listing(entries, "", share_held_out(0.1, 0))
 
 def watch():

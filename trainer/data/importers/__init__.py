@@ -1,10 +1,11 @@
 """Importers: what each kind of source hands over. The engine (`run`) does everything else.
 
-A kind is a module with an `IMPORTER`, and one line in `kinds.KINDS`: by its name all processes find the same functions.
+A kind is a module with an `IMPORTER`, and one line in `KINDS`: by its name all processes find the same functions.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,6 +19,16 @@ Read = Callable[[str], bytes]
 HeldOut = Callable[[Sequence[str]], Iterable[int]]
 """All identities, sorted -> numbers (0..) of those that form the validation split."""
 Content = Literal["image", "vector", "spectrogram"]
+KINDS = {
+    "omniglot": "trainer.data.importers.omniglot",
+    "folder": "trainer.data.importers.folder",
+    "glyphs": "trainer.data.importers.glyphs",
+    "recordio": "trainer.data.importers.recordio",
+    "list": "trainer.data.importers.lists",
+    "arrays": "trainer.data.importers.arrays",
+    "tars": "trainer.data.importers.tars",
+}
+_NOT_A_NUMBER = ("nan", "NaN", "NAN")  # as programs write it; "Nan" is a name
 
 
 class Entry(NamedTuple):
@@ -158,3 +169,32 @@ def choose(names: list[str], count: int, seed: int) -> list[str]:
 def _draw(total: int, count: int, seed: int) -> list[int]:
     picked: list[int] = np.random.default_rng([seed, 0x401D]).permutation(total)[:count].tolist()
     return picked
+
+
+def importer_of(kind: str) -> Importer:
+    """What a kind's module says of it. The others are not imported: all together start as slowly as the rest."""
+    found: Importer = import_module(KINDS[kind]).IMPORTER
+    return found
+
+
+class WrongLabel(ValueError):
+    """Something that is no label; the message says what it is."""
+
+
+def identity_of(label: object) -> str:
+    """The name of the identity: text as it is; numbers with leading zeros, so that names sort as the numbers do.
+
+    Raises:
+        WrongLabel: the label is missing, empty, negative, or a number that is not whole.
+    """
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if isinstance(label, int) and not isinstance(label, bool):
+        if label < 0:
+            raise WrongLabel(f"the negative label {label}")
+        return f"{label:08d}"
+    if label is None or (isinstance(label, str) and not label.strip()):
+        raise WrongLabel("no label")
+    if isinstance(label, str) and label not in _NOT_A_NUMBER:
+        return label
+    raise WrongLabel(f"the label {str(label)[:100]}, which is neither text nor a whole number")

@@ -12,10 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.arrays import NOT_NPY, as_payload, content_of_shape
-from trainer.data.importers import Entry, Importer, ImportOptions, Listing, Progress, Read, share_held_out
-from trainer.data.importers.labels import WrongLabel, identity_of
-from trainer.data.importers.nested import Nested
-from trainer.data.importers.table import Table
+from trainer.data.importers import (
+    Entry,
+    Importer,
+    ImportOptions,
+    Listing,
+    Progress,
+    Read,
+    WrongLabel,
+    identity_of,
+    share_held_out,
+)
+from trainer.data.importers.table import Nested, Table
 from trainer.errors import UserError
 
 _MAX_HEADER = 10_000  # bytes of a .npy file's header, which is parsed as Python

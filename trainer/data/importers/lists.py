@@ -9,9 +9,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.data.importers import Entry, Importer, ImportOptions, Listing, Progress, Read, share_held_out
+from trainer.data.importers import (
+    Entry,
+    Importer,
+    ImportOptions,
+    Listing,
+    Progress,
+    Read,
+    WrongLabel,
+    identity_of,
+    share_held_out,
+)
 from trainer.data.importers.folder import read_regular, text
-from trainer.data.importers.labels import WrongLabel, identity_of
 from trainer.data.importers.table import Table
 from trainer.data.remote import fetch, is_remote, join, shown
 from trainer.errors import UserError

@@ -2,8 +2,8 @@
 
 One program is started for all of them. It imports what they need and forks each, so that many cost hardly more than
 one, and none has threads, locks or open files of the importing process. Each has a socket, over which tasks come in and
-answers go out, in lines of JSON. All end with the importing process, however that ends; until then they hold the lock on the
-unfinished data set, so that no second import begins beside them.
+answers go out, in lines of JSON. All end with the importing process, however that ends; until then they hold the lock
+on the unfinished data set, so that no second import begins beside them.
 """
 
 import contextlib

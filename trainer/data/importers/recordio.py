@@ -18,8 +18,7 @@ import pyarrow as pa
 import pyarrow.csv
 from numpy.typing import NDArray
 
-from trainer.data.importers import Entry, Importer, ImportOptions, Listing, Progress, Read, share_held_out
-from trainer.data.importers.labels import identity_of
+from trainer.data.importers import Entry, Importer, ImportOptions, Listing, Progress, Read, identity_of, share_held_out
 from trainer.data.importers.records import RecordHead, Records
 from trainer.errors import UserError
 

@@ -16,11 +16,9 @@ from pathlib import Path
 
 from trainer.atomic import Kind, empty, fresh_folder, write_file
 from trainer.data.curate.view import keep, local_files
-from trainer.data.importers import ImportOptions, Progress
-from trainer.data.importers.decide import decide
-from trainer.data.importers.finish import finish
+from trainer.data.importers import KINDS, ImportOptions, Progress, importer_of
+from trainer.data.importers.finish import decide, finish
 from trainer.data.importers.in_place import index_in_place
-from trainer.data.importers.kinds import KINDS, importer_of
 from trainer.data.importers.plan import PLAN_FOLDER, Plan
 from trainer.data.importers.planning import make_plan
 from trainer.data.importers.processes import Setup, cannot_write, run_tasks
@@ -48,7 +46,7 @@ def run_import(
     identities. What is left out is named in the manifest.
 
     Args:
-        kind: one of `kinds.KINDS`.
+        kind: one of `KINDS`.
         source: a folder, file or address, as the kind says; None where it needs none (glyphs) or knows where to find it
             (omniglot).
         out: a folder of this machine.

@@ -11,8 +11,18 @@ from typing import Any
 from braceexpand import braceexpand
 
 from trainer.data.arrays import content_of
-from trainer.data.importers import Content, Entry, Importer, ImportOptions, Listing, Progress, Read, share_held_out
-from trainer.data.importers.labels import WrongLabel, identity_of
+from trainer.data.importers import (
+    Content,
+    Entry,
+    Importer,
+    ImportOptions,
+    Listing,
+    Progress,
+    Read,
+    WrongLabel,
+    identity_of,
+    share_held_out,
+)
 from trainer.data.importers.ranges import opened, read_range
 from trainer.data.remote import is_remote, matching, shown
 from trainer.data.tar import TarSample, samples_of

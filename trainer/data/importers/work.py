@@ -9,8 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from trainer.atomic import write_file
-from trainer.data.importers import ImportOptions, Read
-from trainer.data.importers.kinds import importer_of
+from trainer.data.importers import ImportOptions, Read, importer_of
 from trainer.data.importers.payload import Stored, store_of
 from trainer.data.importers.plan import PLAN_FOLDER, Plan, PlannedSample, PlannedShard
 from trainer.data.importers.shards import Sample, read_shard, write_shard

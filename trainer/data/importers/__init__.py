@@ -70,7 +70,8 @@ class Listing:
         entries: iterated once, in an order that depends on the input alone; made as they are asked for, so that a
             hundred million of them need no memory. The other fields may be filled until the last one is out.
         source: what the processes that write shards pass to `read_<kind>`: the address, resolved.
-        held_out: which identities form the validation split, of those whose entries name no split.
+        held_out: which identities form the validation split, of those whose entries name no split; None: the share of
+            them that the options say.
         provenance: for the manifest; nothing that changes from one run to the next.
         drop_duplicates: leave out payloads that are byte for byte an earlier one of the same identity.
         content: what a payload is: an image in any format that `trainer.data.image` reads, else a file that
@@ -85,7 +86,7 @@ class Listing:
 
     entries: Iterable[Entry]
     source: str
-    held_out: HeldOut
+    held_out: HeldOut | None = None
     provenance: dict[str, str] = field(default_factory=dict)
     drop_duplicates: bool = False
     content: Content = "image"

@@ -21,7 +21,6 @@ from trainer.data.importers import (
     Read,
     WrongLabel,
     identity_of,
-    share_held_out,
 )
 from trainer.data.importers.table import Nested, Table
 from trainer.errors import UserError
@@ -139,10 +138,8 @@ def _listing(source: str, labels: _Labels, shape: tuple[int, ...], rows: int, op
     return Listing(
         entries=_entries(source, labels, rows),
         source=os.path.abspath(source),
-        held_out=share_held_out(options.holdout_share, options.seed),
         provenance={
             "source": os.path.basename(source),
-            "held_out": f"{options.holdout_share:g} of the identities without a split",
         },
         content=content_of_shape(shape),
         shape=shape,

@@ -18,7 +18,6 @@ from trainer.data.importers import (
     Read,
     WrongLabel,
     identity_of,
-    share_held_out,
 )
 from trainer.data.importers.folder import read_regular, text
 from trainer.data.importers.table import Table
@@ -48,10 +47,8 @@ def list_list(source: str | None, options: ImportOptions, progress: Progress) ->
     listing = Listing(
         entries=(),
         source=table.address,
-        held_out=share_held_out(options.holdout_share, options.seed),
         provenance={
             "source": os.path.basename(table.shown),
-            "held_out": f"{options.holdout_share:g} of the identities without a split",
         },
         attributes=table.attributes(without=(where, "label", "split")),
     )

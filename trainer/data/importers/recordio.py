@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.csv
 from numpy.typing import NDArray
 
-from trainer.data.importers import Entry, Importer, ImportOptions, Listing, Progress, Read, identity_of, share_held_out
+from trainer.data.importers import Entry, Importer, ImportOptions, Listing, Progress, Read, identity_of
 from trainer.data.importers.records import RecordHead, Records
 from trainer.errors import UserError
 
@@ -40,8 +40,7 @@ def list_recordio(source: str | None, options: ImportOptions, progress: Progress
     return Listing(
         entries=_entries(path),
         source=str(path.resolve()),
-        held_out=share_held_out(options.holdout_share, options.seed),
-        provenance={"source": path.name, "held_out": f"{options.holdout_share:g} of the identities"},
+        provenance={"source": path.name},
     )
 
 

@@ -21,7 +21,6 @@ from trainer.data.importers import (
     Read,
     WrongLabel,
     identity_of,
-    share_held_out,
 )
 from trainer.data.importers.ranges import opened, read_range
 from trainer.data.remote import is_remote, matching, shown
@@ -53,10 +52,8 @@ def list_tars(source: str | None, options: ImportOptions, progress: Progress) ->
     return Listing(
         entries=_entries(addresses, options.label_field, attributes),
         source=source if is_remote(source) else os.path.abspath(source),
-        held_out=share_held_out(options.holdout_share, options.seed),
         provenance={
             "source": os.path.basename(shown(source).rstrip("/")),
-            "held_out": f"{options.holdout_share:g} of the identities",
         },
         content=content,
         shape=shape,

@@ -136,7 +136,8 @@ class _Child:
                 raise UserError(_obituary(answer["ended"], task.shard.name))
             done, bad = answer["told"]
             tell(done, [Bad(*one) for one in bad])
-        raise UserError(_obituary(-signal.SIGKILL, task.shard.name))  # so was the program, which tells of its children
+        gone = f"the process that writes '{task.shard.name}' is gone with the program that started it"
+        raise UserError(f"{gone}, for the reason above or since memory ran out; {_AGAIN}")
 
 
 def _obituary(code: int, shard: str) -> str:

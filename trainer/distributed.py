@@ -187,11 +187,8 @@ def gather_rows(x_bD: Tensor, labels_b: Tensor, group: Group) -> tuple[Tensor, T
 
 
 def sum_over_ranks(values: Tensor, group: Group) -> Tensor:
-    """One all-reduce. Its backward sends nothing.
-
-    What follows is the same on every rank: with y = sum_r v_r and one loss L(y), dL/dv_r = dL/dy, which each rank
-    already holds. (A loss *per rank*, added up over the ranks, would need an all-reduce here.)
-    """
+    """One all-reduce. Its backward sends nothing: with y = sum_r v_r and one loss L(y), the same on every rank,
+    dL/dv_r = dL/dy, which each rank holds. (A loss *per rank*, added up over the ranks, would need an all-reduce.)"""
     return _linear(values, lambda v: _same(group.all_reduce(v)), lambda gradient: gradient)
 
 
@@ -281,8 +278,8 @@ class Gatherer:
 
     def _check_shapes(self, x_bD: Tensor, labels_b: Tensor) -> None:
         if x_bD.ndim != 2 or x_bD.shape[1] != self.dimension:
-            shape = tuple(x_bD.shape)
-            raise UserError(f"embeddings of shape {shape}; the {self.what} was made for [b, {self.dimension}]")
+            found = tuple(x_bD.shape)
+            raise UserError(f"embeddings of shape {found}; the {self.what} was made for [b, {self.dimension}]")
         if not len(x_bD):
             raise UserError(f"the {self.what} got no embedding; give each rank one slot or more, -1 where it is empty")
         if labels_b.shape != x_bD.shape[:1] or labels_b.dtype != torch.int64:

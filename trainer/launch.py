@@ -71,9 +71,7 @@ class Interrupted(RuntimeError):
 def launch(
     config: Config, resume: bool, on_record: Callable[[Record], None], stop: threading.Event, *, dry: bool = False
 ) -> None:
-    """Train on Ray workers; returns when the run is done.
-
-    After a fault Ray Train starts the workers again, and they go on from the newest checkpoint.
+    """Train on Ray workers; returns when the run is done. After a fault they go on from the newest checkpoint.
 
     Args:
         config: the resolved tree; its paths must mean the same on every node.

@@ -7,8 +7,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from trainer.config import RENAMED, Config, ScheduleConfig, from_tree, load
+from trainer.config import RENAMED, Config, from_tree, load
 from trainer.errors import UserError
+from trainer.schedule import ScheduleConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

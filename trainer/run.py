@@ -158,10 +158,6 @@ def start(
     """
     config = resolved(config)
     folder, kind = Folder.at(config.run.out), check(config).kind
-    if str(folder).startswith("memory://"):
-        raise UserError(
-            f"run.out '{folder}' is in one process' memory, where no worker sees it; name a folder, or s3://"
-        )
     with held(folder, LOCK, uuid.uuid4().hex), _stopped_by_sigterm() as stop:
         _refuse_earlier(config, resume)
         folder.write("config.yaml", config.to_yaml())
@@ -269,8 +265,10 @@ def check(config: Config) -> Manifest:
 
     Raises:
         UserError: no such data set or split, changes to images where there are none, or a backbone that cannot be
-            built.
+            built, or a run.out that the workers would not see.
     """
+    if str(config.run.out).startswith("memory://"):
+        raise UserError(f"run.out '{config.run.out}' is in one process' memory; name a folder, or s3:// or gs://")
     manifest = Manifest.read(config.data.path, config.data.remote_cache)
     manifest.split(config.data.train_split)
     check_augment(config.augment, form := preprocessing(manifest, config.data))

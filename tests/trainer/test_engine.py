@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.ranks import run_on_ranks
@@ -21,7 +22,7 @@ def small_network() -> nn.Module:
 
 
 def make(stage: int, bf16: bool, name: str, clipping: float = 0.0, momentum: float = 0.9) -> Engine:
-    settings = EngineConfig(zero_stage=stage, bf16=bf16, gradient_clipping=clipping)  # type: ignore[arg-type]
+    settings = EngineConfig(zero_stage=stage, bf16=bf16, gradient_clipping=clipping, ema_decay=0.9)  # type: ignore[arg-type]
     optimizer = OptimizerConfig(name=name, lr=0.1, momentum=momentum)  # type: ignore[arg-type]
     backbone = BackboneConfig(norm_group=4)  # a worker's share
     config = Config(engine=settings, optimizer=optimizer, data=DataConfig(batch_size=8), backbone=backbone)
@@ -48,7 +49,10 @@ def goes_on_after_a_restart(rank: int) -> None:
         again = make(stage, bf16, name)
         again.load_state(state)
         assert steps(again, rank, 3, 6) == expected, (stage, bf16, name)
-        assert {key.partition(".")[0] for key in state} >= {"weight", "buffer", "optimizer"}
+        assert {key.partition(".")[0] for key in state} >= {"weight", "buffer", "optimizer", "ema"}
+        one, other = engine.state(), again.state()
+        assert [key for key in one if not torch.equal(one[key], other[key])] == []
+        assert int(one["ema.count"]) == 6
 
 
 def averages_and_leaves_the_head_alone(rank: int) -> None:
@@ -100,6 +104,30 @@ def the_same_gradients_at_every_stage(rank: int) -> None:
     for stage in (1, 2):
         for name, gradient in taken[0].items():
             torch.testing.assert_close(taken[stage][name], gradient, rtol=1e-6, atol=1e-6, msg=f"{name}, ZeRO {stage}")
+
+
+def averages(rank: int, size: int, folder: Path) -> None:
+    for stage in (0, 2):
+        engine = make(stage, False, "sgd")  # AdamW makes whole steps of the noise of a bias before a batch norm
+        for step in range(6):
+            x_BD = torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
+            engine.backward(engine(x_BD.chunk(size)[rank], step).square().mean())
+            engine.step(0.01)
+        save_file(
+            {name: value.contiguous() for name, value in engine.state().items()}, folder / f"{size}-{stage}-{rank}"
+        )
+
+
+def test_the_average_of_two_ranks_is_that_of_one(tmp_path: Path) -> None:
+    for size in (1, 2):
+        run_on_ranks(size, averages, size, tmp_path)
+    for stage in (0, 2):
+        one, two, other = (load_file(tmp_path / name) for name in (f"1-{stage}-0", f"2-{stage}-0", f"2-{stage}-1"))
+        for name in one:
+            if name.startswith("ema."):
+                torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)
+                assert torch.equal(two[name], other[name])
+        assert not torch.allclose(one["ema.0.weight"], one["weight.0.weight"], rtol=1e-3)
 
 
 def test_bf16_adds_gradients_up_in_fp32_at_every_stage() -> None:

@@ -79,8 +79,7 @@ class _Within(torch.autograd.Function):
         mean_PC, inverse_PC, var_PC = _normalise_parts(x, y, weight, bias, eps, sizes)
         ctx.save_for_backward(x, weight, mean_PC, inverse_PC)
         ctx.eps, ctx.sizes = eps, sizes
-        count_P1 = _column(sizes, x)
-        var_PC = (var_PC * (count_P1 / (count_P1 - 1).clamp_min(1))).to(mean_PC.dtype)
+        var_PC = (var_PC * _unbiased(_column(sizes, x))).to(mean_PC.dtype)
         ctx.mark_non_differentiable(mean_PC, var_PC)
         return y, mean_PC, var_PC
 
@@ -130,7 +129,7 @@ class _Across(torch.autograd.Function):
         count_N1 = _column(sizes, x)
         mean_NC, square_NC = (group.all_reduce(sums_N2C) / count_N1).chunk(2, dim=1)
         var_NC = (square_NC - mean_NC.square()).clamp_min_(0)
-        unbiased_NC = (var_NC * (count_N1 / (count_N1 - 1).clamp_min(1))).to(wide)
+        unbiased_NC = (var_NC * _unbiased(count_N1)).to(wide)
         mean_NC, var_NC = mean_NC.to(wide), var_NC.to(wide)
         for (index, _), part, out in zip(parts, split_with_sizes(x, own), split_with_sizes(y, own), strict=True):
             nothing = {"out": out, "save_mean": mean_NC.new_empty(0), "save_invstd": mean_NC.new_empty(0)}
@@ -170,9 +169,15 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _column(sizes: Sequence[int], x: Tensor) -> Tensor:
-    """Values a channel of so many samples each, [len(sizes), 1]."""
+    """Values a channel of so many samples each, [len(sizes), 1]; where they are alike, without a copy to the device."""
     values = [float(size * x.shape[2:].numel()) for size in sizes]
+    if len(set(values)) == 1:
+        return torch.full((len(values), 1), values[0], dtype=torch.float64, device=x.device)
     return torch.tensor(values, dtype=torch.float64).to(x.device, non_blocking=True)[:, None]
+
+
+def _unbiased(count_N1: Tensor) -> Tensor:
+    return count_N1 / (count_N1 - 1).clamp_min(1)
 
 
 def _at_groups(values_PX: Tensor, parts: Parts, groups: int) -> Tensor:

@@ -1,6 +1,7 @@
 """A data set without the samples whose label is likely wrong; the lists and sheets of them that a person looks at."""
 
 import csv
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -16,7 +17,7 @@ from trainer.data.curate.view import Piece, View, fresh_view, identities_of, key
 from trainer.data.manifest import Manifest
 from trainer.data.reader import Progress
 from trainer.data.split import Split
-from trainer.data.tables import positions_of
+from trainer.data.tables import positions_of, samples_of_class
 from trainer.errors import UserError
 
 SUSPECTS, TWINS = "suspects", "twins"
@@ -89,7 +90,9 @@ def clean_by_lists(
     manifest = Manifest.read(address)
     part = manifest.split(split)
     found = Found(_read_suspects(lists, part), _read_twins(lists, part))
-    with fresh_view(out, overwrite, manifest, {f"cleaned_{split}": f"by the lists in {lists.name}"}) as view:
+    told = {f"cleaned_{split}": f"by the lists in {os.path.basename(os.path.abspath(lists))}"}
+    files = [lists / f"{name}.csv" for name in (SUSPECTS, TWINS)]
+    with fresh_view(out, overwrite, manifest, told, needed=files) as view:
         _write_split(view, manifest, part, found, join)
     return found
 
@@ -140,7 +143,8 @@ def _write_lists(folder: Path, split: Split, labels_N: NDArray[np.int64], suspec
 
 def _write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
     text = StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    # All text in quotation marks: of a lone carriage return Python would not think of them.
+    csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC).writerows(rows)
     write_file(path, text.getvalue())
 
 
@@ -163,7 +167,7 @@ def _draw_sheets(folder: Path, split: Split, labels_N: NDArray[np.int64], found:
 
 def _examples(split: Split, label: int, found: Found) -> list[NDArray[np.uint8] | None]:
     """The first samples of an identity that are no suspects; gaps where it has too few."""
-    end, count = int(split.classes.ends()[label]), int(split.classes.counts()[label])
+    count, end = samples_of_class(split.classes, label, split.samples)
     positions = positions_of(split.classes[label], np.asarray(split.by_class[end - count : end]), split.samples)
     positions = positions[~np.isin(positions, found.suspects)][:_SHOWN]
     gaps: list[NDArray[np.uint8] | None] = [None] * (_SHOWN - len(positions))

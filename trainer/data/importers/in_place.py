@@ -14,9 +14,9 @@ from trainer.atomic import fresh_file
 from trainer.data.importers import ImportOptions, Progress, share_held_out
 from trainer.data.importers.planning import check_classes
 from trainer.data.importers.scan import IDENTITY, Scan, Work, scan
-from trainer.data.importers.tars import archives_of, peek
+from trainer.data.importers.tars import archives_of, late, peek
 from trainer.data.index import make_index, write_index
-from trainer.data.manifest import Manifest
+from trainer.data.manifest import BadSample, Manifest
 from trainer.data.reader import ahead
 from trainer.data.remote import is_remote, shown
 from trainer.data.split import ShardEntry, SplitEntry, write_split
@@ -58,7 +58,7 @@ def index_in_place(source: str, folder: Path, options: ImportOptions, progress: 
         content=work.content,
         shape=list(work.shape or ()),
         splits=splits,
-        bad=[bad for one in scans for bad in one.bad],
+        bad=[*(bad for one in scans for bad in one.bad), *_late(scans)],
         provenance={
             "source": os.path.basename(shown(source).rstrip("/")),
             "held_out": f"{options.holdout_share:g} of the identities",
@@ -74,9 +74,15 @@ def _scan_all(addresses: list[str], work: Work, progress: Progress) -> list[Scan
     scans: list[Scan] = []
     for one in ahead(lambda item: scan(*item, work), enumerate(addresses), threads=jobs, most=2 * jobs):
         scans.append(one)
-        _check_bad(scans, work.options.max_bad)
         progress("index", len(scans), len(addresses))
+    _check_bad(scans, work.options.max_bad)
     return scans
+
+
+def _late(scans: list[Scan]) -> list[BadSample]:
+    """Each field that came too late to be an attribute, once."""
+    first = {field: name for one in reversed(scans) for field, name in one.late.items()}
+    return [BadSample(**late(field, name)._asdict()) for field, name in first.items()]
 
 
 def _check_bad(scans: list[Scan], most: float) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from trainer.data.importers import Content, ImportOptions
 from trainer.data.importers.payload import store_of
 from trainer.data.importers.ranges import REQUEST, Hashed
-from trainer.data.importers.tars import fields_of, identity_in
+from trainer.data.importers.tars import fields_of, identity_in, unknown
 from trainer.data.index import RECORD
 from trainer.data.manifest import BadSample
 from trainer.data.remote import shown
@@ -36,7 +36,8 @@ class Work(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """What was found in an archive; its samples are in files, `<number>.npy` and `<number>.arrow`."""
+    """What was found in an archive; its samples are in files, `<number>.npy` and `<number>.arrow`. `late`: fields that
+    are no attributes, and the name of the first sample that has each."""
 
     address: str
     number: int
@@ -45,6 +46,7 @@ class Scan(NamedTuple):
     samples: int
     grey: bool
     bad: list[BadSample]
+    late: dict[str, str]
 
     def records(self, folder: Path) -> NDArray[np.void]:
         """`RECORD`s whose labels are not known yet."""
@@ -78,7 +80,7 @@ def scan(number: int, address: str, work: Work) -> Scan:
         digest = raw.finish()
     whole = np.concatenate(records)
     np.save(f"{path}.npy", whole, allow_pickle=False)
-    return Scan(address, number, raw.size, digest, len(whole), reading.grey, reading.bad)
+    return Scan(address, number, raw.size, digest, len(whole), reading.grey, reading.bad, reading.late)
 
 
 class _Reading:
@@ -88,6 +90,8 @@ class _Reading:
         self.archive = archive
         self.grey = True
         self.bad: list[BadSample] = []
+        self.late: dict[str, str] = {}
+        self._known = set(work.attributes)
         self._work = work
         self._store = store_of(work.content, work.shape, work.options)
 
@@ -95,11 +99,13 @@ class _Reading:
         """A `RECORD`, and what is written in words; None: the sample is left out."""
         field = self._work.options.label_field
         identity = identity_in(sample, field, self.archive)
+        name = f"{os.path.basename(self.archive)}/{sample.key}"
         try:
             self.grey &= self._store(sample.payload, sample.key).grey
         except UserError as error:
-            self.bad.append(BadSample(name=f"{os.path.basename(self.archive)}/{sample.key}", reason=str(error)))
+            self.bad.append(BadSample(name=name, reason=str(error)))
             return None
-        fields = fields_of(sample, field) if self._work.attributes else {}
+        fields = fields_of(sample, field) if sample.text else {}
+        self.late |= dict.fromkeys(unknown(fields, self._known), name)
         record = sample.offset, sample.size, 0, zlib.crc32(sample.payload), 0
         return record, [sample.key, identity, *map(fields.get, self._work.attributes)]

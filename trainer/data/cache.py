@@ -54,6 +54,7 @@ class Cache:
             UserError: the folder cannot be written to.
         """
         path = os.path.join(self.folder, digest)
+        file = None
         try:
             try:
                 file = _open_locked(path)
@@ -62,6 +63,8 @@ class Cache:
                 file = _open_locked(path)
             return CachedFile(self, file, path, size)
         except OSError as error:
+            if file is not None:
+                file.close()
             raise self.unusable(error) from error
 
     def unusable(self, error: OSError) -> UserError:

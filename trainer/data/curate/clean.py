@@ -4,13 +4,13 @@ import csv
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.atomic import write_file
+from trainer.data.curate.lists import as_csv
 from trainer.data.curate.noise import ALIKE, DISTANCE, Suspects, Twins, find_suspects, find_twins
 from trainer.data.curate.sheet import Row, draw, pictures
 from trainer.data.curate.view import Piece, View, fresh_view, identities_of, key_at
@@ -133,19 +133,12 @@ def _write_lists(folder: Path, split: Split, labels_N: NDArray[np.int64], suspec
         rows.append(
             (position, *key_at(split, position), identity, *numbers, nearest, f"{suspects.other[place]:.4f}", looks)
         )
-    _write_csv(folder / f"{SUSPECTS}.csv", rows)
+    write_file(folder / f"{SUSPECTS}.csv", as_csv(rows))
     rows = [("label_a", "identity_a", "samples_a", "label_b", "identity_b", "samples_b", "similarity")]
     for one, two, similarity in zip(twins.first.tolist(), twins.second.tolist(), twins.similarity, strict=True):
         both = (one, classes[one], counts[one], two, classes[two], counts[two])
         rows.append((*both, f"{similarity:.4f}"))
-    _write_csv(folder / f"{TWINS}.csv", rows)
-
-
-def _write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
-    text = StringIO()
-    # All text in quotation marks: of a lone carriage return Python would not think of them.
-    csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC).writerows(rows)
-    write_file(path, text.getvalue())
+    write_file(folder / f"{TWINS}.csv", as_csv(rows))
 
 
 def _draw_sheets(folder: Path, split: Split, labels_N: NDArray[np.int64], found: Found, suspects: Suspects) -> None:

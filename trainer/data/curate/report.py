@@ -1,11 +1,9 @@
 """What `hypersphere data check` leaves in a folder: the findings as JSON, the duplicates as CSV, and two sheets."""
 
-import csv
 import json
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
-from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +11,7 @@ import numpy as np
 
 from trainer.atomic import DiskFull, write_file
 from trainer.data.curate.check import Check
+from trainer.data.curate.lists import as_csv
 from trainer.data.curate.sheet import Row, draw, pictures
 from trainer.data.curate.view import key_at
 from trainer.data.split import Split
@@ -79,14 +78,14 @@ def _summary(found: Check) -> dict[str, object]:
 
 
 def _table(found: Check) -> str:
-    text = StringIO()
-    table = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # a name may hold a carriage return
-    table.writerow(("bits", "where", *(f"{field}_{which}" for which in "ab" for field in Told._fields)))
+    rows: list[tuple[object, ...]] = [
+        ("bits", "where", *(f"{field}_{which}" for which in "ab" for field in Told._fields))
+    ]
     for copy in _copies(found):
         one, two = tell(found, copy.first), tell(found, copy.second)
         where = "across splits" if one.split != two.split else "across identities"
-        table.writerow(("equal" if copy.bits is None else copy.bits, where, *one, *two))
-    return text.getvalue()
+        rows.append(("equal" if copy.bits is None else copy.bits, where, *one, *two))
+    return as_csv(rows)
 
 
 def _copies(found: Check) -> Iterator[Copy]:

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 from trainer.data.image import MAX_BYTES
 from trainer.data.importers import Entry, ImportOptions, Listing, PassedOver, Progress, Read, share_held_out
 from trainer.data.manifest import MANIFEST_FILE
-from trainer.data.remote import fetch, is_remote, join, listed, shown
+from trainer.data.remote import fetch_small, is_remote, join, listed, shown
 from trainer.errors import UserError
 
 _LITTER = {"thumbs.db", "desktop.ini", "__macosx"}  # what file managers leave behind
@@ -60,7 +60,7 @@ def list_folder(source: str | None, options: ImportOptions, progress: Progress) 
 def read_folder(source: str, options: ImportOptions) -> Read:
     """Reads files by their path below `source`."""
     if is_remote(source):
-        return lambda place: fetch(join(source, place))
+        return lambda place: fetch_small(join(source, place), MAX_BYTES)
     return lambda place: read_regular(f"{source}/{place}", place)
 
 

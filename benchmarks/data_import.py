@@ -49,13 +49,14 @@ MADE_UP = """
 import sys, tempfile, threading
 from pathlib import Path
 from trainer.data.importers import Entry, ImportOptions, Importer, Listing, share_held_out
-from trainer.data.importers.kinds import KINDS
+from trainer.data.importers import KINDS
 from trainer.data.importers.run import run_import
 
 JPEG = bytes.fromhex("ffd8ffc0000b080008000801000000")
 
 def listed(source, options, progress):
-    entries = (Entry(f"person {i // 20:07d}", f"{i:08d}.jpg", str(i), size=20) for i in range(int(sys.argv[1])))
+    samples, each = map(int, sys.argv[1:])
+    entries = (Entry(f"person {i // each:07d}", f"{i:08d}.jpg", str(i), size=20) for i in range(samples))
     return Listing(entries, "", share_held_out(0.1, 0))
 
 def watch():
@@ -64,7 +65,8 @@ def watch():
         found = Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]
         peak = max(peak, 1024 * int(found))
 
-KINDS["made up"] = Importer(listed, lambda source, options: lambda place: JPEG + place.encode())
+IMPORTER = Importer(listed, lambda source, options: lambda place: JPEG + place.encode())
+KINDS["made up"] = "__main__"
 peak, done = 0, threading.Event()
 threading.Thread(target=watch, daemon=True).start()
 with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +80,9 @@ PAIRS = (("import", "decode and write"), ("import --no-check", "cp -r; sync"))
 def main() -> None:
     options = _options()
     if options.memory:
-        print(f"{options.memory:,} samples: {memory(options.memory):.0f} bytes of memory a sample")
+        for each in (PER_IDENTITY, 1):
+            found = memory(options.memory, each)
+            print(f"{options.memory:,} samples, {each} an identity: {found:.0f} bytes of memory a sample")
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
@@ -148,9 +152,9 @@ def timed(work: Callable[[], None]) -> tuple[float, float]:
     return time.perf_counter() - clock, cpu() - used
 
 
-def memory(samples: int) -> float:
+def memory(samples: int, each: int) -> float:
     """Bytes of anonymous memory a sample, at the peak."""
-    smaller, whole = (int(_python(MADE_UP, str(count))) for count in (samples // 50, samples))
+    smaller, whole = (int(_python(MADE_UP, str(count), str(each))) for count in (samples // 50, samples))
     return (whole - smaller) / (samples - samples // 50)
 
 

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import fsspec
-
 from trainer.errors import UserError
 
 ATTEMPTS = 5
@@ -221,6 +219,8 @@ def _filesystem(address: str) -> tuple[Any, str]:
     checked(address)
     options: dict[str, Any] = {}
     try:
+        import fsspec  # here, since programs that read no address start faster without it
+
         if address.startswith("http"):
             import aiohttp
 

@@ -1,21 +1,16 @@
 """Importers: what each kind of source hands over. The engine (`run`) does everything else.
 
-A kind is a module with two functions, and one line in `kinds.KINDS`:
-
-    list_<kind>(source, options, progress) -> Listing      walks the source once, in the importing process
-    read_<kind>(source, options) -> Read                   opened once in each process that writes shards
-
-Both are plain functions of modules, because the processes that write shards find them by the name of the kind.
+A kind is a module with an `IMPORTER`, and one line in `KINDS`: by its name all processes find the same functions.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from trainer.data.manifest import Manifest
 from trainer.errors import UserError
 
 Progress = Callable[[str, int, int], None]  # stage, done, total (0: not known)
@@ -24,6 +19,16 @@ Read = Callable[[str], bytes]
 HeldOut = Callable[[Sequence[str]], Iterable[int]]
 """All identities, sorted -> numbers (0..) of those that form the validation split."""
 Content = Literal["image", "vector", "spectrogram"]
+KINDS = {
+    "omniglot": "trainer.data.importers.omniglot",
+    "folder": "trainer.data.importers.folder",
+    "glyphs": "trainer.data.importers.glyphs",
+    "recordio": "trainer.data.importers.recordio",
+    "list": "trainer.data.importers.lists",
+    "arrays": "trainer.data.importers.arrays",
+    "tars": "trainer.data.importers.tars",
+}
+_NOT_A_NUMBER = ("nan", "NaN", "NAN")  # as programs write it; "Nan" is a name
 
 
 class Entry(NamedTuple):
@@ -65,7 +70,8 @@ class Listing:
         entries: iterated once, in an order that depends on the input alone; made as they are asked for, so that a
             hundred million of them need no memory. The other fields may be filled until the last one is out.
         source: what the processes that write shards pass to `read_<kind>`: the address, resolved.
-        held_out: which identities form the validation split, of those whose entries name no split.
+        held_out: which identities form the validation split, of those whose entries name no split; None: the share of
+            them that the options say.
         provenance: for the manifest; nothing that changes from one run to the next.
         drop_duplicates: leave out payloads that are byte for byte an earlier one of the same identity.
         content: what a payload is: an image in any format that `trainer.data.image` reads, else a file that
@@ -80,7 +86,7 @@ class Listing:
 
     entries: Iterable[Entry]
     source: str
-    held_out: HeldOut
+    held_out: HeldOut | None = None
     provenance: dict[str, str] = field(default_factory=dict)
     drop_duplicates: bool = False
     content: Content = "image"
@@ -92,18 +98,15 @@ class Listing:
 
 
 class Importer(NamedTuple):
-    """One line of `kinds.KINDS`.
+    """What a kind does.
 
     Attributes:
-        list: lists a source; None as `source` where the user named none.
-        read: opens it for reading payloads.
-        in_place: with `options.in_place`, instead of both: writes indexes and tables of shards that stay where they lie
-            into a new folder (the source's address, that folder, options, progress); None: cannot be done.
+        list: walks a source once, in the importing process; None as `source` where the user named none.
+        read: opens it for reading payloads, once in each process that writes shards.
     """
 
     list: Callable[[str | None, "ImportOptions", Progress], Listing]
     read: Callable[[str, "ImportOptions"], Read]
-    in_place: Callable[[str, Path, "ImportOptions", Progress], Manifest] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +126,7 @@ class ImportOptions:
     jobs: int | None = None  # processes; None: as many as there are cores
     check: bool = True  # decode every payload
     max_side: int | None = None  # pixels; larger images are stored smaller
-    in_place: bool = False  # write no shards; see Importer
+    in_place: bool = False  # tars: write no shards, but indexes of those that are there
     label_field: str = "cls"  # tars: the label is in `.cls`, or in this field of `.json`
     labels: str | None = None  # arrays: the file with a label for each row
 
@@ -167,3 +170,32 @@ def choose(names: list[str], count: int, seed: int) -> list[str]:
 def _draw(total: int, count: int, seed: int) -> list[int]:
     picked: list[int] = np.random.default_rng([seed, 0x401D]).permutation(total)[:count].tolist()
     return picked
+
+
+def importer_of(kind: str) -> Importer:
+    """What a kind's module says of it. The others are not imported: all together start as slowly as the rest."""
+    found: Importer = import_module(KINDS[kind]).IMPORTER
+    return found
+
+
+class WrongLabel(ValueError):
+    """Something that is no label; the message says what it is."""
+
+
+def identity_of(label: object) -> str:
+    """The name of the identity: text as it is; numbers with leading zeros, so that names sort as the numbers do.
+
+    Raises:
+        WrongLabel: the label is missing, empty, negative, or a number that is not whole.
+    """
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if isinstance(label, int) and not isinstance(label, bool):
+        if label < 0:
+            raise WrongLabel(f"the negative label {label}")
+        return f"{label:08d}"
+    if label is None or (isinstance(label, str) and not label.strip()):
+        raise WrongLabel("no label")
+    if isinstance(label, str) and label not in _NOT_A_NUMBER:
+        return label
+    raise WrongLabel(f"the label {str(label)[:100]}, which is neither text nor a whole number")

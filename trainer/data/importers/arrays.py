@@ -12,10 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.arrays import NOT_NPY, as_payload, content_of_shape
-from trainer.data.importers import Entry, ImportOptions, Listing, Progress, Read, share_held_out
-from trainer.data.importers.labels import WrongLabel, identity_of
-from trainer.data.importers.nested import Nested
-from trainer.data.importers.table import Table
+from trainer.data.importers import (
+    Entry,
+    Importer,
+    ImportOptions,
+    Listing,
+    Progress,
+    Read,
+    WrongLabel,
+    identity_of,
+)
+from trainer.data.importers.table import Nested, Table
 from trainer.errors import UserError
 
 _MAX_HEADER = 10_000  # bytes of a .npy file's header, which is parsed as Python
@@ -56,6 +63,9 @@ def read_arrays(source: str, options: ImportOptions) -> Read:
     """A place is the number of a row in a .npy file."""
     rows = open_rows(source)
     return lambda place: as_payload(rows[int(place)])
+
+
+IMPORTER = Importer(list_arrays, read_arrays)
 
 
 def open_rows(path: str) -> NDArray[Any]:
@@ -128,10 +138,8 @@ def _listing(source: str, labels: _Labels, shape: tuple[int, ...], rows: int, op
     return Listing(
         entries=_entries(source, labels, rows),
         source=os.path.abspath(source),
-        held_out=share_held_out(options.holdout_share, options.seed),
         provenance={
             "source": os.path.basename(source),
-            "held_out": f"{options.holdout_share:g} of the identities without a split",
         },
         content=content_of_shape(shape),
         shape=shape,

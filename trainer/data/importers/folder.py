@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from trainer.data.image import MAX_BYTES
-from trainer.data.importers import Entry, ImportOptions, Listing, PassedOver, Progress, Read, share_held_out
+from trainer.data.importers import Entry, Importer, ImportOptions, Listing, PassedOver, Progress, Read
 from trainer.data.manifest import MANIFEST_FILE
 from trainer.data.remote import fetch_small, is_remote, join, listed, shown
 from trainer.errors import UserError
@@ -47,10 +47,8 @@ def list_folder(source: str | None, options: ImportOptions, progress: Progress) 
         entries=(_addressed if remote else _entries)(source, passed_over),
         source=source if remote else os.path.abspath(source),
         threads=_CONNECTIONS if remote else 1,
-        held_out=share_held_out(options.holdout_share, options.seed),
         provenance={
             "source": posixpath.basename(shown(source).rstrip("/")) if remote else Path(source).resolve().name,
-            "held_out": f"{options.holdout_share:g} of the identities",
         },
         drop_duplicates=True,
         passed_over=passed_over,
@@ -62,6 +60,9 @@ def read_folder(source: str, options: ImportOptions) -> Read:
     if is_remote(source):
         return lambda place: fetch_small(join(source, place), MAX_BYTES)
     return lambda place: read_regular(f"{source}/{place}", place)
+
+
+IMPORTER = Importer(list_folder, read_folder)
 
 
 def read_regular(path: str, name: str) -> bytes:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageFont, ImageOps
 
-from trainer.data.importers import Entry, ImportOptions, Listing, Progress, Read, share_held_out
+from trainer.data.importers import Entry, Importer, ImportOptions, Listing, Progress, Read
 from trainer.errors import UserError
 
 SIDE = 105
@@ -66,10 +66,8 @@ def list_glyphs(source: str | None, options: ImportOptions, progress: Progress) 
     return Listing(
         entries=(Entry(_identity(code), name := f"U+{code:04X}/{face}/{j:02d}", name) for code, face, j in samples),
         source="",
-        held_out=share_held_out(options.holdout_share, options.seed),
         provenance={
             "source": f"fonts of matplotlib {fonts.version}",
-            "held_out": f"{options.holdout_share:g} of the characters",
         },
     )
 
@@ -83,6 +81,9 @@ def read_glyphs(source: str, options: ImportOptions) -> Read:
         return _draw(fonts, int(code, 16), face, int(number), options.seed)
 
     return draw
+
+
+IMPORTER = Importer(list_glyphs, read_glyphs)
 
 
 class _Fonts:

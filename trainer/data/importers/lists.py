@@ -10,9 +10,17 @@ from typing import NamedTuple
 import numpy as np
 
 from trainer.data.image import MAX_BYTES
-from trainer.data.importers import Entry, ImportOptions, Listing, Progress, Read, share_held_out
+from trainer.data.importers import (
+    Entry,
+    Importer,
+    ImportOptions,
+    Listing,
+    Progress,
+    Read,
+    WrongLabel,
+    identity_of,
+)
 from trainer.data.importers.folder import read_regular, text
-from trainer.data.importers.labels import WrongLabel, identity_of
 from trainer.data.importers.table import Table
 from trainer.data.remote import fetch_small, is_remote, join, shown
 from trainer.errors import UserError
@@ -40,10 +48,8 @@ def list_list(source: str | None, options: ImportOptions, progress: Progress) ->
     listing = Listing(
         entries=(),
         source=table.address,
-        held_out=share_held_out(options.holdout_share, options.seed),
         provenance={
             "source": os.path.basename(table.shown),
-            "held_out": f"{options.holdout_share:g} of the identities without a split",
         },
         attributes=table.attributes(without=(where, "label", "split")),
     )
@@ -59,6 +65,9 @@ def read_list(source: str, options: ImportOptions) -> Read:
         return fetch_small(path, MAX_BYTES) if is_remote(path) else read_regular(path, text(place))
 
     return read
+
+
+IMPORTER = Importer(list_list, read_list)
 
 
 def _resolve(place: str, source: str) -> str:

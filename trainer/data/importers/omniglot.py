@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from trainer.atomic import fresh_file
 from trainer.data.image import MAX_BYTES
-from trainer.data.importers import Entry, ImportOptions, Listing, Progress, Read, choose
+from trainer.data.importers import Entry, Importer, ImportOptions, Listing, Progress, Read, choose
 from trainer.data.importers.folder import read_folder
 from trainer.errors import UserError
 
@@ -68,6 +68,9 @@ def read_omniglot(source: str, options: ImportOptions) -> Read:
         return read_folder(source, options)
     archive = _open(Path(source))
     return lambda name: _read(archive, archive.getinfo(name))
+
+
+IMPORTER = Importer(list_omniglot, read_omniglot)
 
 
 def _default(progress: Progress) -> Path:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from trainer.atomic import write_file
-from trainer.data.importers import Entry, ImportOptions, Listing, Progress
+from trainer.data.importers import Entry, HeldOut, ImportOptions, Listing, Progress, share_held_out
 from trainer.data.importers.plan import (
     BATCH,
     COLUMNS,
@@ -57,7 +57,12 @@ def make_plan(folder: Path, kind: str, listing: Listing, options: ImportOptions,
     table = open_arrow(folder / ENTRIES_FILE).read_all()
     codes = _number(table["identity"], folder / IDENTITIES_FILE)
     identities = Names(open_arrow(folder / IDENTITIES_FILE).get_batch(0).column(0))
-    split_names, split_of = _splits(table["split"], codes, identities, listing)
+    provenance = listing.provenance
+    if listing.held_out is None:
+        which = " without a split" if table["split"].null_count < total else ""
+        provenance = provenance | {"held_out": f"{options.holdout_share:g} of the identities{which}"}
+    held_out = listing.held_out or share_held_out(options.holdout_share, options.seed)
+    split_names, split_of = _splits(table["split"], codes, identities, held_out)
     kept = np.bincount(codes, minlength=len(identities)) >= options.min_samples
     labels = np.full(len(identities), -1, np.int32)
     shards: list[PlannedShard] = []
@@ -74,12 +79,13 @@ def make_plan(folder: Path, kind: str, listing: Listing, options: ImportOptions,
     if not shards:
         check_classes(0, None, options.min_samples)
     _save(folder, {"codes": codes, "labels": labels})
-    names = ("source", "content", "shape", "attributes", "drop_duplicates", "threads", "provenance", "passed_over")
+    names = ("source", "content", "shape", "attributes", "drop_duplicates", "threads", "passed_over")
     file = PlanFile(
         digest=digest.hexdigest(),
         total=total,
         small=int((~kept).sum()),
         shards=shards,
+        provenance=provenance,
         **{name: getattr(listing, name) for name in names},
     )
     write_file(folder / PLAN_FILE, file.model_dump_json())
@@ -146,21 +152,22 @@ def _columns(batch: list[Entry], attributes: list[str], digest: "_Hash") -> list
 
 def _number(column: pa.ChunkedArray, path: Path) -> NDArray[np.int32]:
     """The number of each entry's identity among the sorted identities, which are written as an Arrow file."""
-    encoded = column.dictionary_encode().combine_chunks()
-    order = pc.sort_indices(encoded.dictionary)
-    table = pa.table({"name": encoded.dictionary.cast(pa.large_string()).take(order)})
+    order = pc.sort_indices(column)  # a table of hashes would take four times the memory where each is another's
+    names = column.cast(pa.large_string()).combine_chunks().take(order)
+    first = np.ones(len(names), bool)
+    first[1:] = pc.not_equal(names[1:], names[:-1]).to_numpy(zero_copy_only=False)
+    codes = np.empty(len(names), np.int32)
+    codes[order.to_numpy()] = np.cumsum(first, dtype=np.int32) - np.int32(1)
+    table = pa.table({"name": names.filter(pa.array(first))})
     with path.open("wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table, max_chunksize=len(table))
-    rank = np.empty(len(order), np.int32)
-    rank[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
-    codes: NDArray[np.int32] = rank[encoded.indices.to_numpy()]
-    del encoded, table, order
+    del order, names, table
     pa.default_memory_pool().release_unused()
     return codes
 
 
 def _splits(
-    column: pa.ChunkedArray, codes: NDArray[np.int32], identities: Names, listing: Listing
+    column: pa.ChunkedArray, codes: NDArray[np.int32], identities: Names, held_out: HeldOut
 ) -> tuple[list[str], NDArray[np.int8]]:
     """The names of the splits, and the number of each identity's split among them."""
     others = {name for name in pc.unique(column).to_pylist() if name is not None} - {"train", "val"}
@@ -181,8 +188,8 @@ def _splits(
         )
     free = np.flatnonzero(split_of == _NO_SPLIT)
     split_of[free] = names.index("train")
-    held_out = list(listing.held_out(Names(identities.array.take(pa.array(free)))))
-    split_of[free[held_out]] = names.index("val")
+    chosen = list(held_out(Names(identities.array.take(pa.array(free)))))
+    split_of[free[chosen]] = names.index("val")
     return names, split_of
 
 

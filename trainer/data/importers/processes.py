@@ -1,31 +1,37 @@
 """The processes that write shards: started, given tasks, and watched.
 
-Each is a Python of its own, so that nothing of the importing process (threads, locks, open files) is copied into it.
-Over its pipes go lines of JSON. It ends with the importing process, however that ends; until then it holds the lock on
-the unfinished data set, so that no second import begins beside it.
+One program is started for all of them. It imports what they need and forks each, so that many cost hardly more than
+one, and none has threads, locks or open files of the importing process. Each has a socket, over which tasks come in and
+answers go out, in lines of JSON. All end with the importing process, however that ends; until then they hold the lock
+on the unfinished data set, so that no second import begins beside them.
 """
 
 import contextlib
 import dataclasses
 import errno
+import gc
 import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from trainer.data.importers import ImportOptions
 from trainer.data.importers.work import Bad, Task, Tell, Worker
 from trainer.errors import UserError
 
 _AGAIN = "run the same command again: it goes on where this one stopped"
-_START = "from trainer.data.importers.processes import serve; serve()"
+_START = "import gc; gc.disable(); from trainer.data.importers.processes import serve; serve()"
+# Nothing here multiplies matrices, and pydantic would look for plugins in all that is installed.
+_LEAN = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYDANTIC_DISABLE_PLUGINS": "1"}
 
 
 class Setup(NamedTuple):
@@ -64,63 +70,73 @@ def run_tasks(setup: Setup, tasks: list[Task], processes: int, tell: Tell) -> No
             except queue.Empty:  # another thread was quicker
                 return
 
-    children: list[_Child] = []
-    try:
-        with ThreadPoolExecutor(processes) as pool:  # a thread for each child, which waits for its answers
-            try:
-                children += (_Child(setup) for _ in range(min(processes, len(tasks))))
-                for led in as_completed([pool.submit(lead, child) for child in children]):
-                    led.result()
-            finally:
-                for child in children:
-                    child.kill()  # after a failure its thread still waits
-    finally:
-        for child in children:
-            child.close()
+    with contextlib.ExitStack() as stack:
+        # A thread for each child, which waits for its answers. After a failure the others' are ended by the program's.
+        pool = stack.enter_context(ThreadPoolExecutor(processes))
+        children = stack.enter_context(_children(setup, min(processes, len(tasks))))
+        for led in as_completed([pool.submit(lead, child) for child in children]):
+            led.result()
+
+
+@contextlib.contextmanager
+def _children(setup: Setup, count: int) -> Iterator[list["_Child"]]:
+    """Processes that end with the block, and at once if that fails."""
+    ours, theirs = zip(*(socket.socketpair() for _ in range(count)), strict=True)
+    for one in theirs:
+        one.set_inheritable(True)
+    # Modules are found where this process finds them, and nowhere else (-P: not in the current folder).
+    path = os.pathsep.join(path for path in sys.path if path)
+    started = {
+        **setup._asdict(),
+        "folder": str(setup.folder),
+        "options": dataclasses.asdict(setup.options),
+        "sockets": [one.fileno() for one in theirs],
+    }
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", _START, json.dumps(started)],
+        stdin=subprocess.PIPE,  # never written to: it ends when this process does
+        env=os.environ | _LEAN | {"PYTHONPATH": path},
+        close_fds=False,  # the lock on the folder is inherited, and the sockets; Python's other files are not
+        process_group=0,  # Ctrl-C does not reach it
+    ) as program:
+        try:
+            for one in theirs:
+                one.close()
+            yield [_Child(one) for one in ours]
+        except BaseException:
+            os.killpg(program.pid, signal.SIGKILL)
+            raise
+        finally:
+            for one in ours:
+                one.shutdown(socket.SHUT_WR)  # no more tasks
+            program.wait()
+            for one in ours:
+                one.close()
 
 
 class _Child:
-    def __init__(self, setup: Setup) -> None:
-        # Modules are found where this process finds them, and nowhere else (-P: not in the current folder).
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _START],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-            close_fds=False,  # the lock on the folder is inherited; Python's other files are not
-        )
-        self._send({"folder": str(setup.folder), "kind": setup.kind, "threads": setup.threads})
-        self._send(dataclasses.asdict(setup.options))
+    """The importing process's end of a process that writes shards."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end, self._answers = end, end.makefile(encoding="utf-8")
 
     def do(self, task: Task, tell: Tell) -> None:
-        self._send(task.model_dump())
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            answer = json.loads(line)
+        with contextlib.suppress(OSError):  # it is dead, which the missing answer says in better words
+            self._end.sendall(task.model_dump_json().encode() + b"\n")
+        for line in self._answers:
+            try:
+                answer = json.loads(line)
+            except ValueError:  # it was killed in the middle of a line
+                continue
             if "error" in answer:
                 raise UserError(answer["error"])
             if "finished" in answer:
                 return
-            tell(answer["done"], [Bad(*bad) for bad in answer["bad"]])
-        raise UserError(_obituary(self._process.wait(), task.shard.name))
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # of a task that never reached it
-            self._process.stdin.close()
-        with self._process:  # closes the other pipe and waits
-            pass
-
-    def _send(self, message: dict[str, object]) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it is dead, which the missing answer says in better words
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
+            if "ended" in answer:
+                raise UserError(_obituary(answer["ended"], task.shard.name))
+            done, bad = answer["told"]
+            tell(done, [Bad(*one) for one in bad])
+        raise UserError(_obituary(-signal.SIGKILL, task.shard.name))  # so was the program, which tells of its children
 
 
 def _obituary(code: int, shard: str) -> str:
@@ -147,34 +163,52 @@ def cannot_write(error: OSError, folder: Path) -> str:
 
 
 def serve() -> None:
+    """The program: forks the processes, and tells in the place of each how it ended."""
+    os.dup2(2, 1)  # whatever a library may print is not what the import prints
+    started = json.loads(sys.argv[1])
+    folder, options = Path(started["folder"]), ImportOptions(**started["options"])
+    worker = Worker(folder, started["kind"], options, started["threads"])
+    gc.freeze()  # what is imported is never garbage, and its pages stay shared
+    gc.enable()
+    sockets = [socket.socket(fileno=number) for number in started["sockets"]]
+    children: dict[int, socket.socket] = {}
+    for own in sockets:
+        child = os.fork()
+        if not child:
+            for other in sockets:
+                if other is not own:
+                    other.close()
+            _work(worker, folder, own)
+        children[child] = own
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    while children:
+        child, status = os.wait()
+        with children.pop(child) as own, contextlib.suppress(OSError):
+            own.sendall(b"\n" + _line(ended=os.waitstatus_to_exitcode(status)))
+
+
+def _end_with_input() -> None:
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)  # the importing process is gone; what is half written is cleared away by the next one
+
+
+def _work(worker: Worker, folder: Path, own: socket.socket) -> NoReturn:
     """A process that writes shards: does the tasks that come in, and answers with what it tells and how it ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the importing process ends us
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library may print must not come between the answers
-    setup, options = json.loads(sys.stdin.readline()), ImportOptions(**json.loads(sys.stdin.readline()))
-    folder = Path(setup["folder"])
-    worker = Worker(folder, setup["kind"], options, setup["threads"])
-
-    def say(**answer: object) -> None:
-        answers.write(json.dumps(answer) + "\n")
-
-    for task in _tasks():
-        try:
-            _do(worker, task, folder, lambda done, bad: say(done=done, bad=bad))
-            say(finished=True)
-        except UserError as error:
-            say(error=str(error))
+    code = 1
+    try:
+        for line in own.makefile(encoding="utf-8"):
+            try:
+                _do(worker, Task.model_validate_json(line), folder, lambda *told: own.sendall(_line(told=told)))
+                own.sendall(_line(finished=True))
+            except UserError as error:
+                own.sendall(_line(error=str(error)))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        os._exit(code)
 
 
-def _tasks() -> Iterator[Task]:
-    """The tasks, as they come in; the process ends with its input, even in the middle of a task."""
-    came: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def listen() -> None:
-        for line in sys.stdin:
-            came.put(line)
-        os._exit(1)  # the importing process is gone; what is half written is cleared away by the next one
-
-    threading.Thread(target=listen, daemon=True).start()
-    while True:
-        yield Task.model_validate_json(came.get())
+def _line(**answer: object) -> bytes:
+    return json.dumps(answer).encode() + b"\n"

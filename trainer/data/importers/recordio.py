@@ -18,8 +18,7 @@ import pyarrow as pa
 import pyarrow.csv
 from numpy.typing import NDArray
 
-from trainer.data.importers import Entry, ImportOptions, Listing, Progress, Read, share_held_out
-from trainer.data.importers.labels import identity_of
+from trainer.data.importers import Entry, Importer, ImportOptions, Listing, Progress, Read, identity_of
 from trainer.data.importers.records import RecordHead, Records
 from trainer.errors import UserError
 
@@ -41,8 +40,7 @@ def list_recordio(source: str | None, options: ImportOptions, progress: Progress
     return Listing(
         entries=_entries(path),
         source=str(path.resolve()),
-        held_out=share_held_out(options.holdout_share, options.seed),
-        provenance={"source": path.name, "held_out": f"{options.holdout_share:g} of the identities"},
+        provenance={"source": path.name},
     )
 
 
@@ -50,6 +48,9 @@ def read_recordio(source: str, options: ImportOptions) -> Read:
     """A place is the offset of a record."""
     records = Records(Path(source))
     return lambda place: records.image(int(place))
+
+
+IMPORTER = Importer(list_recordio, read_recordio)
 
 
 def _find(source: str | None) -> Path:

@@ -16,11 +16,10 @@ from pathlib import Path
 
 from trainer.atomic import Kind, empty, fresh_folder, write_file
 from trainer.data.curate.view import keep, local_files
-from trainer.data.importers import ImportOptions, Progress
-from trainer.data.importers.decide import decide, decided
-from trainer.data.importers.finish import finish
+from trainer.data.importers import KINDS, ImportOptions, Progress, importer_of
+from trainer.data.importers.finish import decide, decided, finish
 from trainer.data.importers.folder import check_name
-from trainer.data.importers.kinds import KINDS
+from trainer.data.importers.in_place import index_in_place
 from trainer.data.importers.plan import PLAN_FOLDER, Plan
 from trainer.data.importers.planning import make_plan
 from trainer.data.importers.processes import Setup, cannot_write, run_tasks
@@ -48,7 +47,7 @@ def run_import(
     identities. What is left out is named in the manifest.
 
     Args:
-        kind: one of `kinds.KINDS`.
+        kind: one of `KINDS`.
         source: a folder, file or address, as the kind says; None where it needs none (glyphs) or knows where to find it
             (omniglot).
         out: a folder of this machine.
@@ -86,12 +85,10 @@ def run_import(
 
 
 def _in_place(kind: str, source: Path | str | None, folder: Path, options: ImportOptions, show: Progress) -> None:
-    in_place = KINDS[kind].in_place
-    if in_place is None or source is None:
-        able = ", ".join(name for name, one in KINDS.items() if one.in_place is not None)
-        raise UserError(f"--in-place is not possible for --kind {kind}; it is for {able or 'none'}, with a SOURCE")
+    if kind != "tars" or source is None:
+        raise UserError(f"--in-place is not possible for --kind {kind}; it is for tars, with a SOURCE")
     empty(folder)
-    in_place(str(source), folder, options, show).write(folder)
+    index_in_place(str(source), folder, options, show).write(folder)
 
 
 def _import(kind: str, source: str | None, folder: Path, options: ImportOptions, show: Progress) -> None:
@@ -113,7 +110,7 @@ def _plan(kind: str, source: str | None, folder: Path, options: ImportOptions, s
     shutil.rmtree(folder / PLAN_FOLDER, ignore_errors=True)
     (folder / PLAN_FOLDER).mkdir()
     try:
-        make_plan(folder / PLAN_FOLDER, kind, KINDS[kind].list(source, options, show), options, show)
+        make_plan(folder / PLAN_FOLDER, kind, importer_of(kind).list(source, options, show), options, show)
     except UserError:
         if not (folder / _DIGEST).exists():
             shutil.rmtree(folder)

@@ -11,9 +11,19 @@ from typing import Any
 from braceexpand import braceexpand
 
 from trainer.data.arrays import content_of
-from trainer.data.importers import Content, Entry, ImportOptions, Listing, PassedOver, Progress, Read, share_held_out
+from trainer.data.importers import (
+    Content,
+    Entry,
+    Importer,
+    ImportOptions,
+    Listing,
+    PassedOver,
+    Progress,
+    Read,
+    WrongLabel,
+    identity_of,
+)
 from trainer.data.importers.folder import check_name
-from trainer.data.importers.labels import WrongLabel, identity_of
 from trainer.data.importers.ranges import opened, read_range
 from trainer.data.remote import is_remote, matching, shown
 from trainer.data.tar import TarSample, samples_of
@@ -46,10 +56,8 @@ def list_tars(source: str | None, options: ImportOptions, progress: Progress) ->
     return Listing(
         entries=_entries(addresses, options.label_field, attributes, passed_over),
         source=source if is_remote(source) else os.path.abspath(source),
-        held_out=share_held_out(options.holdout_share, options.seed),
         provenance={
             "source": os.path.basename(shown(source).rstrip("/")),
-            "held_out": f"{options.holdout_share:g} of the identities",
         },
         content=content,
         shape=shape,
@@ -67,6 +75,9 @@ def read_tars(source: str, options: ImportOptions) -> Read:
         return read_range(address, int(offset), int(offset) + int(size))
 
     return read
+
+
+IMPORTER = Importer(list_tars, read_tars)
 
 
 def archives_of(source: str) -> list[str]:

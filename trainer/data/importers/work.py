@@ -9,12 +9,10 @@ import numpy as np
 from pydantic import Field
 
 from trainer.atomic import write_file
-from trainer.data.importers import ImportOptions, Read
-from trainer.data.importers.kinds import KINDS
+from trainer.data.importers import ImportOptions, Read, importer_of
 from trainer.data.importers.payload import Stored, store_of
 from trainer.data.importers.plan import PLAN_FOLDER, Plan, PlannedSample, PlannedShard
 from trainer.data.importers.shards import Sample, read_shard, write_shard
-from trainer.data.reader import ahead
 from trainer.data.split import ShardEntry
 from trainer.errors import UserError
 from trainer.strict import Strict
@@ -69,7 +67,7 @@ class Worker:
 
     @cached_property
     def _read(self) -> Read:
-        return KINDS[self._kind].read(self._plan.file.source, self._options)
+        return importer_of(self._kind).read(self._plan.file.source, self._options)
 
     def do(self, task: Task, tell: Tell) -> None:
         """Do a task.
@@ -117,6 +115,8 @@ class Worker:
 
         if self._threads == 1:
             return map(check, samples)
+        from trainer.data.reader import ahead  # brings much that is not needed where there are no threads
+
         return ahead(check, samples, threads=self._threads, most=8 * self._threads)
 
     def _redo(self, task: Task, tell: Tell) -> None:

@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 from serving.cli import app
 from tests.trainer.data.importers.archives import pack, picture
 from tests.trainer.data.importers.recordio_files import write_insightface
-from trainer.data.importers import ImportOptions
-from trainer.data.importers.kinds import KINDS
+from trainer.data.importers import KINDS, ImportOptions
 from trainer.data.importers.run import run_import
 from trainer.data.verify import verify
 from trainer.errors import UserError

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from trainer.data.importers import ImportOptions, Read, folder
-from trainer.data.importers.kinds import KINDS
 from trainer.data.importers.run import run_import
+from trainer.data.manifest import Manifest
 from trainer.data.verify import verify
 from trainer.errors import UserError
 
@@ -125,11 +125,12 @@ def start(source: Path, out: Path, seconds: float, **options: object) -> "subpro
 
 
 def children(process: "subprocess.Popen[str]", count: int) -> list[psutil.Process]:
+    """The program that an import has started, and the processes that this has forked."""
     deadline = time.monotonic() + 60
-    while len(found := psutil.Process(process.pid).children()) < count:
+    while len(found := psutil.Process(process.pid).children(recursive=True)) < 1 + count:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    return found
+    return sorted(found, key=lambda one: one.ppid() != process.pid)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,7 @@ def test_processes_write_the_bytes_that_one_would(tmp_path: Path, crowd: Path, p
 def test_killed_process_is_one_sentence_and_the_import_goes_on(tmp_path: Path, crowd: Path):
     options = {"samples_per_shard": 100, "jobs": 2}
     with start(crowd, tmp_path / "set", 0.3, **options) as process:
-        victim = children(process, 2)[0]
+        _, victim, _ = children(process, 2)
         assert process.stdout is not None
         while not process.stdout.readline().startswith("import"):
             pass
@@ -162,6 +163,18 @@ def test_killed_process_is_one_sentence_and_the_import_goes_on(tmp_path: Path, c
     assert "was ended by SIGKILL, most likely since memory ran out (fewer --jobs need less); run the same" in last
     assert not (tmp_path / "set").exists()
     assert_goes_on(tmp_path, crowd, options)
+
+
+def test_without_the_program_that_forked_them_processes_go_on(tmp_path: Path, crowd: Path):
+    options = {"samples_per_shard": 100, "jobs": 2}
+    with start(crowd, tmp_path / "set", 0.1, **options) as process:
+        program, *writers = children(process, 2)
+        program.kill()
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    _, alive = psutil.wait_procs(writers, timeout=30)
+    assert not alive
+    verify(Manifest.read(tmp_path / "set"))
 
 
 def test_killed_import_ends_its_processes_and_goes_on(tmp_path: Path, crowd: Path):
@@ -215,7 +228,7 @@ def test_more_bad_images_allowed_is_no_reason_to_read_any_again(
         read = folder.read_folder(source, options)
         return lambda place: reads.append(place) or read(place)
 
-    monkeypatch.setitem(KINDS, "folder", KINDS["folder"]._replace(read=counting))
+    monkeypatch.setattr(folder, "IMPORTER", folder.IMPORTER._replace(read=counting))
     with pytest.raises(UserError, match=r"--max-bad: then the import goes on from what '.*\.set\.partial' keeps"):
         run_import("folder", people, tmp_path / "set", ImportOptions(**{**OPTIONS, "max_bad": 0.07}))
     first = len(reads)

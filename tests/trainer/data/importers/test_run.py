@@ -242,7 +242,7 @@ def test_image_of_two_identities_is_listed(tmp_path: Path, people: Path):
 
 def test_same_checksum_and_size_make_no_duplicates(tmp_path: Path, people: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shards, "zlib", SimpleNamespace(crc32=lambda data: 7))
-    monkeypatch.setattr("trainer.data.importers.decide._AT_A_TIME", 10)
+    monkeypatch.setattr("trainer.data.importers.finish._AT_A_TIME", 10)
     shutil.copy(people / "ada" / "00.png", people / "ada" / "copy.png")
     made = run_import("folder", people, tmp_path / "set", WHOLE)
     assert made.provenance["duplicates_left_out"] == "1"

@@ -2,6 +2,8 @@ import contextlib
 import hashlib
 import io
 import json
+import subprocess
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterable
@@ -95,6 +97,15 @@ def test_members_tell_nothing_of_the_machine(tmp_path: Path):
     ]  # fmt: skip
     assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {(0, 0, 0, "", "", 0o644)}
     assert described == {"identity": "who 1", "name": "ä/1.png"}
+
+
+def test_the_loop_in_the_documentation_reads_them(data_set: Path, manifest: Manifest):
+    page = Path(__file__).parents[4] / "docs" / "data_format.md"
+    loop = page.read_text().split("```python\n")[1].split("```")[0].replace("data/faces", str(data_set))
+    found = subprocess.run([sys.executable, "-c", loop], capture_output=True, text=True, check=True)
+    rows = [line.rsplit(") ", 1)[1].split() for line in found.stdout.splitlines()]
+    assert len(rows) == manifest.splits["train"].shards[0].samples
+    assert all(manifest.split("train").classes[int(label)] == identity for label, identity in rows)
 
 
 def test_webdataset_reads_them(data_set: Path, manifest: Manifest):

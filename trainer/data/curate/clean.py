@@ -100,7 +100,7 @@ def clean_by_lists(
 def _write_split(view: View, manifest: Manifest, split: Split, found: Found, join: bool) -> None:
     kept = np.ones(split.samples, bool)
     kept[found.suspects] = False
-    relabel = joined(split.identities, found.twins) if join else np.arange(split.identities)
+    relabel = joined(split.identities, found.twins) if join else np.arange(len(split.classes))
     view.add(split.name, [Piece(split, kept, relabel)], identities_of(split))
     view.carry(manifest, [name for name in manifest.splits if name != split.name])
 

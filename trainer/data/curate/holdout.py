@@ -60,7 +60,7 @@ def hold_out(
     held = _draw(whole, by, share, values, np.random.default_rng([seed, _STREAM]))
     what = f"{', '.join(values)} of {by}" if values else f"{share:g} by {by}, seed {seed}"
     with fresh_view(out, overwrite, manifest, {f"split_{into}": f"{what}, out of {split}"}) as view:
-        identities, labels = identities_of(whole), np.arange(whole.identities)
+        identities, labels = identities_of(whole), np.arange(len(whole.classes))
         view.add(split, [Piece(whole, ~held, labels)], identities)
         view.add(into, [Piece(whole, held, labels)], identities)
         view.carry(manifest, [name for name in manifest.splits if name != split])

@@ -40,7 +40,7 @@ class Piece:
     @classmethod
     def whole(cls, split: Split) -> "Piece":
         """The split as it is."""
-        return cls(split, None, np.arange(split.identities))
+        return cls(split, None, np.arange(len(split.classes)))
 
     def shards(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """Each shard that has samples to be taken, and their rows in its index."""

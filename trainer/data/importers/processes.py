@@ -123,20 +123,22 @@ class _Child:
     def do(self, task: Task, tell: Tell) -> None:
         with contextlib.suppress(OSError):  # it is dead, which the missing answer says in better words
             self._end.sendall(task.model_dump_json().encode() + b"\n")
-        for line in self._answers:
-            try:
-                answer = json.loads(line)
-            except ValueError:  # it was killed in the middle of a line
-                continue
-            if "error" in answer:
-                raise UserError(answer["error"])
-            if "finished" in answer:
-                return
-            if "ended" in answer:
-                raise UserError(_obituary(answer["ended"], task.shard.name))
-            done, bad = answer["told"]
-            tell(done, [Bad(*one) for one in bad])
-        raise UserError(_obituary(-signal.SIGKILL, task.shard.name))  # so was the program, which tells of its children
+        with contextlib.suppress(ConnectionResetError):  # it ended, and had not read the task
+            for line in self._answers:
+                try:
+                    answer = json.loads(line)
+                except ValueError:  # it was killed in the middle of a line
+                    continue
+                if "error" in answer:
+                    raise UserError(answer["error"])
+                if "finished" in answer:
+                    return
+                if "ended" in answer:
+                    raise UserError(_obituary(answer["ended"], task.shard.name))
+                done, bad = answer["told"]
+                tell(done, [Bad(*one) for one in bad])
+        gone = f"the process that writes '{task.shard.name}' is gone with the program that started it"
+        raise UserError(f"{gone}, for the reason above or since memory ran out; {_AGAIN}")
 
 
 def _obituary(code: int, shard: str) -> str:

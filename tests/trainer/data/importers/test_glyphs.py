@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from trainer.data.image import Preprocessing, load_image
-from trainer.data.importers import Entry, ImportOptions, Read, glyphs
+from trainer.data.importers import Entry, ImportOptions, Read, glyphs, share_held_out
 from trainer.data.importers.glyphs import list_glyphs, read_glyphs
 from trainer.data.importers.run import run_import
 from trainer.errors import UserError
@@ -26,7 +26,9 @@ def opened(seed: int) -> Source:
     listing = list_glyphs(None, options, lambda *_: None)
     entries = list(listing.entries)
     names = sorted({entry.identity for entry in entries})
-    return Source(entries, {names[i] for i in listing.held_out(names)}, read_glyphs(listing.source, options))
+    assert listing.held_out is None  # the share that the options say
+    held_out = {names[i] for i in share_held_out(options.holdout_share, seed)(names)}
+    return Source(entries, held_out, read_glyphs(listing.source, options))
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """`hypersphere data check`, `merge`, `split`, `clean`: data sets looked after, without rewriting a shard."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -27,7 +28,7 @@ def check(
     to: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the report; default SET-check.")] = None,
     distance: Annotated[int, typer.Option(help="Bits of 256 in which near duplicates may differ, up to 12.")] = 12,
     jobs: Annotated[int | None, typer.Option(help="Processes that decode; default: one a core.")] = None,
-    seed: Annotated[int, typer.Option(help="Chooses the samples that are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the samples that are drawn.")] = 0,
 ) -> None:
     """Examine a data set: every digest, count and image, the balance, and images that occur twice.
 
@@ -139,8 +140,10 @@ def clean(
         found = clean_by_lists(data, lists, to, split=of, join=join, overwrite=overwrite)
     elif embedder is not None and lists is None:
         from trainer.assess import embed_split
+        from trainer.data.curate.view import keep
         from trainer.embedder import Embedder
 
+        keep(to, [embedder])
         opened = Embedder.open(embedder, threads)
         with progress() as show:
             found = search(
@@ -157,7 +160,7 @@ def clean(
 def _beside(data: str) -> Path:
     """Where the report of a set goes: beside a folder; here, where the set is far away."""
     name = data.rstrip("/")
-    return Path(f"{name.rpartition('/')[2] if '://' in name else name}-check")
+    return Path(f"{name.rpartition('/')[2] if '://' in name else os.path.abspath(name)}-check")
 
 
 def _print_splits(manifest: "Manifest", folder: Path) -> None:

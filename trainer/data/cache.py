@@ -14,6 +14,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ Ranges = Iterable[tuple[int, int]]  # offset and size
 Fetch = Callable[[int, int], bytes]  # from the first byte to before the second
 _KEPT_FREE = 50  # room is made for 1/50 of the limit more than asked, so that files are not counted at every request
 _PAGE = 4096
+_OURS = re.compile(r"[0-9a-f]{64}")  # names of what may be removed: somebody may keep other files in the folder
 _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux
 
 
@@ -52,18 +54,30 @@ class Cache:
             UserError: the folder cannot be written to.
         """
         path = os.path.join(self.folder, digest)
+        file = None
         try:
             try:
                 file = _open_locked(path)
             except FileNotFoundError:
                 self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # the data may be private
                 file = _open_locked(path)
+            return CachedFile(self, file, path, size)
         except OSError as error:
-            raise UserError(
-                f"the cache '{self.folder}' cannot be used: {error.strerror}; set data.cache_dir to a folder that can "
-                "be written to"
-            ) from error
-        return CachedFile(self, file, path, size)
+            if file is not None:
+                file.close()
+            raise self.unusable(error) from error
+
+    def unusable(self, error: OSError) -> UserError:
+        """What to tell when the folder or a file in it cannot be written or read."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return UserError(
+                f"the disk of the cache '{self.folder}' is full; lower data.cache_bytes (now {self.limit}), or set "
+                "data.cache_dir to a folder on a larger disk"
+            )
+        return UserError(
+            f"the cache '{self.folder}' cannot be used: {error.strerror}; set data.cache_dir to a folder that can be "
+            "written to"
+        )
 
     @contextmanager
     def room(self, size: int) -> Iterator[None]:
@@ -86,7 +100,7 @@ class Cache:
 
     def _make_room(self, size: int) -> int:
         """Bytes that are taken after files have been removed."""
-        paths = [path for path in self.folder.iterdir() if path.suffix == "" and path.name != "used"]
+        paths = [path for path in self.folder.iterdir() if _OURS.fullmatch(path.name)]
         found = sorted((path.stat().st_mtime_ns, path, _taken(path)) for path in paths)
         used = sum(taken for _, _, taken in found)
         for _, path, taken in found:
@@ -198,17 +212,15 @@ class CachedFile:
                 os.posix_fallocate(self.file.fileno(), start, stop - start)
             os.pwrite(self.file.fileno(), fetch(start, stop), start)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UserError(
-                f"the disk of the cache '{self._cache.folder}' is full; lower data.cache_bytes (now "
-                f"{self._cache.limit}), or set data.cache_dir to a folder on a larger disk"
-            ) from error
+            raise self._cache.unusable(error) from error
 
     @contextmanager
     def _map(self) -> Iterator[int]:
         """The map, opened anew: its locks belong to this opening, and so keep threads apart as well as processes."""
-        handle = os.open(f"{self.path}.map", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            handle = os.open(f"{self.path}.map", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise self._cache.unusable(error) from error
         try:
             yield handle
         finally:

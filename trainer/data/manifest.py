@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveInt, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PositiveInt, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_core import from_json
 
 from trainer.atomic import write_file
@@ -16,11 +16,12 @@ from trainer.data.arrays import content_of_shape, described
 from trainer.data.format1 import upgrade
 from trainer.data.split import Split, SplitEntry
 from trainer.data.store import CacheConfig, DataStore, open_store
-from trainer.data.tables import Classes
+from trainer.data.tables import Classes, plain_name
 from trainer.errors import UserError
 from trainer.strict import Strict
 
 MANIFEST_FILE = "manifest.json"
+_MAX_NAME = 64  # letters of a split's
 
 
 class BadSample(Strict):
@@ -52,6 +53,14 @@ class Manifest(Strict):
         if self.shape if image else content_of_shape(tuple(self.shape)) != self.content:
             raise ValueError(f"shape is {self.shape}, but content is {self.content}")
         return self
+
+    @field_validator("splits")
+    @classmethod
+    def _names(cls, splits: dict[str, SplitEntry]) -> dict[str, SplitEntry]:
+        for name in splits:
+            if len(plain_name(name)) > _MAX_NAME:  # files are called by it
+                raise ValueError(f"the name '{name[:_MAX_NAME]}...' is longer than {_MAX_NAME} letters")
+        return splits
 
     @property
     def holds(self) -> str:

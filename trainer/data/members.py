@@ -14,6 +14,7 @@ from trainer.errors import UserError
 
 BLOCK = 512
 _END = bytes(BLOCK)
+_AFTER_END = 2**16  # bytes behind the end that are looked at: writers fill up to 10 KiB, some to 32
 _MAX_NAME = 2**16  # bytes of a long name
 _MAX_HEADER = 2**20  # bytes of a header that describes the next one
 _REMEDY = "fetch it anew, or pack it again"
@@ -54,6 +55,7 @@ def members(file: BinaryIO, archive: str) -> Iterator[TarMember]:
         file.seek(offset)
         header = file.read(BLOCK)
         if header == _END:
+            _check_end(file, archive, offset)
             return
         _check(header, archive, offset)
         kind, size = header[156:157], _number(header[124:136], archive, offset)
@@ -104,6 +106,15 @@ class _Extended:
             elif keyword.startswith(b"GNU.sparse"):
                 self.sparse = True
             position = stop
+
+
+def _check_end(file: BinaryIO, archive: str, offset: int) -> None:
+    """Archives that were put together by `cat` go on after the end of the first, where nobody would read them."""
+    if file.read(_AFTER_END).strip(b"\0"):
+        raise UserError(
+            f"shard '{archive}' goes on after its end at byte {offset}, as archives do that were joined by 'cat'; give "
+            "them one by one, or join them by 'tar --concatenate'"
+        )
 
 
 def _check(header: bytes, archive: str, offset: int) -> None:

@@ -194,7 +194,9 @@ class MixedReader:
         """Positions of samples that could not be read so far."""
         starts = self._mixed.starts.tolist()
         return [
-            start + position for start, reader in zip(starts, self._readers, strict=False) for position in reader.bad
+            start + position
+            for start, reader in zip(starts, self._readers, strict=False)
+            for position in list(reader.bad)  # in one go: threads that decode add to it
         ]
 
     def pool(self, processes: bool = False) -> DecoderPool:

@@ -8,7 +8,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from trainer.errors import UserError
 
 ATTEMPTS = 5
+_CHUNK = 2**18
 _FIRST_DELAY, _LONGEST_DELAY = 0.2, 10  # seconds; doubled after each further failure
 PATIENCE_S = 120  # that a storage may be away from a run that writes to it
 _CONNECT, _SILENCE = 10, 30  # seconds until a server that does not accept, or falls silent, counts as broken
@@ -147,6 +148,33 @@ def fetch(address: str, start: int = 0, stop: int | None = None, *, patient: boo
         return data
 
     return _patiently(address, read, ATTEMPTS if patient else 1)
+
+
+def fetch_small(address: str, most: int) -> bytes:
+    """The file's bytes; of a file with more than `most` the first `most` + 1, whatever its server sends.
+
+    Raises:
+        UserError: as `fetch`.
+    """
+
+    def read(files: Any, path: str) -> bytes:
+        if address.startswith("http"):  # servers may send all of a file where a part is asked for
+            with files.open(path, block_size=0, size=1) as stream:  # a size, so that none is asked for first
+                data = b"".join(_up_to(stream, most + 1))
+        else:
+            data = bytes(files.cat_file(path, start=0, end=most + 1))
+        if not data:
+            raise _Cut("it is empty")
+        return data
+
+    return _patiently(address, read)
+
+
+def _up_to(stream: Any, most: int) -> Iterator[bytes]:
+    """What a stream gives, until it ends or there are `most` bytes."""
+    while most and (part := stream.read(min(most, _CHUNK))):
+        yield part
+        most -= len(part)
 
 
 def listed(address: str) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.dealing import OnDemand, WholeEpoch
-from trainer.data.tables import Classes, positions_of
+from trainer.data.tables import Classes, positions_of, samples_of_class
 from trainer.errors import UserError
 
 _SHARDS, _WINDOW, _GROUPS, _CLASS = range(4)  # keep the streams of random numbers apart
@@ -117,10 +117,11 @@ class PKSampler:
         self._p, self._k, self._seed = identities, batch_size // identities, seed
         self._check()
         by_size = classes.by_size()
-        rounds = int(classes.counts()[by_size[identities - 1]]) // self._k  # those with P classes or more
+        rounds = self._count(identities - 1) // self._k  # those with P classes or more
         sizes = np.array([self._with((j + 1) * self._k) for j in range(rounds)])
         key = [seed, _GROUPS]
         if int(sizes.sum()) <= MOST_DEALT:
+            classes.check("the table of classes", len(by_class))
             self._deal: WholeEpoch | OnDemand = WholeEpoch(by_size, classes.counts() // self._k, sizes, identities, key)
         else:
             self._deal = OnDemand(by_size, sizes, identities, key)
@@ -143,8 +144,11 @@ class PKSampler:
 
     def _with(self, samples: int) -> int:
         """How many classes have so many samples or more."""
-        counts, by_size = self._classes.counts(), self._classes.by_size()
-        return bisect_right(range(len(by_size)), -samples, key=lambda place: -int(counts[by_size[place]]))
+        return bisect_right(range(len(self._classes)), -samples, key=lambda place: -self._count(place))
+
+    def _count(self, place: int) -> int:
+        """Samples of the class at this place of the order by size."""
+        return samples_of_class(self._classes, int(self._classes.by_size()[place]), len(self._by_class))[0]
 
     def _check(self) -> None:
         classes, p, k = self._classes, self._p, self._k
@@ -163,7 +167,7 @@ class PKSampler:
             )
 
     def _group(self, epoch: int, label: int, group: int) -> NDArray[np.int64]:
-        count, end = int(self._classes.counts()[label]), int(self._classes.ends()[label])
+        count, end = samples_of_class(self._classes, label, len(self._by_class))
         dealt = np.random.default_rng([self._seed, epoch, _CLASS, label]).permutation(count)
         chosen: NDArray[np.int64] = self._by_class[end - count + dealt[group * self._k : (group + 1) * self._k]]
         return positions_of(self._classes[label], chosen, len(self._by_class))

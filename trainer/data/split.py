@@ -4,6 +4,7 @@ Samples have positions: 0, 1, ... in the order of the shards and of each shard's
 """
 
 import hashlib
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -30,6 +31,10 @@ from trainer.data.tar import REMEDY, TarSample, samples_of
 from trainer.errors import UserError
 from trainer.strict import Strict
 
+SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # that a new split may have: its files are called by it
+MAX_SHARD_BYTES = 2**42  # 4 TiB: of a shard from elsewhere the cache keeps a byte for every 64 KiB
+_HEADER_BYTES = 512  # that a sample takes in a tar at least
+
 
 class ShardEntry(Strict):
     """One tar file, and the index beside the manifest that says which of its samples belong to the split.
@@ -41,12 +46,18 @@ class ShardEntry(Strict):
     name: str
     url: str | None = Field(None, description="where the tar lies, if not beside the manifest")
     samples: int = Field(ge=1)
-    bytes: int = Field(ge=1)
+    bytes: int = Field(ge=1, le=MAX_SHARD_BYTES)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     index_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
 
     _plain = field_validator("name")(lambda value: plain_name(value))
     _known = field_validator("url")(lambda value: None if value is None else checked(value))
+
+    @model_validator(mode="after")
+    def _holds(self) -> "ShardEntry":
+        if self.samples * _HEADER_BYTES > self.bytes:
+            raise ValueError(f"a tar of {self.bytes} bytes cannot hold {self.samples} samples")
+        return self
 
     @property
     def index_file(self) -> str:
@@ -61,7 +72,7 @@ class SplitEntry(Strict):
     """A split as the manifest has it. Labels count from 0 within the split."""
 
     samples: int = Field(ge=1)
-    identities: int = Field(ge=2)
+    identities: int = Field(ge=2, le=2**32)
     classes: ClassesFile | None = Field(None, description="null: the names are in the manifest itself (format 1)")
     by_class: TableFile | None = Field(None, description="positions ordered by label; null: made when needed")
     attributes: TableFile | None = Field(None, description="one row a sample, in order of position")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from trainer.atomic import fresh_file
+from trainer.data.arrays import NOT_NPY
 from trainer.errors import UserError
 from trainer.strict import Strict
 
@@ -115,9 +116,13 @@ class Classes(Sequence[str]):
     @overload
     def __getitem__(self, label: slice) -> list[str]: ...
     def __getitem__(self, label: int | slice) -> str | list[str]:
-        names = self._names[label]
-        found: str | list[str] = names.to_pylist() if isinstance(label, slice) else names.as_py()
-        return found
+        names = self._names[label] if isinstance(label, slice) else self._names.slice(range(len(self))[label], 1)
+        try:
+            names.validate(full=True)  # of these alone: Arrow believes a file that its names lie inside of it
+        except pa.ArrowException as error:
+            raise UserError(f"a table of classes has names that are no text ({error}); {_REMEDY}") from error
+        found: list[str] = names.to_pylist()
+        return found if isinstance(label, slice) else found[0]
 
     def names(self) -> list[str]:
         """All names: 100 bytes of memory each."""
@@ -230,13 +235,29 @@ def open_by_class(path: Path, samples: int) -> NDArray[np.int64]:
     """
     try:
         mapped: Any = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, EOFError, *NOT_NPY) as error:
         raise UserError(f"'{path}' is not a table of positions: {error}; {_REMEDY}") from error
     if mapped.shape != (samples,) or mapped.dtype != np.int64:
         raise UserError(f"'{path}' holds {mapped.dtype} {mapped.shape}, not int64 ({samples},); {_REMEDY}")
     mapped.base.madvise(_LOOKED_UP)
     positions: NDArray[np.int64] = mapped
     return positions
+
+
+def samples_of_class(classes: Classes, label: int, samples: int) -> tuple[int, int]:
+    """How many samples a class has, and where its part of the by-class positions ends, looked up in the table alone.
+
+    Raises:
+        UserError: they do not lie within the split's samples, or there is no such class.
+    """
+    if 0 <= label < len(classes):
+        count, end = int(classes.counts()[label]), int(classes.ends()[label])
+        if 0 <= count <= end <= samples:
+            return count, end
+    raise UserError(
+        f"the table of classes contradicts itself, or the {samples} samples of the split, at label {label}; run "
+        f"'hypersphere data verify', and {_REMEDY}"
+    )
 
 
 def positions_of(name: str, found: NDArray[np.int64], samples: int) -> NDArray[np.int64]:

@@ -1,6 +1,7 @@
 """The samples of a WebDataset tar, in one pass from its beginning to its end. Runs without torch.
 
-A sample is the run of files that share a key: the path up to the first dot of the base name.
+A sample is the run of files that share a key: the path up to the first dot of the base name. Hidden
+files and those without a suffix are passed over.
 """
 
 from collections.abc import Iterator
@@ -48,8 +49,16 @@ def samples_of(file: BinaryIO, shard: str, *, payloads: bool = True) -> Iterator
         UserError: the archive is cut off, damaged or not a tar; a name that climbs out of it; a sample without a
             payload, with two files of one suffix, or with a file that is too large. Names the shard and the sample.
     """
-    for key, files in groupby(members(file, shard), key=lambda member: key_of(member.name)):
+    named = (member for member in members(file, shard) if _belongs(member.name))
+    for key, files in groupby(named, key=lambda member: key_of(member.name)):
         yield _sample(file, shard, key, files, payloads)
+
+
+def _belongs(name: str) -> bool:
+    """Whether it is a file of a sample. As WebDataset, this passes over hidden files, such as macOS adds to archives,
+    and those without a suffix."""
+    stem, dot, _ = name.rpartition("/")[2].partition(".")
+    return bool(stem and dot)
 
 
 def key_of(name: str) -> str:

@@ -244,3 +244,30 @@ def test_processes_that_crowd_each_other_out_read_right_and_keep_the_limit(cache
     assert [child.exitcode for child in children[1:]] == [0, 0, 0]
     assert cache.limit // 2 < most <= cache.limit
     _wander(cache, 9)
+
+
+def test_files_of_others_in_the_folder_stay(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 10 * BLOCK)
+    others = {"Makefile", "README", ".profile", "folder", "a" * 63, "g" * 65}
+    for name in others - {"folder"}:
+        (tmp_path / name).write_bytes(content(1))
+    (tmp_path / "folder").mkdir()
+    for seed in range(20):
+        keep(cache, content(1, seed))
+    assert others <= {path.name for path in tmp_path.iterdir()}
+    assert 0 < len(kept(cache)) < 10
+
+
+def test_a_file_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    for name, size in ((f"{digest(b'x')}.map", BLOCK), ("used", BLOCK)):
+        cache = Cache(tmp_path / name[:4], 10 * BLOCK)
+        (cache.folder / name).mkdir(parents=True)
+        with pytest.raises(UserError, match=r"cannot be used: Is a directory; set data\.cache_dir"):
+            keep_sized(cache, size)
+    with pytest.raises(UserError, match=r"cannot be used: File too large; set data\.cache_dir"):
+        keep_sized(Cache(tmp_path / "large", 10 * BLOCK), 2**62)
+
+
+def keep_sized(cache: Cache, size: int) -> None:
+    with cache.open(digest(b"x"), size) as file:
+        file.fill(0, 1, lambda start, stop: bytes(stop - start))

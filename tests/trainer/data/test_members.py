@@ -155,3 +155,12 @@ def test_hostile_extended_headers_raise_nothing_else(content: bytes, kind: bytes
     header = info("extended", len(content), kind).tobuf(tarfile.USTAR_FORMAT)
     with contextlib.suppress(UserError):
         walk(header + content + bytes(-len(content) % 512) + packed((info("a", 1), b"a")))
+
+
+def test_an_archive_that_goes_on_after_its_end_is_refused():
+    one, other = (packed((info(name, 3), b"abc"), format="gnu") for name in ("a.jpg", "b.jpg"))
+    with pytest.raises(
+        UserError, match=r"goes on after its end at byte 1024, as archives do that were joined by 'cat'"
+    ):
+        walk(one + other)
+    assert [member.name for member in walk(one + bytes(2**17))] == ["a.jpg"]

@@ -2,6 +2,7 @@ import hashlib
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from trainer.data.samplers import PKSampler, SequentialSampler, ShuffledSampler
@@ -195,3 +196,28 @@ def test_positions_that_the_split_does_not_have_are_refused(wrong: int):
     sampler = PKSampler(Classes.of([f"c{i}" for i in range(6)], [4] * 6), by_class, 6, 24, seed=0)
     with pytest.raises(UserError, match=rf"class 'c1' has a sample at {wrong}, but the split has 24 samples"):
         sampler.positions(0, 0)
+
+
+def made_up(**columns: list[int]) -> Classes:
+    """The table of six classes of four samples, with other columns than it should have."""
+    right = {"samples": [4] * 6, "end": [4, 8, 12, 16, 20, 24], "by_size": list(range(6))}
+    return Classes(pa.table({"name": pa.array([f"c{i}" for i in range(6)]), **right, **columns}))
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"by_size": [99, 1, 2, 3, 4, 5]},
+        {"by_size": [-1, 1, 2, 3, 4, 5]},
+        {"samples": [2**40] * 6},
+        {"samples": [-4] * 6},
+        {"end": [2**40] * 6},
+        {"end": [-4] * 6},
+    ],
+)
+@pytest.mark.usefixtures("either_deal")
+def test_a_table_that_contradicts_itself_is_refused(columns: dict[str, list[int]]):
+    with pytest.raises(
+        UserError, match=r"table of classes.*; (run 'hypersphere|import the data again)|class 'c0' has -4"
+    ):
+        PKSampler(made_up(**columns), np.arange(24), 6, 12, seed=0).positions(0, 0)

@@ -136,3 +136,26 @@ def test_positions_of_another_set_are_refused(tmp_path: Path, classes: Classes):
     (tmp_path / "p.npy").write_bytes(b"")
     with pytest.raises(UserError, match="not a table of positions"):
         open_by_class(tmp_path / "p.npy", 15)
+
+
+@pytest.mark.parametrize(
+    ("ends", "text"), [([0, 1, 2**40, 3], b"abc"), ([0, 1, -5, 3], b"abc"), ([0, 1, 2, 3], b"a\xffc")]
+)
+def test_names_outside_of_the_file_or_no_text_are_refused_when_they_are_asked_for(ends: list[int], text: bytes):
+    names = pa.LargeStringArray.from_buffers(3, pa.py_buffer(np.array(ends, np.int64)), pa.py_buffer(text))
+    one = pa.array([1, 1, 1])
+    classes = Classes(pa.table({"name": names, "samples": one, "end": [1, 2, 3], "by_size": [0, 1, 2]}))
+    assert classes[0] == "a"
+    for ask in (lambda: classes[1], classes.names, lambda: classes[1:2]):
+        with pytest.raises(UserError, match="names that are no text"):
+            ask()
+    assert [classes[0], len(classes)] == ["a", 3]
+    with pytest.raises(IndexError):
+        classes[3]
+
+
+def test_a_header_that_is_no_python_is_no_table_of_positions(tmp_path: Path):
+    header = b"{'descr': '<i8', 'fortran_order': False, 'shape': (3,)".ljust(117, b"(") + b"\n"
+    (tmp_path / "p.npy").write_bytes(b"\x93NUMPY\x01\x00\x76\x00" + header + bytes(24))
+    with pytest.raises(UserError, match="not a table of positions"):
+        open_by_class(tmp_path / "p.npy", 3)

@@ -132,3 +132,9 @@ def test_garbage_is_no_shard(tmp_path: Path, form: int):
     (tmp_path / "t.tar").write_bytes(b"PK\3\4" * 1000)
     with pytest.raises(UserError, match="damaged at byte 0"):
         read(tmp_path / "t.tar")
+
+
+def test_files_that_belong_to_no_sample_are_passed_over(tmp_path: Path):
+    beside = {"._a.png": b"x", "./._a.cls": b"x", ".DS_Store": b"x", "README": b"x", "x/.hidden.png": b"x"}
+    (only,) = read(write_tar(tmp_path / "s.tar", beside | {"a.cls": b"0", "a.png": b"x"}))
+    assert (only.key, only.label) == ("a", 0)

@@ -17,6 +17,8 @@ from trainer.data.split import Split
 from trainer.data.verify import verify
 from trainer.errors import UserError
 
+_UNSEEN = 2**24  # samples without an index that are made room for: 1 GB
+
 
 @dataclass(frozen=True, slots=True)
 class Balance:
@@ -93,6 +95,7 @@ def check(
         verify(manifest, progress)
     except UserError as error:
         faults += str(error).split("\n")
+    _check_claims(manifest)
     found = scan(text_of(address), manifest, jobs, progress)
     faults += [fault for fault in found.faults if fault not in faults]
     good = np.flatnonzero(found.good)
@@ -103,6 +106,20 @@ def check(
         near, near_within = _apart(found, _at(good, pairs))
     splits = {name: manifest.split(name) for name in manifest.splits}
     return Check(manifest, splits, found, _balance(splits), faults, equal, near, equal_within, near_within)
+
+
+def _check_claims(manifest: Manifest) -> None:
+    """Memory is taken for every sample that the manifest claims: so an index has to say the same of most of them."""
+    claimed = 0
+    for name in manifest.splits:
+        split = manifest.split(name)
+        for shard, entry in enumerate(split.shards):
+            try:
+                split.index(shard)
+            except UserError as error:
+                claimed += entry.samples
+                if claimed > _UNSEEN:
+                    raise UserError(f"{claimed} samples have no index that can be read; the last: {error}") from error
 
 
 def _balance(splits: dict[str, Split]) -> dict[str, Balance]:

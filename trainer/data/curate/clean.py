@@ -1,22 +1,23 @@
 """A data set without the samples whose label is likely wrong; the lists and sheets of them that a person looks at."""
 
 import csv
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.atomic import write_file
+from trainer.data.curate.lists import as_csv
 from trainer.data.curate.noise import ALIKE, DISTANCE, Suspects, Twins, find_suspects, find_twins
 from trainer.data.curate.sheet import Row, draw, pictures
 from trainer.data.curate.view import Piece, View, fresh_view, identities_of, key_at
 from trainer.data.manifest import Manifest
 from trainer.data.reader import Progress
 from trainer.data.split import Split
-from trainer.data.tables import positions_of
+from trainer.data.tables import positions_of, samples_of_class
 from trainer.errors import UserError
 
 SUSPECTS, TWINS = "suspects", "twins"
@@ -89,7 +90,9 @@ def clean_by_lists(
     manifest = Manifest.read(address)
     part = manifest.split(split)
     found = Found(_read_suspects(lists, part), _read_twins(lists, part))
-    with fresh_view(out, overwrite, manifest, {f"cleaned_{split}": f"by the lists in {lists.name}"}) as view:
+    told = {f"cleaned_{split}": f"by the lists in {os.path.basename(os.path.abspath(lists))}"}
+    files = [lists / f"{name}.csv" for name in (SUSPECTS, TWINS)]
+    with fresh_view(out, overwrite, manifest, told, needed=files) as view:
         _write_split(view, manifest, part, found, join)
     return found
 
@@ -97,7 +100,7 @@ def clean_by_lists(
 def _write_split(view: View, manifest: Manifest, split: Split, found: Found, join: bool) -> None:
     kept = np.ones(split.samples, bool)
     kept[found.suspects] = False
-    relabel = joined(split.identities, found.twins) if join else np.arange(split.identities)
+    relabel = joined(split.identities, found.twins) if join else np.arange(len(split.classes))
     view.add(split.name, [Piece(split, kept, relabel)], identities_of(split))
     view.carry(manifest, [name for name in manifest.splits if name != split.name])
 
@@ -130,18 +133,12 @@ def _write_lists(folder: Path, split: Split, labels_N: NDArray[np.int64], suspec
         rows.append(
             (position, *key_at(split, position), identity, *numbers, nearest, f"{suspects.other[place]:.4f}", looks)
         )
-    _write_csv(folder / f"{SUSPECTS}.csv", rows)
+    write_file(folder / f"{SUSPECTS}.csv", as_csv(rows))
     rows = [("label_a", "identity_a", "samples_a", "label_b", "identity_b", "samples_b", "similarity")]
     for one, two, similarity in zip(twins.first.tolist(), twins.second.tolist(), twins.similarity, strict=True):
         both = (one, classes[one], counts[one], two, classes[two], counts[two])
         rows.append((*both, f"{similarity:.4f}"))
-    _write_csv(folder / f"{TWINS}.csv", rows)
-
-
-def _write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
-    text = StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_file(path, text.getvalue())
+    write_file(folder / f"{TWINS}.csv", as_csv(rows))
 
 
 def _draw_sheets(folder: Path, split: Split, labels_N: NDArray[np.int64], found: Found, suspects: Suspects) -> None:
@@ -163,7 +160,7 @@ def _draw_sheets(folder: Path, split: Split, labels_N: NDArray[np.int64], found:
 
 def _examples(split: Split, label: int, found: Found) -> list[NDArray[np.uint8] | None]:
     """The first samples of an identity that are no suspects; gaps where it has too few."""
-    end, count = int(split.classes.ends()[label]), int(split.classes.counts()[label])
+    count, end = samples_of_class(split.classes, label, split.samples)
     positions = positions_of(split.classes[label], np.asarray(split.by_class[end - count : end]), split.samples)
     positions = positions[~np.isin(positions, found.suspects)][:_SHOWN]
     gaps: list[NDArray[np.uint8] | None] = [None] * (_SHOWN - len(positions))

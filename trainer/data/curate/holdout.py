@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from trainer.data.curate.view import Piece, attributes_of, fresh_view, identities_of, labels_of
 from trainer.data.manifest import Manifest
-from trainer.data.split import Split
+from trainer.data.split import SPLIT_NAME, Split
 from trainer.errors import UserError
 
 IDENTITY, SAMPLE = "identity", "sample"
@@ -55,12 +55,12 @@ def hold_out(
     whole = manifest.split(split)
     if into in manifest.splits:
         raise UserError(f"the data set has a split '{into}' already; name the new one with --into")
-    if not into.replace("-", "").replace("_", "").isalnum():
-        raise UserError(f"--into '{into}' is not allowed; use letters, digits, '-' and '_'")
+    if not SPLIT_NAME.fullmatch(into):
+        raise UserError(f"--into '{into}' is not allowed; use letters, digits, '-' and '_', 32 at most")
     held = _draw(whole, by, share, values, np.random.default_rng([seed, _STREAM]))
     what = f"{', '.join(values)} of {by}" if values else f"{share:g} by {by}, seed {seed}"
     with fresh_view(out, overwrite, manifest, {f"split_{into}": f"{what}, out of {split}"}) as view:
-        identities, labels = identities_of(whole), np.arange(whole.identities)
+        identities, labels = identities_of(whole), np.arange(len(whole.classes))
         view.add(split, [Piece(whole, ~held, labels)], identities)
         view.add(into, [Piece(whole, held, labels)], identities)
         view.carry(manifest, [name for name in manifest.splits if name != split])
@@ -72,7 +72,7 @@ def _draw(split: Split, by: str, share: float, values: Sequence[str], random: np
     if values and by in (IDENTITY, SAMPLE):
         raise UserError(f"--values needs an attribute, and --by is '{by}'; name the attribute with --by")
     if by == IDENTITY:
-        return _identities(split.identities, share, random)[labels_of(split)]
+        return _identities(len(split.classes), share, random)[labels_of(split)]
     if by == SAMPLE:
         return _samples(split, share, random)
     codes, names = _attribute(split, by)

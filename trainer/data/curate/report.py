@@ -1,18 +1,17 @@
 """What `hypersphere data check` leaves in a folder: the findings as JSON, the duplicates as CSV, and two sheets."""
 
-import csv
 import json
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
-from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from trainer.atomic import write_file
+from trainer.atomic import DiskFull, write_file
 from trainer.data.curate.check import Check
+from trainer.data.curate.lists import as_csv
 from trainer.data.curate.sheet import Row, draw, pictures
 from trainer.data.curate.view import key_at
 from trainer.data.split import Split
@@ -45,8 +44,10 @@ def write_report(found: Check, folder: Path, seed: int = 0) -> list[Path]:
     Args:
         folder: made where it is missing.
         seed: chooses the samples that are drawn.
+
+    Raises:
+        UserError: a negative seed, or the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     title = f"{found.manifest.kind}: {len(found.scan.good)} samples"
     files: dict[str, str | bytes] = {
         "check.json": json.dumps(_summary(found), indent=1, ensure_ascii=False) + "\n",
@@ -56,8 +57,14 @@ def write_report(found: Check, folder: Path, seed: int = 0) -> list[Path]:
         files["samples.png"] = draw(title, list(_sample_rows(found, seed)))
         if rows := list(_copy_rows(found)):
             files["duplicates.png"] = draw(f"{title}, of which these are alike", rows)
-    for name, content in files.items():
-        write_file(folder / name, content)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_file(folder / name, content)
+    except DiskFull:
+        raise
+    except OSError as error:
+        raise UserError(f"'{folder}' cannot be written: {error.strerror}; give another --out") from error
     return [folder / name for name in files]
 
 
@@ -71,14 +78,14 @@ def _summary(found: Check) -> dict[str, object]:
 
 
 def _table(found: Check) -> str:
-    text = StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(("bits", "where", *(f"{field}_{which}" for which in "ab" for field in Told._fields)))
+    rows: list[tuple[object, ...]] = [
+        ("bits", "where", *(f"{field}_{which}" for which in "ab" for field in Told._fields))
+    ]
     for copy in _copies(found):
         one, two = tell(found, copy.first), tell(found, copy.second)
         where = "across splits" if one.split != two.split else "across identities"
-        table.writerow(("equal" if copy.bits is None else copy.bits, where, *one, *two))
-    return text.getvalue()
+        rows.append(("equal" if copy.bits is None else copy.bits, where, *one, *two))
+    return as_csv(rows)
 
 
 def _copies(found: Check) -> Iterator[Copy]:

@@ -1,5 +1,6 @@
 """Sheets of pictures: rows of samples with a line of text above each, as a PNG file. Pillow alone."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -15,6 +16,7 @@ from trainer.data.split import Split
 
 CELL = 96  # pixels, each way
 _GAP, _LINE, _MARGIN = 6, 22, 12
+_LETTERS = 1000  # of a text that are looked at: names may be long, and no sheet is so wide
 _PAPER, _INK = "white", "black"
 _PREVIEW = Preprocessing(mode="RGB", height=CELL, width=CELL)
 
@@ -71,9 +73,8 @@ def draw(title: str, rows: Sequence[Row]) -> bytes:
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    text = "".join(letter if letter.isprintable() else "?" for letter in text[:_LETTERS])
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    fits = bisect_right(range(len(text)), width, key=lambda letters: font.getlength(text[:letters] + "…"))
+    return text[: max(0, fits - 1)] + "…"

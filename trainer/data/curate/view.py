@@ -40,7 +40,7 @@ class Piece:
     @classmethod
     def whole(cls, split: Split) -> "Piece":
         """The split as it is."""
-        return cls(split, None, np.arange(split.identities))
+        return cls(split, None, np.arange(len(split.classes)))
 
     def shards(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """Each shard that has samples to be taken, and their rows in its index."""
@@ -72,7 +72,8 @@ class View:
     """A new data set, being written into `folder`, that is to lie at `out`."""
 
     def __init__(self, folder: Path, out: Path) -> None:
-        self.folder, self._out = folder, Path(os.path.abspath(out))
+        # As the system comes to it: a way up and down again from there would not lead back through a link.
+        self.folder, self._out = folder, Path(os.path.realpath(out.parent), out.name)
         self.splits: dict[str, SplitEntry] = {}
 
     def add(self, name: str, pieces: Sequence[Piece], identities: pa.Table) -> None:
@@ -164,6 +165,7 @@ def fresh_view(
     like: Manifest,
     provenance: Mapping[str, str],
     sources: Iterable[Manifest] | None = None,
+    needed: Iterable[Path] = (),
 ) -> Iterator[View]:
     """A View to add splits to; the data set appears at `out`, whole, when the block ends without an exception.
 
@@ -171,10 +173,12 @@ def fresh_view(
         like: says what the samples are; its provenance is kept.
         provenance: what is added to it.
         sources: the data sets that the splits come from; None: `like` alone.
+        needed: other files that must stay.
 
     Raises:
-        UserError: `out` exists, or `overwrite` would remove files of a source.
+        UserError: `out` exists, or `overwrite` would remove files of a source, or needed ones.
     """
+    keep(out, needed)
     keep(out, (file for manifest in ([like] if sources is None else sources) for file in local_files(manifest)))
     with fresh_folder(out, _DATA_SET, overwrite) as folder:
         view = View(folder, out)
@@ -226,12 +230,27 @@ def identities_of(split: Split) -> pa.Table:
 def attributes_of(split: Split) -> pa.Table | None:
     """Attributes of a split's samples, in the order of their positions; None: it has none."""
     file = split.entry.attributes
-    return None if file is None else _read(split.store.path(file.file, file.bytes, file.sha256))
+    if file is None:
+        return None
+    table = _read(split.store.path(file.file, file.bytes, file.sha256))
+    if len(table) != split.samples:
+        raise UserError(f"'{file.file}' has {len(table)} rows, but the split {split.samples} samples; fetch it anew")
+    return table
 
 
 def labels_of(split: Split) -> NDArray[np.int64]:
-    """The label of each sample by position: 8 bytes a sample."""
-    return np.concatenate([split.index(shard).labels for shard in range(len(split.shards))]).astype(np.int64)
+    """The label of each sample by position: 8 bytes a sample.
+
+    Raises:
+        UserError: an index has a label that the split does not have.
+    """
+    labels = np.concatenate(list(split.labels())).astype(np.int64)
+    if (largest := int(labels.max())) >= split.identities:
+        raise UserError(
+            f"the split '{split.name}' has a sample with label {largest}, but {split.identities} identities; run "
+            "'hypersphere data verify', and import the data again"
+        )
+    return labels
 
 
 def key_at(split: Split, position: int) -> tuple[str, str]:
@@ -244,7 +263,9 @@ def key_at(split: Split, position: int) -> tuple[str, str]:
 def _read(path: Path) -> pa.Table:
     try:
         with pa.memory_map(str(path)) as file:
-            return pa.ipc.open_file(file).read_all()
+            table = pa.ipc.open_file(file).read_all()
+        table.validate(full=True)  # Arrow believes files that their offsets lie inside of them
+        return table
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"'{path}' is not a table of attributes: {error}; fetch this file anew") from error
 
@@ -260,5 +281,5 @@ def _url(split: Split, entry: ShardEntry, out: Path) -> str:
     """Where a shard lies: an address as it is, a path as seen from `out`, so that sets may be moved together."""
     place, address = (entry.url or entry.name).removeprefix("file://"), split.store.address
     if split.store.is_local(entry.file):
-        return os.path.relpath(os.path.join(os.path.abspath(address), place), out)
+        return os.path.relpath(os.path.realpath(os.path.join(address, place)), out)
     return place if is_remote(place) else join(address, place)

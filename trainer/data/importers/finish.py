@@ -44,6 +44,11 @@ class Decision(Strict):
     left_out: int
 
 
+def decided(folder: Path) -> bool:
+    """Whether `decide` was done, after which the shards stay as they are but for its tasks."""
+    return (folder / WORK_FOLDER / _DECISION).exists()
+
+
 class _Sample(NamedTuple):
     """Where a sample is: its shard (number in the plan), its row there, its label, and its number in the split."""
 
@@ -61,7 +66,7 @@ def decide(folder: Path, plan: Plan, min_samples: int) -> Decision:
         UserError: a split has fewer than two identities left.
     """
     file = folder / WORK_FOLDER / _DECISION
-    if file.exists():
+    if decided(folder):
         return Decision.model_validate_json(file.read_bytes())
     written = _Written(folder, plan)
     drops: dict[int, list[int]] = {}

@@ -10,7 +10,8 @@ from urllib.parse import unquote
 
 from trainer.data.image import MAX_BYTES
 from trainer.data.importers import Entry, Importer, ImportOptions, Listing, PassedOver, Progress, Read
-from trainer.data.remote import fetch, is_remote, join, listed, shown
+from trainer.data.manifest import MANIFEST_FILE
+from trainer.data.remote import fetch_small, is_remote, join, listed, shown
 from trainer.errors import UserError
 
 _LITTER = {"thumbs.db", "desktop.ini", "__macosx"}  # what file managers leave behind
@@ -57,7 +58,7 @@ def list_folder(source: str | None, options: ImportOptions, progress: Progress) 
 def read_folder(source: str, options: ImportOptions) -> Read:
     """Reads files by their path below `source`."""
     if is_remote(source):
-        return lambda place: fetch(join(source, place))
+        return lambda place: fetch_small(join(source, place), MAX_BYTES)
     return lambda place: read_regular(f"{source}/{place}", place)
 
 
@@ -174,7 +175,9 @@ def _sorted(source: str, folder: str, passed_over: list[PassedOver]) -> list["os
 def _why_not_entered(folder: "os.DirEntry[str]") -> str | None:
     if folder.name.startswith("."):
         return "is a hidden folder"
-    return "is a link to a folder, and only links to files are followed" if folder.is_symlink() else None
+    if folder.is_symlink():
+        return "is a link to a folder, and only links to files are followed"
+    return "is a data set, not an identity" if os.path.isfile(os.path.join(folder, MANIFEST_FILE)) else None
 
 
 def _status(file: "os.DirEntry[str]", name: str, passed_over: list[PassedOver]) -> os.stat_result | None:
@@ -189,6 +192,16 @@ def _status(file: "os.DirEntry[str]", name: str, passed_over: list[PassedOver]) 
         return status
     passed_over.append(PassedOver(name, f"{_OTHER.get(stat.S_IFMT(status.st_mode), 'is something')}, not a file"))
     return None
+
+
+def check_name(path: str) -> None:
+    """Refuse the name of a source that no manifest could hold; the names of samples are written out by `text`.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    if text(path) != path:
+        raise UserError(f"the name of '{text(path)}' is not UTF-8; rename it, or make a link to it and name that")
 
 
 def text(path: str) -> str:

@@ -19,7 +19,7 @@ from trainer.data.importers import Content, ImportOptions, Progress, share_held_
 from trainer.data.importers.payload import store_of
 from trainer.data.importers.planning import check_classes
 from trainer.data.importers.ranges import REQUEST, Hashed
-from trainer.data.importers.tars import archives_of, fields_of, identity_in, peek
+from trainer.data.importers.tars import archives_of, fields_of, identity_in, late, peek, unknown
 from trainer.data.index import RECORD, make_index, write_index
 from trainer.data.manifest import BadSample, Manifest
 from trainer.data.reader import ahead
@@ -45,7 +45,8 @@ class _Work(NamedTuple):
 
 
 class _Scan(NamedTuple):
-    """What was found in an archive; its samples are in files, `<number>.npy` and `<number>.arrow`."""
+    """What was found in an archive; its samples are in files, `<number>.npy` and `<number>.arrow`. `late`: fields that
+    are no attributes, and the name of the first sample that has each."""
 
     address: str
     number: int
@@ -54,6 +55,7 @@ class _Scan(NamedTuple):
     samples: int
     grey: bool
     bad: list[BadSample]
+    late: dict[str, str]
 
     def records(self, folder: Path) -> NDArray[np.void]:
         """`RECORD`s whose labels are not known yet."""
@@ -98,7 +100,7 @@ def index_in_place(source: str, folder: Path, options: ImportOptions, progress: 
         content=work.content,
         shape=list(work.shape or ()),
         splits=splits,
-        bad=[bad for one in scans for bad in one.bad],
+        bad=[*(bad for one in scans for bad in one.bad), *_late(scans)],
         provenance={
             "source": os.path.basename(shown(source).rstrip("/")),
             "held_out": f"{options.holdout_share:g} of the identities",
@@ -114,9 +116,15 @@ def _scan_all(addresses: list[str], work: _Work, progress: Progress) -> list[_Sc
     scans: list[_Scan] = []
     for one in ahead(lambda item: _scan(*item, work), enumerate(addresses), threads=jobs, most=2 * jobs):
         scans.append(one)
-        _check_bad(scans, work.options.max_bad)
         progress("index", len(scans), len(addresses))
+    _check_bad(scans, work.options.max_bad)
     return scans
+
+
+def _late(scans: list[_Scan]) -> list[BadSample]:
+    """Each field that came too late to be an attribute, once."""
+    first = {field: name for one in reversed(scans) for field, name in one.late.items()}
+    return [BadSample(**late(field, name)._asdict()) for field, name in first.items()]
 
 
 def _check_bad(scans: list[_Scan], most: float) -> None:
@@ -209,7 +217,7 @@ def _scan(number: int, address: str, work: _Work) -> _Scan:
         digest = raw.finish()
     whole = np.concatenate(records)
     np.save(f"{path}.npy", whole, allow_pickle=False)
-    return _Scan(address, number, raw.size, digest, len(whole), reading.grey, reading.bad)
+    return _Scan(address, number, raw.size, digest, len(whole), reading.grey, reading.bad, reading.late)
 
 
 class _Reading:
@@ -219,6 +227,8 @@ class _Reading:
         self.archive = archive
         self.grey = True
         self.bad: list[BadSample] = []
+        self.late: dict[str, str] = {}
+        self._known = set(work.attributes)
         self._work = work
         self._store = store_of(work.content, work.shape, work.options)
 
@@ -226,11 +236,13 @@ class _Reading:
         """A `RECORD`, and what is written in words; None: the sample is left out."""
         field = self._work.options.label_field
         identity = identity_in(sample, field, self.archive)
+        name = f"{os.path.basename(self.archive)}/{sample.key}"
         try:
             self.grey &= self._store(sample.payload, sample.key).grey
         except UserError as error:
-            self.bad.append(BadSample(name=f"{os.path.basename(self.archive)}/{sample.key}", reason=str(error)))
+            self.bad.append(BadSample(name=name, reason=str(error)))
             return None
-        fields = fields_of(sample, field) if self._work.attributes else {}
+        fields = fields_of(sample, field) if sample.text else {}
+        self.late |= dict.fromkeys(unknown(fields, self._known), name)
         record = sample.offset, sample.size, 0, zlib.crc32(sample.payload), 0
         return record, [sample.key, identity, *map(fields.get, self._work.attributes)]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from trainer.data.image import MAX_BYTES
 from trainer.data.importers import (
     Entry,
     Importer,
@@ -21,7 +22,7 @@ from trainer.data.importers import (
 )
 from trainer.data.importers.folder import read_regular, text
 from trainer.data.importers.table import Table
-from trainer.data.remote import fetch, is_remote, join, shown
+from trainer.data.remote import fetch_small, is_remote, join, shown
 from trainer.errors import UserError
 
 _NAMED = 20  # missing files that a message names
@@ -61,7 +62,7 @@ def read_list(source: str, options: ImportOptions) -> Read:
 
     def read(place: str) -> bytes:
         path = _resolve(place, source)
-        return fetch(path) if is_remote(path) else read_regular(path, text(place))
+        return fetch_small(path, MAX_BYTES) if is_remote(path) else read_regular(path, text(place))
 
     return read
 

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import re
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from trainer.data.importers.plan import (
     open_arrow,
 )
 from trainer.data.remote import shown
+from trainer.data.split import SPLIT_NAME
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ MAX_SHARD_BYTES = 2**30
 _UNLIKE = ("max_bad", "overwrite", "jobs")  # options that do not decide about the bytes
 _SHUFFLE = 0x5A0F
 _TAR_BYTES = 2560  # of a sample, besides its payload: headers, label and description
-_SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 _MAX_SPLITS = 100
 _NO_SPLIT = -1
 
@@ -173,7 +172,7 @@ def _splits(
     """The names of the splits, and the number of each identity's split among them."""
     others = {name for name in pc.unique(column).to_pylist() if name is not None} - {"train", "val"}
     names = ["train", "val", *sorted(others)]
-    if wrong := [name for name in names if not _SPLIT_NAME.fullmatch(name)]:
+    if wrong := [name for name in names if not SPLIT_NAME.fullmatch(name)]:
         raise UserError(f"the split {wrong[0]!r} cannot name a file; use letters, digits, '-' and '_', 32 at most")
     if len(names) > _MAX_SPLITS:
         raise UserError(f"the source names {len(names)} splits; at most {_MAX_SPLITS} are allowed: 'train' and 'val'")

@@ -17,7 +17,8 @@ from pathlib import Path
 from trainer.atomic import Kind, empty, fresh_folder, write_file
 from trainer.data.curate.view import keep, local_files
 from trainer.data.importers import KINDS, ImportOptions, Progress, importer_of
-from trainer.data.importers.finish import decide, finish
+from trainer.data.importers.finish import decide, decided, finish
+from trainer.data.importers.folder import check_name
 from trainer.data.importers.in_place import index_in_place
 from trainer.data.importers.plan import PLAN_FOLDER, Plan
 from trainer.data.importers.planning import make_plan
@@ -68,7 +69,9 @@ def run_import(
         )
     out = Path(out)
     if source is not None and not is_remote(source):
-        keep(out, [Path(checked(source))])
+        check_name(os.path.abspath(source))
+    places = [checked(place).removeprefix("file://") for place in (source, options.labels) if place is not None]
+    keep(out, (Path(place) for place in places if not is_remote(place)))
     with fresh_folder(out, _DATA_SET, options.overwrite, resumable=True) as folder:
         try:
             if options.in_place:
@@ -146,7 +149,11 @@ class _Tally:
         for shard in plan.shards:
             file = result_file(folder, Task(what="write", shard=shard))
             if file.exists():
-                self.tell(shard.samples, Result.model_validate_json(file.read_bytes()).bad)
+                bad = Result.model_validate_json(file.read_bytes()).bad
+                if bad and plan.file.threads > 1 and not decided(folder):
+                    file.unlink()  # from elsewhere: what could not be had then may be had now
+                else:
+                    self.tell(shard.samples, bad)
 
     def tell(self, done: int, bad: list[Bad]) -> None:
         self._done += done

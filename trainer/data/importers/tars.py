@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from glob import glob
 from itertools import islice
 from typing import Any
@@ -17,11 +17,13 @@ from trainer.data.importers import (
     Importer,
     ImportOptions,
     Listing,
+    PassedOver,
     Progress,
     Read,
     WrongLabel,
     identity_of,
 )
+from trainer.data.importers.folder import check_name
 from trainer.data.importers.ranges import opened, read_range
 from trainer.data.remote import is_remote, matching, shown
 from trainer.data.tar import TarSample, samples_of
@@ -30,6 +32,7 @@ from trainer.errors import UserError
 MAX_ARCHIVES = 1_000_000
 _NAMED = 20  # missing archives that a message names
 _PEEKED = 100  # samples whose .json says what the attributes are called
+_MAX_FIELDS = 1000  # of all samples, that are told apart
 _RANGE = re.compile(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.-?(\d+))?")
 _CONNECTIONS = 16  # that each process reads payloads from elsewhere with
 
@@ -49,8 +52,9 @@ def list_tars(source: str | None, options: ImportOptions, progress: Progress) ->
     addresses = [address if is_remote(address) else os.path.abspath(address) for address in archives_of(source)]
     content, shape, attributes = peek(addresses[0], options.label_field)
     remote = any(map(is_remote, addresses))
+    passed_over: list[PassedOver] = []
     return Listing(
-        entries=_entries(addresses, options.label_field, attributes),
+        entries=_entries(addresses, options.label_field, attributes, passed_over),
         source=source if is_remote(source) else os.path.abspath(source),
         provenance={
             "source": os.path.basename(shown(source).rstrip("/")),
@@ -59,6 +63,7 @@ def list_tars(source: str | None, options: ImportOptions, progress: Progress) ->
         shape=shape,
         attributes=dict.fromkeys(attributes, "string"),
         threads=_CONNECTIONS if remote else 1,
+        passed_over=passed_over,
     )
 
 
@@ -89,6 +94,8 @@ def archives_of(source: str) -> list[str]:
         found = sorted(os.path.join(source, name) for name in os.listdir(source) if name.endswith(".tar"))
         if not found:
             raise UserError(f"SOURCE '{source}' holds no .tar; give a folder that holds some")
+        for path in found:
+            check_name(path)
         return found
     if os.path.isfile(source):  # whatever braces its name has
         return [source]
@@ -196,16 +203,33 @@ def fields_of(sample: TarSample, label_field: str) -> dict[str, str]:
     }
 
 
-def _entries(addresses: list[str], label_field: str, attributes: list[str]) -> Iterator[Entry]:
+def unknown(fields: Iterable[str], known: set[str]) -> list[str]:
+    """Fields that were not known, and are from now on."""
+    found = [field for field in fields if field not in known] if len(known) < _MAX_FIELDS else []
+    known.update(found)
+    return found
+
+
+def late(field: str, name: str) -> PassedOver:
+    """What to tell of a field that is no attribute; `name`: of the first sample that has it."""
+    return PassedOver(f"{name}: the field '{field}'", f"comes first after {_PEEKED} samples, and so is no attribute")
+
+
+def _entries(
+    addresses: list[str], label_field: str, attributes: list[str], passed_over: list[PassedOver]
+) -> Iterator[Entry]:
+    known = set(attributes)
     for address in addresses:
         archive = shown(address)
         stamp = "" if is_remote(address) else str(os.stat(address).st_mtime_ns)
         with opened(address) as file:
             for sample in samples_of(file, archive, payloads=False):
-                fields = fields_of(sample, label_field) if attributes else {}
+                fields = fields_of(sample, label_field) if sample.text else {}
+                name = f"{os.path.basename(archive)}/{sample.key}"
+                passed_over += (late(field, name) for field in unknown(fields, known))
                 yield Entry(
                     identity_in(sample, label_field, archive),
-                    f"{os.path.basename(archive)}/{sample.key}",
+                    name,
                     f"{sample.offset} {sample.size} {address}",
                     attributes={name: fields.get(name) for name in attributes} or None,
                     size=sample.size,

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -10,15 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 from typer.testing import CliRunner
 
 from serving.cli import app
+from tests.peak import at_most
 from trainer.data.arrays import as_payload
 from trainer.data.curate import scan as scanning
 from trainer.data.curate.check import Balance, check
 from trainer.data.curate.holdout import hold_out
 from trainer.data.curate.merge import merge
+from trainer.data.curate.report import write_report
+from trainer.data.curate.sheet import Row, _fit, draw
 from trainer.data.importers.run import ImportOptions, run_import
 from trainer.data.manifest import Manifest
 from trainer.errors import UserError
@@ -191,3 +195,38 @@ def test_the_bins_hold_every_identity() -> None:
         (1, 1, 1), (2, 2, 1), (3, 4, 2), (5, 8, 2), (9, 16, 2), (17, 32, 1), (33, 64, 0), (65, 128, 1),
     ]  # fmt: skip
     assert (balance.fewest, balance.median, balance.most) == (1, 6.5, 100)
+
+
+def test_names_of_any_length_are_drawn(tmp_path: Path) -> None:
+    draw("x" * 10**6, [Row("ab" * 10**6, ())])
+    font = ImageFont.load_default(14)
+    fitted = _fit("some words " * 50, font, 300)
+    assert font.getlength(fitted) <= 300 < font.getlength(("some words " * 50)[: len(fitted)] + "\u2026")
+    assert fitted.endswith("\u2026")
+    assert _fit("short", font, 300) == "short"
+    assert _fit("short", font, 0) == "\u2026"
+
+
+def test_the_report_goes_beside_the_set_or_nowhere(
+    data_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(data_set, tmp_path / "set")
+    monkeypatch.chdir(tmp_path / "set")
+    assert CliRunner().invoke(app, ["data", "check", "."]).exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "set-check"]
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", "/proc/none"):
+        with pytest.raises(UserError, match=r"cannot be written: .*; give another --out"):
+            write_report(check(data_set, jobs=1), Path(out))
+    assert CliRunner().invoke(app, ["data", "check", ".", "--seed", "-1"]).exit_code == 2
+
+
+def test_samples_that_are_only_claimed_get_no_room(data_set: Path, tmp_path: Path) -> None:
+    shutil.copytree(data_set, tmp_path / "set")
+    tree = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    train = tree["splits"]["train"]
+    train["shards"][0] |= {"samples": 2**32, "bytes": 2**42}
+    train["samples"] = sum(shard["samples"] for shard in train["shards"])
+    (tmp_path / "set" / "manifest.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="4294967296 samples have no index that can be read"), at_most(2**26):
+        check(tmp_path / "set", jobs=1)

@@ -10,7 +10,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from serving.cli import app
-from trainer.data.curate.clean import clean, clean_by_lists, joined
+from trainer.data.curate.clean import _read_csv, clean, clean_by_lists, joined
+from trainer.data.curate.lists import as_csv
 from trainer.data.manifest import Manifest
 from trainer.data.tar import samples_of
 from trainer.data.verify import verify
@@ -173,3 +174,9 @@ def test_nothing_is_left_where_the_embedding_fails(wrong_labels: tuple[Path, set
 
 def test_pairs_are_joined_over_several_steps() -> None:
     assert joined(7, [(1, 2), (4, 5), (2, 4), (6, 6)]).tolist() == [0, 1, 1, 3, 1, 1, 6]
+
+
+def test_names_with_line_ends_come_back_from_the_lists(tmp_path: Path) -> None:
+    names = ["a\rb", "c\nd", 'e"f', "\r"]
+    (tmp_path / "x.csv").write_text(as_csv([("name", "number"), *zip(names, range(4), strict=True)]), newline="")
+    assert [row["name"] for _, row in _read_csv(tmp_path / "x.csv", ("name", "number"))] == names

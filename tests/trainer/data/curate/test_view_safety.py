@@ -1,22 +1,26 @@
 """Views that would remove their own sources, and addresses with tokens in them."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
 from serving.cli import app
 from tests.trainer.data.importers.archives import pack, picture
 from tests.web import Web, serving
-from trainer.data.curate.clean import clean
+from trainer.data.curate.clean import clean, clean_by_lists
 from trainer.data.curate.holdout import hold_out
 from trainer.data.curate.merge import merge
 from trainer.data.importers import ImportOptions
 from trainer.data.importers.run import run_import
 from trainer.data.manifest import Manifest
+from trainer.data.tables import TableFile
 from trainer.data.verify import verify
 from trainer.errors import UserError
 
@@ -101,3 +105,63 @@ def test_a_token_comes_neither_into_the_manifest_nor_onto_the_terminal(
 def test_a_set_named_by_a_file_address_is_pointed_to(data_set: Path, tmp_path: Path) -> None:
     verify(hold_out(f"file://{data_set}", tmp_path / "drawn", share=0.4))
     assert Manifest.read(f"file://{tmp_path}/drawn").split("val").identities == 3
+
+
+@pytest.mark.parametrize("depth", ["", "deep/deeper/deepest"])
+def test_a_set_is_found_from_a_folder_below_a_link(data_set: Path, tmp_path: Path, depth: str) -> None:
+    (tmp_path / "real" / depth).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / depth)
+    hold_out(data_set, tmp_path / "link" / "one", share=0.4)
+    verify(hold_out(tmp_path / "link" / "one", tmp_path / "link" / "two", share=0.4, into="test"))
+    verify(hold_out(tmp_path / "link" / "two", tmp_path / "three", by="sample", into="third"))
+    for place in (tmp_path / "link", tmp_path / "real" / depth):
+        verify(Manifest.read(place / "one"))
+
+
+def test_lists_embedder_and_labels_are_not_replaced(places: Path) -> None:
+    out = places / "view"
+    (out / "suspects.csv").write_text("position,shard,key\n")
+    (out / "twins.csv").write_text("label_a,identity_a,label_b,identity_b\n")
+    np.save(out / "labels.npy", np.arange(8) % 2)
+    np.save(places / "rows.npy", np.zeros((8, 3), np.float32))
+    before = _files(places)
+    with pytest.raises(UserError, match="cannot be replaced"):
+        clean_by_lists(places / "drawn", out, out, overwrite=True)
+    told = CliRunner().invoke(
+        app, ["data", "clean", str(places / "drawn"), "--embedder", str(out), "--out", str(out), "--overwrite"]
+    )
+    assert "cannot be replaced" in str(told.exception)
+    options = ImportOptions(holdout_share=0, overwrite=True, labels=str(out / "labels.npy"))
+    with pytest.raises(UserError, match="cannot be replaced"):
+        run_import("arrays", places / "rows.npy", out, options)
+    with pytest.raises(UserError, match="cannot be replaced"):
+        run_import("tars", f"file://{places}/drawn", places / "drawn", ImportOptions(overwrite=True))
+    assert _files(places) == before
+
+
+@pytest.mark.parametrize("spoil", ["rows", "label"])
+def test_tables_that_do_not_fit_are_one_sentence(data_set: Path, tmp_path: Path, spoil: str) -> None:
+    shutil.copytree(data_set, tmp_path / "set")
+    tree = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    train = tree["splits"]["train"]
+    if spoil == "rows":
+        path = tmp_path / "set" / "train.attributes.arrow"
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, pa.schema([("key", pa.string())])) as writer:
+            writer.write_table(pa.table({"key": ["a"]}))
+        train["attributes"] = TableFile.of(path).model_dump()
+    else:
+        path = tmp_path / "set" / "train-000000.idx"
+        content = bytearray(path.read_bytes())
+        content[64 + 12 : 64 + 16] = b"\xff" * 4
+        path.write_bytes(content)
+        train["shards"][0]["index_sha256"] = hashlib.sha256(content).hexdigest()
+    (tmp_path / "set" / "manifest.json").write_text(json.dumps(tree))
+    says = {"rows": "has 1 rows, but the split 47 samples", "label": "a sample with label 4294967295, but 7 identities"}
+    with pytest.raises(UserError, match=says[spoil]):
+        hold_out(tmp_path / "set", tmp_path / "out", share=0.4)
+
+
+def test_names_of_splits_that_files_can_have(data_set: Path, tmp_path: Path) -> None:
+    for name in ("x" * 300, "drei\u0663", "../x", "", "a b"):
+        with pytest.raises(UserError, match="is not allowed; use letters, digits, '-' and '_', 32 at most"):
+            hold_out(data_set, tmp_path / "out", share=0.4, into=name)

@@ -242,3 +242,11 @@ def test_folder_of_a_web_server_gives_the_samples_of_a_local_one(tmp_path: Path,
     with serving(partial(Quiet, directory=str(tmp_path))) as address:
         there = run_import("folder", f"{address}/faces", tmp_path / "there", options)
     assert there.model_dump() == run_import("folder", here, tmp_path / "here", options).model_dump()
+
+
+def test_a_data_set_below_the_source_is_no_identity(image_folder: Path, tmp_path: Path):
+    source = Path(shutil.copytree(image_folder, tmp_path / "people"))
+    first = run_import("folder", source, source / "set", ImportOptions(holdout_share=0))
+    again = run_import("folder", source, tmp_path / "again", ImportOptions(holdout_share=0))
+    assert again.splits["train"].samples == first.splits["train"].samples
+    assert ("set", "is a data set, not an identity") in [(bad.name, bad.reason) for bad in again.bad]

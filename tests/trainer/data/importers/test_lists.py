@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.trainer.data.importers.archives import picture
 from tests.web import Web, serving
 from trainer.data import remote
 from trainer.data.importers import Entry, ImportOptions, Listing
@@ -243,3 +244,26 @@ def test_damage_raises_nothing_else(suffix: str, changes: list[tuple[int, int]],
         path = Path(folder, f"list{suffix}")
         path.write_bytes(data[: len(data) - length % len(data)] if length % 3 == 0 else data)
         listed(path)
+
+
+def test_no_more_of_a_file_is_taken_than_an_image_may_have(files: Path):
+    (files / "a.jpg").write_bytes(bytes(2**27))
+    with serving(Web(files, ranges=False)) as web:
+        read = read_list(str(files / "list.csv"), OPTIONS)
+        assert len(read(f"{web.address}/a.jpg")) == 10 * 2**20 + 1
+    assert web.sent["a.jpg"] < 2**26
+
+
+def test_what_a_server_could_not_give_is_asked_for_again(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(remote, "_FIRST_DELAY", 0.001)
+    for i in range(6):
+        (files / f"{i}.jpg").write_bytes(picture(i))
+    with serving(Web(files, fault="busy")) as web:
+        source = saved(files, "\n".join(["url,label", *(f"{web.address}/{i}.jpg,{i % 2}" for i in range(6))]))
+        options = ImportOptions(holdout_share=0, samples_per_shard=2, max_bad=0)
+        web.faults["5.jpg"] = 10**6
+        with pytest.raises(UserError, match="the server answers 503"):
+            run_import("list", source, tmp_path / "set", options)
+        web.faults.clear()
+        found = run_import("list", source, tmp_path / "set", options)
+    assert (found.bad, found.split("train").samples) == ([], 6)

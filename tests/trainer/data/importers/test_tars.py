@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from PIL import Image
 from tests.trainer.data.importers.archives import pack, picture
 from tests.web import Web, serving
 from trainer.data import remote
-from trainer.data.importers import Entry, ImportOptions
+from trainer.data.importers import Entry, ImportOptions, tars
 from trainer.data.importers.run import run_import
 from trainer.data.importers.tars import _count, list_tars, read_tars
 from trainer.data.manifest import Manifest
@@ -354,3 +355,38 @@ def test_damage_raises_nothing_else(changes: list[tuple[int, int]], by_json: boo
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(UserError):
         Path(folder, "x.tar").write_bytes(data)
         listed(folder, ImportOptions(label_field="a" if by_json else "cls"))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_fields_that_come_too_late_are_told(tmp_path: Path, in_place: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tars, "_PEEKED", 2)
+    samples = [{"cls": b"%d" % (i % 2), "jpg": picture(i), "json": b'{"a": 1}'} for i in range(6)]
+    samples[4]["json"] = samples[5]["json"] = b'{"a": 1, "late": 2}'
+    pack(tmp_path / "x-0.tar", samples)
+    pack(tmp_path / "x-1.tar", [sample | {"jpg": picture(10 + i)} for i, sample in enumerate(samples)])
+    options = ImportOptions(holdout_share=0, in_place=in_place)
+    manifest = run_import("tars", tmp_path / "x-*.tar", tmp_path / "set", options)
+    ((name, reason),) = [(bad.name, bad.reason) for bad in manifest.bad]
+    assert name.endswith("x-0-0004: the field 'late'")
+    assert reason == "comes first after 2 samples, and so is no attribute"
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_bad_samples_are_a_share_of_all_archives(tmp_path: Path, in_place: bool):
+    for number in range(4):
+        samples = [{"cls": b"%d" % (i % 2), "jpg": picture(10 * number + i)} for i in range(6)]
+        pack(tmp_path / f"x-{number}.tar", [*samples, *([{"cls": b"0", "jpg": b"none"}] if number == 0 else [])])
+    options = ImportOptions(holdout_share=0, in_place=in_place, max_bad=0.05)
+    assert len(run_import("tars", tmp_path / "x-*.tar", tmp_path / "set", options).bad) == 1
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_name_that_is_not_utf8_is_one_sentence(tmp_path: Path, in_place: bool):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/x\xff"))
+    folder.mkdir()
+    pack(folder / "x.tar", [{"cls": b"0", "jpg": picture(0)}])
+    (tmp_path / "below").mkdir()
+    os.link(folder / "x.tar", os.fsencode(tmp_path) + b"/below/\xfe.tar")
+    for source in (folder, folder / "x.tar", tmp_path / "below"):
+        with pytest.raises(UserError, match=r"the name of '.*\\xf[ef].*' is not UTF-8; rename it"):
+            run_import("tars", source, tmp_path / "set", ImportOptions(in_place=in_place))

@@ -3,8 +3,9 @@
 They can be read in black and white, and need no display: the canvas comes with the format that is saved.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from statistics import NormalDist
@@ -20,7 +21,7 @@ from PIL import Image
 
 from trainer.atomic import fresh_file
 from trainer.evaluation.metrics import RESOLVED_ERRORS, SHOWN_ERRORS
-from trainer.evaluation.report import Report
+from trainer.evaluation.report import AllPairs, OneShot, OpenSet, Report
 
 SINGLE, DOUBLE = 3.5, 7.16  # inches: the widths of one and of two columns of a paper
 HEIGHT = 2.75  # inches
@@ -76,18 +77,31 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def report_plots(report: Report, folder: Path) -> list[Path]:
-    """Draw every figure of the report into the folder, which is made where it is missing.
+    """Draw every figure of the report's parts into the folder, which is made where it is missing.
 
     Returns:
         `roc.png`, `det.png`, `scores.png`, `open_set.png` and `cmc.png`; the same report gives the same bytes.
     """
+    pairs, shot, opened = report.verification, report.one_shot, report.open_set
+    draws: dict[str, Callable[[Axes], None]] = {}
+    if pairs is not None:
+        draws |= {"roc": partial(draw_roc, found=pairs), "det": partial(draw_det, found=pairs)}
+        draws["scores"] = partial(draw_scores, found=pairs, opened=opened)
+    if opened is not None:
+        draws["open_set"] = partial(draw_open_set, found=opened)
+    if shot is not None:
+        draws["cmc"] = partial(draw_cmc, found=shot)
+    return draw_all(draws, folder)
+
+
+def draw_all(draws: Mapping[str, Callable[[Axes], None]], folder: Path) -> list[Path]:
+    """Draw figures of one column's width into the folder, each as a PNG of its name."""
     folder.mkdir(parents=True, exist_ok=True)
-    draws = {"roc": draw_roc, "det": draw_det, "scores": draw_scores, "open_set": draw_open_set, "cmc": draw_cmc}
     paths = []
     with paper_style():
         for name, draw in draws.items():
             figure = Figure(figsize=(SINGLE, HEIGHT), layout="constrained")
-            draw(figure.add_subplot(), report)
+            draw(figure.add_subplot())
             paths.append(_save(figure, folder / f"{name}.png"))
     return paths
 
@@ -121,9 +135,8 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def draw_roc(axes: Axes, report: Report) -> None:
+def draw_roc(axes: Axes, found: AllPairs) -> None:
     """TAR over FAR, the latter logarithmic, with the operating points of the report marked."""
-    found = report.verification
     far, tar = np.array(found.fmr), 1 - np.array(found.fnmr)
     lowest = 1 / found.non_mated_pairs
     axes.plot(np.maximum(far, lowest), tar, color=BLACK, drawstyle="steps-post", zorder=3)
@@ -140,13 +153,14 @@ def draw_roc(axes: Axes, report: Report) -> None:
     axes.set_title(f"Verification: EER {_percent(found.eer)}, AUC {found.auc:.4f}", loc="left")
 
 
-def draw_det(axes: Axes, report: Report) -> None:
+def draw_det(axes: Axes, found: AllPairs) -> None:
     """FNMR over FMR on normal-deviate axes, where normally distributed scores give a straight line."""
-    found = report.verification
     fmr, fnmr = np.array(found.fmr), np.array(found.fnmr)
     low_x, low_y = max(1 / found.non_mated_pairs, 1e-6), max(1 / found.mated_pairs, 1e-6)
     inside = (fmr > 0) & (fmr < 1) & (fnmr > 0) & (fnmr < 1)
     axes.plot(_deviate(fmr[inside]), _deviate(fnmr[inside]), color=BLACK, drawstyle="steps-post", zorder=3)
+    band = [np.clip(ends, 1e-9, 1 - 1e-9) for ends in (found.band.fmr, found.band.low, found.band.high)]
+    axes.fill_between(*(_deviate(ends) for ends in band), color=BLUE, alpha=0.2, linewidth=0, label="95 %")
     if np.count_nonzero(inside) < 2:
         none = "no threshold makes both errors"
         axes.text(0.5, 0.5, none, ha="center", transform=axes.transAxes, backgroundcolor="w")
@@ -168,15 +182,15 @@ def draw_det(axes: Axes, report: Report) -> None:
     axes.set_title("Detection error trade-off", loc="left")
 
 
-def draw_scores(axes: Axes, report: Report) -> None:
+def draw_scores(axes: Axes, found: AllPairs, opened: OpenSet | None) -> None:
     """Densities of mated and non-mated scores, with the thresholds of the report."""
-    histogram = report.verification.histogram
+    histogram = found.histogram
     edges = np.array(histogram.edges)
     axes.stairs(histogram.non_mated, edges, fill=True, color=PALE, edgecolor=GREY, label="non-mated pairs")
     axes.stairs(histogram.mated, edges, color=BLACK, hatch="////", label="mated pairs", zorder=3)
     top = max(*histogram.mated, *histogram.non_mated)
-    lines = [(p.threshold, f"FAR {_percent(p.far)}", LINES[1]) for p in report.verification.tar_at_far[1:2]]
-    lines += [(p.threshold, f"FPIR {_percent(p.fpir)}", LINES[3]) for p in report.open_set.points[:1]]
+    lines = [(p.threshold, f"FAR {_percent(p.far)}", LINES[1]) for p in found.tar_at_far[1:2]]
+    lines += [(p.threshold, f"FPIR {_percent(p.fpir)}", LINES[3]) for p in (opened.points[:1] if opened else [])]
     for threshold, label, style in lines:
         if threshold is not None:
             label = f"{label}: {threshold:.3f}"
@@ -187,9 +201,8 @@ def draw_scores(axes: Axes, report: Report) -> None:
     axes.set_title("Scores of all pairs", loc="left")
 
 
-def draw_open_set(axes: Axes, report: Report) -> None:
+def draw_open_set(axes: Axes, found: OpenSet) -> None:
     """FNIR over FPIR, both logarithmic, with the operating points and their intervals."""
-    found = report.open_set
     fpir, fnir = np.array(found.fpir), np.array(found.fnir)
     low_x, low_y = 1 / found.non_mated_probes, 1 / found.mated_probes
     axes.plot(np.maximum(fpir, low_x), np.maximum(fnir, low_y), color=BLACK, drawstyle="steps-post", zorder=3)
@@ -209,9 +222,8 @@ def draw_open_set(axes: Axes, report: Report) -> None:
     axes.set_title(f"Open set: {found.gallery_size} enrolled, {found.unenrolled} not", loc="left")
 
 
-def draw_cmc(axes: Axes, report: Report) -> None:
+def draw_cmc(axes: Axes, found: OneShot) -> None:
     """The share of mates among the first k candidates."""
-    found = report.one_shot
     ranks = np.arange(1, len(found.cmc) + 1)
     axes.plot(ranks, found.cmc, "o-", color=BLACK, markersize=3, label="first sample enrolled", zorder=3)
     bars = [[max(found.rank1 - found.low, 0.0)], [max(found.high - found.rank1, 0.0)]]

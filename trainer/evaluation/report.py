@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from trainer.evaluation.findings import Band, Cost, Ends, Enrolment, Groups, Retrieval
 from trainer.evaluation.scores import GRID, STEPS, PairCounts
 from trainer.strict import Strict
 
@@ -19,6 +20,8 @@ class TarAtFar(Strict):
 
     far: float
     tar: float | None
+    low: float | None = None
+    high: float | None = None
     threshold: float | None
     reason: str | None = None
 
@@ -40,14 +43,19 @@ class TenFold(Strict):
 
 
 class AllPairs(Strict):
-    """1:1, over all pairs of the samples used."""
+    """1:1, over all pairs of the samples used, or over those of a list."""
 
     samples: int
+    subjects: int
     mated_pairs: int
     non_mated_pairs: int
     eer: float
+    eer_interval: Ends
     auc: float
+    auc_interval: Ends
+    costs: list[Cost]
     tar_at_far: list[TarAtFar]
+    band: Band
     ten_fold: TenFold | None = Field(description="None where ten folds without a common identity cannot be made")
     thresholds: list[float]
     fmr: list[float]
@@ -69,11 +77,11 @@ class OneShot(Strict):
 
     gallery_size: int
     probes: int
-    rank1: float = Field(description="with the first sample of each identity enrolled")
-    low: float = Field(description="95 % interval of rank1, bootstrapped over subjects")
+    rank1: float = Field(description="with the first sample of each identity enrolled, or over all runs")
+    low: float = Field(description="95 % interval of rank1, by subject")
     high: float
     cmc: list[float] = Field(description="share of probes whose mate is among the first 1, 2, ... candidates")
-    rank1_draws: list[float] = Field(description="rank1 with other enrolled samples, drawn at random")
+    rank1_draws: list[float] = Field(description="rank1 with other enrolled samples, or of each run of a protocol")
     rank1_mean: float
     rank1_std: float
     confusions: list[Confusion]
@@ -118,19 +126,23 @@ class Geometry(Strict):
 
 
 class Report(Strict):
-    """What `evaluate` found."""
+    """What `evaluate` found; None where the protocol has no such part."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     source: str
     model_id: str | None
     seed: int
     identities: int
     samples: int
     dimension: int
-    verification: AllPairs
-    one_shot: OneShot
-    open_set: OpenSet
-    geometry: Geometry
+    verification: AllPairs | None
+    one_shot: OneShot | None
+    open_set: OpenSet | None
+    geometry: Geometry | None
+    enrolments: list[Enrolment] = Field([])
+    retrieval: Retrieval | None = None
+    groups: list[Groups] = Field([])
+    remarks: list[str] = Field([], description="what a reader has to know: doubts about the data")
 
     def to_json(self) -> str:
         """The report as JSON; `Report.model_validate_json` reads it back."""
@@ -138,17 +150,22 @@ class Report(Strict):
 
     def scalars(self) -> dict[str, float]:
         """The headline figures by name, for a table or a tracker; those that cannot be resolved are left out."""
-        pairs, folds = self.verification, self.verification.ten_fold
-        found = {
-            "rank1": self.one_shot.rank1,
-            "rank1_mean": self.one_shot.rank1_mean,
-            "eer": pairs.eer,
-            "auc": pairs.auc,
-        }
-        found |= {"intra_angle_mean": self.geometry.intra_mean, "inter_angle_smallest": self.geometry.inter_smallest}
-        found |= {f"tar_at_far_{point.far:g}": point.tar for point in pairs.tar_at_far if point.tar is not None}
-        found |= {f"fnir_at_fpir_{p.fpir:g}": p.fnir for p in self.open_set.points if p.fnir is not None}
-        return found | ({} if folds is None else {"ten_fold_accuracy": folds.accuracy})
+        found: dict[str, float | None] = {}
+        if (shot := self.one_shot) is not None:
+            found |= {"rank1": shot.rank1, "rank1_mean": shot.rank1_mean}
+        if (pairs := self.verification) is not None:
+            found |= {"eer": pairs.eer, "auc": pairs.auc}
+            found |= {f"tar_at_far_{point.far:g}": point.tar for point in pairs.tar_at_far}
+            found |= {f"min_cost_{one.prior:g}": one.cost for one in pairs.costs}
+            found["ten_fold_accuracy"] = None if pairs.ten_fold is None else pairs.ten_fold.accuracy
+        if self.open_set is not None:
+            found |= {f"fnir_at_fpir_{point.fpir:g}": point.fnir for point in self.open_set.points}
+        if self.geometry is not None:
+            found["intra_angle_mean"] = self.geometry.intra_mean
+            found["inter_angle_smallest"] = self.geometry.inter_smallest
+        if self.retrieval is not None:
+            found |= {"map_at_r": self.retrieval.map_at_r, "recall_at_1": self.retrieval.recall[0]}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class Threshold(Strict):

@@ -65,10 +65,20 @@ def check(embeddings_ND: Floats, labels_N: Integers) -> tuple[Vectors, Labels]:
     return vectors_ND, labels_N.astype(np.int64)
 
 
-def cell(scores: Floats) -> NDArray[np.int64]:
-    """Cell of each score, 0 (-1 and below) to CELLS - 1 (1 and above)."""
-    cells: NDArray[np.int64] = np.floor(scores * np.float32(STEPS)).astype(np.int64) + STEPS
-    return np.clip(cells, 0, CELLS - 1, out=cells)
+def cell(scores: Floats) -> NDArray[np.int32]:
+    """Cell of each score, 0 (-1 and below) to CELLS - 1 (1 and above).
+
+    Raises:
+        UserError: a score is NaN, which is neither above nor below a threshold.
+    """
+    scaled = scores * np.float32(STEPS)
+    if scaled.size and np.isnan(scaled.min()):
+        raise UserError(
+            f"{int(np.isnan(scaled).sum())} of {scaled.size} scores are nan, which no threshold accepts or refuses; "
+            "look for embeddings that are not finite"
+        )
+    np.clip(np.floor(scaled, out=scaled), -STEPS, STEPS, out=scaled)
+    return np.asarray(scaled, np.int32) + np.int32(STEPS)
 
 
 def above(score: float) -> float:
@@ -133,6 +143,22 @@ def identity_scores(
         scores_bG = probes_PD[start : start + rows] @ sorted_DG
         part = slice(start, start + len(scores_bG))
         yield part, scores_bG if single else np.maximum.reduceat(scores_bG, starts_C, axis=1)
+
+
+def fused(vectors_ND: Vectors, labels_N: Labels, quality_N: Floats | None = None) -> tuple[Vectors, Labels]:
+    """One template of each identity: the normalised mean of its vectors, weighted by their quality if it is given.
+
+    An identity whose vectors cancel out, or all have quality 0, keeps its first vector. Ascending by label.
+    """
+    labels_C, class_N = np.unique(labels_N, return_inverse=True)
+    weighted_ND = vectors_ND if quality_N is None else vectors_ND * quality_N[:, None]
+    sums_CD = np.zeros((len(labels_C), vectors_ND.shape[1]))
+    np.add.at(sums_CD, class_N, weighted_ND)
+    norms_C = np.linalg.norm(sums_CD, axis=1)
+    empty_C = norms_C < 1e-6
+    sums_CD[empty_C] = vectors_ND[np.unique(labels_N, return_index=True)[1][empty_C]]
+    norms_C[empty_C] = 1
+    return np.asarray(sums_CD / norms_C[:, None], np.float32), labels_C
 
 
 @dataclass(frozen=True, slots=True)

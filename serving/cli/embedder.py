@@ -1,19 +1,13 @@
-"""`hypersphere train`, `submit`, `export`, `evaluate`, `calibrate`: an Embedder is made, measured, given thresholds."""
+"""`hypersphere train`, `submit`, `export`, `calibrate`: an Embedder is made, and given thresholds."""
 
-import time
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from serving.cli.terminal import TrainingView, fail, out, progress, warn
-
-if TYPE_CHECKING:
-    from trainer.embedder import EmbedderManifest
-    from trainer.evaluation.report import Report
 
 Overrides = Annotated[
     list[str] | None,
@@ -82,39 +76,6 @@ def export(
     out.print(f"embedder {manifest.model_id}: {manifest.dimension} dimensions, in {to}")
 
 
-def evaluate(
-    *,
-    embedder: EmbedderOption,
-    data: DataOption,
-    split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "val",
-    to: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.json and plots.")] = None,
-    unenrolled: Annotated[float, typer.Option(help="Share of the identities not enrolled, for open-set errors.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="Chooses who is not enrolled.")] = 0,
-    threads: Threads = 2,
-) -> None:
-    """Measure an Embedder: verification, one-shot identification, and open-set errors; as text, JSON and plots."""
-    from trainer.assess import evaluate_split
-    from trainer.atomic import write_file
-    from trainer.embedder import Embedder
-
-    opened = Embedder.open(embedder, threads)
-    with progress() as show:
-        report = evaluate_split(opened, data, split, unenrolled=unenrolled, seed=seed, progress=show)
-    to = to or embedder / "evaluation"
-    to.mkdir(parents=True, exist_ok=True)
-    write_file(to / "report.json", report.to_json())
-    _print(f"{split}: {report.samples} samples of {report.identities} identities", _report_rows(report))
-    plots = []
-    try:
-        from trainer.evaluation.plots import report_plots
-
-        plots = report_plots(report, to)
-    except ModuleNotFoundError as error:
-        warn(f"no plots: '{error.name}' is not installed; pip install 'hypersphere[trainer]' brings it")
-    out.print(f"report and {len(plots)} plots are in {to}")
-    _track(opened.manifest, report, to)
-
-
 def calibrate(
     *,
     embedder: EmbedderOption,
@@ -141,44 +102,12 @@ def calibrate(
         size = f" at {one.gallery_size} subjects" if use == "identify" else ""
         reached = f"{one.value:.4f}, reached {one.target} between {one.low:.4f} and {one.high:.4f}"
         rows.append((f"{use} ({one.target} {one.rate:g}{size})", reached))
-    _print("thresholds", rows)
+    print_table("thresholds", rows)
 
 
-def _report_rows(report: "Report") -> list[tuple[str, str]]:
-    """The headline figures, each with what it was measured on; a figure that is not resolved says why."""
-    shot, open_set = report.one_shot, report.open_set
-    rank1 = f"{shot.rank1:.2%}  (95 %: {shot.low:.2%} to {shot.high:.2%}; {shot.probes} probes)"
-    rows = [(f"rank-1, one image enrolled per identity, gallery of {shot.gallery_size}", rank1)]
-    rows += [(f"TAR at FAR {far.far:g}", _rate(far.tar, far.reason)) for far in report.verification.tar_at_far]
-    rows.append(("EER", f"{report.verification.eer:.2%}"))
-    for point in open_set.points:
-        interval = f"  (95 %: {point.low:.2%} to {point.high:.2%})" if point.low is not None and point.high else ""
-        what = f"FNIR at FPIR {point.fpir:g}, {open_set.unenrolled} identities not enrolled, gallery of"
-        rows.append((f"{what} {open_set.gallery_size}", _rate(point.fnir, point.reason) + interval))
-    return rows
-
-
-def _rate(value: float | None, reason: str | None) -> str:
-    return f"{value:.2%}" if value is not None else f"not resolved: {reason}"
-
-
-def _print(title: str, rows: Sequence[tuple[str, str]]) -> None:
+def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     """A table of two columns: what, and its value."""
     table = Table(title=title, show_header=False, title_justify="left")
     for row in rows:
         table.add_row(*row)
     out.print(table)
-
-
-def _track(manifest: "EmbedderManifest", report: "Report", folder: Path) -> None:
-    """Add the figures and the folder to the MLflow run that the Embedder comes from, where it names one."""
-    provenance = manifest.provenance
-    if not provenance.get("mlflow_run_id") or not provenance.get("tracking_uri"):
-        return
-    from trainer.tracking import Tracker, TrackingConfig
-
-    settings = TrackingConfig(uri=provenance["tracking_uri"])
-    values = {f"evaluation/{name}": value for name, value in report.scalars().items()}
-    with closing(Tracker(settings, warn, provenance["mlflow_run_id"])) as tracker:
-        tracker.metrics(values, int(provenance["checkpoint_step"]), int(time.time() * 1000))
-        tracker.artifact(folder, "evaluation")

@@ -159,8 +159,9 @@ def draw_det(axes: Axes, found: AllPairs) -> None:
     low_x, low_y = max(1 / found.non_mated_pairs, 1e-6), max(1 / found.mated_pairs, 1e-6)
     inside = (fmr > 0) & (fmr < 1) & (fnmr > 0) & (fnmr < 1)
     axes.plot(_deviate(fmr[inside]), _deviate(fnmr[inside]), color=BLACK, drawstyle="steps-post", zorder=3)
-    band = [np.clip(ends, 1e-9, 1 - 1e-9) for ends in (found.band.fmr, found.band.low, found.band.high)]
-    axes.fill_between(*(_deviate(ends) for ends in band), color=BLUE, alpha=0.2, linewidth=0, label="95 %")
+    band = found.band
+    rates, low, high = (_deviate(np.clip(ends, 1e-9, 1 - 1e-9)) for ends in (band.fmr, band.low, band.high))
+    axes.fill_between(rates, low, high, color=BLUE, alpha=0.2, linewidth=0, label="95 %")
     if np.count_nonzero(inside) < 2:
         none = "no threshold makes both errors"
         axes.text(0.5, 0.5, none, ha="center", transform=axes.transAxes, backgroundcolor="w")
@@ -170,11 +171,11 @@ def draw_det(axes: Axes, found: AllPairs) -> None:
         at = _deviate(np.array([found.eer]))
         axes.plot(at, at, "o", **POINT)
         _note(axes, f"EER {_percent(found.eer)}", (at[0], at[0]), (6, 4))
-    for axis, low in (("x", low_x), ("y", low_y)):
-        ticks = [tick for tick in DEVIATE_TICKS if tick >= low]
-        high = max(0.5, found.eer)
+    for axis, lowest in (("x", low_x), ("y", low_y)):
+        ticks = [tick for tick in DEVIATE_TICKS if tick >= lowest]
+        highest = max(0.5, found.eer)
         getattr(axes, f"set_{axis}ticks")(_deviate(np.array(ticks)), [_percent(tick) for tick in ticks])
-        getattr(axes, f"set_{axis}lim")(*_deviate(np.array([low, min(high * 1.2, 0.99)])))
+        getattr(axes, f"set_{axis}lim")(*_deviate(np.array([lowest, min(highest * 1.2, 0.99)])))
     _unresolved(axes, "x", *_deviate(np.array([low_x, min(RESOLVED_ERRORS / found.non_mated_pairs, 0.5)])))
     _unresolved(axes, "y", *_deviate(np.array([low_y, min(RESOLVED_ERRORS / found.mated_pairs, 0.5)])))
     axes.grid(color=PALE, linewidth=0.4)

@@ -1,4 +1,4 @@
-"""Verification over all pairs of a set of samples, or those of a list: every figure with its interval, and ten folds."""
+"""Verification over all pairs of a set of samples, or those of a list: all figures with intervals, and ten folds."""
 
 import numpy as np
 from numpy.typing import NDArray

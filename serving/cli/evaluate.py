@@ -28,9 +28,7 @@ _Protocol = Annotated[
 _Images = Annotated[Path | None, typer.Option(help="Folder of the protocol's images; default: the protocol's own.")]
 _By = Annotated[list[str] | None, typer.Option(help="Attribute of the set: errors of each of its groups. Repeatable.")]
 _Quality = Annotated[str | None, typer.Option(help="Numeric attribute by which templates are weighted.")]
-_TrainedOn = Annotated[
-    Path | None, typer.Option(help="The training's data set, to look for overlaps; default: --data.")
-]
+_TrainedOn = Annotated[Path | None, typer.Option(help="The training's data set, for overlaps; default: --data.")]
 _To = Annotated[
     Path | None, typer.Option("--report", "--out", "-o", help="Folder of the report; default EMBEDDER/evaluation.")
 ]
@@ -60,7 +58,7 @@ def evaluate(
     from trainer.assess import evaluate_protocol, evaluate_split
     from trainer.embedder import Embedder
 
-    folders = compare or ((embedder,) if embedder is not None else ())
+    folders: list[Path] = [*(compare or ()), *([embedder] if embedder is not None else [])]
     _check(embedder, compare, data, protocol, to, by or quality or trained_on)
     found = []
     for folder in folders:
@@ -105,7 +103,7 @@ def _write(found: list[tuple[Path, "Embedder", "Evaluated"]], to: Path) -> None:
         print_table(f"{opened.model_id}: {report.source}, {report.samples} samples", _rows(report))
         for remark in report.remarks:
             warn(remark)
-    written = []
+    written: list[Path] = []
     try:
         from trainer.present import present
 

@@ -16,7 +16,7 @@ from trainer.data.importers.run import run_import
 from trainer.data.manifest import Manifest
 from trainer.embedder import Embedder
 from trainer.errors import UserError
-from trainer.evaluation.protocols import evaluate
+from trainer.evaluation.protocols import measure
 
 IDENTITIES, SAMPLES = 60, 5
 
@@ -60,9 +60,9 @@ def test_every_sample_has_its_vector(images, data, embedder):
 def test_what_is_found_is_what_the_protocols_find(data, embedder):
     vectors_ND, labels_N = embed_split(embedder, Manifest.read(data).split("val"))
     names = Manifest.read(data).split("val").classes
-    assert evaluate_split(embedder, data, "val", unenrolled=0.4, seed=3) == evaluate(
-        vectors_ND, labels_N, names, unenrolled_share=0.4, seed=3
-    )
+    found = evaluate_split(embedder, data, "val", unenrolled=0.4, seed=3).measured.report
+    said = {"source": "folder, split 'val'", "model_id": embedder.model_id}
+    assert found == measure(vectors_ND, labels_N, names, unenrolled_share=0.4, seed=3, **said).report
 
 
 def test_thresholds_name_the_model_the_split_and_the_gallery(data, embedder):

@@ -4,7 +4,7 @@ Both see the same pairs and searches, and each replicate of the bootstrap draws 
 makes a subject hard for both cancels out. Thresholds are chosen anew in each replicate.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -30,6 +30,9 @@ class Seen:
     pairs: tuple[ErrorCurve, Evidence] | None
     closed: ClosedSearches | None
     opened: OpenSearches | None
+
+    def named(self, name: str) -> "Seen":
+        return replace(self, name=name)
 
 
 def compare(first: Seen, second: Seen, seed: int, replicates: int) -> Comparison:

@@ -83,6 +83,31 @@ class Enrolment(Strict):
     fnir_interval: Ends | None
 
 
+class Growth(Strict):
+    """FPIR at a fixed threshold as the gallery grows, expected over galleries of so many of the subjects at hand."""
+
+    threshold: float
+    sizes: list[int]
+    fpir: list[float]
+    low: list[float] = Field(description="95 % interval by the probes' subjects")
+    high: list[float]
+
+
+class HardPair(Strict):
+    """Two rows of what was measured that are easily taken for the same subject, or for different ones."""
+
+    first: int
+    second: int
+    score: float
+
+
+class Hardest(Strict):
+    """The false matches that score highest, and the false non-matches that score lowest; one of each two subjects."""
+
+    matches: list[HardPair]
+    non_matches: list[HardPair]
+
+
 class Difference(Strict):
     """One error rate of two Embedders on the same samples; the interval is of the difference, first minus second."""
 

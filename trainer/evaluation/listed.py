@@ -6,6 +6,8 @@ import numpy as np
 
 from trainer.evaluation import evidence, metrics, report, verification
 from trainer.evaluation.comparison import Seen
+from trainer.evaluation.exhibits import of_pairs
+from trainer.evaluation.findings import Hardest
 from trainer.evaluation.identification import ClosedSearches, OpenSearches, closed_set, open_set
 from trainer.evaluation.lists import Lists, Search, read_pairs, read_runs
 from trainer.evaluation.protocols import COPY, Measured
@@ -58,6 +60,7 @@ def measure_lists(
     vectors_ND, _ = check(vectors_ND, np.arange(len(vectors_ND)))
     templates_TD = templates(vectors_ND, lists)
     pairs = curve = found = None
+    shown = Hardest(matches=[], non_matches=[])
     if len(lists.pairs_P2):
         scores_P = pair_scores(templates_TD, lists.pairs_P2)
         counts = PairCounts(
@@ -66,6 +69,11 @@ def measure_lists(
         curve = metrics.verification_curve(counts)
         found = evidence.of_list(scores_P, lists.same_P, lists.subject_T[lists.pairs_P2], curve)
         folds = _folds(scores_P, lists)
+        first_T = np.full(len(templates_TD), -1)
+        first_T[lists.template_I[::-1]] = lists.image_I[::-1]  # the first image of each template
+        subject_N = np.zeros(len(lists.images), np.int64)
+        subject_N[lists.image_I] = lists.subject_T[lists.template_I]
+        shown = of_pairs(scores_P, lists.same_P, first_T[lists.pairs_P2], subject_N)
         pairs = verification.pairs_report(len(templates_TD), counts, curve, found, folds, seed)
     closed, opened, rates = _searched(templates_TD, lists)
     gallery = len(np.unique(lists.subject_T[lists.searches[0].gallery_G])) if lists.searches else 0
@@ -85,7 +93,7 @@ def measure_lists(
         remarks=[*remarks, *_doubts(lists, closed)],
     )
     seen = Seen(model_id, (curve, found) if curve is not None and found is not None else None, closed, opened)
-    return Measured(written, seen)
+    return Measured(written, seen, shown)
 
 
 def pair_scores(templates_TD: Vectors, pairs_P2: Labels) -> Vectors:

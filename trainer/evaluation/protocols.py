@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from trainer.errors import UserError
 from trainer.evaluation import metrics, report, verification
 from trainer.evaluation.comparison import Seen
+from trainer.evaluation.exhibits import growth, hardest
+from trainer.evaluation.findings import Growth, Hardest, HardPair
 from trainer.evaluation.geometry import angles
 from trainer.evaluation.groups import differentials
-from trainer.evaluation.identification import ClosedSearches, OpenSearches, closed_set, open_set
+from trainer.evaluation.identification import FPIRS, ClosedSearches, OpenSearches, closed_set, open_set
 from trainer.evaluation.retrieval import retrieval
 from trainer.evaluation.scores import Floats, Labels, MatedSearches, Vectors, check, search_mated, search_non_mated
 from trainer.evaluation.several import enrolments
@@ -89,10 +91,11 @@ def quick(vectors_ND: Vectors, labels_N: Labels) -> tuple[float, float | None]:
 
 
 class Measured(NamedTuple):
-    """A Report, and what a comparison with another Embedder needs beside it."""
+    """A Report, what a comparison with another Embedder needs beside it, and the pairs that a reader wants to see."""
 
     report: report.Report
     seen: Seen
+    hardest: Hardest
 
 
 def measure(
@@ -152,10 +155,35 @@ def measure(
             vectors_ND, labels_N, strangers, 0.01, quality_N=quality_N, seed=seed, replicates=verification.REPLICATES
         ),
         retrieval=retrieval(vectors_ND[rows], labels_N[rows]),
+        growth=_growth(vectors_ND, labels_N, opened),
         groups=[differentials(vectors_ND, labels_N, *of, name, 1e-3) for name, of in (groups or {}).items()],
         remarks=[*remarks, *_doubts(labels_N, class_names, pairs, closed.mated)],
     )
-    return Measured(written, Seen(model_id or "", (curve, evidence), closed, opened))
+    return Measured(
+        written, Seen(model_id or "", (curve, evidence), closed, opened), _hardest(vectors_ND, labels_N, seed)
+    )
+
+
+def _growth(vectors_ND: Vectors, labels_N: Labels, found: OpenSearches) -> Growth | None:
+    """At the threshold of the lowest FPIR that the strangers show."""
+    shown = [fpir for fpir in FPIRS if len(found.non_mated_P) * fpir >= metrics.SHOWN_ERRORS]
+    if not shown:
+        return None
+    threshold = metrics.threshold_at(found.non_mated_P, max(shown[0], 0.01))
+    return growth(vectors_ND, labels_N, enrolled_rows(labels_N), threshold)
+
+
+def _hardest(vectors_ND: Vectors, labels_N: Labels, seed: int) -> Hardest:
+    rows = verification.whole_identities(labels_N, verification.MOST_PAIR_SAMPLES, seed)
+    found = hardest(vectors_ND[rows], labels_N[rows])
+    return Hardest(
+        matches=[_moved(pair, rows) for pair in found.matches],
+        non_matches=[_moved(pair, rows) for pair in found.non_matches],
+    )
+
+
+def _moved(pair: HardPair, rows: Labels) -> HardPair:
+    return HardPair(first=int(rows[pair.first]), second=int(rows[pair.second]), score=pair.score)
 
 
 def _doubts(labels_N: Labels, class_names: Sequence[str], pairs: report.AllPairs, searches: MatedSearches) -> list[str]:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from trainer.evaluation.findings import Band, Cost, Ends, Enrolment, Groups, Retrieval
+from trainer.evaluation.findings import Band, Cost, Ends, Enrolment, Groups, Growth, Retrieval
 from trainer.evaluation.scores import GRID, STEPS, PairCounts
 from trainer.strict import Strict
 
@@ -141,6 +141,7 @@ class Report(Strict):
     geometry: Geometry | None
     enrolments: list[Enrolment] = Field([])
     retrieval: Retrieval | None = None
+    growth: Growth | None = None
     groups: list[Groups] = Field([])
     remarks: list[str] = Field([], description="what a reader has to know: doubts about the data")
 

@@ -53,7 +53,7 @@ def test_nothing_is_run(tmp_path: Path, protocol: int, where: str) -> None:
         "among the images": ([b"a", command], [True]),
         "among the labels": ([b"a", b"b"], [command]),
     }
-    with pytest.raises(UserError, match="could run a program|not a whole"):
+    with pytest.raises(UserError, match=r"could run a program|not a whole"):
         read_bin(write(tmp_path, pickle.dumps(hostile[where], protocol)))
     assert not (tmp_path / "ran").exists()
 

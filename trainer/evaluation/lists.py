@@ -115,7 +115,7 @@ def read_pairs(path: Path) -> Lists:
     if (self_P := pairs_P2[:, 0] == pairs_P2[:, 1]).any():
         raise UserError(f"'{path}': pair {int(np.argmax(self_P)) + 1} compares an image with itself; remove the line")
     if names is None:
-        subject_T = _components(len(unique), pairs_P2[same_P])
+        subject_T = components(len(unique), pairs_P2[same_P])
         subjects = [str(unique[row])[:80] for row in np.unique(subject_T, return_index=True)[1]]
         subject_T = np.unique(subject_T, return_inverse=True)[1]
     else:
@@ -164,7 +164,7 @@ def _lfw(path: Path, rows: list[tuple[int, list[str]]]) -> tuple[list[str], list
     return images, same, [str(place // size) for place in range(len(same))] if len(head) == 2 else []
 
 
-def _components(count: int, edges_E2: Labels) -> Labels:
+def components(count: int, edges_E2: Labels) -> Labels:
     """The lowest node that each node is connected with."""
     parent = list(range(count))
 

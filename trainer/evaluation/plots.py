@@ -191,7 +191,11 @@ def draw_scores(axes: Axes, found: AllPairs, opened: OpenSet | None) -> None:
     axes.stairs(histogram.mated, edges, color=BLACK, hatch="////", label="mated pairs", zorder=3)
     top = max(*histogram.mated, *histogram.non_mated)
     lines = [(p.threshold, f"FAR {percent(p.far)}", LINES[1]) for p in found.tar_at_far[1:2]]
-    lines += [(p.threshold, f"FPIR {percent(p.fpir)}", LINES[3]) for p in (opened.points if opened else []) if p.threshold is not None][:1]
+    lines += [
+        (p.threshold, f"FPIR {percent(p.fpir)}", LINES[3])
+        for p in (opened.points if opened else [])
+        if p.threshold is not None
+    ][:1]
     for threshold, label, style in lines:
         if threshold is not None:
             label = f"{label}: {threshold:.3f}"

@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from trainer.errors import UserError
-from trainer.evaluation.lists import FOLDS, Lists, Search, inside, read_text
+from trainer.evaluation.lists import FOLDS, Lists, Search, components, inside, read_text
 from trainer.evaluation.scores import Labels
 from trainer.strict import Strict
 
@@ -144,6 +144,20 @@ def _paired(lists: Lists, table: _Table, path: Path) -> Lists:
         raise UserError(
             f"'{path}' does not say which pairs are the same, and the templates have no SUBJECT_ID; add either"
         )
-    same_P = np.array([label == "1" for label in labels]) if labels else np.equal(*lists.subject_T[pairs_P2].T)
     folds_P = np.arange(len(pairs)) * FOLDS // max(len(pairs), 1)
-    return replace(lists, pairs_P2=pairs_P2, same_P=same_P, folds_P=folds_P)
+    subject_T, subjects = lists.subject_T, list(lists.subjects)
+    own_P = np.equal(*subject_T[pairs_P2].T)
+    same_P = np.array([label == "1" for label in labels]) if labels else own_P
+    if len(table.subject) < len(table.templates):  # templates that pairs call the same are one subject
+        root_T = components(len(subject_T), pairs_P2[same_P])
+        roots, subject_T = np.unique(root_T, return_inverse=True)
+        subjects = [lists.subjects[lists.subject_T[root]] for root in roots.tolist()]
+        own_P = np.equal(*subject_T[pairs_P2].T)
+    if (wrong_P := own_P != same_P).any():
+        words = (
+            "not the same, but its templates have one subject"
+            if own_P[wrong_P][0]
+            else "the same, and is of two subjects"
+        )
+        raise UserError(f"'{path}': pair {int(np.argmax(wrong_P)) + 1} is called {words}; correct the lists")
+    return replace(lists, pairs_P2=pairs_P2, same_P=same_P, folds_P=folds_P, subject_T=subject_T, subjects=subjects)

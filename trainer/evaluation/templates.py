@@ -154,10 +154,6 @@ def _paired(lists: Lists, table: _Table, path: Path) -> Lists:
         subjects = [lists.subjects[lists.subject_T[root]] for root in roots.tolist()]
         own_P = np.equal(*subject_T[pairs_P2].T)
     if (wrong_P := own_P != same_P).any():
-        words = (
-            "not the same, but its templates have one subject"
-            if own_P[wrong_P][0]
-            else "the same, and is of two subjects"
-        )
-        raise UserError(f"'{path}': pair {int(np.argmax(wrong_P)) + 1} is called {words}; correct the lists")
+        how = "not the same, but is of one subject" if own_P[wrong_P][0] else "the same, but is of two subjects"
+        raise UserError(f"'{path}': pair {int(np.argmax(wrong_P)) + 1} is called {how}; correct the lists")
     return replace(lists, pairs_P2=pairs_P2, same_P=same_P, folds_P=folds_P, subject_T=subject_T, subjects=subjects)

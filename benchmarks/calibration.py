@@ -1,4 +1,4 @@
-"""Calibration against made-up populations of known truth: does the interval hold, and is the rate on average the target?
+"""Calibration against made-up populations of known truth: does the interval hold, is the mean rate the target?
 
     python benchmarks/calibration.py --repetitions 1000 --json calibration.json --markdown benchmarks/calibration.md
 
@@ -61,7 +61,7 @@ class Draw:
 def centres(kind: str, subjects: int, generator: np.random.Generator) -> NDArray[np.float64]:
     """Where the samples of each subject lie, before they are normalised."""
     if kind == "anisotropic":
-        return generator.normal(size=(subjects, CROWDED)) * SCALES
+        return np.asarray(generator.normal(size=(subjects, CROWDED)) * SCALES)
     own = generator.normal(size=(subjects, DIMENSION))
     if kind == "families":
         return np.sqrt(0.45) * FAMILIES[generator.integers(0, len(FAMILIES), subjects)] + np.sqrt(0.55) * own
@@ -130,7 +130,7 @@ def repetition(kind: str, subjects: int, samples: Sequence[int], probes: int, nu
                 values = found.value, plain(curve, rate), plain(curve, -np.expm1(np.log1p(-rate) / size))
                 reached, by_pairs, by_power = (share_above(ascending[growth], value) for value in values)
                 bounds = {"low": found.low, "high": found.high}
-                yield Draw(**asdict(cell) | bounds | dict(reached=reached, by_pairs=by_pairs, by_power=by_power))
+                yield Draw(**asdict(cell) | bounds | {"reached": reached, "by_pairs": by_pairs, "by_power": by_power})
         verified = verify_threshold(held, FMR, least_hits=0)
         yield Draw(kind, subjects, count, "FMR", FMR, 1, verified.value, verified.low, verified.high)
 
@@ -170,11 +170,11 @@ def run(kind: str, subjects: int, samples: Sequence[int], probes: int, repetitio
 
 def markdown(rows: list[dict[str, object]]) -> str:
     """The table."""
-    head = "| population | subjects × samples | target | gallery | covered | above | mean ÷ target | interval ÷ target "
-    lines = [head + "| 1 − (1 − FMR)^N ÷ target | 1:1 threshold ÷ target |", "|" + "---|" * 10]
+    head = "| population | subjects x samples | target | gallery | covered | above | mean ÷ target | interval ÷ target "
+    lines = [head + "| 1-(1-FMR)^N ÷ target | 1:1 threshold ÷ target |", "|" + "---|" * 10]
     for row in rows:
         size = "—" if row["target"] == "FMR" else f"{row['growth']} N"
-        start = f"| {row['kind']} | {row['subjects']} × {row['samples']} | {row['target']} {row['rate']:g} | {size} "
+        start = f"| {row['kind']} | {row['subjects']} x {row['samples']} | {row['target']} {row['rate']:g} | {size} "
         if "covered" not in row:
             lines.append(start + "| refused | | | | | |")
             continue

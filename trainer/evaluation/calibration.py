@@ -104,8 +104,9 @@ def identify_threshold(
     _refuse("FPIR", fpir, held.labels_N)
     share = -log1p(-fpir) / gallery_size
     held = held.capped(min(MAX_PROBES, int(sqrt(MOST_HITS / (2 * share)))))
-    tail = fit(*_hits(held, share, samples_per_subject), "FPIR")
-    return _threshold(held, tail, fpir, gallery_size, least_hits), tail.curve
+    hits, pairs = _hits(held, share, samples_per_subject)
+    tail = fit(hits, pairs, "FPIR")
+    return _threshold(held, hits, tail, fpir, gallery_size, least_hits), tail.curve
 
 
 def verify_threshold(held: HeldOut, fmr: float, least_hits: float = LEAST_HITS) -> Threshold:
@@ -116,7 +117,8 @@ def verify_threshold(held: HeldOut, fmr: float, least_hits: float = LEAST_HITS) 
     """
     _refuse("FMR", fmr, held.labels_N)
     held = held.capped(min(MAX_PROBES, int(sqrt(MOST_HITS / (2 * fmr)))))
-    return _threshold(held, fit(*_hits(held, fmr, 1), "FMR"), fmr, 1, least_hits)
+    hits, pairs = _hits(held, fmr, 1)
+    return _threshold(held, hits, fit(hits, pairs, "FMR"), fmr, 1, least_hits)
 
 
 def _hits(held: HeldOut, share: float, samples_per_subject: int) -> tuple[Hits, float]:
@@ -128,10 +130,13 @@ def _hits(held: HeldOut, share: float, samples_per_subject: int) -> tuple[Hits, 
     return hits, pairs
 
 
-def _threshold(held: HeldOut, tail: Tail, rate: float, gallery_size: int, least_hits: float) -> Threshold:
+def _threshold(held: HeldOut, hits: Hits, tail: Tail, rate: float, gallery_size: int, least_hits: float) -> Threshold:
     """The Threshold of a tail, with what is to be known about it in words."""
     curve = tail.curve
     found = curve.at(gallery_size, rate, least_hits)
+    said = _words(tail, rate, gallery_size, found)
+    if same := int(np.count_nonzero(hits.scores_E >= DUPLICATE)):
+        said.append(f"{same} comparisons of different subjects have score 1: duplicates or wrong labels")
     if found.value >= 1:
         raise UserError(
             f"no similarity keeps {curve.target} at {rate:g}: too many of {curve.trials} non-mated "
@@ -151,7 +156,7 @@ def _threshold(held: HeldOut, tail: Tail, rate: float, gallery_size: int, least_
         model_id=held.model_id,
         misfit=tail.misfit,
         expected_hits=found.expected_hits,
-        source=f"{held.source}: " + "; ".join(_words(tail, rate, gallery_size, found)),
+        source=f"{held.source}: " + "; ".join(said),
     )
 
 

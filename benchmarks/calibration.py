@@ -109,17 +109,19 @@ def plain(curve: Curve, fmr: float) -> float:
     return score_of(float(strength(curve.start)) + curve.excess(float(np.log(curve.share / fmr))))
 
 
-def repetition(kind: str, subjects: int, samples: Sequence[int], probes: int, number: int) -> Iterator[Draw]:
+def repetition(
+    kind: str, subjects: int, samples: Sequence[int], probes: int, number: int, growths: Sequence[int] = GROWTH
+) -> Iterator[Draw]:
     """One gallery, and calibrations on 1, 2, ... samples of each subject."""
     generator = np.random.default_rng([KINDS.index(kind), subjects, number])
-    sizes = [growth * subjects for growth in GROWTH]
-    ascending = dict(zip(GROWTH, searches(kind, sizes, probes, generator), strict=True))
+    sizes = [growth * subjects for growth in growths]
+    ascending = dict(zip(growths, searches(kind, sizes, probes, generator), strict=True))
     for count in samples:
         vectors_ND = population(kind, subjects, count, generator)
         held = HeldOut(vectors_ND, np.repeat(np.arange(subjects), count), "simulated", kind, number)
         for rate in FPIR:
             _, curve = identify_threshold(held, rate, subjects, least_hits=0)
-            for growth in GROWTH:
+            for growth in growths:
                 cell = Draw(kind, subjects, count, "FPIR", rate, growth)
                 size = growth * subjects
                 try:

@@ -26,7 +26,7 @@ from trainer.evaluation.tails import Tail, fit
 FEWEST_SUBJECTS = 10
 SIMULATED_SUBJECTS = 50  # with fewer, the simulations do not tell how far the interval holds
 FITTED_PAIRS = 100.0  # of subjects: a tail is fitted to their scores
-MOST_OF_ALL = 0.08  # share of all comparisons, beyond which the highest scores are no tail
+MOST_OF_ALL = 0.05  # share of all comparisons, beyond which the highest scores are no tail
 MISFIT = 0.01  # a fit that is less probable is warned about
 MOST_HITS = 2_000_000
 MAX_PROBES = 50_000
@@ -135,14 +135,15 @@ def _threshold(held: HeldOut, hits: Hits, tail: Tail, rate: float, gallery_size:
     curve = tail.curve
     found = curve.at(gallery_size, rate, least_hits)
     said = _words(tail, rate, gallery_size, found)
-    if same := int(np.count_nonzero(hits.scores_E >= DUPLICATE)):
-        said.append(f"{same} comparisons of different subjects have score 1: duplicates or wrong labels")
-    if found.value >= 1:
+    same = int(np.count_nonzero(hits.scores_E >= DUPLICATE))
+    if found.value >= 1 or same * gallery_size > rate * hits.comparisons:
         raise UserError(
             f"no similarity keeps {curve.target} at {rate:g}: too many of {curve.trials} non-mated "
             f"{_trials(curve)} reach 1; look for duplicates, wrong labels or collapsed embeddings, or choose a higher "
             "rate"
         )
+    if same:
+        said.append(f"{same} comparisons of different subjects have score 1: duplicates or wrong labels")
     return Threshold(
         value=found.value,
         target=curve.target,

@@ -20,6 +20,8 @@ v is the squared coefficient of variation of subjects' rates. A wolf's lead is a
 its rate by exp(lead x hazard): log(1 + v) grows with the square of the hazard in s. The log rate is taken as Student's
 t about log(hits) + 0.35 of the part `subjects`: the log of a small count is too low on average. At the threshold, the
 *expected* rate is the target: with the median there, the rate would on average be exp(variance / 2) times the target.
+The upper end allows for one more subject like the one that counts most (Fay and Feuer 1997): where few make the rate,
+as relatives and wolves do, those that were not met are what is missing.
 Where the four parts come from is in `tails.py`, what was measured in docs/calibration.md. Axes: 3 of g.
 """
 
@@ -74,6 +76,9 @@ class Curve(Strict):
     by_subjects: Matrix
     by_pairs: Matrix
     by_prior: tuple[float, float]
+    largest_pair: float = Field(
+        ge=0, le=1, description="share of one pair of subjects in g' P g, near exp(-3) of a hit"
+    )
     subjects_vary: float = Field(ge=0, description="v(0), subjects in both roles")
     gallery_varies: float = Field(ge=0, description="v_g(0), enrolled subjects alone; 0: rates are of no gallery")
     freedom: float = Field(gt=0, description="degrees of freedom of the part `subjects`")
@@ -97,14 +102,14 @@ class Curve(Strict):
         if expected < least_hits:
             raise UserError(self._too_few(gallery_size, rate, expected))
         target, level = log(self._hits(rate)), log(gallery_size * self.share)
-        variance = bias = excess = 0.0
+        variance = bias = excess = unseen = 0.0
         for _ in range(8):
             excess = self.excess(level - target + variance / 2 + bias)
-            sampling, rest = self._variances(excess, gallery_size)
+            sampling, rest, unseen = self.variances(excess, gallery_size)
             variance, bias = min(sampling + rest, MOST_VARIANCE), BIAS * min(sampling, MOST_VARIANCE)
         quantile = student(self.freedom * (variance / max(variance - self._known(excess), 1e-12)) ** 2)
-        middle, width = target - variance / 2, quantile * sqrt(variance)
-        low, high = (self._rate(exp(min(middle + sign * width, 50.0))) for sign in (-1, 1))
+        low = self._rate(exp(target - variance / 2 - quantile * sqrt(variance)))
+        high = self._rate(exp(target - variance / 2 + quantile * sqrt(variance + unseen)))
         return Reached(ceil_to_grid(score_of(float(strength(self.start)) + excess)), low, high, expected)
 
     def rate_at(self, threshold: float, gallery_size: int) -> float:
@@ -114,11 +119,11 @@ class Curve(Strict):
 
     def largest(self, rate: float, least_hits: float = LEAST_HITS) -> int:
         """The largest gallery for which `least_hits` are expected at a rate."""
-        return max(1, int((self.subjects - 1) * self.trials * self._hits(rate) / least_hits))
+        return max(1, int((self.subjects - 1) * self._hits(rate) / self._hits(min(least_hits / self.trials, 0.999))))
 
     def expected_hits(self, gallery_size: int, rate: float) -> float:
         """False positives among the probes at hand at the threshold for `rate`, if they searched all at hand."""
-        return self.trials * self._hits(rate) * min(1.0, (self.subjects - 1) / gallery_size)
+        return self.trials * self._rate(self._hits(rate) * min(1.0, (self.subjects - 1) / gallery_size))
 
     def _too_few(self, gallery_size: int, rate: float, expected: float) -> str:
         needed = int(np.ceil(self.subjects / sqrt(expected / LEAST_HITS)))
@@ -156,18 +161,18 @@ class Curve(Strict):
         by_shape = z * z / 2 if abs(xi) < 1e-4 else log(inside) / xi**2 - z / xi / inside
         return np.array([1.0, z / inside, by_shape])
 
-    def _variances(self, excess: float, gallery_size: int) -> tuple[float, float]:
-        """The part `subjects` of the variance of log hits, and the sum of the others."""
+    def variances(self, excess: float, gallery_size: int) -> tuple[float, float, float]:
+        """The part `subjects` of the variance of log hits, the sum of the others, and of one subject more."""
         g = self.gradient(excess)
         subjects, pairs = float(g @ np.array(self.by_subjects) @ g), float(g @ np.array(self.by_pairs) @ g)
-        lift = 4 / self.subjects * (self._lifted(self.subjects_vary, excess) - self.subjects_vary)
-        gallery = self._lifted(self.gallery_varies, excess) / gallery_size
-        return max(subjects - pairs, pairs), self._known(excess) + lift + gallery
+        lift = 4 / self.subjects * (self.lifted(self.subjects_vary, excess) - self.subjects_vary)
+        gallery = self.lifted(self.gallery_varies, excess) / gallery_size
+        return max(subjects - pairs, pairs), self._known(excess) + lift + gallery, self.largest * subjects
 
     def _known(self, excess: float) -> float:
         return float(self.gradient(excess)[1:] @ np.array(self.by_prior)) ** 2
 
-    def _lifted(self, varies: float, excess: float) -> float:
+    def lifted(self, varies: float, excess: float) -> float:
         """v(y) from v(0)."""
         growth = (self._hazard(excess) / max(self._hazard(0.0), 1e-9)) ** 2
         return expm1(min(log1p(varies) * min(max(growth, 1.0), MOST_LIFT), MOST_VARIANCE))

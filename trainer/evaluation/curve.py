@@ -76,8 +76,8 @@ class Curve(Strict):
     by_subjects: Matrix
     by_pairs: Matrix
     by_prior: tuple[float, float]
-    largest_pair: float = Field(
-        ge=0, le=1, description="share of one pair of subjects in g' P g, near exp(-3) of a hit"
+    dominance: float = Field(
+        ge=0, le=1, description="share of one subject in g' S g, where FMR is exp(-3) of the start's"
     )
     subjects_vary: float = Field(ge=0, description="v(0), subjects in both roles")
     gallery_varies: float = Field(ge=0, description="v_g(0), enrolled subjects alone; 0: rates are of no gallery")
@@ -167,7 +167,7 @@ class Curve(Strict):
         subjects, pairs = float(g @ np.array(self.by_subjects) @ g), float(g @ np.array(self.by_pairs) @ g)
         lift = 4 / self.subjects * (self.lifted(self.subjects_vary, excess) - self.subjects_vary)
         gallery = self.lifted(self.gallery_varies, excess) / gallery_size
-        return max(subjects - pairs, pairs), self._known(excess) + lift + gallery, self.largest * subjects
+        return max(subjects - pairs, pairs), self._known(excess) + lift + gallery, self.dominance * subjects
 
     def _known(self, excess: float) -> float:
         return float(self.gradient(excess)[1:] @ np.array(self.by_prior)) ** 2

@@ -141,7 +141,7 @@ def _mode(excess_E: Numbers, independent: float) -> tuple[float, float]:
 
 
 def _influences(influence_E3: Numbers, roles: _Roles, hits: Hits) -> dict[str, object]:
-    """S and P of `curve.py`, the share of the largest subject in S, the degrees of freedom of S (Satterthwaite 1946)."""
+    """S and P of `curve.py`, the largest subject's share of S, and the degrees of freedom of S (Satterthwaite 1946)."""
     by_pair_U3 = np.column_stack([roles.by_pair(column_E) for column_E in influence_E3.T])
     by_subject_S3 = np.column_stack([roles.by_subject(column_E) for column_E in influence_E3.T])
     by_subject_S3[:, 0] -= hits.probes_S / hits.probes + 1 / hits.subjects  # comparisons that each has a part in
@@ -155,7 +155,7 @@ def _influences(influence_E3: Numbers, roles: _Roles, hits: Hits) -> dict[str, o
     return {
         "by_subjects": _matrix(few * by_subject_S3.T @ by_subject_S3),
         "by_pairs": _matrix(few * by_pair_U3.T @ by_pair_U3),
-        "largest": float(squares_S.max() / squares_S.sum()),
+        "dominance": float(squares_S.max() / squares_S.sum()),
         "freedom": min(max(freedom, 1.0), 1e6),
     }
 

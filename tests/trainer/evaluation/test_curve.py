@@ -25,7 +25,7 @@ def curve(**changed: object) -> Curve:
         "by_subjects": ZERO,
         "by_pairs": ZERO,
         "by_prior": (0.0, 0.0),
-        "largest": 0.0,
+        "dominance": 0.0,
         "subjects_vary": 0.0,
         "gallery_varies": 0.0,
         "freedom": 50.0,

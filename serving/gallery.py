@@ -51,11 +51,12 @@ class Status:
 
 @dataclass(frozen=True)
 class Identification:
-    """The answer to "who is this?": the best subjects, best first, and whether the first is a match."""
+    """The answer to "who is this?": the best subjects, best first, and whether the first is a match by the rule."""
 
     candidates: list[Candidate]
     decision: Literal["match", "unknown"]
     gallery_size: int
+    rule: Rule
 
 
 @dataclass(frozen=True)
@@ -193,13 +194,14 @@ class Gallery:
         return self._store.subjects(after, limit)
 
     def identify(self, probe_D: NDArray[np.float32], top_k: int) -> Identification:
-        """The `top_k` nearest subjects; a match if the nearest reaches the threshold."""
+        """The `top_k` nearest subjects; a match if the nearest reaches the threshold of a gallery of this size."""
         self._refuse_loading()
         index = self._index  # a new one may take its place meanwhile
         size = index.subjects
         (candidates,) = index.search(probe_D[None], top_k)
-        known = bool(candidates) and self.identify_rule.matches(candidates[0].score)
-        return Identification(candidates, "match" if known else "unknown", size)
+        rule = self.identify_rule.at(size)
+        known = bool(candidates) and rule.matches(candidates[0].score)
+        return Identification(candidates, "match" if known else "unknown", size, rule)
 
     def verify(self, probe_D: NDArray[np.float32], reference_D: NDArray[np.float32]) -> Verification:
         """Compare two vectors; needs no index."""

@@ -102,7 +102,7 @@ class Service:
         self.metrics.decisions.labels("identify", found.decision).inc()
         if found.candidates:
             self.metrics.scores.observe(found.candidates[0].score)
-        rule = self.gallery.identify_rule
+        rule = found.rule
         shown = [candidate for candidate in found.candidates if below or rule.matches(candidate.score)]
         return schemas.IdentifyAnswer(
             candidates=[schemas.CandidateAnswer(**vars(candidate)) for candidate in shown],

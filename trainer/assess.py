@@ -21,6 +21,7 @@ from trainer.data.split import Split
 from trainer.embedder import Embedder
 from trainer.errors import UserError
 from trainer.evaluation.calibration import HeldOut, calibrate
+from trainer.evaluation.curve import LEAST_HITS
 from trainer.evaluation.listed import measure_lists, read_protocol
 from trainer.evaluation.protocols import Measured, measure
 from trainer.evaluation.report import Calibration
@@ -195,6 +196,8 @@ def calibrate_on_split(
     fpir: float,
     fmr: float,
     gallery_size: int | None = None,
+    samples_per_subject: int = 1,
+    extrapolate: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Calibration:
@@ -203,7 +206,9 @@ def calibrate_on_split(
     Args:
         fpir, fmr: allowed error rates of identification and of verification.
         gallery_size: subjects in the gallery; None: as many as the split has.
-        seed: of the bootstrap.
+        samples_per_subject: enrolled of each.
+        extrapolate: below one expected false positive, too.
+        seed: chooses the samples that are enrolled, and those left out where there are too many.
 
     Raises:
         UserError: as `embed_split`, or a rate that so few subjects cannot show.
@@ -212,7 +217,14 @@ def calibrate_on_split(
     part = manifest.split(split)
     vectors_ND, labels_N = embed_split(embedder, part, progress)
     held = HeldOut(vectors_ND, labels_N, embedder.model_id, f"{manifest.kind}, split '{split}'", seed)
-    return calibrate(held, fpir=fpir, fmr=fmr, gallery_size=gallery_size or part.identities)
+    return calibrate(
+        held,
+        fpir=fpir,
+        fmr=fmr,
+        gallery_size=part.identities if gallery_size is None else gallery_size,
+        samples_per_subject=samples_per_subject,
+        least_hits=0.0 if extrapolate else LEAST_HITS,
+    )
 
 
 def embed_split(

@@ -59,7 +59,7 @@ def present(found: Sequence[One], folder: Path) -> tuple[list[Path], list[str]]:
 def _of_one(one: One, folder: Path) -> tuple[list[Path], str]:
     home, manifest, evaluated = one
     report = evaluated.measured.report
-    written = report_plots(report, folder) + draw_all(report_charts(report), folder)
+    written = report_plots(report, folder) + draw_all(report_charts(report, manifest.calibration), folder)
     rows, places_n2 = mapped(evaluated.vectors_ND, evaluated.subjects_N, report.seed)
     labels_n = evaluated.subjects_N[rows]
     drawing = partial(draw_map, places_n2=places_n2, labels_n=labels_n, names=evaluated.names)

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from serving.cli.terminal import TrainingView, fail, out, progress, warn
+
+if TYPE_CHECKING:
+    from trainer.evaluation.report import Calibration
 
 Overrides = Annotated[
     list[str] | None,
@@ -84,25 +87,60 @@ def calibrate(
     fpir: Annotated[float, typer.Option(help="Allowed share of strangers' searches that return somebody.")] = 0.01,
     fmr: Annotated[float, typer.Option(help="Allowed share of false matches in 1:1 verification.")] = 0.001,
     gallery_size: Annotated[int | None, typer.Option(help="Subjects in the gallery; default: the split's.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    samples_per_subject: Annotated[int, typer.Option(min=1, help="Enrolled of each subject.")] = 1,
+    extrapolate: Annotated[
+        bool, typer.Option(help="Also below one expected false positive; the answer says so.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Chooses the samples that are enrolled.")] = 0,
     threads: Threads = 2,
 ) -> None:
-    """Choose the thresholds for the error rates that you allow, and write them into the Embedder's manifest."""
+    """Choose the thresholds for the error rates that you allow, and write them into the Embedder's manifest.
+
+    With them goes the curve over gallery sizes, by which the service takes the threshold of the size that it has.
+    """
     from trainer.assess import calibrate_on_split
     from trainer.embedder import Embedder, write_manifest
 
     opened = Embedder.open(embedder, threads)
     with progress() as show:
         found = calibrate_on_split(
-            opened, data, split, fpir=fpir, fmr=fmr, gallery_size=gallery_size, seed=seed, progress=show
+            opened,
+            data,
+            split,
+            fpir=fpir,
+            fmr=fmr,
+            gallery_size=gallery_size,
+            samples_per_subject=samples_per_subject,
+            extrapolate=extrapolate,
+            seed=seed,
+            progress=show,
         )
     write_manifest(embedder, opened.manifest.model_copy(update={"calibration": found}))
-    rows = []
+    print_table("thresholds", _threshold_rows(found, extrapolate))
     for use, one in (("verify", found.verify), ("identify", found.identify)):
-        size = f" at {one.gallery_size} subjects" if use == "identify" else ""
-        reached = f"{one.value:.4f}, reached {one.target} between {one.low:.4f} and {one.high:.4f}"
-        rows.append((f"{use} ({one.target} {one.rate:g}{size})", reached))
-    print_table("thresholds", rows)
+        out.print(f"{use}: {one.source}")
+
+
+def _threshold_rows(found: "Calibration", extrapolate: bool) -> list[tuple[str, str]]:
+    """Each threshold with the interval of its rate: for 1:1, and for galleries of N, 2 N and 10 N."""
+    from trainer.errors import UserError
+
+    verify, identify, curve = found.verify, found.identify, found.curve
+    assert curve is not None, "calibrate makes one"
+    rows = [(f"verify (FMR {verify.rate:g})", _reached(verify.value, verify.low, verify.high))]
+    for growth in (1, 2, 10):
+        size = growth * identify.gallery_size
+        try:
+            at = curve.at(size, identify.rate, 0.0 if extrapolate else 1.0)
+            told = _reached(at.value, at.low, at.high)
+        except UserError as error:
+            told = f"refused: {error}"
+        rows.append((f"identify (FPIR {identify.rate:g} at {size} subjects)", told))
+    return rows
+
+
+def _reached(value: float, low: float, high: float) -> str:
+    return f"{value:.4f}, the rate lies between {low:.3g} and {high:.3g}"
 
 
 def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:

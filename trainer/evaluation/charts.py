@@ -10,40 +10,71 @@ from numpy.typing import NDArray
 
 from trainer.evaluation.findings import Groups, Growth
 from trainer.evaluation.plots import BLUE, COLOURS, GREY, LINES, PALE, deviate, percent, percent_axis
-from trainer.evaluation.report import Report
+from trainer.evaluation.report import Calibration, Histogram, Report
 from trainer.evaluation.scores import Labels
 
 MOST_MAPPED = 1500  # samples; t-SNE takes seconds
+RELIABILITY_BINS = 15
 _NAMED = 6  # identities with a colour of their own
 _DRAWN = 12  # groups, the largest
 
 
-def report_charts(report: Report) -> dict[str, Callable[[Axes], None]]:
-    """What to draw of a report, by the name of the picture."""
+def report_charts(report: Report, calibration: Calibration | None) -> dict[str, Callable[[Axes], None]]:
+    """What to draw of a report, by the name of the picture; with what the Embedder's calibration foretells."""
     draws: dict[str, Callable[[Axes], None]] = {}
     if report.growth is not None:
-        draws["growth"] = partial(draw_growth, found=report.growth)
+        draws["growth"] = partial(draw_growth, found=report.growth, curve=calibration.curve if calibration else None)
     for place, groups in enumerate(report.groups, 1):
         draws[f"groups_{place}"] = partial(draw_groups, found=groups)
     return draws
 
 
-def draw_growth(axes: Axes, found: Growth) -> None:
-    """FPIR over the size of the gallery at one threshold, with its band, and that of independent comparisons."""
+def draw_growth(axes: Axes, found: Growth, curve: Curve | None) -> None:
+    """FPIR over the size of the gallery at one threshold, with its band, and that of independent comparisons.
+
+    Beyond the subjects at hand, what the calibration's curve foretells; without one, FPIR scaled by the size.
+    """
     sizes, fpir = np.array(found.sizes), np.array(found.fpir)
     axes.fill_between(sizes, found.low, found.high, color=BLUE, alpha=0.2, linewidth=0, label="95 % by subject")
     axes.plot(sizes, fpir, color=COLOURS[0], label="measured")
-    alone = 1 - (1 - fpir[0]) ** sizes
-    axes.plot(sizes, alone, color=GREY, linestyle=LINES[2], label=r"$1-(1-\mathrm{FMR})^N$")
+    axes.plot(sizes, 1 - (1 - fpir[0]) ** sizes, color=GREY, linestyle=LINES[2], label=r"$1-(1-\mathrm{FMR})^N$")
     far = np.geomspace(sizes[-1], 10 * sizes[-1], 20)
-    beyond = 1 - (1 - min(fpir[-1], 1 - 1e-12)) ** (far / sizes[-1])
-    axes.plot(far, beyond, color=COLOURS[0], linestyle=LINES[1], label="scaled, an upper bound")
+    if curve is None or curve.target != "FPIR":
+        beyond = 1 - (1 - min(fpir[-1], 1 - 1e-12)) ** (far / sizes[-1])
+        axes.plot(far, beyond, color=COLOURS[0], linestyle=LINES[1], label="scaled, an upper bound")
+    else:
+        foretold = [(int(size), curve.rate_at(found.threshold, int(size))) for size in far]
+        kept = [(size, rate, curve.at(size, rate, 0.0)) for size, rate in foretold if 0 < rate <= HIGHEST_RATE]
+        if kept:
+            reached = [(one.low, one.high) for _, _, one in kept]
+            where = [size for size, _, _ in kept]
+            axes.fill_between(where, *zip(*reached, strict=True), color=COLOURS[2], alpha=0.2, linewidth=0)
+            axes.plot(where, [rate for _, rate, _ in kept], color=COLOURS[2], linestyle=LINES[1], label="foretold")
     positive = fpir[fpir > 0]
     axes.set(xscale="log", yscale="log", ylim=(float(positive.min(initial=1.0)) / 2, 1.05))
     axes.set(xlabel="subjects in the gallery, N", ylabel="FPIR")
     axes.legend(loc="lower right")
     percent_axis(axes, "y")
     axes.set_title(f"Strangers taken for somebody, threshold {found.threshold:.3f}", loc="left")
+
+
+def draw_reliability(axes: Axes, scores: Histogram, probability: Callable[[float], float], prior: float) -> None:
+    """How many of the pairs of a stated probability are mates, at the prior, in fifteen bins."""
+    edges = np.array(scores.edges)
+    stated_k = np.array([probability(score) for score in (edges[:-1] + edges[1:]) / 2])
+    mates_k = prior * np.array(scores.mated) * np.diff(edges)
+    all_k = mates_k + (1 - prior) * np.array(scores.non_mated) * np.diff(edges)
+    bins_k = np.minimum((stated_k * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1)
+    weight, mates, said = (
+        np.bincount(bins_k, part_k, RELIABILITY_BINS) for part_k in (all_k, mates_k, all_k * stated_k)
+    )
+    used = weight > 0
+    error = float(np.abs(said - mates).sum())
+    axes.plot([0, 1], [0, 1], color=GREY, linestyle=LINES[2], linewidth=0.8)
+    axes.bar((np.arange(RELIABILITY_BINS) + 0.5) / RELIABILITY_BINS, weight, 0.9 / RELIABILITY_BINS, color=PALE)
+    axes.plot(said[used] / weight[used], mates[used] / weight[used], "o-", color=COLOURS[0], markersize=3.5)
+    axes.set(xlabel="stated probability of a mate", ylabel="share of mates", xlim=(0, 1), ylim=(0, 1))
+    axes.set_title(f"Reliability at a prior of {prior:g}: ECE {error:.3f}; grey: share of pairs", loc="left")
 
 
 def draw_groups(axes: Axes, found: Groups) -> None:

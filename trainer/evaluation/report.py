@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from trainer.evaluation.curve import Curve
 from trainer.evaluation.findings import Band, Cost, Ends, Enrolment, Groups, Growth, Retrieval
 from trainer.evaluation.scores import GRID, STEPS, PairCounts
 from trainer.strict import Strict
@@ -173,8 +174,8 @@ class Threshold(Strict):
     """A similarity at or above which two vectors, or a probe and a candidate, are called the same identity.
 
     `target` names the error rate it was calibrated for: FMR (one comparison) or FPIR (one search of a gallery of
-    `gallery_size` subjects). `low` and `high` bound the error rate actually reached, at `confidence`, bootstrapped
-    over subjects.
+    `gallery_size` subjects). `low` and `high` bound the error rate that one such gallery
+    reaches, at `confidence`.
     """
 
     value: float = Field(ge=-1.0, le=1.0001)
@@ -187,14 +188,17 @@ class Threshold(Strict):
     probes: int = Field(ge=1, description="non-mated probes it was measured on")
     subjects: int = Field(ge=1, description="subjects those probes belong to")
     model_id: str
+    expected_hits: float | None = Field(None, ge=0, description="false positives to expect among the probes")
+    misfit: float | None = Field(None, ge=0, le=1, description="probability of scores so far from the fitted tail")
     source: str = Field(description="where it came from, in words: the data set and split, and the method")
 
 
 class Calibration(Strict):
-    """Thresholds by use: `verify` for 1:1, `identify` for 1:N."""
+    """Thresholds by use: `verify` for 1:1, `identify` for 1:N; `curve` gives those of galleries of other sizes."""
 
     verify: Threshold
     identify: Threshold
+    curve: Curve | None = Field(None, description="None in a calibration of an older version")
 
 
 def rounded(values: NDArray[np.floating], digits: int = 6) -> list[float]:

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
+from trainer.evaluation.curve import HIGHEST_RATE, Curve
 from trainer.evaluation.findings import Groups, Growth
 from trainer.evaluation.plots import BLUE, COLOURS, GREY, LINES, PALE, deviate, percent, percent_axis
 from trainer.evaluation.report import Calibration, Histogram, Report
@@ -46,9 +47,9 @@ def draw_growth(axes: Axes, found: Growth, curve: Curve | None) -> None:
         foretold = [(int(size), curve.rate_at(found.threshold, int(size))) for size in far]
         kept = [(size, rate, curve.at(size, rate, 0.0)) for size, rate in foretold if 0 < rate <= HIGHEST_RATE]
         if kept:
-            reached = [(one.low, one.high) for _, _, one in kept]
             where = [size for size, _, _ in kept]
-            axes.fill_between(where, *zip(*reached, strict=True), color=COLOURS[2], alpha=0.2, linewidth=0)
+            low, high = [one.low for _, _, one in kept], [one.high for _, _, one in kept]
+            axes.fill_between(where, low, high, color=COLOURS[2], alpha=0.2, linewidth=0)
             axes.plot(where, [rate for _, rate, _ in kept], color=COLOURS[2], linestyle=LINES[1], label="foretold")
     positive = fpir[fpir > 0]
     axes.set(xscale="log", yscale="log", ylim=(float(positive.min(initial=1.0)) / 2, 1.05))

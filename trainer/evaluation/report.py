@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from trainer.evaluation.curve import Curve
+from trainer.evaluation.probability import MateProbability
 from trainer.evaluation.scores import GRID, STEPS, PairCounts
 from trainer.strict import Strict
 
@@ -181,6 +182,7 @@ class Calibration(Strict):
     verify: Threshold
     identify: Threshold
     curve: Curve | None = Field(None, description="None in a calibration of an older version")
+    probability: MateProbability | None = Field(None, description="of 1:1; None where mated pairs are too few")
 
 
 def rounded(values: NDArray[np.floating], digits: int = 6) -> list[float]:

@@ -22,6 +22,7 @@ from serving.index import Candidate, Index
 from serving.store import Deletion, Enrolment, IdempotencyKey, State, Store, StoreError, SubjectRow, SubjectUnknown
 from serving.threshold import Rule
 from trainer.errors import UserError
+from trainer.evaluation.normalise import Normaliser
 
 FAILURES = (StoreError, UserError, MemoryError, RuntimeError)  # the last is FAISS's
 RETRY_S = 60.0  # between two tries to build an index from a store that does not let itself be read
@@ -77,19 +78,27 @@ class Gallery:
     """
 
     def __init__(
-        self, store: Store, verify_rule: Rule, identify_rule: Rule, threads: int = 1, max_samples: int = 100
+        self,
+        store: Store,
+        verify_rule: Rule,
+        identify_rule: Rule,
+        threads: int = 1,
+        max_samples: int = 100,
+        normaliser: Normaliser | None = None,
     ) -> None:
         """Nothing is read yet: see `load`.
 
         Args:
             threads: cores that one search uses.
             max_samples: per subject.
+            normaliser: of the scores; None: they are cosines.
         """
         self.verify_rule, self.identify_rule = verify_rule, identify_rule
         self.model_id, self.dimension = store.model_id, store.dimension
         self.revision = 0  # of the store, that the index has reached
         self._store, self._threads, self._max_samples = store, threads, max_samples
-        self._index = Index(store.dimension, threads)
+        self._normaliser = normaliser
+        self._index = Index(store.dimension, threads, normaliser)
         self._status = Status("loading")
         self._lock = threading.Lock()  # held by a change from the store's commit to the index
         self._closing = threading.Event()
@@ -205,8 +214,7 @@ class Gallery:
 
     def verify(self, probe_D: NDArray[np.float32], reference_D: NDArray[np.float32]) -> Verification:
         """Compare two vectors; needs no index."""
-        self._index.check(np.stack([probe_D, reference_D]))
-        return self._verified(max(-1.0, min(1.0, float(probe_D @ reference_D))), None)
+        return self._verified(self._index.score(probe_D, reference_D), None)
 
     def verify_subject(self, probe_D: NDArray[np.float32], subject_id: str) -> Verification:
         """Compare a vector with the best of a subject's samples.
@@ -314,7 +322,7 @@ class Gallery:
 
     def _build(self, ending: Callable[[], bool], settled: bool = False) -> Index:
         """A new index from the store; `status` counts. `settled`: nobody changes the store meanwhile."""
-        index = Index(self._store.dimension, self._threads)
+        index = Index(self._store.dimension, self._threads, self._normaliser)
         for piece in self._store.samples(settled):
             if ending():
                 raise Stopped("the service is being stopped")

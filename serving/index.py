@@ -19,6 +19,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.evaluation.normalise import Normaliser
+
 NORM_TOLERANCE = 1e-3
 # FAISS multiplies matrices instead of scanning query by query from this many queries x D on. Its default never does so
 # below 250 queries at D = 512; a batch of 8 gains a factor of two.
@@ -72,12 +74,13 @@ class Index:
     length 1.
     """
 
-    def __init__(self, dimension: int, threads: int = 1) -> None:
-        """`threads`: the most cores that one call of FAISS uses."""
+    def __init__(self, dimension: int, threads: int = 1, normaliser: Normaliser | None = None) -> None:
+        """`threads`: the most cores that one call of FAISS uses. `normaliser`: of the scores; None: cosines."""
         faiss.cvar.distance_compute_blas_threshold = BLAS_THRESHOLD
         self.dimension, self._threads = dimension, threads
         self._lock = ReadersWriter()
-        self._faiss = faiss.IndexFlatIP(dimension)
+        self._normaliser = normaliser
+        self._faiss = faiss.IndexFlatIP(normaliser.width if normaliser else dimension)
         self._subject_N = np.empty(0, np.int64)  # longer than the index: room to grow
         self._sample_N = np.empty((0, 16), np.uint8)
         self._names: dict[int, str] = {}
@@ -115,10 +118,11 @@ class Index:
         if not len(subject_ids) == len(sample_ids) == len(vectors_BD):
             raise ValueError(f"{len(subject_ids)} subjects, {len(sample_ids)} samples and {len(vectors_BD)} vectors")
         samples_B = np.frombuffer(b"".join(sample_ids), np.uint8).reshape(-1, 16)
+        enrolled_BE = self._normaliser.enrolled(vectors_BD) if self._normaliser else vectors_BD
         with self._lock.writing():
             start, end = self._rows, self._rows + len(vectors_BD)
             self._reserve(end)
-            self._faiss.add(np.ascontiguousarray(vectors_BD, np.float32))
+            self._faiss.add(np.ascontiguousarray(enrolled_BE, np.float32))
             self._sample_N[start:end] = samples_B
             for row, subject_id in enumerate(subject_ids, start):
                 self._subject_N[row] = self._number(subject_id)
@@ -155,7 +159,7 @@ class Index:
         Same as scoring every sample, taking the maximum over each subject's samples, and sorting the subjects.
         """
         self.check(queries_QD)
-        queries_QD = np.ascontiguousarray(queries_QD, np.float32)
+        queries_QD = self._searching(queries_QD)
         with self._lock.reading():
             if not self._rows:
                 return [[] for _ in queries_QD]
@@ -170,9 +174,19 @@ class Index:
             if number is None:
                 return None
             rows = np.flatnonzero(self._subject_N[: self._rows] == number)
-            scores_B = self._faiss.reconstruct_batch(rows) @ np.asarray(query_D, np.float32)
+            scores_B = self._faiss.reconstruct_batch(rows) @ self._searching(query_D[None])[0]
             best = int(scores_B.argmax())
             return self._candidate(int(rows[best]), float(scores_B[best]))
+
+    def score(self, query_D: NDArray[np.float32], reference_D: NDArray[np.float32]) -> float:
+        """The score that the query would have if the reference were enrolled, -1 to 1."""
+        self.check(np.stack([query_D, reference_D]))
+        enrolled_D = self._normaliser.enrolled(reference_D[None])[0] if self._normaliser else reference_D
+        return max(-1.0, min(1.0, float(self._searching(query_D[None])[0] @ enrolled_D)))
+
+    def _searching(self, queries_QD: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The queries in the form in which the index is searched."""
+        return np.ascontiguousarray(self._normaliser.probes(queries_QD) if self._normaliser else queries_QD, np.float32)
 
     def _collapse(
         self, query_D: NDArray[np.float32], scores_K: NDArray[np.float32], rows_K: NDArray[np.int64], top_k: int

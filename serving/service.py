@@ -47,7 +47,8 @@ class Service:
         verify, identify = rules(manifest, settings.verify_threshold, settings.identify_threshold)
         model = manifest.model_id, manifest.dimension
         store = Store(settings.store, *model, settings.idempotency_hours, settings.restored)
-        self.gallery = Gallery(store, verify, identify, settings.threads, settings.max_samples)
+        normaliser = self.embedder.normaliser
+        self.gallery = Gallery(store, verify, identify, settings.threads, settings.max_samples, normaliser)
         limits = Limits(seconds=settings.decode_cpu_s, pixels=settings.max_pixels)
         form = self.embedder.preprocessing
         self._decoders = Decoders(form, settings.workers, limits) if isinstance(form, Preprocessing) else None
@@ -143,11 +144,17 @@ class Service:
             threshold_source=rule.source,
             fmr_target=rule.rate,
             fmr_interval=rule.interval,
+            mate_probability=self._mate_probability(found.score),
             subject_id=subject_id,
             sample_id=found.sample_id,
             model_id=self.gallery.model_id,
             request_id=request_id,
         )
+
+    def _mate_probability(self, score: float) -> float | None:
+        calibration = self.embedder.manifest.calibration
+        model = calibration.probability if calibration else None
+        return model.probability(score) if model else None
 
     def enrol(self, subject_id: str, sent: Sent, key: str | None, request_id: str) -> tuple[schemas.EnrolAnswer, bool]:
         """The answer, and whether it is that of an earlier request with the same idempotency key."""

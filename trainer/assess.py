@@ -23,11 +23,13 @@ from trainer.errors import UserError
 from trainer.evaluation.calibration import HeldOut, calibrate
 from trainer.evaluation.curve import LEAST_HITS
 from trainer.evaluation.listed import measure_lists, read_protocol
+from trainer.evaluation.normalise import Kind, Normaliser, set_aside
 from trainer.evaluation.protocols import Measured, measure
 from trainer.evaluation.report import Calibration
 
 _BATCH = 256  # samples decoded at a time
 _AHEAD = 3
+COHORT_SHARE, MOST_COHORT = 0.2, 1000  # subjects that are set aside to normalise by
 
 
 class Evaluated(NamedTuple):
@@ -198,16 +200,20 @@ def calibrate_on_split(
     gallery_size: int | None = None,
     samples_per_subject: int = 1,
     extrapolate: bool = False,
+    prior: float = 0.5,
+    normalise: Kind | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Calibration:
-    """Thresholds for allowed error rates, from a split of identities that were not trained on.
+) -> tuple[Calibration, Normaliser | None]:
+    """Thresholds for allowed error rates, from a split of identities that were not trained on, and what normalises.
 
     Args:
         fpir, fmr: allowed error rates of identification and of verification.
         gallery_size: subjects in the gallery; None: as many as the split has.
         samples_per_subject: enrolled of each.
         extrapolate: below one expected false positive, too.
+        prior: probability of a mate before a score is known.
+        normalise: scores, by a cohort: a fifth of the subjects (a thousand at most), who are set aside.
         seed: chooses the samples that are enrolled, and those left out where there are too many.
 
     Raises:
@@ -216,15 +222,23 @@ def calibrate_on_split(
     manifest = Manifest.read(data)
     part = manifest.split(split)
     vectors_ND, labels_N = embed_split(embedder, part, progress)
-    held = HeldOut(vectors_ND, labels_N, embedder.model_id, f"{manifest.kind}, split '{split}'", seed)
-    return calibrate(
-        held,
+    source, normaliser = f"{manifest.kind}, split '{split}'", None
+    if normalise is not None:
+        cohort, rest = set_aside(labels_N, COHORT_SHARE, MOST_COHORT, seed)
+        normaliser = Normaliser(normalise, vectors_ND[cohort])
+        vectors_ND, labels_N = vectors_ND[rest], labels_N[rest]
+        source += f", {normalise.upper()}-norm by {len(cohort)} of its subjects"
+    subjects = len(np.unique(labels_N))
+    found = calibrate(
+        HeldOut(vectors_ND, labels_N, embedder.model_id, source, seed, normaliser),
         fpir=fpir,
         fmr=fmr,
-        gallery_size=part.identities if gallery_size is None else gallery_size,
+        gallery_size=subjects if gallery_size is None else gallery_size,
         samples_per_subject=samples_per_subject,
         least_hits=0.0 if extrapolate else LEAST_HITS,
+        prior=prior,
     )
+    return found, normaliser
 
 
 def embed_split(

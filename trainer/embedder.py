@@ -4,6 +4,7 @@ Axes: B samples, C channels, H and W pixels, D dimensions of the embedding.
 """
 
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Literal
@@ -17,11 +18,14 @@ from pydantic import Field, ValidationError
 from trainer.atomic import write_file
 from trainer.data.arrays import Form, Pixels
 from trainer.errors import UserError
+from trainer.evaluation.normalise import Kind, Normaliser
 from trainer.evaluation.report import Calibration
 from trainer.strict import Strict
 
 MODEL_FILE = "model.onnx"
 MANIFEST_FILE = "manifest.json"
+COHORT_FILE = "cohort.npy"
+MOST_COHORT_BYTES = 1 << 26
 OUTPUT = "embeddings"
 NORM_TOLERANCE = 1e-3  # of a unit vector; float32 and bfloat16 exports stay within it
 
@@ -32,6 +36,13 @@ RUNTIME_ERRORS = (
 )
 
 
+class Normalisation(Strict):
+    """How scores are normalised: see `evaluation/normalise.py`. The cohort is in `cohort.npy`, float32 [K, D]."""
+
+    kind: Kind
+    sha256: str = Field(description="of cohort.npy")
+
+
 class EmbedderManifest(Strict):
     """`manifest.json` of an Embedder. `model_id` is the digest of the ONNX bytes and the preprocessing."""
 
@@ -40,6 +51,7 @@ class EmbedderManifest(Strict):
     dimension: int = Field(ge=2)
     preprocessing: Form = Field(description="what it takes: images in this form, or vectors or spectrograms")
     calibration: Calibration | None = None
+    normalisation: Normalisation | None = None
     provenance: dict[str, str] = Field(default_factory=dict, description="config digest, step, MLflow run, versions")
 
 
@@ -52,6 +64,35 @@ def model_id(onnx: bytes, preprocessing: Form) -> str:
 def input_of(form: Form) -> str:
     """The name of the model's input in the ONNX file."""
     return "images" if form.reads == "images" else "samples"
+
+
+def write_cohort(folder: Path, normaliser: Normaliser) -> Normalisation:
+    """Write `cohort.npy`, and give what the manifest says of it. The manifest is to be written after it."""
+    stream = io.BytesIO()
+    np.save(stream, normaliser.cohort_KD, allow_pickle=False)
+    write_file(folder / COHORT_FILE, stream.getvalue())
+    return Normalisation(kind=normaliser.kind, sha256=hashlib.sha256(stream.getvalue()).hexdigest())
+
+
+def read_cohort(folder: Path, manifest: EmbedderManifest) -> Normaliser | None:
+    """The normaliser that the manifest names; None where scores are cosines.
+
+    Raises:
+        UserError: `cohort.npy` is missing, was changed, or is none of this model.
+    """
+    told, path = manifest.normalisation, folder / COHORT_FILE
+    if told is None:
+        return None
+    again = "; calibrate the embedder again"
+    if not path.is_file() or path.stat().st_size > MOST_COHORT_BYTES:
+        raise UserError(f"'{path}' is missing or too large: scores cannot be normalised{again}")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != told.sha256:
+        raise UserError(f"'{path}' is not the cohort that the manifest names: it was changed or is half a write{again}")
+    cohort_KD = np.load(io.BytesIO(content), allow_pickle=False)
+    if cohort_KD.ndim != 2 or cohort_KD.shape[1] != manifest.dimension:
+        raise UserError(f"'{path}' has shape {cohort_KD.shape}, and the model {manifest.dimension} dimensions{again}")
+    return Normaliser(told.kind, np.asarray(cohort_KD, np.float32))
 
 
 def write_manifest(folder: Path, manifest: EmbedderManifest) -> None:
@@ -99,8 +140,14 @@ def open_session(onnx: bytes, threads: int) -> onnxruntime.InferenceSession:
 class Embedder:
     """An opened Embedder folder. `embed` may be called from several threads at once."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, manifest: EmbedderManifest, batch_size: int) -> None:
-        self._session, self._batch_size = session, batch_size
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        manifest: EmbedderManifest,
+        batch_size: int,
+        normaliser: Normaliser | None = None,
+    ) -> None:
+        self._session, self._batch_size, self.normaliser = session, batch_size, normaliser
         self.manifest, self.model_id, self.preprocessing = manifest, manifest.model_id, manifest.preprocessing
 
     @classmethod
@@ -121,7 +168,7 @@ class Embedder:
         except RUNTIME_ERRORS as error:
             what = f"is not a model that ONNX Runtime {onnxruntime.__version__} can run: {_first_line(error)}"
             raise _spoilt(folder / MODEL_FILE, what) from error
-        embedder = cls(session, manifest, batch_size)
+        embedder = cls(session, manifest, batch_size, read_cohort(folder, manifest))
         embedder._check(folder / MODEL_FILE)
         return embedder
 

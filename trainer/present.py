@@ -32,6 +32,7 @@ _CAPTIONS = {
     "cmc": "How often the mate is among the first k candidates of a closed gallery.",
     "open_set": "Mates that are missed over strangers that are taken for somebody; bars are 95 % intervals.",
     "growth": "A threshold that is right for one size of gallery is wrong for a larger one.",
+    "reliability": "Of the pairs that are given a probability of a mate, how many are mates.",
     "map": "Embeddings near each other are drawn near each other; distances between clusters mean little.",
     "neural_collapse": "The geometry of the training's features over its steps.",
 }
@@ -59,7 +60,8 @@ def present(found: Sequence[One], folder: Path) -> tuple[list[Path], list[str]]:
 def _of_one(one: One, folder: Path) -> tuple[list[Path], str]:
     home, manifest, evaluated = one
     report = evaluated.measured.report
-    written = report_plots(report, folder) + draw_all(report_charts(report, manifest.calibration), folder)
+    calibration = manifest.calibration if manifest.normalisation is None else None  # of the scores that are drawn
+    written = report_plots(report, folder) + draw_all(report_charts(report, calibration), folder)
     rows, places_n2 = mapped(evaluated.vectors_ND, evaluated.subjects_N, report.seed)
     labels_n = evaluated.subjects_N[rows]
     drawing = partial(draw_map, places_n2=places_n2, labels_n=labels_n, names=evaluated.names)
@@ -256,6 +258,8 @@ def _card(home: Path, manifest: EmbedderManifest, report: Report) -> list[str]:
         ),
     ]
     if (found := manifest.calibration) is not None:
+        if manifest.normalisation is not None:
+            facts.append(("scores of the service", f"{manifest.normalisation.kind}-normalised; here they are cosines"))
         for one in (found.verify, found.identify):
             size = f" in a gallery of {one.gallery_size}" if one.target == "FPIR" else ""
             reached = f"{one.value:.4f} for {one.target} {one.rate:g}{size}, reached {one.low:.2g} to {one.high:.2g}"

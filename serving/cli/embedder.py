@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -91,7 +91,12 @@ def calibrate(
     extrapolate: Annotated[
         bool, typer.Option(help="Also below one expected false positive; the answer says so.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Chooses the samples that are enrolled.")] = 0,
+    prior: Annotated[float, typer.Option(help="Probability of a mate before a score is known, for 1:1.")] = 0.5,
+    normalise: Annotated[
+        Literal["z", "t", "s", "as"] | None,
+        typer.Option(help="Normalise scores by the enrolled (z), the probe (t), both (s), adaptively (as)."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Chooses the samples that are enrolled, and the cohort.")] = 0,
     threads: Threads = 2,
 ) -> None:
     """Choose the thresholds for the error rates that you allow, and write them into the Embedder's manifest.
@@ -99,11 +104,11 @@ def calibrate(
     With them goes the curve over gallery sizes, by which the service takes the threshold of the size that it has.
     """
     from trainer.assess import calibrate_on_split
-    from trainer.embedder import Embedder, write_manifest
+    from trainer.embedder import Embedder, write_cohort, write_manifest
 
     opened = Embedder.open(embedder, threads)
     with progress() as show:
-        found = calibrate_on_split(
+        found, normaliser = calibrate_on_split(
             opened,
             data,
             split,
@@ -112,10 +117,14 @@ def calibrate(
             gallery_size=gallery_size,
             samples_per_subject=samples_per_subject,
             extrapolate=extrapolate,
+            prior=prior,
+            normalise=normalise,
             seed=seed,
             progress=show,
         )
-    write_manifest(embedder, opened.manifest.model_copy(update={"calibration": found}))
+    normalisation = write_cohort(embedder, normaliser) if normaliser else None
+    told = {"calibration": found, "normalisation": normalisation}
+    write_manifest(embedder, opened.manifest.model_copy(update=told))
     print_table("thresholds", _threshold_rows(found, extrapolate))
     for use, one in (("verify", found.verify), ("identify", found.identify)):
         out.print(f"{use}: {one.source}")
@@ -136,6 +145,10 @@ def _threshold_rows(found: "Calibration", extrapolate: bool) -> list[tuple[str, 
         except UserError as error:
             told = f"refused: {error}"
         rows.append((f"identify (FPIR {identify.rate:g} at {size} subjects)", told))
+    if model := found.probability:
+        ece = f"ECE {model.ece_platt:.3g} by Platt's sigmoid, {model.ece_isotonic:.3g} by isotonic regression"
+        at = model.probability(verify.value)
+        rows.append((f"probability of a mate at {verify.value:.4f}, prior {model.prior:g}", f"{at:.4f}; {ece}"))
     return rows
 
 

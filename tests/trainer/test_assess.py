@@ -66,11 +66,18 @@ def test_what_is_found_is_what_the_protocols_find(data, embedder):
 
 
 def test_thresholds_name_the_model_the_split_and_the_gallery(data, embedder):
-    found = calibrate_on_split(embedder, data, "val", fpir=0.1, fmr=0.01)
+    found, normaliser = calibrate_on_split(embedder, data, "val", fpir=0.1, fmr=0.01)
+    assert normaliser is None
     assert found.identify.gallery_size == IDENTITIES
     assert {found.verify.model_id, found.identify.model_id} == {embedder.model_id}
     assert found.verify.source.startswith("folder, split 'val': ")
-    assert calibrate_on_split(embedder, data, "val", fpir=0.1, fmr=0.01, gallery_size=20).identify.gallery_size == 20
+    smaller, _ = calibrate_on_split(embedder, data, "val", fpir=0.1, fmr=0.01, gallery_size=20)
+    assert smaller.identify.gallery_size == 20
+
+
+def test_a_cohort_is_set_aside_to_normalise_by(data, embedder):
+    with pytest.raises(UserError, match="a cohort of 12 vectors is too small to normalise by; take 20"):
+        calibrate_on_split(embedder, data, "val", fpir=0.1, fmr=0.01, normalise="s")
 
 
 def test_a_split_that_is_not_there_is_named(data, embedder):

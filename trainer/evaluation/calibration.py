@@ -19,6 +19,8 @@ from trainer.errors import UserError
 from trainer.evaluation.curve import CONFIDENCE, HIGHEST_RATE, LEAST_HITS, Curve, Reached
 from trainer.evaluation.metrics import SHOWN_ERRORS
 from trainer.evaluation.nonmated import Hits, highest, shuffled
+from trainer.evaluation.normalise import Normaliser
+from trainer.evaluation.probability import mate_probability
 from trainer.evaluation.report import Calibration, Threshold
 from trainer.evaluation.scores import Labels, Vectors, check
 from trainer.evaluation.tails import Tail, fit
@@ -30,8 +32,8 @@ MOST_OF_ALL = 0.05  # share of all comparisons, beyond which the highest scores 
 MISFIT = 0.01  # a fit that is less probable is warned about
 MOST_HITS = 2_000_000
 MAX_PROBES = 50_000
+MOST_PAIRED = 5_000  # samples whose pairs give the probability of a mate
 DUPLICATE = 1 - 1e-6
-GROWTH = (1, 2, 10)  # gallery sizes that are shown, as multiples of the one asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class HeldOut:
         labels_N: the subject of each.
         model_id: of the Embedder that made them.
         source: the data set and split, in words.
+        normaliser: of the scores; None: they are cosines.
     """
 
     vectors_ND: Vectors
@@ -50,6 +53,13 @@ class HeldOut:
     model_id: str
     source: str
     seed: int = 0
+    normaliser: Normaliser | None = None
+
+    def roles(self) -> tuple[Vectors, Vectors]:
+        """The samples as they search, and as they are enrolled: a score is a dot product of one of each."""
+        if self.normaliser is None:
+            return self.vectors_ND, self.vectors_ND
+        return self.normaliser.probes(self.vectors_ND), self.normaliser.enrolled(self.vectors_ND)
 
     def capped(self, most: int) -> "HeldOut":
         """At most so many samples: as many of every subject as fit, then fewer subjects, drawn by the seed."""
@@ -67,6 +77,7 @@ def calibrate(
     gallery_size: int,
     samples_per_subject: int = 1,
     least_hits: float = LEAST_HITS,
+    prior: float = 0.5,
 ) -> Calibration:
     """Both thresholds of an Embedder, and the Curve for galleries of other sizes.
 
@@ -77,6 +88,7 @@ def calibrate(
         gallery_size: subjects enrolled where the threshold will be used, N.
         samples_per_subject: enrolled of each subject, whose best counts.
         least_hits: false positives to expect among the samples; 0 allows any extrapolation.
+        prior: probability of a mate before the score is known.
 
     Raises:
         UserError: embeddings that cannot be compared, a rate that is not allowed, or too few subjects for it.
@@ -85,7 +97,9 @@ def calibrate(
     held = replace(held, vectors_ND=vectors_ND, labels_N=labels_N)
     verify = verify_threshold(held, fmr, least_hits)
     identify, curve = identify_threshold(held, fpir, gallery_size, samples_per_subject, least_hits)
-    return Calibration(verify=verify, identify=identify, curve=curve)
+    few = held.capped(MOST_PAIRED)
+    probability = mate_probability(*few.roles(), few.labels_N, prior, held.seed)
+    return Calibration(verify=verify, identify=identify, curve=curve, probability=probability)
 
 
 def identify_threshold(
@@ -126,7 +140,8 @@ def _hits(held: HeldOut, share: float, samples_per_subject: int) -> tuple[Hits, 
     subjects = len(np.unique(held.labels_N))
     all_pairs = subjects * (subjects - 1) / 2
     pairs = max(min(FITTED_PAIRS, MOST_OF_ALL * all_pairs), 2 * share * all_pairs)
-    hits = highest(held.vectors_ND, held.labels_N, samples_per_subject, pairs, held.seed)
+    searching_NE, enrolled_NE = held.roles()
+    hits = highest(searching_NE, held.labels_N, samples_per_subject, pairs, held.seed, enrolled_NE)
     return hits, pairs
 
 

@@ -25,6 +25,10 @@ def report_charts(report: Report, calibration: Calibration | None) -> dict[str, 
     draws: dict[str, Callable[[Axes], None]] = {}
     if report.growth is not None:
         draws["growth"] = partial(draw_growth, found=report.growth, curve=calibration.curve if calibration else None)
+    model, pairs = calibration.probability if calibration else None, report.verification
+    if model is not None and pairs is not None:
+        probability, prior = model.probability, model.prior
+        draws["reliability"] = partial(draw_reliability, scores=pairs.histogram, probability=probability, prior=prior)
     for place, groups in enumerate(report.groups, 1):
         draws[f"groups_{place}"] = partial(draw_groups, found=groups)
     return draws

@@ -57,8 +57,20 @@ class Hits:
         return min(len(self.scores_E), max(2, ceil(2 * count * self.galleries * self.probes / self.subjects)))
 
 
-def highest(vectors_ND: Vectors, labels_N: Labels, samples_per_subject: int, pairs: float, seed: int) -> Hits:
-    """The scores that reach highest: as many as `pairs` pairs of subjects have (see `Hits.pairs_of`)."""
+def highest(
+    vectors_ND: Vectors,
+    labels_N: Labels,
+    samples_per_subject: int,
+    pairs: float,
+    seed: int,
+    enrolled_NE: Vectors | None = None,
+) -> Hits:
+    """The scores that reach highest: as many as `pairs` pairs of subjects have (see `Hits.pairs_of`).
+
+    Args:
+        enrolled_NE: the samples as they are enrolled, where that is not as they search (see `normalise.py`).
+    """
+    enrolled_NE = vectors_ND if enrolled_NE is None else enrolled_NE
     generator = np.random.default_rng([seed, 3])
     _, subject_N, probes_S = np.unique(labels_N, return_inverse=True, return_counts=True)
     probes, subjects = len(labels_N), len(probes_S)
@@ -69,7 +81,7 @@ def highest(vectors_ND: Vectors, labels_N: Labels, samples_per_subject: int, pai
     for turn in range(rounds):
         turned_N = (place_N - turn * samples_per_subject) % probes_S[subject_N[order_N]]
         rows_G = order_N[turned_N < samples_per_subject]
-        for part, scores_bS in identity_scores(vectors_ND, vectors_ND[rows_G], subject_N[rows_G]):
+        for part, scores_bS in identity_scores(vectors_ND, enrolled_NE[rows_G], subject_N[rows_G]):
             mine_b = subject_N[part]
             scores_bS[np.arange(len(mine_b)), mine_b] = -np.inf
             floor = max(floor, _floor(scores_bS[scores_bS >= floor], wanted))

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from trainer.errors import UserError
-from trainer.evaluation.scores import STEPS, Labels, PairCounts, Vectors, pair_counts
+from trainer.evaluation.scores import Labels, Vectors
 from trainer.strict import Strict
 
 Numbers = NDArray[np.float64]
 
-BIN = 1 << 9  # cells of the score grid in a bin: 2^-11 of a score
+BINS = 1 << 12  # of scores from -1 to 1
+ROWS = 256  # of a block of scores
 ECE_BINS = 15
 FEWEST_MATED = 20  # pairs, in each half of the subjects
 
@@ -55,8 +56,13 @@ class _Bins:
     non_mated_K: Numbers
 
 
-def mate_probability(vectors_ND: Vectors, labels_N: Labels, prior: float, seed: int) -> MateProbability | None:
+def mate_probability(
+    searching_NE: Vectors, enrolled_NE: Vectors, labels_N: Labels, prior: float, seed: int
+) -> MateProbability | None:
     """Fitted to all pairs; None where mated pairs are too few to fit and to check.
+
+    Args:
+        searching_NE, enrolled_NE: the samples in both roles; the same where scores are cosines.
 
     Raises:
         UserError: a prior that is none.
@@ -65,9 +71,8 @@ def mate_probability(vectors_ND: Vectors, labels_N: Labels, prior: float, seed: 
         raise UserError(f"a prior of {prior:g} leaves nothing to be found out; give one above 0 and below 1")
     subjects, subject_N = np.unique(labels_N, return_inverse=True)
     first_S = np.random.default_rng([seed, 6]).permutation(len(subjects)) < len(subjects) // 2
-    halves = [
-        _bins(pair_counts(vectors_ND[part], labels_N[part])) for part in (first_S[subject_N], ~first_S[subject_N])
-    ]
+    parts = first_S[subject_N], ~first_S[subject_N]
+    halves = [_bins(searching_NE[part], enrolled_NE[part], labels_N[part]) for part in parts]
     if min(float(half.mated_K.sum()) for half in halves) < FEWEST_MATED:
         return None
     errors = {"platt": 0.0, "isotonic": 0.0}
@@ -75,18 +80,26 @@ def mate_probability(vectors_ND: Vectors, labels_N: Labels, prior: float, seed: 
         model = _fitted(fitted, prior)
         for method in errors:
             errors[method] += _ece(measured, _ratios(model, measured.scores_K, method), prior) / 2
-    found = _fitted(_bins(pair_counts(vectors_ND, labels_N)), prior)
+    found = _fitted(_bins(searching_NE, enrolled_NE, labels_N), prior)
     method = min(errors, key=lambda name: errors[name])
     told = {f"ece_{name}": error for name, error in errors.items()}
     return MateProbability.model_validate(found.model_dump() | told | {"method": method})
 
 
-def _bins(counts: PairCounts) -> _Bins:
-    """The cells of the score grid by bins, those that hold a pair."""
-    starts = np.arange(0, len(counts.mated), BIN)
-    mated, non_mated = (np.add.reduceat(part, starts) for part in (counts.mated, counts.non_mated))
+def _bins(searching_NE: Vectors, enrolled_NE: Vectors, labels_N: Labels) -> _Bins:
+    """All ordered pairs of two samples, those bins that hold a pair."""
+    mated, non_mated = np.zeros(BINS), np.zeros(BINS)
+    for start in range(0, len(labels_N), ROWS):
+        scores_bN = searching_NE[start : start + ROWS] @ enrolled_NE.T
+        same_bN = labels_N[start : start + ROWS, None] == labels_N
+        bin_bN = np.clip((scores_bN + 1) * (BINS / 2), 0, BINS - 1).astype(np.int64)
+        rows_b = np.arange(len(scores_bN))
+        mated += np.bincount(bin_bN[same_bN], minlength=BINS)
+        mated -= np.bincount(bin_bN[rows_b, start + rows_b], minlength=BINS)  # a sample with itself
+        non_mated += np.bincount(bin_bN[~same_bN], minlength=BINS)
     used = np.flatnonzero(mated + non_mated)
-    return _Bins((starts[used] + BIN / 2) / STEPS - 1, mated[used].astype(float), non_mated[used].astype(float))
+    middle_K = np.asarray((used + 0.5) * (2 / BINS) - 1, np.float64)
+    return _Bins(middle_K, mated[used], non_mated[used])
 
 
 def _fitted(bins: _Bins, prior: float) -> MateProbability:
@@ -138,7 +151,7 @@ def _isotonic(bins: _Bins) -> tuple[list[float], list[float]]:
             pool = (start, hits + pool[1], misses + pool[2])
         pools.append(pool)
     ratios = [float(np.log(max(hit, 0.5) / mated) - np.log(max(miss, 0.5) / non_mated)) for _, hit, miss in pools]
-    return [start - BIN / 2 / STEPS for start, _, _ in pools], np.maximum.accumulate(ratios).tolist()
+    return [start - 1 / BINS for start, _, _ in pools], np.maximum.accumulate(ratios).tolist()
 
 
 def _ratios(model: MateProbability, scores_K: Numbers, method: str) -> Numbers:

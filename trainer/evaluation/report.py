@@ -9,6 +9,7 @@ from pydantic import Field
 
 from trainer.evaluation.curve import Curve
 from trainer.evaluation.findings import Band, Cost, Ends, Enrolment, Groups, Growth, Retrieval
+from trainer.evaluation.probability import MateProbability
 from trainer.evaluation.scores import GRID, STEPS, PairCounts
 from trainer.strict import Strict
 
@@ -199,6 +200,7 @@ class Calibration(Strict):
     verify: Threshold
     identify: Threshold
     curve: Curve | None = Field(None, description="None in a calibration of an older version")
+    probability: MateProbability | None = Field(None, description="of 1:1; None where mated pairs are too few")
 
 
 def rounded(values: NDArray[np.floating], digits: int = 6) -> list[float]:

@@ -26,6 +26,7 @@ from trainer.evaluation.several import enrolments
 DRAWS = 5  # other choices of the enrolled samples, for the spread of rank-1
 UNENROLLED = 0.5  # share of the identities
 MOST_RETRIEVED = 10_000  # samples; the time grows with the square
+GROUP_FAR, ENROLMENT_FPIR = 1e-3, 0.01
 COPY = 1 - 1e-6  # the score from which on two samples are the same one
 
 
@@ -125,43 +126,53 @@ def measure(
         UserError: input that cannot be compared, or too few identities or samples for a protocol.
     """
     vectors_ND, labels_N = check(vectors_ND, labels_N)
-    if len(wrong := labels_N[(labels_N < 0) | (labels_N >= len(class_names))]):
-        raise UserError(f"label {wrong[0]} has no name among {len(class_names)} classes; pass the same split's names")
-    found = angles(vectors_ND, labels_N)
-    geometry = report.Geometry(
-        intra_mean=found.intra_mean,
-        inter_smallest=found.inter_smallest,
-        inter_nearest_mean=float(found.nearest_C.mean()),
-    )
+    _check_names(labels_N, class_names)
     pairs, curve, evidence = verification.verification(vectors_ND, labels_N, seed)
-    closed = one_shot_searches(vectors_ND, labels_N, enrolled_rows(labels_N))
-    draws = [one_shot_searches(vectors_ND, labels_N, enrolled_rows(labels_N, seed + draw)) for draw in range(DRAWS)]
-    drawn = [float(metrics.rank1_P(one.mated).mean()) for one in draws]
+    closed, drawn = _drawn(vectors_ND, labels_N, seed)
     opened = open_set_searches(vectors_ND, labels_N, unenrolled_share, seed)
     strangers = unenrolled_identities(labels_N, unenrolled_share, seed)
+    several = {"quality_N": quality_N, "seed": seed, "replicates": verification.REPLICATES}
     rows = verification.whole_identities(labels_N, MOST_RETRIEVED, seed)
+    identities = len(np.unique(labels_N))
     written = report.Report(
         source=source,
         model_id=model_id,
         seed=seed,
-        identities=len(found.nearest_C),
+        identities=identities,
         samples=len(labels_N),
         dimension=vectors_ND.shape[1],
         verification=pairs,
-        one_shot=closed_set(closed, len(found.nearest_C), drawn, class_names),
-        open_set=open_set(opened, len(np.unique(labels_N)) - len(strangers), len(strangers), unenrolled_share, seed),
-        geometry=geometry,
-        enrolments=enrolments(
-            vectors_ND, labels_N, strangers, 0.01, quality_N=quality_N, seed=seed, replicates=verification.REPLICATES
-        ),
+        one_shot=closed_set(closed, identities, drawn, class_names),
+        open_set=open_set(opened, identities - len(strangers), len(strangers), unenrolled_share, seed),
+        geometry=_geometry(vectors_ND, labels_N),
+        enrolments=enrolments(vectors_ND, labels_N, strangers, ENROLMENT_FPIR, **several),  # type: ignore[arg-type]
         retrieval=retrieval(vectors_ND[rows], labels_N[rows]),
         growth=_growth(vectors_ND, labels_N, opened),
-        groups=[differentials(vectors_ND, labels_N, *of, name, 1e-3) for name, of in (groups or {}).items()],
+        groups=[differentials(vectors_ND, labels_N, *of, name, GROUP_FAR) for name, of in (groups or {}).items()],
         remarks=[*remarks, *_doubts(labels_N, class_names, pairs, closed.mated)],
     )
-    return Measured(
-        written, Seen(model_id or "", (curve, evidence), closed, opened), _hardest(vectors_ND, labels_N, seed)
-    )
+    seen = Seen(model_id or "", (curve, evidence), closed, opened)
+    return Measured(written, seen, _hardest(vectors_ND, labels_N, seed))
+
+
+def _drawn(vectors_ND: Vectors, labels_N: Labels, seed: int) -> tuple[ClosedSearches, list[float]]:
+    """The searches with the first samples enrolled, and rank-1 with `DRAWS` choices of random ones."""
+    draws = (enrolled_rows(labels_N, seed + draw) for draw in range(DRAWS))
+    rates = [float(metrics.rank1_P(one_shot_searches(vectors_ND, labels_N, rows).mated).mean()) for rows in draws]
+    return one_shot_searches(vectors_ND, labels_N, enrolled_rows(labels_N)), rates
+
+
+def _check_names(labels_N: Labels, class_names: Sequence[str]) -> None:
+    if len(wrong := labels_N[(labels_N < 0) | (labels_N >= len(class_names))]):
+        raise UserError(f"label {wrong[0]} has no name among {len(class_names)} classes; pass the same split's names")
+    if len(identities := np.unique(labels_N)) < 2:
+        raise UserError(f"{len(identities)} class cannot be told from others; evaluate on two classes or more")
+
+
+def _geometry(vectors_ND: Vectors, labels_N: Labels) -> report.Geometry:
+    found = angles(vectors_ND, labels_N)
+    nearest = float(found.nearest_C.mean())
+    return report.Geometry(intra_mean=found.intra_mean, inter_smallest=found.inter_smallest, inter_nearest_mean=nearest)
 
 
 def _growth(vectors_ND: Vectors, labels_N: Labels, found: OpenSearches) -> Growth | None:

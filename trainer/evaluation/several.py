@@ -11,10 +11,12 @@ import numpy as np
 from trainer.errors import UserError
 from trainer.evaluation import intervals, metrics
 from trainer.evaluation.findings import Enrolment
+from trainer.evaluation.identification import OpenSearches
 from trainer.evaluation.scores import Floats, Labels, Vectors, fused, search_mated, search_non_mated
 
 MOST_ENROLLED = 5
-WAYS: tuple[Literal["first", "maximum", "mean", "quality"], ...] = ("first", "maximum", "mean", "quality")
+Way = Literal["first", "maximum", "mean", "quality"]
+WAYS: tuple[Way, ...] = ("first", "maximum", "mean", "quality")
 
 
 def enrolments(
@@ -52,26 +54,33 @@ def enrolments(
         gallery = vectors_ND[rows], labels_N[rows]
         if way in ("mean", "quality"):
             gallery = fused(*gallery, quality_N[rows] if way == "quality" and quality_N is not None else None)
-        mated = search_mated(*gallery, vectors_ND[probe_N], labels_N[probe_N])
-        non_mated_P = search_non_mated(*gallery, vectors_ND[stranger_rows])
-        point = metrics.fnir_at_fpir(mated, non_mated_P, fpir)
-        sides = (mated.mate_P, labels_N[probe_N]), (non_mated_P, labels_N[stranger_rows])
-        point = intervals.of_fnir(*sides, point, seed=seed, replicates=replicates)
-        first_P = metrics.rank1_P(mated)
-        found.append(
-            Enrolment(
-                way=way,
-                samples=1 if way == "first" else int(place_N[enrolled_N].max()) + 1,
-                gallery_size=len(np.unique(gallery[1])),
-                probes=int(probe_N.sum()),
-                rank1=float(first_P.mean()),
-                rank1_interval=intervals.of_mean(first_P, labels_N[probe_N]),
-                fpir=None if point.fnir is None else fpir,
-                fnir=point.fnir,
-                fnir_interval=None if point.low is None or point.high is None else (point.low, point.high),
-            )
-        )
+        searched = search_mated(*gallery, vectors_ND[probe_N], labels_N[probe_N])
+        best_P = search_non_mated(*gallery, vectors_ND[stranger_rows])
+        searches = OpenSearches(labels_N[probe_N], searched, labels_N[stranger_rows], best_P)
+        samples = 1 if way == "first" else int(place_N[enrolled_N].max()) + 1
+        found.append(_enrolment(way, samples, len(np.unique(gallery[1])), searches, fpir, seed, replicates))
     return found
+
+
+def _enrolment(
+    way: Way, samples: int, gallery_size: int, searches: OpenSearches, fpir: float, seed: int, replicates: int
+) -> Enrolment:
+    subjects_P, mated, strangers_P, best_P = searches
+    point = metrics.fnir_at_fpir(mated, best_P, fpir)
+    sides = (mated.mate_P, subjects_P), (best_P, strangers_P)
+    point = intervals.of_fnir(*sides, point, seed=seed, replicates=replicates)
+    first_P = metrics.rank1_P(mated)
+    return Enrolment(
+        way=way,
+        samples=samples,
+        gallery_size=gallery_size,
+        probes=len(subjects_P),
+        rank1=float(first_P.mean()),
+        rank1_interval=intervals.of_mean(first_P, subjects_P),
+        fpir=None if point.fnir is None else fpir,
+        fnir=point.fnir,
+        fnir_interval=None if point.low is None or point.high is None else (point.low, point.high),
+    )
 
 
 def _places(labels_N: Labels) -> tuple[Labels, Labels, Labels]:

@@ -127,13 +127,12 @@ def measure(
     """
     vectors_ND, labels_N = check(vectors_ND, labels_N)
     _check_names(labels_N, class_names)
+    identities = len(np.unique(labels_N))
     pairs, curve, evidence = verification.verification(vectors_ND, labels_N, seed)
     closed, drawn = _drawn(vectors_ND, labels_N, seed)
     opened = open_set_searches(vectors_ND, labels_N, unenrolled_share, seed)
     strangers = unenrolled_identities(labels_N, unenrolled_share, seed)
-    several = {"quality_N": quality_N, "seed": seed, "replicates": verification.REPLICATES}
     rows = verification.whole_identities(labels_N, MOST_RETRIEVED, seed)
-    identities = len(np.unique(labels_N))
     written = report.Report(
         source=source,
         model_id=model_id,
@@ -145,7 +144,7 @@ def measure(
         one_shot=closed_set(closed, identities, drawn, class_names),
         open_set=open_set(opened, identities - len(strangers), len(strangers), unenrolled_share, seed),
         geometry=_geometry(vectors_ND, labels_N),
-        enrolments=enrolments(vectors_ND, labels_N, strangers, ENROLMENT_FPIR, **several),  # type: ignore[arg-type]
+        enrolments=enrolments(vectors_ND, labels_N, strangers, ENROLMENT_FPIR, quality_N=quality_N, seed=seed),
         retrieval=retrieval(vectors_ND[rows], labels_N[rows]),
         growth=_growth(vectors_ND, labels_N, opened),
         groups=[differentials(vectors_ND, labels_N, *of, name, GROUP_FAR) for name, of in (groups or {}).items()],

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from trainer.errors import UserError
-from trainer.evaluation import intervals, metrics
+from trainer.evaluation import intervals, metrics, verification
 from trainer.evaluation.findings import Enrolment
 from trainer.evaluation.identification import OpenSearches
 from trainer.evaluation.scores import Floats, Labels, Vectors, fused, search_mated, search_non_mated
@@ -27,7 +27,6 @@ def enrolments(
     *,
     quality_N: Floats | None = None,
     seed: int,
-    replicates: int,
 ) -> list[Enrolment]:
     """Rank-1 and FNIR at an FPIR of each way; empty where no identity has three samples.
 
@@ -58,17 +57,15 @@ def enrolments(
         best_P = search_non_mated(*gallery, vectors_ND[stranger_rows])
         searches = OpenSearches(labels_N[probe_N], searched, labels_N[stranger_rows], best_P)
         samples = 1 if way == "first" else int(place_N[enrolled_N].max()) + 1
-        found.append(_enrolment(way, samples, len(np.unique(gallery[1])), searches, fpir, seed, replicates))
+        found.append(_enrolment(way, samples, len(np.unique(gallery[1])), searches, fpir, seed))
     return found
 
 
-def _enrolment(
-    way: Way, samples: int, gallery_size: int, searches: OpenSearches, fpir: float, seed: int, replicates: int
-) -> Enrolment:
+def _enrolment(way: Way, samples: int, gallery_size: int, searches: OpenSearches, fpir: float, seed: int) -> Enrolment:
     subjects_P, mated, strangers_P, best_P = searches
     point = metrics.fnir_at_fpir(mated, best_P, fpir)
     sides = (mated.mate_P, subjects_P), (best_P, strangers_P)
-    point = intervals.of_fnir(*sides, point, seed=seed, replicates=replicates)
+    point = intervals.of_fnir(*sides, point, seed=seed, replicates=verification.REPLICATES)
     first_P = metrics.rank1_P(mated)
     return Enrolment(
         way=way,

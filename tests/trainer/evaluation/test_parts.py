@@ -68,9 +68,7 @@ def test_several_samples_are_the_loop_over_probes() -> None:
     vectors, labels = made_up(40, 6, 1.1)
     strangers = np.arange(30, 40)
     quality = np.random.default_rng(1).random(len(labels))
-    found = {
-        one.way: one for one in enrolments(vectors, labels, strangers, 0.1, quality_N=quality, seed=0, replicates=50)
-    }
+    found = {one.way: one for one in enrolments(vectors, labels, strangers, 0.1, quality_N=quality, seed=0)}
     rows = {label: np.flatnonzero(labels == label) for label in range(30)}
     probes = [(row, label) for label in range(30) for row in rows[label][3:]]
     score = {
@@ -94,7 +92,7 @@ def test_several_samples_are_the_loop_over_probes() -> None:
 def test_impossible_qualities_are_refused(bad: float) -> None:
     vectors, labels = made_up(6, 4, 0.5)
     with pytest.raises(UserError, match="qualities are numbers of 0 or more"):
-        enrolments(vectors, labels, np.array([0]), 0.1, quality_N=np.full(24, bad), seed=0, replicates=10)
+        enrolments(vectors, labels, np.array([0]), 0.1, quality_N=np.full(24, bad), seed=0)
 
 
 def test_growth_is_the_mean_over_all_galleries() -> None:

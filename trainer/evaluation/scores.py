@@ -197,4 +197,4 @@ def search_mated(
 def search_non_mated(gallery_GD: Vectors, gallery_labels_G: Labels, probes_PD: Vectors) -> Vectors:
     """The best score that each probe finds in a gallery that does not hold its identity."""
     found = identity_scores(probes_PD, gallery_GD, gallery_labels_G)
-    return np.concatenate([scores_bC.max(axis=1) for _, scores_bC in found])
+    return np.concatenate([np.empty(0, np.float32), *(scores_bC.max(axis=1) for _, scores_bC in found)])

@@ -19,7 +19,7 @@ from trainer.evaluation.charts import comparison_charts, draw_map, mapped, repor
 from trainer.evaluation.comparison import compare
 from trainer.evaluation.findings import Comparison, HardPair
 from trainer.evaluation.plots import draw_all, report_plots
-from trainer.evaluation.report import Report
+from trainer.evaluation.report import Calibration, Report
 
 PAGE = "index.html"
 # What of a run's config the card shows; addresses of data and of the tracking, which may hold secrets, are left out.
@@ -67,7 +67,7 @@ def _of_one(one: One, folder: Path) -> tuple[list[Path], str]:
     drawing = partial(draw_map, places_n2=places_n2, labels_n=labels_n, names=evaluated.names)
     written += draw_all({"map": drawing}, folder)
     course = home.parent / "neural_collapse.png"  # of the run whose folder the Embedder lies in
-    pictures = [page.picture(path, _caption(path.stem)) for path in written]
+    pictures = [page.picture(path, _caption(path.stem, report, calibration)) for path in written]
     late = [page.picture(course, _CAPTIONS["neural_collapse"])] if course.is_file() else []
     text = page.page(
         f"Evaluation of {manifest.model_id[:12]}",
@@ -119,8 +119,16 @@ def _of_two(found: Sequence[One], folder: Path) -> tuple[list[Path], str, list[s
     return [*written, folder / "comparison.json"], text, sentences
 
 
-def _caption(name: str) -> str:
-    return "Errors of each group at one threshold for all." if name.startswith("groups_") else _CAPTIONS[name]
+def _caption(name: str, report: Report, calibration: Calibration | None) -> str:
+    if name.startswith("groups_"):
+        return "Errors of each group at one threshold for all."
+    if name == "reliability" and calibration is not None and calibration.verify.source.startswith(report.source):
+        assert calibration.probability is not None
+        crosswise = min(calibration.probability.ece_platt, calibration.probability.ece_isotonic)
+        return (
+            f"{_CAPTIONS[name]} It was fitted to these samples; fitted to half of the subjects, ECE is {crosswise:.2g}."
+        )
+    return _CAPTIONS[name]
 
 
 def _headlines(report: Report) -> list[tuple[str, str, str]]:

@@ -15,6 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from serving.cli import app
+from serving.cli import embedder as commands
 from tests.serving.conftest import onnx_model, write_embedder
 from trainer.data.importers import ImportOptions
 from trainer.data.importers.run import run_import
@@ -84,7 +85,10 @@ def report(embedders: list[Path], data: Path, tmp_path_factory: pytest.TempPathF
     """The folder of a report of everything that a split can show."""
     before, verification.REPLICATES = verification.REPLICATES, 50
     folder = tmp_path_factory.mktemp("report")
-    evaluate("--embedder", embedders[0], "--data", data, "--report", folder, "--by", "site", "--quality", "sharpness")
+    calibrated = shutil.copytree(embedders[0], folder / "embedder")
+    commands.calibrate(embedder=calibrated, data=data, fpir=0.1, fmr=0.01)
+    what = ["--data", data, "--by", "site", "--quality", "sharpness"]
+    evaluate("--embedder", calibrated, *what, "--report", folder)
     verification.REPLICATES = before
     return folder
 
@@ -107,7 +111,8 @@ def test_the_page_needs_nothing_but_itself(report: Path) -> None:
     assert "default-src 'none'" in page
     pictures = {path.name for path in report.glob("*.png")}
     assert pictures == {
-        f"{name}.png" for name in ("det", "roc", "scores", "cmc", "open_set", "growth", "groups_1", "map")
+        f"{name}.png"
+        for name in ("det", "roc", "scores", "cmc", "open_set", "growth", "groups_1", "map", "reliability")
     }
     assert page.count('class="chart"') == len(pictures)
     assert page.count('class="two"') == 16
@@ -162,7 +167,7 @@ def test_the_page_is_read_in_a_browser(browser: Any, report: Path) -> None:
         show(browser, report / "index.html", width, scheme, media)
         loaded = browser.execute_script("return [...document.images].every(i => i.complete && i.naturalWidth > 0)")
         assert loaded, (width, scheme)
-        assert browser.execute_script("return document.images.length") == 8 + 32
+        assert browser.execute_script("return document.images.length") == 9 + 32
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width, (width, scheme)
         ink, paper = (np.mean(browser.execute_script(BRIGHTNESS, name)) for name in ("color", "backgroundColor"))
         dark = scheme == "dark" and media == "screen"

@@ -45,7 +45,7 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     pairs = curve.mated + curve.non_mated
     print(f"{samples} samples of {labels[-1] + 1} identities, D = {options.dimension}: {pairs:.3g} pairs")
-    print(f"{seconds:.1f} s, {cpu:.1f} s of cores, peak {peak:.2f} GiB, {len(curve.thresholds_T)} thresholds on the curve")
+    print(f"{seconds:.1f} s, {cpu:.1f} s of cores, peak {peak:.2f} GiB, {len(curve.thresholds_T)} thresholds")
     print(f"EER {report.eer:.4%} ({report.eer_interval[0]:.4%} to {report.eer_interval[1]:.4%}), AUC {report.auc:.6f}")
     for point in report.tar_at_far:
         shown = f"{point.tar:.4%} ({point.low:.4%} to {point.high:.4%})" if point.tar is not None else point.reason

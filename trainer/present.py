@@ -125,9 +125,7 @@ def _caption(name: str, report: Report, calibration: Calibration | None) -> str:
     if name == "reliability" and calibration is not None and calibration.verify.source.startswith(report.source):
         assert calibration.probability is not None
         crosswise = min(calibration.probability.ece_platt, calibration.probability.ece_isotonic)
-        return (
-            f"{_CAPTIONS[name]} It was fitted to these samples; fitted to half of the subjects, ECE is {crosswise:.2g}."
-        )
+        return f"{_CAPTIONS[name]} Fitted to these very samples; crosswise, between halves, ECE is {crosswise:.2g}."
     return _CAPTIONS[name]
 
 

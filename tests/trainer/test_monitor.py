@@ -228,7 +228,7 @@ def test_an_identity_with_one_image_is_named(tmp_path: Path) -> None:
 
 def searched(rank: int, out: Path) -> None:
     """Every rank searches for its part of the probes, and all of them know all that was found."""
-    vectors, labels = made_up(41, 6, 0.9)
+    vectors, labels = made_up(111, 6, 0.9)
     group = Group.current()
     together = partial(_together, group, torch.device("cpu"))
     found = quick(vectors, labels, slice(group.rank, None, group.size), together)
@@ -238,7 +238,7 @@ def searched(rank: int, out: Path) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_that_share_the_probes_find_what_one_finds(size: int, tmp_path: Path) -> None:
     run_on_ranks(size, searched, tmp_path)
-    alone = quick(*made_up(41, 6, 0.9))
+    alone = quick(*made_up(111, 6, 0.9))
     assert alone[1] is not None
     for rank in range(size):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(alone, abs=1e-12)

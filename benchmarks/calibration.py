@@ -12,6 +12,10 @@ as many subjects as were at hand, of twice and of ten times as many. Four popula
     anisotropic   some directions are crowded: subjects differ in their lookalikes
     wolves        one subject in twenty leans to what all have in common, and is taken for many
 
+With --embedder and --data the populations are a third each of the held-out identities of a real data set, divided anew
+in each repetition: one third calibrates, one is the gallery, one are the strangers. There the strangers are few, and
+what is reached varies with who they are, which the interval does not speak of: it holds less than 95 %.
+
 Beside the calibrated threshold stand the plain alternatives: the threshold for the same rate in 1:1, and the one where
 1 - (1 - FMR)^N is the target, both from the same fitted tail. About an hour on one core with the defaults.
 """
@@ -28,6 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.assess import embed_split
+from trainer.data.manifest import Manifest
+from trainer.embedder import Embedder
 from trainer.errors import UserError
 from trainer.evaluation.calibration import HeldOut, identify_threshold, verify_threshold
 from trainer.evaluation.curve import Curve, score_of, strength
@@ -35,6 +42,7 @@ from trainer.evaluation.curve import Curve, score_of, strength
 KINDS = ("independent", "families", "anisotropic", "wolves")
 GROWTH = (1, 2, 10)
 FPIR, FMR = (0.05, 0.01), 1e-3
+REAL_FPIR = (0.1, 0.05)
 DIMENSION, CROWDED, NOISE = 32, 16, 0.7
 FAMILIES = np.random.default_rng(777).normal(size=(200, DIMENSION))
 SCALES = np.exp(-2 * np.arange(CROWDED) / CROWDED)
@@ -137,6 +145,38 @@ def repetition(
         yield Draw(kind, subjects, count, "FMR", FMR, 1, verified.value, verified.low, verified.high)
 
 
+def real_repetition(
+    vectors_ND: Vectors, labels_N: NDArray[np.int64], samples: Sequence[int], number: int
+) -> Iterator[Draw]:
+    """A third of the subjects calibrates, a third is enrolled with one sample each, and a third searches."""
+    generator = np.random.default_rng([9, number])
+    calibrating, enrolled, strangers = np.array_split(generator.permutation(np.unique(labels_N)), 3)
+    order_N = generator.permutation(len(labels_N))
+    order_N = order_N[np.argsort(labels_N[order_N], kind="stable")]
+    place_N = np.arange(len(order_N)) - np.searchsorted(labels_N[order_N], labels_N[order_N])
+    gallery_ND = vectors_ND[order_N[(place_N < 1) & np.isin(labels_N[order_N], enrolled)]]
+    ascending = np.sort((vectors_ND[np.isin(labels_N, strangers)] @ gallery_ND.T).max(axis=1))
+    for count in samples:
+        rows = order_N[(place_N < count) & np.isin(labels_N[order_N], calibrating)]
+        held = HeldOut(vectors_ND[rows], labels_N[rows], "real", "real", number)
+        for rate in REAL_FPIR:
+            found, curve = identify_threshold(held, rate, len(enrolled))
+            values = found.value, plain(curve, rate), plain(curve, -np.expm1(np.log1p(-rate) / len(enrolled)))
+            reached, by_pairs, by_power = (share_above(ascending, value) for value in values)
+            cell = "real", len(calibrating), count, "FPIR", rate, 1
+            yield Draw(*cell, reached, found.low, found.high, by_pairs, by_power)
+
+
+def run_real(embedder: Path, data: Path, samples: Sequence[int], repetitions: int) -> list[dict[str, object]]:
+    """The rows of an Embedder's held-out identities."""
+    vectors_ND, labels_N = embed_split(Embedder.open(embedder), Manifest.read(data).split("val"))
+    cells = dict[tuple[object, ...], list[Draw]]()
+    for number in range(repetitions):
+        for draw in real_repetition(vectors_ND, labels_N, samples, number):
+            cells.setdefault((draw.samples, draw.rate), []).append(draw)
+    return [dict(summary(draws)) for draws in cells.values()]
+
+
 def summary(draws: list[Draw]) -> dict[str, float | int | str]:
     """A row of the table."""
     first, told = draws[0], [draw for draw in draws if draw.reached is not None]
@@ -196,8 +236,13 @@ def main() -> None:
     parser.add_argument("--probes", type=int, default=10_000, help="strangers that search each gallery")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--embedder", type=Path, help="with --data: real identities instead of made-up ones")
+    parser.add_argument("--data", type=Path)
     options = parser.parse_args()
     rows: list[dict[str, object]] = []
+    if options.embedder:
+        print(markdown(run_real(options.embedder, options.data, options.samples, options.repetitions)))
+        return
     for subjects in options.subjects:
         for kind in options.kinds:
             new = run(kind, subjects, options.samples, options.probes, options.repetitions)

@@ -13,6 +13,7 @@ from serving.cli.terminal import TrainingView, fail, out, progress, warn
 
 if TYPE_CHECKING:
     from trainer.embedder import EmbedderManifest
+    from trainer.evaluation.normalise import Normaliser
     from trainer.evaluation.report import Calibration, Report
 
 Overrides = Annotated[
@@ -140,7 +141,7 @@ def calibrate(
     With them goes the curve over gallery sizes, by which the service takes the threshold of the size that it has.
     """
     from trainer.assess import calibrate_on_split
-    from trainer.embedder import Embedder, write_cohort, write_manifest
+    from trainer.embedder import Embedder
 
     opened = Embedder.open(embedder, threads)
     with progress() as show:
@@ -158,12 +159,18 @@ def calibrate(
             seed=seed,
             progress=show,
         )
-    normalisation = write_cohort(embedder, normaliser) if normaliser else None
-    told = {"calibration": found, "normalisation": normalisation}
-    write_manifest(embedder, opened.manifest.model_copy(update=told))
+    _keep(embedder, opened.manifest, found, normaliser)
     _print("thresholds", _threshold_rows(found, extrapolate))
     for use, one in (("verify", found.verify), ("identify", found.identify)):
         out.print(f"{use}: {one.source}")
+
+
+def _keep(folder: Path, manifest: "EmbedderManifest", found: "Calibration", normaliser: "Normaliser | None") -> None:
+    """Write a calibration into an Embedder's folder, the cohort before the manifest that names it."""
+    from trainer.embedder import write_cohort, write_manifest
+
+    normalisation = write_cohort(folder, normaliser) if normaliser else None
+    write_manifest(folder, manifest.model_copy(update={"calibration": found, "normalisation": normalisation}))
 
 
 def _threshold_rows(found: "Calibration", extrapolate: bool) -> list[tuple[str, str]]:

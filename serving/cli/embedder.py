@@ -24,6 +24,10 @@ ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in run.out.")]
 EmbedderOption = Annotated[Path, typer.Option("--embedder", "-e", help="Folder that `export` wrote.")]
 DataOption = Annotated[Path, typer.Option("--data", "-d", help="Folder that `data import` wrote.")]
+Normalise = Annotated[
+    Literal["z", "t", "s", "as"] | None,
+    typer.Option(help="Normalise scores by the enrolled (z), the probe (t), both (s) or both's nearest (as)."),
+]
 Threads = Annotated[int, typer.Option(help="CPU threads of the model.")]
 
 
@@ -129,10 +133,7 @@ def calibrate(
         bool, typer.Option(help="Also below one expected false positive; the answer says so.")
     ] = False,
     prior: Annotated[float, typer.Option(help="Probability of a mate before a score is known, for 1:1.")] = 0.5,
-    normalise: Annotated[
-        Literal["z", "t", "s", "as"] | None,
-        typer.Option(help="Normalise scores by the enrolled (z), the probe (t), both (s), adaptively (as)."),
-    ] = None,
+    normalise: Normalise = None,
     seed: Annotated[int, typer.Option(help="Chooses the samples that are enrolled, and the cohort.")] = 0,
     threads: Threads = 2,
 ) -> None:
@@ -161,8 +162,7 @@ def calibrate(
         )
     _keep(embedder, opened.manifest, found, normaliser)
     _print("thresholds", _threshold_rows(found, extrapolate))
-    for use, one in (("verify", found.verify), ("identify", found.identify)):
-        out.print(f"{use}: {one.source}")
+    out.print(f"verify: {found.verify.source}\nidentify: {found.identify.source}")
 
 
 def _keep(folder: Path, manifest: "EmbedderManifest", found: "Calibration", normaliser: "Normaliser | None") -> None:
@@ -171,6 +171,9 @@ def _keep(folder: Path, manifest: "EmbedderManifest", found: "Calibration", norm
 
     normalisation = write_cohort(folder, normaliser) if normaliser else None
     write_manifest(folder, manifest.model_copy(update={"calibration": found, "normalisation": normalisation}))
+    for old in folder.glob("cohort-*.npy"):
+        if normalisation is None or old.name != normalisation.file:
+            old.unlink()
 
 
 def _threshold_rows(found: "Calibration", extrapolate: bool) -> list[tuple[str, str]]:

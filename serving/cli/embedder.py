@@ -193,8 +193,8 @@ def _threshold_rows(found: "Calibration", extrapolate: bool) -> list[tuple[str, 
         rows.append((f"identify (FPIR {identify.rate:g} at {size} subjects)", told))
     if model := found.probability:
         ece = f"ECE {model.ece_platt:.3g} by Platt's sigmoid, {model.ece_isotonic:.3g} by isotonic regression"
-        at = model.probability(verify.value)
-        rows.append((f"probability of a mate at {verify.value:.4f}, prior {model.prior:g}", f"{at:.4f}; {ece}"))
+        mate = model.probability(verify.value)
+        rows.append((f"probability of a mate at {verify.value:.4f}, prior {model.prior:g}", f"{mate:.4f}; {ece}"))
     return rows
 
 

@@ -110,7 +110,7 @@ class Curve(Strict):
             variance, bias = min(sampling + rest, MOST_VARIANCE), BIAS * min(sampling, MOST_VARIANCE)
         quantile = student(self.freedom * (variance / max(variance - self._known(excess), 1e-12)) ** 2)
         low = self._rate(exp(target - variance / 2 - quantile * sqrt(variance)))
-        high = self._rate(exp(target - variance / 2 + quantile * sqrt(variance + unseen)))
+        high = self._rate(exp(target - variance / 2 + quantile * sqrt(variance + min(unseen, MOST_VARIANCE))))
         return Reached(ceil_to_grid(score_of(float(strength(self.start)) + excess)), low, high, expected)
 
     def rate_at(self, threshold: float, gallery_size: int) -> float:

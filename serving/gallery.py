@@ -86,13 +86,7 @@ class Gallery:
         max_samples: int = 100,
         normaliser: Normaliser | None = None,
     ) -> None:
-        """Nothing is read yet: see `load`.
-
-        Args:
-            threads: cores that one search uses.
-            max_samples: per subject.
-            normaliser: of the scores; None: they are cosines.
-        """
+        """Nothing is read yet: see `load`. `threads`: cores of one search. `max_samples`: per subject."""
         self.verify_rule, self.identify_rule = verify_rule, identify_rule
         self.model_id, self.dimension = store.model_id, store.dimension
         self.revision = 0  # of the store, that the index has reached

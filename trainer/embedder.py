@@ -24,7 +24,6 @@ from trainer.strict import Strict
 
 MODEL_FILE = "model.onnx"
 MANIFEST_FILE = "manifest.json"
-COHORT_FILE = "cohort.npy"
 MOST_COHORT_BYTES = 1 << 26
 OUTPUT = "embeddings"
 NORM_TOLERANCE = 1e-3  # of a unit vector; float32 and bfloat16 exports stay within it
@@ -37,10 +36,15 @@ RUNTIME_ERRORS = (
 
 
 class Normalisation(Strict):
-    """How scores are normalised: see `evaluation/normalise.py`. The cohort is in `cohort.npy`, float32 [K, D]."""
+    """How scores are normalised: see `evaluation/normalise.py`."""
 
     kind: Kind
-    sha256: str = Field(description="of cohort.npy")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="of the cohort's file, float32 [K, D]")
+
+    @property
+    def file(self) -> str:
+        """Another cohort has another name, so that a manifest always finds its own."""
+        return f"cohort-{self.sha256[:16]}.npy"
 
 
 class EmbedderManifest(Strict):
@@ -67,29 +71,32 @@ def input_of(form: Form) -> str:
 
 
 def write_cohort(folder: Path, normaliser: Normaliser) -> Normalisation:
-    """Write `cohort.npy`, and give what the manifest says of it. The manifest is to be written after it."""
+    """Write the cohort's file, and give what the manifest says of it. The manifest is to be written after it."""
     stream = io.BytesIO()
     np.save(stream, normaliser.cohort_KD, allow_pickle=False)
-    write_file(folder / COHORT_FILE, stream.getvalue())
-    return Normalisation(kind=normaliser.kind, sha256=hashlib.sha256(stream.getvalue()).hexdigest())
+    told = Normalisation(kind=normaliser.kind, sha256=hashlib.sha256(stream.getvalue()).hexdigest())
+    write_file(folder / told.file, stream.getvalue())
+    return told
 
 
 def read_cohort(folder: Path, manifest: EmbedderManifest) -> Normaliser | None:
     """The normaliser that the manifest names; None where scores are cosines.
 
     Raises:
-        UserError: `cohort.npy` is missing, was changed, or is none of this model.
+        UserError: its cohort is missing, was changed, or is none of this model.
     """
-    told, path = manifest.normalisation, folder / COHORT_FILE
-    if told is None:
+    if (told := manifest.normalisation) is None:
         return None
-    again = "; calibrate the embedder again"
+    path, again = folder / told.file, "; calibrate the embedder again"
     if not path.is_file() or path.stat().st_size > MOST_COHORT_BYTES:
         raise UserError(f"'{path}' is missing or too large: scores cannot be normalised{again}")
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != told.sha256:
-        raise UserError(f"'{path}' is not the cohort that the manifest names: it was changed or is half a write{again}")
-    cohort_KD = np.load(io.BytesIO(content), allow_pickle=False)
+        raise UserError(f"'{path}' is not the cohort that the manifest names: it was changed{again}")
+    try:
+        cohort_KD = np.load(io.BytesIO(content), allow_pickle=False)
+    except ValueError as error:
+        raise UserError(f"'{path}' is no array of numbers: {_first_line(error)}{again}") from error
     if cohort_KD.ndim != 2 or cohort_KD.shape[1] != manifest.dimension:
         raise UserError(f"'{path}' has shape {cohort_KD.shape}, and the model {manifest.dimension} dimensions{again}")
     return Normaliser(told.kind, np.asarray(cohort_KD, np.float32))

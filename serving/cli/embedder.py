@@ -10,6 +10,8 @@ from rich.table import Table
 from serving.cli.terminal import TrainingView, fail, out, progress, warn
 
 if TYPE_CHECKING:
+    from trainer.embedder import EmbedderManifest
+    from trainer.evaluation.normalise import Normaliser
     from trainer.evaluation.report import Calibration
 
 Overrides = Annotated[
@@ -20,6 +22,10 @@ ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in run.out.")]
 EmbedderOption = Annotated[Path, typer.Option("--embedder", "-e", help="Folder that `export` wrote.")]
 DataOption = Annotated[Path, typer.Option("--data", "-d", help="Folder that `data import` wrote.")]
+Normalise = Annotated[
+    Literal["z", "t", "s", "as"] | None,
+    typer.Option(help="Normalise scores by the enrolled (z), the probe (t), both (s) or both's nearest (as)."),
+]
 Threads = Annotated[int, typer.Option(help="CPU threads of the model.")]
 
 
@@ -92,10 +98,7 @@ def calibrate(
         bool, typer.Option(help="Also below one expected false positive; the answer says so.")
     ] = False,
     prior: Annotated[float, typer.Option(help="Probability of a mate before a score is known, for 1:1.")] = 0.5,
-    normalise: Annotated[
-        Literal["z", "t", "s", "as"] | None,
-        typer.Option(help="Normalise scores by the enrolled (z), the probe (t), both (s), adaptively (as)."),
-    ] = None,
+    normalise: Normalise = None,
     seed: Annotated[int, typer.Option(help="Chooses the samples that are enrolled, and the cohort.")] = 0,
     threads: Threads = 2,
 ) -> None:
@@ -104,7 +107,7 @@ def calibrate(
     With them goes the curve over gallery sizes, by which the service takes the threshold of the size that it has.
     """
     from trainer.assess import calibrate_on_split
-    from trainer.embedder import Embedder, write_cohort, write_manifest
+    from trainer.embedder import Embedder
 
     opened = Embedder.open(embedder, threads)
     with progress() as show:
@@ -122,12 +125,20 @@ def calibrate(
             seed=seed,
             progress=show,
         )
-    normalisation = write_cohort(embedder, normaliser) if normaliser else None
-    told = {"calibration": found, "normalisation": normalisation}
-    write_manifest(embedder, opened.manifest.model_copy(update=told))
+    _keep(embedder, opened.manifest, found, normaliser)
     print_table("thresholds", _threshold_rows(found, extrapolate))
-    for use, one in (("verify", found.verify), ("identify", found.identify)):
-        out.print(f"{use}: {one.source}")
+    out.print(f"verify: {found.verify.source}\nidentify: {found.identify.source}")
+
+
+def _keep(folder: Path, manifest: "EmbedderManifest", found: "Calibration", normaliser: "Normaliser | None") -> None:
+    """Write a calibration into an Embedder's folder, the cohort before the manifest that names it."""
+    from trainer.embedder import write_cohort, write_manifest
+
+    normalisation = write_cohort(folder, normaliser) if normaliser else None
+    write_manifest(folder, manifest.model_copy(update={"calibration": found, "normalisation": normalisation}))
+    for old in folder.glob("cohort-*.npy"):
+        if normalisation is None or old.name != normalisation.file:
+            old.unlink()
 
 
 def _threshold_rows(found: "Calibration", extrapolate: bool) -> list[tuple[str, str]]:
@@ -147,8 +158,8 @@ def _threshold_rows(found: "Calibration", extrapolate: bool) -> list[tuple[str, 
         rows.append((f"identify (FPIR {identify.rate:g} at {size} subjects)", told))
     if model := found.probability:
         ece = f"ECE {model.ece_platt:.3g} by Platt's sigmoid, {model.ece_isotonic:.3g} by isotonic regression"
-        at = model.probability(verify.value)
-        rows.append((f"probability of a mate at {verify.value:.4f}, prior {model.prior:g}", f"{at:.4f}; {ece}"))
+        mate = model.probability(verify.value)
+        rows.append((f"probability of a mate at {verify.value:.4f}, prior {model.prior:g}", f"{mate:.4f}; {ece}"))
     return rows
 
 

@@ -16,8 +16,9 @@ gallery of N, with g = (1, d log FMR / d log scale, d log FMR / d shape), has fo
     lift      4 (v(y) - v(0)) / S what subjects' rates differ more at y than at the start
     gallery   v_g(y) / N          who happens to be enrolled
 
-v is the squared coefficient of variation of subjects' rates. A wolf's lead is a shift of its scores, which multiplies
-its rate by exp(lead x hazard): log(1 + v) grows with the square of the hazard in s. The log rate is taken as Student's
+v is the squared coefficient of variation of subjects' rates. A wolf is nearer to others by an angle, which multiplies
+its rate by exp(angle x hazard): log(1 + v) grows with the square of the hazard, the slope of log FMR in the angle.
+The log rate is taken as Student's
 t about log(hits) + 0.35 of the part `subjects`: the log of a small count is too low on average. At the threshold, the
 *expected* rate is the target: with the median there, the rate would on average be exp(variance / 2) times the target.
 The upper end allows for one more subject like the one that counts most (Fay and Feuer 1997): where few make the rate,
@@ -109,7 +110,7 @@ class Curve(Strict):
             variance, bias = min(sampling + rest, MOST_VARIANCE), BIAS * min(sampling, MOST_VARIANCE)
         quantile = student(self.freedom * (variance / max(variance - self._known(excess), 1e-12)) ** 2)
         low = self._rate(exp(target - variance / 2 - quantile * sqrt(variance)))
-        high = self._rate(exp(target - variance / 2 + quantile * sqrt(variance + unseen)))
+        high = self._rate(exp(target - variance / 2 + quantile * sqrt(variance + min(unseen, MOST_VARIANCE))))
         return Reached(ceil_to_grid(score_of(float(strength(self.start)) + excess)), low, high, expected)
 
     def rate_at(self, threshold: float, gallery_size: int) -> float:
@@ -178,9 +179,9 @@ class Curve(Strict):
         return expm1(min(log1p(varies) * min(max(growth, 1.0), MOST_LIFT), MOST_VARIANCE))
 
     def _hazard(self, excess: float) -> float:
-        """-d log FMR / d score."""
+        """-d log FMR / d angle, with score = cos(angle)."""
         score = score_of(float(strength(self.start)) + excess)
-        return 2 * abs(score) / max(1 - score**2, 1e-7) / max(self.scale + self.shape * excess, 1e-9)
+        return 2 * abs(score) / max(sqrt(1 - score**2), 1e-3) / max(self.scale + self.shape * excess, 1e-9)
 
 
 def strength(scores: Numbers | float) -> Numbers:

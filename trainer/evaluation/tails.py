@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from trainer.errors import UserError
-from trainer.evaluation.curve import PRIOR_DEVIATION, PRIOR_MEAN, Curve, Matrix, Numbers, strength
+from trainer.evaluation.curve import PRIOR_DEVIATION, PRIOR_MEAN, Curve, Numbers, strength
 from trainer.evaluation.nonmated import Hits
 from trainer.evaluation.scores import Labels
 
@@ -146,23 +146,16 @@ def _influences(influence_E3: Numbers, roles: _Roles, hits: Hits) -> dict[str, o
     by_subject_S3 = np.column_stack([roles.by_subject(column_E) for column_E in influence_E3.T])
     by_subject_S3[:, 0] -= hits.probes_S / hits.probes + 1 / hits.subjects  # comparisons that each has a part in
     few = hits.subjects / (hits.subjects - 1)
-    g = np.array(
-        [1.0, 3.0, 4.5]
-    )  # the gradient at a decay of exp(-3), where thresholds are: near enough for a quantile
+    g = np.array([1.0, 3.0, 4.5])  # the gradient where FMR is exp(-3) of the start's, at shape 0: thresholds are there
     squares_S = np.square(by_subject_S3 @ g)
     fourth = float(np.square(squares_S).sum() - squares_S.sum() ** 2 / hits.subjects)
     freedom = 2 * float(squares_S.sum()) ** 2 / max(fourth, 1e-300)
     return {
-        "by_subjects": _matrix(few * by_subject_S3.T @ by_subject_S3),
-        "by_pairs": _matrix(few * by_pair_U3.T @ by_pair_U3),
+        "by_subjects": (few * by_subject_S3.T @ by_subject_S3).tolist(),
+        "by_pairs": (few * by_pair_U3.T @ by_pair_U3).tolist(),
         "dominance": float(squares_S.max() / squares_S.sum()),
         "freedom": min(max(freedom, 1.0), 1e6),
     }
-
-
-def _matrix(square_33: Numbers) -> Matrix:
-    one, two, three = (tuple(map(float, row)) for row in square_33)
-    return one, two, three  # type: ignore[return-value]
 
 
 def _variation(hits: Hits, count: int, roles: _Roles, galleries: bool) -> dict[str, float]:

@@ -79,9 +79,9 @@ def test_what_is_uncertain_raises_the_threshold_and_widens_the_interval() -> Non
 
 
 def test_the_lift_is_that_of_shifted_scores() -> None:
-    """Subjects whose scores are normally shifted: the variance of log rates grows as the hazard squared."""
+    """Subjects nearer by a normal angle: the variance of log rates grows as the square of the hazard."""
     known, shift = curve(subjects_vary=0.2), np.random.default_rng(0).normal(size=200_000)
-    hazards = [2 * s / (1 - s**2) / 0.06 for s in (0.4, 0.5)]
+    hazards = [2 * s / np.sqrt(1 - s**2) / 0.06 for s in (0.4, 0.5)]
     width = np.sqrt(np.log1p(0.2)) / hazards[0]
     rates = np.exp(width * hazards[1] * shift)
     excess = float(strength(0.5) - strength(0.4))

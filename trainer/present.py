@@ -89,8 +89,7 @@ def _of_one(one: One, folder: Path) -> tuple[list[Path], str]:
 
 
 def _of_two(found: Sequence[One], folder: Path) -> tuple[list[Path], str, list[str]]:
-    names = [home.name if found[0][0].name != found[1][0].name else str(home) for home, _, _ in found]
-    names = [f"{name} ({letter})" for name, letter in zip(names, "AB", strict=True)] if len(set(names)) < 2 else names
+    names = _names(*(home for home, _, _ in found))
     seen = [one.measured.seen.named(name) for name, (_, _, one) in zip(names, found, strict=True)]
     reports = {name: one.measured.report for name, (_, _, one) in zip(names, found, strict=True)}
     first = found[0][2].measured.report
@@ -117,6 +116,14 @@ def _of_two(found: Sequence[One], folder: Path) -> tuple[list[Path], str, list[s
     write_file(folder / "comparison.json", compared.model_dump_json(indent=2) + "\n")
     sentences = [compared.sentence, *(one.sentence for one in compared.differences)]
     return [*written, folder / "comparison.json"], text, sentences
+
+
+def _names(first: Path, second: Path) -> list[str]:
+    """What tells two Embedders apart: their folders' names, or those of their runs, or their paths."""
+    for one, other in ((first.name, second.name), (first.parent.name, second.parent.name), (str(first), str(second))):
+        if one != other:
+            return [one, other]
+    return [f"{first.name} (A)", f"{second.name} (B)"]
 
 
 def _caption(name: str, report: Report, calibration: Calibration | None) -> str:

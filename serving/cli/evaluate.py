@@ -114,7 +114,7 @@ def _write(found: list[tuple[Path, "Embedder", "Evaluated"]], to: Path) -> None:
         warn(f"no page: '{error.name}' is not installed; pip install 'hypersphere[trainer]' brings it")
     out.print(f"report.json and {len(written)} other files are in {to}")
     for _, opened, one in found:
-        _track(opened, one.measured.report, to)
+        _track(opened, one.measured.report, to, "evaluation" if len(found) == 1 else "comparison")
 
 
 def _rows(report: "Report") -> list[tuple[str, str]]:
@@ -147,8 +147,8 @@ def _ends(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"  (95 %: {low:.2%} to {high:.2%})"
 
 
-def _track(embedder: "Embedder", report: "Report", folder: Path) -> None:
-    """Add the figures and the folder to the MLflow run that the Embedder comes from, where it names one."""
+def _track(embedder: "Embedder", report: "Report", folder: Path, name: str) -> None:
+    """Add the figures, and the folder by this name, to the MLflow run that the Embedder comes from, if it names one."""
     provenance = embedder.manifest.provenance
     if not provenance.get("mlflow_run_id") or not provenance.get("tracking_uri"):
         return
@@ -158,4 +158,4 @@ def _track(embedder: "Embedder", report: "Report", folder: Path) -> None:
     values = {f"evaluation/{name}": value for name, value in report.scalars().items()}
     with closing(Tracker(settings, warn, provenance["mlflow_run_id"])) as tracker:
         tracker.metrics(values, int(provenance["checkpoint_step"]), int(time.time() * 1000))
-        tracker.artifact(folder, "evaluation")
+        tracker.artifact(folder, name)

@@ -24,6 +24,7 @@ from trainer.embedder import Embedder, write_manifest
 from trainer.errors import UserError
 from trainer.evaluation import charts, verification
 from trainer.evaluation.report import Report
+from trainer.present import _names
 
 IDENTITIES, SAMPLES = 60, 5
 
@@ -198,6 +199,19 @@ def test_two_embedders_on_one_page(embedders: list[Path], data: Path, tmp_path: 
     assert found["differences"][0]["sentence"] in page
     show(browser, tmp_path / "index.html", 360)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "names"),
+    [
+        ("runs/a/embedder", "runs/b/embedder", ["a", "b"]),
+        ("one", "two", ["one", "two"]),
+        ("x/run/e", "y/run/e", ["x/run/e", "y/run/e"]),
+        ("e", "e", ["e (A)", "e (B)"]),
+    ],
+)
+def test_two_embedders_are_called_by_what_differs(first: str, second: str, names: list[str]) -> None:
+    assert _names(Path(first), Path(second)) == names
 
 
 def pairs_of(images: Path) -> list[tuple[str, str, bool]]:

@@ -190,7 +190,7 @@ def _draw_cmcs(axes: Axes, reports: Mapping[str, Report]) -> None:
         assert report.one_shot is not None
         cmc = report.one_shot.cmc
         axes.plot(range(1, len(cmc) + 1), cmc, color=colour, linestyle=line, label=name)
-    axes.set(xlabel="rank k", ylabel="mate among the first k")
+    axes.set(xlabel="rank k", ylabel="mate among the first k", xticks=[1, 5, 10, 15, 20])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: percent(rate)))
     axes.grid(axis="y", color=PALE, linewidth=0.4)
     axes.legend()

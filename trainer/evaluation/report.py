@@ -162,7 +162,9 @@ class Report(Strict):
             found |= {f"min_cost_{one.prior:g}": one.cost for one in pairs.costs}
             found["ten_fold_accuracy"] = None if pairs.ten_fold is None else pairs.ten_fold.accuracy
         if self.open_set is not None:
-            found |= {f"fnir_at_fpir_{point.fpir:g}": point.fnir for point in self.open_set.points}
+            known = [point for point in self.open_set.points if point.fnir is not None]
+            found |= {f"fnir_at_fpir_{point.fpir:g}": point.fnir for point in known}
+            found |= {f"tpir_at_fpir_{point.fpir:g}": 1 - (point.fnir or 0.0) for point in known}
         if self.geometry is not None:
             found["intra_angle_mean"] = self.geometry.intra_mean
             found["inter_angle_smallest"] = self.geometry.inter_smallest

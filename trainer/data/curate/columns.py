@@ -12,13 +12,16 @@ from trainer.data.split import Split
 from trainer.errors import UserError
 
 
-def attribute_codes(split: Split, name: str) -> tuple[NDArray[np.int64], list[str]]:
+def attribute_codes(split: Split, name: str, also: Sequence[str] = ()) -> tuple[NDArray[np.int64], list[str]]:
     """A code for the attribute's value of each sample, and the values in sorted order.
+
+    Args:
+        also: what else the caller takes for a name, for the message.
 
     Raises:
         UserError: neither identities nor samples have such an attribute.
     """
-    column, rows = _column(split, name)
+    column, rows = _column(split, name, also)
     text = pc.fill_null(column.cast(pa.large_string()), "").combine_chunks()
     values = pc.unique(text).sort()
     return np.asarray(pc.index_in(text, value_set=values)).astype(np.int64)[rows], values.to_pylist()
@@ -38,16 +41,18 @@ def attribute_numbers(split: Split, name: str) -> NDArray[np.float64]:
     return np.asarray(numbers, np.float64)[rows]
 
 
-def _column(split: Split, name: str) -> tuple[pa.ChunkedArray, NDArray[np.int64]]:
+def _column(split: Split, name: str, also: Sequence[str] = ()) -> tuple[pa.ChunkedArray, NDArray[np.int64]]:
     """The column of an attribute, and its row of each sample."""
     identities, samples = identities_of(split), attributes_of(split)
     if name in identities.column_names and name != "name":
         return identities[name], labels_of(split)
     if samples is not None and name in samples.column_names:
         return samples[name], np.arange(split.samples)
-    known = sorted({*identities.column_names, *(samples.column_names if samples is not None else [])} - {"name", "key"})
+    known = {*identities.column_names, *(samples.column_names if samples is not None else [])} - {"name", "key"}
+    choice = ", ".join([*also, *sorted(known)])
     raise UserError(
-        f"'{name}' is no attribute of the set, which has {', '.join(known) or 'no attributes'}; name one of these"
+        f"'{name}' is no attribute of the set, which has {', '.join(sorted(known)) or 'none'}"
+        + (f"; name one of {choice}" if choice else "; import it with a list that has such a column")
     )
 
 

@@ -74,7 +74,7 @@ def _draw(split: Split, by: str, share: float, values: Sequence[str], random: np
         return _identities(split.identities, share, random)[labels_of(split)]
     if by == SAMPLE:
         return _samples(split, share, random)
-    codes, names = attribute_codes(split, by)
+    codes, names = attribute_codes(split, by, (IDENTITY, SAMPLE))
     return _chosen(names, values, by)[codes] if values else _values(codes, names, share, random)[codes]
 
 

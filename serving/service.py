@@ -22,7 +22,7 @@ from serving.settings import Settings
 from serving.store import Store, StoreError
 from serving.threshold import rules
 from trainer.data.image import Preprocessing
-from trainer.embedder import Embedder
+from trainer.embedder import Embedder, read_cohort
 from trainer.errors import UserError
 
 WATCH_EVERY_S = 1.0
@@ -46,8 +46,8 @@ class Service:
         manifest = self.embedder.manifest
         verify, identify = rules(manifest, settings.verify_threshold, settings.identify_threshold)
         model = manifest.model_id, manifest.dimension
+        normaliser = read_cohort(settings.embedder, manifest)
         store = Store(settings.store, *model, settings.idempotency_hours, settings.restored)
-        normaliser = self.embedder.normaliser
         self.gallery = Gallery(store, verify, identify, settings.threads, settings.max_samples, normaliser)
         limits = Limits(seconds=settings.decode_cpu_s, pixels=settings.max_pixels)
         form = self.embedder.preprocessing

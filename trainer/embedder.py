@@ -147,14 +147,8 @@ def open_session(onnx: bytes, threads: int) -> onnxruntime.InferenceSession:
 class Embedder:
     """An opened Embedder folder. `embed` may be called from several threads at once."""
 
-    def __init__(
-        self,
-        session: onnxruntime.InferenceSession,
-        manifest: EmbedderManifest,
-        batch_size: int,
-        normaliser: Normaliser | None = None,
-    ) -> None:
-        self._session, self._batch_size, self.normaliser = session, batch_size, normaliser
+    def __init__(self, session: onnxruntime.InferenceSession, manifest: EmbedderManifest, batch_size: int) -> None:
+        self._session, self._batch_size = session, batch_size
         self.manifest, self.model_id, self.preprocessing = manifest, manifest.model_id, manifest.preprocessing
 
     @classmethod
@@ -175,7 +169,7 @@ class Embedder:
         except RUNTIME_ERRORS as error:
             what = f"is not a model that ONNX Runtime {onnxruntime.__version__} can run: {_first_line(error)}"
             raise _spoilt(folder / MODEL_FILE, what) from error
-        embedder = cls(session, manifest, batch_size, read_cohort(folder, manifest))
+        embedder = cls(session, manifest, batch_size)
         embedder._check(folder / MODEL_FILE)
         return embedder
 

@@ -22,6 +22,7 @@ from serving.index import Candidate
 from serving.projection import Projection, Status
 from serving.store import Store
 from serving.threshold import Rule
+from trainer.evaluation.normalise import Normaliser
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,12 @@ class Probe:
 
 @dataclass(frozen=True)
 class Identification:
-    """The answer to "who is this?": the best subjects, best first, and whether the first is a match."""
+    """The answer to "who is this?": the best subjects, best first, and whether the first is a match by the rule."""
 
     candidates: list[Candidate]
     decision: Literal["match", "unknown"]
     gallery_size: int
+    rule: Rule
 
 
 @dataclass(frozen=True)
@@ -59,18 +61,19 @@ class Gallery:
     """
 
     def __init__(
-        self, store: Store, verify_rule: Rule, identify_rule: Rule, threads: int = 1, max_samples: int = 100
+        self,
+        store: Store,
+        verify_rule: Rule,
+        identify_rule: Rule,
+        threads: int = 1,
+        max_samples: int = 100,
+        normaliser: Normaliser | None = None,
     ) -> None:
-        """Nothing is read yet: see `load`.
-
-        Args:
-            threads: cores that one search uses.
-            max_samples: per subject.
-        """
+        """Nothing is read yet: see `load`. `threads`: cores of one search. `max_samples`: per subject."""
         self.verify_rule, self.identify_rule = verify_rule, identify_rule
         self.model_id, self.dimension = store.model_id, store.dimension
         self._store, self._max_samples = store, max_samples
-        self._projection = Projection(store, threads)
+        self._projection = Projection(store, threads, normaliser)
         self._searches = Batcher(self._search)
         self.on_search: Callable[[int, float], object] = lambda size, seconds: None
 
@@ -175,7 +178,7 @@ class Gallery:
         return self._store.subjects(after, limit)
 
     def identify(self, probe_D: NDArray[np.float32], top_k: int) -> Identification:
-        """The `top_k` nearest subjects; a match if the nearest reaches the threshold."""
+        """The `top_k` nearest subjects; a match if the nearest reaches the threshold of a gallery of this size."""
         return self.submit(Probe(probe_D, top_k)).result()
 
     def submit(self, probe: Probe) -> Future[Identification]:
@@ -186,19 +189,18 @@ class Gallery:
 
     def _search(self, probes: Sequence[Probe]) -> list[Identification]:
         start, index = time.perf_counter(), self._projection.index  # a new one may take its place meanwhile
-        size = index.subjects
+        size, found = index.subjects, []
+        rule = self.identify_rule.at(size)
         together = index.search(np.stack([probe.vector_D for probe in probes]), max(probe.top_k for probe in probes))
-        found = []
         for probe, candidates in zip(probes, together, strict=True):
-            known = bool(candidates) and self.identify_rule.matches(candidates[0].score)
-            found.append(Identification(candidates[: probe.top_k], "match" if known else "unknown", size))
+            known = bool(candidates) and rule.matches(candidates[0].score)
+            found.append(Identification(candidates[: probe.top_k], "match" if known else "unknown", size, rule))
         self.on_search(len(probes), time.perf_counter() - start)
         return found
 
     def verify(self, probe_D: NDArray[np.float32], reference_D: NDArray[np.float32]) -> Verification:
         """Compare two vectors; needs no index."""
-        self._projection.index.check(np.stack([probe_D, reference_D]))
-        return self._verified(max(-1.0, min(1.0, float(probe_D @ reference_D))), None)
+        return self._verified(self._projection.index.score(probe_D, reference_D), None)
 
     def verify_subject(self, probe_D: NDArray[np.float32], subject_id: str) -> Verification:
         """Compare a vector with the best of a subject's samples.

@@ -23,6 +23,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.evaluation.normalise import Normaliser
+
 Vectors = NDArray[np.float32]
 Numbers = NDArray[np.int64]
 
@@ -48,8 +50,8 @@ class Candidate:
 class _Block:
     """Rows in one piece of memory, and of each its subject's number (or GONE) and the 16 bytes of its sample's UUID."""
 
-    def __init__(self, rows: int, dimension: int) -> None:
-        self.vectors_ND = np.empty((rows, dimension), np.float32)
+    def __init__(self, rows: int, width: int) -> None:
+        self.vectors_ND = np.empty((rows, width), np.float32)
         self.subject_N = np.empty(rows, np.int64)
         self.sample_N = np.empty((rows, 16), np.uint8)
 
@@ -99,10 +101,11 @@ class Index:
     length 1.
     """
 
-    def __init__(self, dimension: int, threads: int = 1) -> None:
-        """`threads`: the most cores that one search uses."""
+    def __init__(self, dimension: int, threads: int = 1, normaliser: Normaliser | None = None) -> None:
+        """`threads`: the most cores that one search uses. `normaliser`: of the scores; None: cosines."""
         faiss.cvar.distance_compute_blas_threshold = BLAS_THRESHOLD
-        self.dimension = dimension
+        self.dimension, self._normaliser = dimension, normaliser
+        self._width = normaliser.width if normaliser else dimension
         self._cores, self._pool = threads, ThreadPoolExecutor(threads, thread_name_prefix="scan")
         self._lock = threading.Lock()  # held by a change
         self._view = _View()
@@ -141,6 +144,7 @@ class Index:
         if not len(subject_ids) == len(sample_ids) == len(vectors_BD):
             raise ValueError(f"{len(subject_ids)} subjects, {len(sample_ids)} samples and {len(vectors_BD)} vectors")
         samples_B = np.frombuffer(b"".join(sample_ids), np.uint8).reshape(-1, 16)
+        enrolled_BE = self._normaliser.enrolled(vectors_BD) if self._normaliser else vectors_BD
         with self._lock:
             parts = self._with_room(len(vectors_BD))
             subjects_B = np.fromiter(map(self._number, subject_ids), np.int64, len(subject_ids))
@@ -149,7 +153,7 @@ class Index:
                 taken = min(len(block) - count, len(vectors_BD) - done)
                 if taken:
                     some = slice(done, done + taken)
-                    block.put(count, subjects_B[some], samples_B[some], vectors_BD[some])
+                    block.put(count, subjects_B[some], samples_B[some], enrolled_BE[some])
                     parts[place], done = (block, count + taken), done + taken
             self._view = _View.of(parts)
 
@@ -185,7 +189,7 @@ class Index:
         Same as scoring every sample, taking the maximum over each subject's samples, and sorting the subjects.
         """
         self.check(queries_QD)
-        queries_QD = np.ascontiguousarray(queries_QD, np.float32)
+        queries_QD = self._searching(queries_QD)
         view = self._view
         if not view.rows:
             return [[] for _ in queries_QD]
@@ -195,14 +199,24 @@ class Index:
     def compare(self, query_D: Vectors, subject_id: str) -> Candidate | None:
         """The best score among one subject's samples; None if it is not there."""
         self.check(query_D[None])
-        number, best = self._numbers.get(subject_id, GONE), None
+        number, best, query_E = self._numbers.get(subject_id, GONE), None, self._searching(query_D[None])[0]
         for block, count in self._view.parts() if number != GONE else ():
             rows = np.flatnonzero(block.subject_N[:count] == number)
-            scores_B = block.vectors_ND[rows] @ np.asarray(query_D, np.float32)
+            scores_B = block.vectors_ND[rows] @ query_E
             if len(rows) and (best is None or scores_B.max() > best[0]):
                 best = float(scores_B.max()), block.sample_N[rows[scores_B.argmax()]].tobytes()
         # It is asked for the name only now: whoever was removed meanwhile is not there.
         return None if best is None else self._candidate(number, *best)
+
+    def score(self, query_D: NDArray[np.float32], reference_D: NDArray[np.float32]) -> float:
+        """The score that the query would have if the reference were enrolled, -1 to 1."""
+        self.check(np.stack([query_D, reference_D]))
+        enrolled_D = self._normaliser.enrolled(reference_D[None])[0] if self._normaliser else reference_D
+        return max(-1.0, min(1.0, float(self._searching(query_D[None])[0] @ enrolled_D)))
+
+    def _searching(self, queries_QD: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The queries in the form in which the index is searched."""
+        return np.ascontiguousarray(self._normaliser.probes(queries_QD) if self._normaliser else queries_QD, np.float32)
 
     def _collapse(
         self, view: _View, query_D: Vectors, scores_K: Vectors, rows_K: Numbers, top_k: int
@@ -228,7 +242,7 @@ class Index:
     def _scan(self, view: _View, queries_QD: Vectors, depth: int) -> tuple[Vectors, Numbers]:
         """The highest scores of each query, falling, and their rows. Blocks are shared out among the cores."""
         groups = [range(len(view.blocks))]
-        if self._cores > 1 and len(queries_QD) * view.rows * self.dimension >= SPLIT:
+        if self._cores > 1 and len(queries_QD) * view.rows * self._width >= SPLIT:
             groups = [range(first, len(view.blocks), self._cores) for first in range(self._cores)]
         waiting = [self._pool.submit(_best, view, group, queries_QD, depth) for group in groups[1:] if group]
         found = [*_best(view, groups[0], queries_QD, depth), *(part for one in waiting for part in one.result())]
@@ -261,7 +275,7 @@ class Index:
         parts, rows = self._view.parts(), self._view.rows
         room = len(parts[-1][0]) - parts[-1][1] if parts else 0
         while room < more:
-            block = _Block(min(self._most(), max(FIRST_ROWS, rows)), self.dimension)
+            block = _Block(min(self._most(), max(FIRST_ROWS, rows)), self._width)
             parts.append((block, 0))
             room, rows = room + len(block), rows + len(block)
         return parts
@@ -278,7 +292,7 @@ class Index:
             pieces = [(block, count)]
             if kept and live + kept[-1][1] <= most // 2:
                 pieces.insert(0, kept.pop())
-            smaller = _joined(pieces, self.dimension)
+            smaller = _joined(pieces, self._width)
             gone -= sum(size for _, size in pieces) - len(smaller)
             if len(smaller):
                 kept.append((smaller, len(smaller)))
@@ -286,13 +300,13 @@ class Index:
 
     def _most(self) -> int:
         """Rows of a block."""
-        return max(FIRST_ROWS, BLOCK_BYTES // (4 * self.dimension))
+        return max(FIRST_ROWS, BLOCK_BYTES // (4 * self._width))
 
 
-def _joined(pieces: Sequence[tuple[_Block, int]], dimension: int) -> _Block:
+def _joined(pieces: Sequence[tuple[_Block, int]], width: int) -> _Block:
     """A block of what is not gone in these."""
     rows = [np.flatnonzero(block.subject_N[:count] != GONE) for block, count in pieces]
-    joined, done = _Block(sum(map(len, rows)), dimension), 0
+    joined, done = _Block(sum(map(len, rows)), width), 0
     for (block, _), live in zip(pieces, rows, strict=True):
         joined.put(done, block.subject_N[live], block.sample_N[live], block.vectors_ND[live])
         done += len(live)

@@ -16,6 +16,7 @@ from serving.changes import State, StoreError
 from serving.index import Index
 from serving.store import Piece, Store
 from trainer.errors import UserError
+from trainer.evaluation.normalise import Normaliser
 
 FAILURES = (StoreError, UserError, MemoryError, RuntimeError)  # the last is FAISS's
 RETRY_S = 60.0  # between two tries to build an index from a store that does not let itself be read
@@ -52,10 +53,10 @@ class Projection:
         status: how far it is; nothing is waited for.
     """
 
-    def __init__(self, store: Store, threads: int) -> None:
-        """Nothing is read yet: see `load`. `threads`: cores that one search uses."""
-        self._store, self._threads = store, threads
-        self.index = Index(store.dimension, threads)
+    def __init__(self, store: Store, threads: int, normaliser: Normaliser | None = None) -> None:
+        """Nothing is read yet: see `load`. `threads`: cores that one search uses. `normaliser`: of the scores."""
+        self._store, self._threads, self._normaliser = store, threads, normaliser
+        self.index = self._empty()
         self.revision, self.status = 0, Status("loading")
         self._lock = threading.Lock()  # held by a change from the store's commit to the index
         self._closing = threading.Event()
@@ -190,13 +191,16 @@ class Projection:
 
     def _build(self, ending: Callable[[], bool], settled: bool = False) -> Index:
         """A new index from the store; `status` counts. `settled`: nobody changes the store meanwhile."""
-        index = Index(self._store.dimension, self._threads)
+        index = self._empty()
         for piece in self._store.samples(settled):
             if ending():
                 raise Stopped("the service is being stopped")
             self._put(index, piece)
             self.status = replace(self.status, done=index.samples)
         return index
+
+    def _empty(self) -> Index:
+        return Index(self._store.dimension, self._threads, self._normaliser)
 
     def _put(self, index: Index, piece: Piece) -> None:
         try:

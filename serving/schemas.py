@@ -36,6 +36,7 @@ VERIFIED: dict[str, JsonValue] = _MODEL | {
     "threshold_source": "calibrated for FMR 0.001: held-out identities of faces",
     "fmr_target": 0.001,
     "fmr_interval": [0.0006, 0.0014],
+    "mate_probability": 0.98,
     "subject_id": "alice",
     "sample_id": _SAMPLE,
 }
@@ -43,13 +44,13 @@ IDENTIFIED: dict[str, JsonValue] = _MODEL | {
     "candidates": [{"subject_id": "alice", "score": 0.71, "sample_id": _SAMPLE}],
     "decision": "match",
     "threshold": 0.52,
-    "threshold_source": "calibrated for FPIR 0.01: held-out identities of faces; it was calibrated for 1000 subjects "
-    "and the gallery holds 1200, where FPIR is about 0.012 or less: calibrate for this size",
+    "threshold_source": "calibrated for FPIR 0.01: held-out identities of faces; by its curve for FPIR 0.01 at 1200 "
+    "enrolled",
     "fpir_target": 0.01,
     "fpir_interval": [0.007, 0.013],
-    "fpir_expected": 0.012,
+    "fpir_expected": 0.01,
     "gallery_size": 1200,
-    "calibrated_gallery_size": 1000,
+    "calibrated_gallery_size": 1200,
 }
 
 
@@ -118,12 +119,15 @@ class VerifyAnswer(Answer):
 
     model_config = ConfigDict(json_schema_extra={"examples": [VERIFIED]})
 
-    score: float = Field(description="cosine similarity, -1 to 1")
+    score: float = Field(description="cosine similarity, or normalised score, -1 to 1")
     decision: Literal["match", "no_match"] = Field(description="match: score >= threshold")
     threshold: float
     threshold_source: str
     fmr_target: float | None = Field(description="false match rate that the threshold was calibrated for")
     fmr_interval: tuple[float, float] | None = Field(description="bounds of the rate that the calibration reached")
+    mate_probability: float | None = Field(
+        None, description="that both are of one identity, at the prior that the embedder was calibrated with"
+    )
     subject_id: str | None = Field(None, description="the enrolled subject that was compared")
     sample_id: str | None = Field(None, description="the subject's sample that scored best")
 

@@ -25,7 +25,7 @@ from serving.settings import Settings
 from serving.store import Store
 from serving.threshold import rules
 from trainer.data.image import Preprocessing
-from trainer.embedder import Embedder
+from trainer.embedder import Embedder, read_cohort
 from trainer.errors import UserError
 
 WATCH_EVERY_S = 1.0
@@ -49,8 +49,9 @@ class Service:
         manifest = self.embedder.manifest
         verify, identify = rules(manifest, settings.verify_threshold, settings.identify_threshold)
         model = manifest.model_id, manifest.dimension
+        normaliser = read_cohort(settings.embedder, manifest)
         store = Store(settings.store, *model, settings.idempotency_hours, settings.restored)
-        self.gallery = Gallery(store, verify, identify, settings.threads, settings.max_samples)
+        self.gallery = Gallery(store, verify, identify, settings.threads, settings.max_samples, normaliser)
         limits = Limits(seconds=settings.decode_cpu_s, pixels=settings.max_pixels)
         form = self.embedder.preprocessing
         self._decoders = Decoders(form, settings.workers, limits) if isinstance(form, Preprocessing) else None
@@ -109,7 +110,7 @@ class Service:
         self.metrics.decisions.labels("identify", found.decision).inc()
         if found.candidates:
             self.metrics.scores.observe(found.candidates[0].score)
-        rule = self.gallery.identify_rule
+        rule = found.rule
         shown = [candidate for candidate in found.candidates if below or rule.matches(candidate.score)]
         return schemas.IdentifyAnswer(
             candidates=[schemas.CandidateAnswer(**vars(candidate)) for candidate in shown],
@@ -150,11 +151,17 @@ class Service:
             threshold_source=rule.source,
             fmr_target=rule.rate,
             fmr_interval=rule.interval,
+            mate_probability=self._mate_probability(found.score),
             subject_id=subject_id,
             sample_id=found.sample_id,
             model_id=self.gallery.model_id,
             request_id=request_id,
         )
+
+    def _mate_probability(self, score: float) -> float | None:
+        calibration = self.embedder.manifest.calibration
+        model = calibration.probability if calibration else None
+        return model.probability(score) if model else None
 
     def enrol(self, subject_id: str, sent: Sent, key: str | None, request_id: str) -> tuple[schemas.EnrolAnswer, bool]:
         """The answer, and whether it is that of an earlier request with the same idempotency key."""

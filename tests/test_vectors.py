@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from serving.cli import embedder as commands
+from serving.cli.evaluate import evaluate
 from serving.errors import ApiError
 from serving.parsing import Sent
 from serving.service import Service
@@ -77,7 +78,7 @@ def embedders(sets: Path) -> Callable[[str], Path]:
         check(config(sets, content))
         commands.export(run=sets / f"{content}-run", register=False)
         data, embedder = sets / content, sets / f"{content}-run" / "embedder"
-        commands.evaluate(embedder=embedder, data=data)
+        evaluate(embedder=embedder, data=data)
         commands.calibrate(embedder=embedder, data=data, fpir=0.2, fmr=0.01)
     return lambda content: sets / f"{content}-run" / "embedder"
 

@@ -3,21 +3,50 @@
 Axes: N samples, B of them, C channels, H and W pixels, D dimensions of the embedding.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.data.arrays import Form, Pixels
+from trainer.data.curate.columns import attribute_codes, attribute_numbers, positions_of_keys
+from trainer.data.curate.overlap import overlap
+from trainer.data.image import read_file
 from trainer.data.manifest import Manifest
 from trainer.data.reader import Progress, Reader, ahead
 from trainer.data.split import Split
 from trainer.embedder import Embedder
+from trainer.errors import UserError
 from trainer.evaluation.calibration import HeldOut, calibrate
-from trainer.evaluation.protocols import evaluate
-from trainer.evaluation.report import Calibration, Report
+from trainer.evaluation.curve import LEAST_HITS
+from trainer.evaluation.listed import measure_lists, read_protocol
+from trainer.evaluation.normalise import Kind, Normaliser, set_aside
+from trainer.evaluation.protocols import Measured, measure
+from trainer.evaluation.report import Calibration
 
 _BATCH = 256  # samples decoded at a time
 _AHEAD = 3
+COHORT_SHARE, MOST_COHORT = 0.2, 1000  # subjects that are set aside to normalise by
+
+
+class Evaluated(NamedTuple):
+    """What was measured, and on what: the rows are samples of a split, or images of a protocol from a file.
+
+    Attributes:
+        measured: the Report, and what a comparison needs.
+        vectors_ND, subjects_N: of each row.
+        names: of the subjects.
+        pixels: reads rows as the model sees them.
+    """
+
+    measured: Measured
+    vectors_ND: NDArray[np.float32]
+    subjects_N: NDArray[np.int64]
+    names: Sequence[str]
+    pixels: Callable[[NDArray[np.int64]], Pixels]
 
 
 def evaluate_split(
@@ -27,22 +56,138 @@ def evaluate_split(
     *,
     unenrolled: float = 0.5,
     seed: int = 0,
+    by: Sequence[str] = (),
+    quality: str | None = None,
+    trained_on: Path | None = None,
     progress: Progress | None = None,
-) -> Report:
-    """Verification, one-shot and open-set identification on a split.
+) -> Evaluated:
+    """Verification, identification and retrieval on a split.
 
     Args:
         data: folder of the data set.
         unenrolled: share of the identities that are not enrolled, for open-set errors.
         seed: chooses who is not enrolled.
+        by: attributes of the set by which errors are told apart.
+        quality: a numeric attribute of the samples, by which templates are weighted.
+        trained_on: the data set that the Embedder was trained on, if it is another one.
         progress: called with the stage "embed", what is done and what there is to do.
 
     Raises:
-        UserError: as `embed_split`, or too few identities or samples for a protocol.
+        UserError: as `embed_split`, a split that the Embedder was trained on, an attribute that is not there, or too
+            few identities or samples for a protocol.
     """
-    part = Manifest.read(data).split(split)
+    manifest = Manifest.read(data)
+    part = manifest.split(split)
+    remarks = _trained(embedder, part, Manifest.read(trained_on) if trained_on else manifest)
+    groups = {name: attribute_codes(part, name) for name in by}
+    quality_N = None if quality is None else attribute_numbers(part, quality)
     vectors_ND, labels_N = embed_split(embedder, part, progress)
-    return evaluate(vectors_ND, labels_N, part.classes, seed=seed, unenrolled_share=unenrolled)
+    measured = measure(
+        vectors_ND,
+        labels_N,
+        part.classes,
+        seed=seed,
+        unenrolled_share=unenrolled,
+        source=f"{manifest.kind}, split '{split}'",
+        model_id=embedder.model_id,
+        groups=groups,
+        quality_N=quality_N,
+        remarks=remarks,
+    )
+    return Evaluated(measured, vectors_ND, labels_N, part.classes, partial(_of_split, part, embedder.preprocessing))
+
+
+def evaluate_protocol(
+    embedder: Embedder,
+    protocol: Path,
+    images: Path | None = None,
+    *,
+    data: Path | None = None,
+    split: str = "val",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Evaluated:
+    """What a protocol from a file asks for: see `evaluation.lists`.
+
+    Args:
+        images: folder that the file's names are in; None: the file's own, or the folder that it is.
+        data: a data set whose samples the names are keys of, instead.
+        split: of `data`.
+        seed, progress: as for `evaluate_split`.
+
+    Raises:
+        UserError: the file is no protocol, an image is missing or cannot be read, or the lists give no rates.
+    """
+    lists = read_protocol(protocol)
+    if data is not None:
+        part = Manifest.read(data).split(split)
+        positions_I = positions_of_keys(part, lists.images)
+        pixels: Callable[[NDArray[np.int64]], Pixels] = partial(_of_keys, part, embedder.preprocessing, positions_I)
+    else:
+        folder = images or (protocol if protocol.is_dir() else protocol.parent)
+        pixels = partial(_of_files, folder, lists.images, embedder.preprocessing)
+    starts = range(0, len(lists.images), _BATCH)
+    vectors = []
+    for rows in (np.arange(start, min(start + _BATCH, len(lists.images))) for start in starts):
+        vectors.append(embedder.embed(pixels(rows)))
+        if progress is not None:
+            progress("embed", int(rows[-1]) + 1, len(lists.images))
+    vectors_ND = np.concatenate(vectors)
+    measured = measure_lists(
+        vectors_ND, lists, seed=seed, source=f"protocol {protocol.name}", model_id=embedder.model_id
+    )
+    subjects_N = np.empty(len(lists.images), np.int64)
+    subjects_N[lists.image_I] = lists.subject_T[lists.template_I]
+    return Evaluated(measured, vectors_ND, subjects_N, lists.subjects, pixels)
+
+
+def _of_split(split: Split, form: Form, positions: NDArray[np.int64]) -> Pixels:
+    reader = Reader(split, form)
+    with reader.pool() as pool:
+        return reader.read(positions, pool)[0]
+
+
+def _of_keys(split: Split, form: Form, positions_I: NDArray[np.int64], rows: NDArray[np.int64]) -> Pixels:
+    return _of_split(split, form, positions_I[rows])
+
+
+def _of_files(folder: Path, images: Sequence[bytes | str], form: Form, rows: NDArray[np.int64]) -> Pixels:
+    """Images of a protocol, as they are in its file or by their names in a folder."""
+    pixels = []
+    for row in rows.tolist():
+        image = images[row]
+        name = image if isinstance(image, str) else f"image {row}"
+        data = image if isinstance(image, bytes) else read_file(folder / image, str(folder / image))
+        pixels.append(form.load(data, name))
+    return np.stack(pixels)
+
+
+def _trained(embedder: Embedder, part: Split, trained_on: Manifest) -> list[str]:
+    """What of the split the Embedder was trained on, by its manifest and by digests of names and samples.
+
+    Raises:
+        UserError: all of it.
+    """
+    digest = embedder.manifest.provenance.get("class_digest")
+    if digest == part.class_digest:
+        raise UserError(
+            f"the embedder was trained on the identities of split '{part.name}' themselves (digest {digest[:12]}): "
+            "errors on them say nothing; name a split of others, or hold some out with 'hypersphere data split'"
+        )
+    found = []
+    for name in trained_on.splits:
+        training = trained_on.split(name)
+        if training.class_digest != digest:
+            continue
+        shared = overlap(training, part)
+        if shared.names:
+            found.append(
+                f"{len(shared.names)} of {part.identities} identities, such as '{shared.names[0]}', are names of the "
+                f"training split '{name}' as well: their errors look smaller than those of strangers"
+            )
+        if shared.samples:
+            found.append(f"{shared.samples} of {part.samples} samples are in the training split '{name}' byte for byte")
+    return found
 
 
 def calibrate_on_split(
@@ -53,15 +198,23 @@ def calibrate_on_split(
     fpir: float,
     fmr: float,
     gallery_size: int | None = None,
+    samples_per_subject: int = 1,
+    extrapolate: bool = False,
+    prior: float = 0.5,
+    normalise: Kind | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Calibration:
-    """Thresholds for allowed error rates, from a split of identities that were not trained on.
+) -> tuple[Calibration, Normaliser | None]:
+    """Thresholds for allowed error rates, from a split of identities that were not trained on, and what normalises.
 
     Args:
         fpir, fmr: allowed error rates of identification and of verification.
         gallery_size: subjects in the gallery; None: as many as the split has.
-        seed: of the bootstrap.
+        samples_per_subject: enrolled of each.
+        extrapolate: below one expected false positive, too.
+        prior: probability of a mate before a score is known.
+        normalise: scores, by a cohort: a fifth of the subjects (a thousand at most), who are set aside.
+        seed: chooses the samples that are enrolled, and those left out where there are too many.
 
     Raises:
         UserError: as `embed_split`, or a rate that so few subjects cannot show.
@@ -69,8 +222,23 @@ def calibrate_on_split(
     manifest = Manifest.read(data)
     part = manifest.split(split)
     vectors_ND, labels_N = embed_split(embedder, part, progress)
-    held = HeldOut(vectors_ND, labels_N, embedder.model_id, f"{manifest.kind}, split '{split}'", seed)
-    return calibrate(held, fpir=fpir, fmr=fmr, gallery_size=gallery_size or part.identities)
+    source, normaliser = f"{manifest.kind}, split '{split}'", None
+    if normalise is not None:
+        cohort, rest = set_aside(labels_N, COHORT_SHARE, MOST_COHORT, seed)
+        normaliser = Normaliser(normalise, vectors_ND[cohort])
+        vectors_ND, labels_N = vectors_ND[rest], labels_N[rest]
+        source += f", {normalise.upper()}-norm by {len(cohort)} of its subjects"
+    subjects = len(np.unique(labels_N))
+    found = calibrate(
+        HeldOut(vectors_ND, labels_N, embedder.model_id, source, seed, normaliser),
+        fpir=fpir,
+        fmr=fmr,
+        gallery_size=subjects if gallery_size is None else gallery_size,
+        samples_per_subject=samples_per_subject,
+        least_hits=0.0 if extrapolate else LEAST_HITS,
+        prior=prior,
+    )
+    return found, normaliser
 
 
 def embed_split(

@@ -4,6 +4,7 @@ Axes: B samples, C channels, H and W pixels, D dimensions of the embedding.
 """
 
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Literal
@@ -16,12 +17,14 @@ from pydantic import Field, ValidationError
 
 from trainer.data.arrays import Form, Pixels
 from trainer.errors import UserError
+from trainer.evaluation.normalise import Kind, Normaliser
 from trainer.evaluation.report import Calibration
 from trainer.storage import Folder
 from trainer.strict import Strict
 
 MODEL_FILE = "model.onnx"
 MANIFEST_FILE = "manifest.json"
+MOST_COHORT_BYTES = 1 << 26
 OUTPUT = "embeddings"
 NORM_TOLERANCE = 1e-3  # of a unit vector; float32 and bfloat16 exports stay within it
 
@@ -32,6 +35,18 @@ RUNTIME_ERRORS = (
 )
 
 
+class Normalisation(Strict):
+    """How scores are normalised: see `evaluation/normalise.py`."""
+
+    kind: Kind
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="of the cohort's file, float32 [K, D]")
+
+    @property
+    def file(self) -> str:
+        """Another cohort has another name, so that a manifest always finds its own."""
+        return f"cohort-{self.sha256[:16]}.npy"
+
+
 class EmbedderManifest(Strict):
     """`manifest.json` of an Embedder. `model_id` is the digest of the ONNX bytes and the preprocessing."""
 
@@ -40,6 +55,7 @@ class EmbedderManifest(Strict):
     dimension: int = Field(ge=2)
     preprocessing: Form = Field(description="what it takes: images in this form, or vectors or spectrograms")
     calibration: Calibration | None = None
+    normalisation: Normalisation | None = None
     provenance: dict[str, str] = Field(default_factory=dict, description="config digest, step, MLflow run, versions")
 
 
@@ -52,6 +68,39 @@ def model_id(onnx: bytes, preprocessing: Form) -> str:
 def input_of(form: Form) -> str:
     """The name of the model's input in the ONNX file."""
     return "images" if form.reads == "images" else "samples"
+
+
+def write_cohort(folder: Path | str, normaliser: Normaliser) -> Normalisation:
+    """Write the cohort's file, and give what the manifest says of it. The manifest is to be written after it."""
+    stream = io.BytesIO()
+    np.save(stream, normaliser.cohort_KD, allow_pickle=False)
+    told = Normalisation(kind=normaliser.kind, sha256=hashlib.sha256(stream.getvalue()).hexdigest())
+    Folder.at(folder).write(told.file, [stream.getvalue()])
+    return told
+
+
+def read_cohort(folder: Path | str, manifest: EmbedderManifest) -> Normaliser | None:
+    """The normaliser that the manifest names; None where scores are cosines.
+
+    Raises:
+        UserError: its cohort is missing, was changed, or is none of this model.
+    """
+    if (told := manifest.normalisation) is None:
+        return None
+    place, again = Folder.at(folder), "; calibrate the embedder again"
+    path = place / told.file
+    if not 0 < place.sizes().get(told.file, 0) <= MOST_COHORT_BYTES:
+        raise UserError(f"'{path}' is missing or too large: scores cannot be normalised{again}")
+    content = place.read(told.file)
+    if hashlib.sha256(content).hexdigest() != told.sha256:
+        raise UserError(f"'{path}' is not the cohort that the manifest names: it was changed{again}")
+    try:
+        cohort_KD = np.load(io.BytesIO(content), allow_pickle=False)
+    except ValueError as error:
+        raise UserError(f"'{path}' is no array of numbers: {_first_line(error)}{again}") from error
+    if cohort_KD.ndim != 2 or cohort_KD.shape[1] != manifest.dimension:
+        raise UserError(f"'{path}' has shape {cohort_KD.shape}, and the model {manifest.dimension} dimensions{again}")
+    return Normaliser(told.kind, np.asarray(cohort_KD, np.float32))
 
 
 def write_manifest(folder: Path | str, manifest: EmbedderManifest) -> None:

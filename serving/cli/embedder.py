@@ -1,9 +1,7 @@
-"""`hypersphere train`, `submit`, `export`, `evaluate`, `calibrate`: an Embedder is made, measured, given thresholds."""
+"""`hypersphere train`, `submit`, `export`, `calibrate`: an Embedder is made, and given thresholds."""
 
 import os
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,7 +13,8 @@ from serving.cli.terminal import TrainingView, fail, out, progress, warn
 if TYPE_CHECKING:
     from trainer.config import Config
     from trainer.embedder import EmbedderManifest
-    from trainer.evaluation.report import Report
+    from trainer.evaluation.normalise import Normaliser
+    from trainer.evaluation.report import Calibration
 
 Overrides = Annotated[
     list[str] | None,
@@ -26,6 +25,10 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest ch
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and do one step on made-up samples.")]
 EmbedderOption = Annotated[Path, typer.Option("--embedder", "-e", help="Folder that `export` wrote.")]
 DataOption = Annotated[Path, typer.Option("--data", "-d", help="Folder that `data import` wrote.")]
+Normalise = Annotated[
+    Literal["z", "t", "s", "as"] | None,
+    typer.Option(help="Normalise scores by the enrolled (z), the probe (t), both (s) or both's nearest (as)."),
+]
 Threads = Annotated[int, typer.Option(help="CPU threads of the model.")]
 Weights = Literal["trained", "ema"]
 
@@ -115,39 +118,6 @@ def export(
     out.print(f"embedder {manifest.model_id}: {manifest.dimension} dimensions, in {Folder.at(to)}")
 
 
-def evaluate(
-    *,
-    embedder: EmbedderOption,
-    data: DataOption,
-    split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "val",
-    to: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.json and plots.")] = None,
-    unenrolled: Annotated[float, typer.Option(help="Share of the identities not enrolled, for open-set errors.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="Chooses who is not enrolled.")] = 0,
-    threads: Threads = 2,
-) -> None:
-    """Measure an Embedder: verification, one-shot identification, and open-set errors; as text, JSON and plots."""
-    from trainer.assess import evaluate_split
-    from trainer.embedder import Embedder
-    from trainer.storage import Folder, written_here
-
-    opened = Embedder.open(embedder, threads)
-    with progress() as show:
-        report = evaluate_split(opened, data, split, unenrolled=unenrolled, seed=seed, progress=show)
-    place = Folder.at(to or embedder / "evaluation")
-    _print(f"{split}: {report.samples} samples of {report.identities} identities", _report_rows(report))
-    plots = []
-    with written_here(place, "report.json") as here:
-        Folder(here).write("report.json", report.to_json())
-        try:
-            from trainer.evaluation.plots import report_plots
-
-            plots = report_plots(report, here)
-        except ModuleNotFoundError as error:
-            warn(f"no plots: '{error.name}' is not installed; pip install 'hypersphere[trainer]' brings it")
-        _track(opened.manifest, report, here)
-    out.print(f"report and {len(plots)} plots are in {place}")
-
-
 def calibrate(
     *,
     embedder: EmbedderOption,
@@ -156,62 +126,83 @@ def calibrate(
     fpir: Annotated[float, typer.Option(help="Allowed share of strangers' searches that return somebody.")] = 0.01,
     fmr: Annotated[float, typer.Option(help="Allowed share of false matches in 1:1 verification.")] = 0.001,
     gallery_size: Annotated[int | None, typer.Option(help="Subjects in the gallery; default: the split's.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    samples_per_subject: Annotated[int, typer.Option(min=1, help="Enrolled of each subject.")] = 1,
+    extrapolate: Annotated[
+        bool, typer.Option(help="Also below one expected false positive; the answer says so.")
+    ] = False,
+    prior: Annotated[float, typer.Option(help="Probability of a mate before a score is known, for 1:1.")] = 0.5,
+    normalise: Normalise = None,
+    seed: Annotated[int, typer.Option(help="Chooses the samples that are enrolled, and the cohort.")] = 0,
     threads: Threads = 2,
 ) -> None:
-    """Choose the thresholds for the error rates that you allow, and write them into the Embedder's manifest."""
+    """Choose the thresholds for the error rates that you allow, and write them into the Embedder's manifest.
+
+    With them goes the curve over gallery sizes, by which the service takes the threshold of the size that it has.
+    """
     from trainer.assess import calibrate_on_split
-    from trainer.embedder import Embedder, write_manifest
+    from trainer.embedder import Embedder
 
     opened = Embedder.open(embedder, threads)
     with progress() as show:
-        found = calibrate_on_split(
-            opened, data, split, fpir=fpir, fmr=fmr, gallery_size=gallery_size, seed=seed, progress=show
+        found, normaliser = calibrate_on_split(
+            opened,
+            data,
+            split,
+            fpir=fpir,
+            fmr=fmr,
+            gallery_size=gallery_size,
+            samples_per_subject=samples_per_subject,
+            extrapolate=extrapolate,
+            prior=prior,
+            normalise=normalise,
+            seed=seed,
+            progress=show,
         )
-    write_manifest(embedder, opened.manifest.model_copy(update={"calibration": found}))
-    rows = []
-    for use, one in (("verify", found.verify), ("identify", found.identify)):
-        size = f" at {one.gallery_size} subjects" if use == "identify" else ""
-        reached = f"{one.value:.4f}, reached {one.target} between {one.low:.4f} and {one.high:.4f}"
-        rows.append((f"{use} ({one.target} {one.rate:g}{size})", reached))
-    _print("thresholds", rows)
+    _keep(embedder, opened.manifest, found, normaliser)
+    print_table("thresholds", _threshold_rows(found, extrapolate))
+    out.print(f"verify: {found.verify.source}\nidentify: {found.identify.source}")
 
 
-def _report_rows(report: "Report") -> list[tuple[str, str]]:
-    """The headline figures, each with what it was measured on; a figure that is not resolved says why."""
-    shot, open_set = report.one_shot, report.open_set
-    rank1 = f"{shot.rank1:.2%}  (95 %: {shot.low:.2%} to {shot.high:.2%}; {shot.probes} probes)"
-    rows = [(f"rank-1, one image enrolled per identity, gallery of {shot.gallery_size}", rank1)]
-    rows += [(f"TAR at FAR {far.far:g}", _rate(far.tar, far.reason)) for far in report.verification.tar_at_far]
-    rows.append(("EER", f"{report.verification.eer:.2%}"))
-    for point in open_set.points:
-        interval = f"  (95 %: {point.low:.2%} to {point.high:.2%})" if point.low is not None and point.high else ""
-        what = f"FNIR at FPIR {point.fpir:g}, {open_set.unenrolled} identities not enrolled, gallery of"
-        rows.append((f"{what} {open_set.gallery_size}", _rate(point.fnir, point.reason) + interval))
+def _keep(folder: Path, manifest: "EmbedderManifest", found: "Calibration", normaliser: "Normaliser | None") -> None:
+    """Write a calibration into an Embedder's folder, the cohort before the manifest that names it."""
+    from trainer.embedder import write_cohort, write_manifest
+
+    normalisation = write_cohort(folder, normaliser) if normaliser else None
+    write_manifest(folder, manifest.model_copy(update={"calibration": found, "normalisation": normalisation}))
+    for old in folder.glob("cohort-*.npy"):
+        if normalisation is None or old.name != normalisation.file:
+            old.unlink()
+
+
+def _threshold_rows(found: "Calibration", extrapolate: bool) -> list[tuple[str, str]]:
+    """Each threshold with the interval of its rate: for 1:1, and for galleries of N, 2 N and 10 N."""
+    from trainer.errors import UserError
+
+    verify, identify, curve = found.verify, found.identify, found.curve
+    assert curve is not None, "calibrate makes one"
+    rows = [(f"verify (FMR {verify.rate:g})", _reached(verify.value, verify.low, verify.high))]
+    for growth in (1, 2, 10):
+        size = growth * identify.gallery_size
+        try:
+            at = curve.at(size, identify.rate, 0.0 if extrapolate else 1.0)
+            told = _reached(at.value, at.low, at.high)
+        except UserError as error:
+            told = f"refused: {error}"
+        rows.append((f"identify (FPIR {identify.rate:g} at {size} subjects)", told))
+    if model := found.probability:
+        ece = f"ECE {model.ece_platt:.3g} by Platt's sigmoid, {model.ece_isotonic:.3g} by isotonic regression"
+        mate = model.probability(verify.value)
+        rows.append((f"probability of a mate at {verify.value:.4f}, prior {model.prior:g}", f"{mate:.4f}; {ece}"))
     return rows
 
 
-def _rate(value: float | None, reason: str | None) -> str:
-    return f"{value:.2%}" if value is not None else f"not resolved: {reason}"
+def _reached(value: float, low: float, high: float) -> str:
+    return f"{value:.4f}, the rate lies between {low:.3g} and {high:.3g}"
 
 
-def _print(title: str, rows: Sequence[tuple[str, str]]) -> None:
+def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     """A table of two columns: what, and its value."""
     table = Table(title=title, show_header=False, title_justify="left")
     for row in rows:
         table.add_row(*row)
     out.print(table)
-
-
-def _track(manifest: "EmbedderManifest", report: "Report", folder: Path) -> None:
-    """Add the figures and the folder to the MLflow run that the Embedder comes from, where it names one."""
-    provenance = manifest.provenance
-    if not provenance.get("mlflow_run_id") or not provenance.get("tracking_uri"):
-        return
-    from trainer.tracking import Tracker, TrackingConfig
-
-    settings = TrackingConfig(uri=provenance["tracking_uri"])
-    values = {f"evaluation/{name}": value for name, value in report.scalars().items()}
-    with closing(Tracker(settings, warn, provenance["mlflow_run_id"])) as tracker:
-        tracker.metrics(values, int(provenance["checkpoint_step"]), int(time.time() * 1000))
-        tracker.artifact(folder, "evaluation")

@@ -246,7 +246,7 @@ def test_an_embedder_is_evaluated_and_calibrated_and_data_verified(
     assert result.returncode == 0, result.stderr
     assert "rank-1" in result.stdout
     assert (
-        result.stderr.strip() == "no plots: 'matplotlib' is not installed; pip install 'hypersphere[trainer]' brings it"
+        result.stderr.strip() == "no page: 'matplotlib' is not installed; pip install 'hypersphere[trainer]' brings it"
     )
     report = Report.model_validate_json((embedder / "evaluation" / "report.json").read_text())
     assert (report.samples, report.identities) == (100, 20)

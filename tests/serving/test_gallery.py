@@ -10,6 +10,7 @@ from serving.gallery import Gallery
 from serving.projection import GalleryLoading, Status, Stopped
 from serving.store import Store
 from serving.threshold import Rule
+from tests.serving.test_threshold import CURVE
 from trainer.errors import UserError
 
 MODEL = "a" * 32
@@ -57,6 +58,25 @@ def test_decisions_follow_the_threshold(gallery, vectors):
         assert found.candidates[0].score == pytest.approx(score, abs=1e-5)
     assert gallery.verify(x[0], _near(x[0], 0.51)).decision == "match"
     assert gallery.verify(x[0], _near(x[0], 0.49)).decision == "no_match"
+
+
+def test_each_decision_takes_the_threshold_of_the_size_at_hand(tmp_path, vectors):
+    start = CURVE.at(100, 0.01)
+    rule = Rule(start.value, "a test", 0.01, (start.low, start.high), 100, CURVE)
+    opened = Gallery(Store(tmp_path / "gallery.db", MODEL, 32), Rule(0.5, ""), rule)
+    opened.load()
+    x = vectors(40)
+    small, large = CURVE.at(1, 0.01).value, CURVE.at(40, 0.01).value
+    between = _near(x[0], (small + large) / 2)
+    opened.enrol("alice", x[:1])
+    found = opened.identify(between, 1)
+    assert (found.decision, found.rule.value, found.rule.gallery_size) == ("match", small, 1)
+    for number in range(1, 40):
+        opened.enrol(f"s{number}", x[number : number + 1])
+    found = opened.identify(between, 1)
+    assert (found.decision, found.rule.value, found.rule.gallery_size) == ("unknown", large, 40)
+    assert found.candidates[0].subject_id == "alice"
+    opened.close()
 
 
 def test_a_subject_is_as_near_as_its_nearest_sample(gallery, vectors):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import serving.index
 from serving.index import Index
+from trainer.evaluation.normalise import Normaliser
 
 FEW = st.integers(1, 6)
 
@@ -75,6 +76,27 @@ def test_search_is_the_definition(small_blocks, seed, subjects, samples, top_k, 
             assert subject_id == candidate.subject_id
             assert float(vector @ query) == pytest.approx(candidate.score, abs=1e-6)
             assert index.compare(query, subject_id).score == pytest.approx(candidate.score, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["z", "t", "s", "as"])
+def test_normalised_scores_are_searched_exactly(kind):
+    rng = np.random.default_rng(4)
+    rows, cohort, query = _rows(rng, 30, 90), _rows(rng, 1, 40), _rows(rng, 1, 1)[0][2]
+    normaliser = Normaliser(kind, np.stack([row[2] for row in cohort]))
+    index = Index(8, normaliser=normaliser)
+    _fill(index, rows)
+    index.remove("s3")
+    rows = [row for row in rows if row[0] != "s3"]
+    scores = {
+        row[1]: float((normaliser.probes(query[None]) @ normaliser.enrolled(row[2][None]).T)[0, 0]) for row in rows
+    }
+    best = {name: max(scores[row[1]] for row in rows if row[0] == name) for name in {row[0] for row in rows}}
+    (found,) = index.search(query[None], 10)
+    assert [candidate.subject_id for candidate in found] == sorted(best, key=lambda name: -best[name])[:10]
+    for candidate in found:
+        assert candidate.score == pytest.approx(best[candidate.subject_id], abs=1e-5)
+        assert index.compare(query, candidate.subject_id).score == pytest.approx(candidate.score, abs=1e-5)
+    assert index.score(query, rows[0][2]) == pytest.approx(scores[rows[0][1]], abs=1e-5)
 
 
 def test_one_subject_with_most_samples_does_not_crowd_out_the_others():

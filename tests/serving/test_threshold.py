@@ -3,6 +3,7 @@ import pytest
 from serving.threshold import Rule, rules
 from trainer.embedder import Embedder
 from trainer.errors import UserError
+from trainer.evaluation.curve import Curve
 
 
 def test_rules_come_from_the_calibration(embedder):
@@ -23,7 +24,7 @@ def test_another_gallery_size_is_said(embedder):
     assert identify.explain(4) == "calibrated for FPIR 0.01: a test"
     assert "calibrated for 4 subjects and the gallery holds 400" in identify.explain(400)
     assert "calibrate for this size" in identify.explain(400)
-    assert "calibrate for this size" not in identify.explain(2)
+    assert "FPIR is about 0.005 or more" in identify.explain(2)
     # Independent comparisons: FMR from 0.01 = 1 - (1 - FMR)^4, and FPIR at 400 from it.
     fmr = 1 - 0.99 ** (1 / 4)
     assert identify.rate_at(400) == pytest.approx(1 - (1 - fmr) ** 400)
@@ -68,3 +69,78 @@ def test_a_threshold_of_the_other_use_is_refused(embedder):
     swapped = manifest.calibration.model_copy(update={"identify": manifest.calibration.verify})
     with pytest.raises(UserError, match="identify needs one for FPIR"):
         rules(manifest.model_copy(update={"calibration": swapped}), None, None)
+
+
+CURVE = Curve(
+    target="FPIR",
+    start=0.4,
+    share=0.01,
+    scale=0.06,
+    shape=0.0,
+    clumping=0.2,
+    by_subjects=((0.02, 0.0, 0.0), (0.0, 0.02, 0.0), (0.0, 0.0, 0.01)),
+    by_pairs=((0.01, 0.0, 0.0), (0.0, 0.01, 0.0), (0.0, 0.0, 0.005)),
+    by_prior=(0.0, 0.05),
+    dominance=0.1,
+    subjects_vary=0.2,
+    gallery_varies=0.1,
+    freedom=40,
+    subjects=300,
+    trials=900,
+)
+
+
+def with_curve(manifest):
+    """The manifest with a calibration for FPIR 0.01 at 100 subjects, and its curve."""
+    at = CURVE.at(100, 0.01)
+    told = {"value": at.value, "low": at.low, "high": at.high, "gallery_size": 100}
+    identify = manifest.calibration.identify.model_copy(update=told)
+    calibration = manifest.calibration.model_copy(update={"identify": identify, "curve": CURVE})
+    return manifest.model_copy(update={"calibration": calibration})
+
+
+def test_a_gallery_takes_the_threshold_of_the_size_that_it_has(embedder):
+    _, rule = rules(with_curve(Embedder.open(embedder).manifest), None, None)
+    assert rule.at(100) is rule
+    for size in (1, 30, 400):
+        live, expected = rule.at(size), CURVE.at(size, 0.01)
+        assert (live.value, live.interval, live.gallery_size) == (expected.value, (expected.low, expected.high), size)
+        assert live.explain(size) == f"calibrated for FPIR 0.01: a test; by its curve for FPIR 0.01 at {size} enrolled"
+    assert rule.at(30).value < rule.value < rule.at(400).value
+    assert rule.at(0) == rule.at(1)
+
+
+def test_beyond_what_the_calibration_knows_the_source_says_so(embedder):
+    _, rule = rules(with_curve(Embedder.open(embedder).manifest), None, None)
+    largest = CURVE.largest(0.01)
+    assert "extrapolated" not in rule.at(largest).source
+    assert "extrapolated: 0.5 false positives expected" in rule.at(2 * largest).source
+
+
+def test_a_request_may_choose_a_rate_that_the_calibration_knows(embedder):
+    _, rule = rules(with_curve(Embedder.open(embedder).manifest), None, None)
+    strict = rule.at(100, 0.003)
+    assert (strict.rate, strict.value) == (0.003, CURVE.at(100, 0.003).value)
+    assert strict.value > rule.value
+    with pytest.raises(
+        UserError, match=r"cannot tell FPIR 1e-05 with 100 enrolled: 0.009 false positives are expected"
+    ):
+        rule.at(100, 1e-5)
+    with pytest.raises(UserError, match=r"FPIR 0.5 is not a target"):
+        rule.at(100, 0.5)
+
+
+def test_without_a_curve_no_rate_can_be_chosen(embedder):
+    _, rule = rules(Embedder.open(embedder).manifest, None, None)
+    assert rule.at(400) is rule
+    assert rule.at(400, rule.rate) is rule
+    with pytest.raises(UserError, match="no FPIR can be chosen"):
+        rule.at(400, 0.003)
+    with pytest.raises(UserError, match="no FPIR can be chosen: set by the operator"):
+        rules(Embedder.open(embedder).manifest, 0.5, 0.5)[1].at(4, 0.003)
+
+
+def test_the_power_is_a_lower_bound_in_a_smaller_gallery(embedder):
+    _, rule = rules(Embedder.open(embedder).manifest, None, None)
+    assert "or less: calibrate" in rule.explain(5)
+    assert "or more: calibrate" in rule.explain(3)

@@ -16,7 +16,7 @@ from trainer.data.importers.run import run_import
 from trainer.data.manifest import Manifest
 from trainer.embedder import Embedder
 from trainer.errors import UserError
-from trainer.evaluation.protocols import evaluate
+from trainer.evaluation.protocols import measure
 
 IDENTITIES, SAMPLES = 60, 5
 
@@ -60,17 +60,24 @@ def test_every_sample_has_its_vector(images, data, embedder):
 def test_what_is_found_is_what_the_protocols_find(data, embedder):
     vectors_ND, labels_N = embed_split(embedder, Manifest.read(data).split("val"))
     names = Manifest.read(data).split("val").classes
-    assert evaluate_split(embedder, data, "val", unenrolled=0.4, seed=3) == evaluate(
-        vectors_ND, labels_N, names, unenrolled_share=0.4, seed=3
-    )
+    found = evaluate_split(embedder, data, "val", unenrolled=0.4, seed=3).measured.report
+    said = {"source": "folder, split 'val'", "model_id": embedder.model_id}
+    assert found == measure(vectors_ND, labels_N, names, unenrolled_share=0.4, seed=3, **said).report
 
 
 def test_thresholds_name_the_model_the_split_and_the_gallery(data, embedder):
-    found = calibrate_on_split(embedder, data, "val", fpir=0.1, fmr=0.01)
+    found, normaliser = calibrate_on_split(embedder, data, "val", fpir=0.1, fmr=0.01)
+    assert normaliser is None
     assert found.identify.gallery_size == IDENTITIES
     assert {found.verify.model_id, found.identify.model_id} == {embedder.model_id}
     assert found.verify.source.startswith("folder, split 'val': ")
-    assert calibrate_on_split(embedder, data, "val", fpir=0.1, fmr=0.01, gallery_size=20).identify.gallery_size == 20
+    smaller, _ = calibrate_on_split(embedder, data, "val", fpir=0.1, fmr=0.01, gallery_size=20)
+    assert smaller.identify.gallery_size == 20
+
+
+def test_a_cohort_is_set_aside_to_normalise_by(data, embedder):
+    with pytest.raises(UserError, match="a cohort of 12 vectors is too small to normalise by; take 20"):
+        calibrate_on_split(embedder, data, "val", fpir=0.1, fmr=0.01, normalise="s")
 
 
 def test_a_split_that_is_not_there_is_named(data, embedder):

@@ -1,3 +1,5 @@
+import hashlib
+import json
 import shutil
 
 import numpy as np
@@ -6,8 +8,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from tests.serving.conftest import onnx_model, write_embedder
-from trainer.embedder import Embedder, model_id, write_manifest
+from trainer.embedder import Embedder, model_id, read_cohort, write_cohort, write_manifest
 from trainer.errors import UserError
+from trainer.evaluation.normalise import Normaliser
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +125,64 @@ def test_a_wrong_dimension_is_refused(embedder, tmp_path):
     write_manifest(tmp_path / "lying", manifest.model_copy(update={"dimension": 64}))
     with pytest.raises(UserError, match="its manifest names dimension 64"):
         Embedder.open(tmp_path / "lying")
+
+
+@pytest.fixture
+def normalised(embedder, tmp_path):
+    """An Embedder with a cohort, and the cohort's file."""
+    folder = shutil.copytree(embedder, tmp_path / "normalised")
+    manifest = Embedder.open(folder).manifest
+    cohort_KD = Embedder.open(folder).embed(pictures(24))
+    told = write_cohort(folder, Normaliser("as", cohort_KD))
+    write_manifest(folder, manifest.model_copy(update={"normalisation": told}))
+    return folder, folder / told.file
+
+
+def _normaliser(folder):
+    """What the service reads; the Embedder itself is opened without, so that it can be calibrated again."""
+    return read_cohort(folder, Embedder.open(folder).manifest)
+
+
+def test_a_cohort_travels_with_the_embedder(embedder, normalised):
+    folder, _ = normalised
+    assert _normaliser(embedder) is None
+    found = _normaliser(folder)
+    assert found.kind == "as"
+    np.testing.assert_array_equal(found.cohort_KD, Embedder.open(folder).embed(pictures(24)))
+
+
+def _other_shape(file):
+    np.save(file, np.zeros((24, 7), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda file: file.unlink(),
+            "is missing or too large: scores cannot be normalised; calibrate the embedder again",
+        ),
+        (lambda file: file.write_bytes(file.read_bytes()[:-1]), "is not the cohort that the manifest names"),
+        (_other_shape, "is not the cohort that the manifest names"),
+    ],
+)
+def test_a_damaged_cohort_is_named(normalised, damage, message):
+    folder, file = normalised
+    damage(file)
+    with pytest.raises(UserError, match=message):
+        _normaliser(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(np.zeros((24, 7), np.float32), "has shape"), (np.array([{}], object), "is no array of")]
+)
+def test_a_cohort_that_is_none_is_refused_whatever_its_digest(normalised, content, message):
+    folder, file = normalised
+    np.save(file, content, allow_pickle=True)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["normalisation"]["sha256"] = digest
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    file.rename(folder / f"cohort-{digest[:16]}.npy")
+    with pytest.raises(UserError, match=message):
+        _normaliser(folder)

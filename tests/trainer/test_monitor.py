@@ -1,6 +1,7 @@
 """Neural collapse during training: measured on any number of ranks alike, and reported by the loop."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from tests.ranks import folder_of_shapes, run_on_ranks
+from tests.trainer.evaluation.made_up import made_up
 from trainer.config import Config, load
 from trainer.data.augment import to_float
 from trainer.data.importers import ImportOptions
@@ -18,7 +20,8 @@ from trainer.data.stream import Batch, Stream
 from trainer.distributed import Group
 from trainer.errors import UserError
 from trainer.evaluation.geometry import neural_collapse
-from trainer.monitor import Collapse, embed
+from trainer.evaluation.protocols import quick
+from trainer.monitor import Collapse, _together, embed, measured_at_most
 from trainer.objective import Objective
 from trainer.train import Record, run
 
@@ -221,3 +224,52 @@ def test_an_identity_with_one_image_is_named(tmp_path: Path) -> None:
         pytest.fail("the identity with one image was held out; choose another seed")
     with pytest.raises(UserError, match=r"'person02' has 1; import with --min-samples 2"):
         Collapse(config(tmp_path / "data", "scaling.workers=1"), manifest, Group())
+
+
+def searched(rank: int, out: Path) -> None:
+    """Every rank searches for its part of the probes, and all of them know all that was found."""
+    vectors, labels = made_up(111, 6, 0.9)
+    group = Group.current()
+    together = partial(_together, group, torch.device("cpu"))
+    found = quick(vectors, labels, slice(group.rank, None, group.size), together)
+    (out / f"{rank}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_that_share_the_probes_find_what_one_finds(size: int, tmp_path: Path) -> None:
+    run_on_ranks(size, searched, tmp_path)
+    alone = quick(*made_up(111, 6, 0.9))
+    assert alone[1] is not None
+    for rank in range(size):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(alone, abs=1e-12)
+
+
+def test_ranks_without_a_probe_take_part(tmp_path: Path) -> None:
+    """Three ranks, two strangers' samples and few others."""
+    run_on_ranks(3, of_few, tmp_path)
+    assert len({(tmp_path / f"{rank}.json").read_text() for rank in range(3)}) == 1
+
+
+def of_few(rank: int, out: Path) -> None:
+    vectors, labels = made_up(2, 2, 0.1)
+    group = Group.current()
+    found = quick(vectors, labels, slice(rank, None, 3), partial(_together, group, torch.device("cpu")))
+    (out / f"{rank}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize(
+    ("every", "epochs", "trained", "most"),
+    [(4, 16, 15_400, 3080), (1, 16, 15_400, 2048), (4, 1, 1_000_000, 50_000), (1, 9, 50, 2048)],
+)
+def test_what_is_measured_grows_with_what_is_trained(
+    data: Path, every: int, epochs: int, trained: int, most: int
+) -> None:
+    settings = config(data, f"run.eval_every={every}", f"run.epochs={epochs}")
+    assert measured_at_most(settings, trained) == most
+
+
+def test_collapse_is_measured_on_what_the_training_affords(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.monitor.LEAST_SAMPLES", 12)
+    measured = Collapse(config(data, "scaling.workers=1", "run.epochs=1"), Manifest.read(data), Group())
+    _, labels_n = embed(nn.Flatten(), measured._batches(), Group(), torch.device("cpu"), bf16=False)
+    assert np.unique(labels_n, return_counts=True)[1].tolist() == [4, 4, 4]  # of 7 identities

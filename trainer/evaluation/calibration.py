@@ -1,36 +1,39 @@
 """Thresholds for a target error rate: `verify` for a false match rate, `identify` for a false positive rate at N.
 
-Identify. Every sample is a non-mated probe of a gallery of the other subjects. At N up to the M subjects at hand, FPIR
-is the exact expectation over galleries of N of them (`nonmated.search_tail`). Beyond M it is scaled,
-FPIR_N = 1 - (1 - FPIR_M)^(N / M). That is exact where all probes are alike and an upper bound where they differ: with
-F_p(t) the chance that probe p stays below t in one comparison, 1 - E[F_p^N] <= 1 - E[F_p^M]^(N / M) by Jensen.
+What is calibrated is the rate in one real gallery of N subjects, drawn like those at hand, that is searched by endless
+strangers from where they came from. A threshold is set so that this rate, expected over what is not known, is the
+target. Its interval is where the rate of that one gallery lies, at 95 % confidence.
 
-Rate. With 30 expected hits or more the threshold is the empirical quantile. With fewer, it comes from a generalised
-Pareto tail fitted to the highest scores (`tails.Pareto`), down to a tenth of a hit; beyond that there is no honest
-answer and the error says what it would take.
-
-Interval. Subjects are resampled in both of their roles, with the threshold held fixed and the tail fitted anew; for
-identify, the variation between galleries of N subjects is added (`tails.py`). It is where the rate of one real gallery
-of N, with subjects like those at hand, is expected to lie.
+Every sample at hand searches galleries of all other subjects (`nonmated.py`). To the highest scores, those of a hundred
+pairs of subjects or of twice as many as lie above the threshold, a tail is fitted with all that can be wrong about it
+(`tails.py`); the Curve that results gives the threshold for any gallery size and rate (`curve.py`). Below one false
+positive to expect among the probes at hand the answer is refused, or marked as extrapolated where that is allowed.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from math import ceil, log1p, sqrt
 
 import numpy as np
 
 from trainer.errors import UserError
-from trainer.evaluation.metrics import CONFIDENCE, RESOLVED_ERRORS, SHOWN_ERRORS
-from trainer.evaluation.nonmated import pair_tail, search_tail, shuffled
+from trainer.evaluation.curve import CONFIDENCE, HIGHEST_RATE, LEAST_HITS, Curve, Reached
+from trainer.evaluation.metrics import SHOWN_ERRORS
+from trainer.evaluation.nonmated import Hits, highest, shuffled
+from trainer.evaluation.normalise import Normaliser
+from trainer.evaluation.probability import mate_probability
 from trainer.evaluation.report import Calibration, Threshold
 from trainer.evaluation.scores import Labels, Vectors, check
-from trainer.evaluation.tails import NonMated, fitted_share, grown
+from trainer.evaluation.tails import Tail, fit
 
-FEWEST_HITS = 0.1  # expected at the target; the tail is not followed further than ten times beyond the largest score
 FEWEST_SUBJECTS = 10
-HIGHEST_RATE = 0.2  # a threshold that is wrong more often than this is none
+SIMULATED_SUBJECTS = 50  # with fewer, the simulations do not tell how far the interval holds
+FITTED_PAIRS = 100.0  # of subjects: a tail is fitted to their scores
+MOST_OF_ALL = 0.05  # share of all comparisons, beyond which the highest scores are no tail
+MISFIT = 0.01  # a fit that is less probable is warned about
+MOST_HITS = 2_000_000
 MAX_PROBES = 50_000
-MAX_PAIR_SAMPLES = 10_000
+MOST_PAIRED = 5_000  # samples whose pairs give the probability of a mate
+DUPLICATE = 1 - 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,7 @@ class HeldOut:
         labels_N: the subject of each.
         model_id: of the Embedder that made them.
         source: the data set and split, in words.
+        normaliser: of the scores; None: they are cosines.
     """
 
     vectors_ND: Vectors
@@ -49,6 +53,13 @@ class HeldOut:
     model_id: str
     source: str
     seed: int = 0
+    normaliser: Normaliser | None = None
+
+    def roles(self) -> tuple[Vectors, Vectors]:
+        """The samples as they search, and as they are enrolled: a score is a dot product of one of each."""
+        if self.normaliser is None:
+            return self.vectors_ND, self.vectors_ND
+        return self.normaliser.probes(self.vectors_ND), self.normaliser.enrolled(self.vectors_ND)
 
     def capped(self, most: int) -> "HeldOut":
         """At most so many samples: as many of every subject as fit, then fewer subjects, drawn by the seed."""
@@ -59,9 +70,16 @@ class HeldOut:
 
 
 def calibrate(
-    held: HeldOut, *, fpir: float = 0.01, fmr: float = 1e-3, gallery_size: int, samples_per_subject: int = 1
+    held: HeldOut,
+    *,
+    fpir: float = 0.01,
+    fmr: float = 1e-3,
+    gallery_size: int,
+    samples_per_subject: int = 1,
+    least_hits: float = LEAST_HITS,
+    prior: float = 0.5,
 ) -> Calibration:
-    """Both thresholds of an Embedder.
+    """Both thresholds of an Embedder, and the Curve for galleries of other sizes.
 
     Args:
         held: embeddings that it gave to identities which it was not trained on.
@@ -69,113 +87,131 @@ def calibrate(
         fmr: target share of non-mated comparisons that match.
         gallery_size: subjects enrolled where the threshold will be used, N.
         samples_per_subject: enrolled of each subject, whose best counts.
+        least_hits: false positives to expect among the samples; 0 allows any extrapolation.
+        prior: probability of a mate before the score is known.
 
     Raises:
         UserError: embeddings that cannot be compared, a rate that is not allowed, or too few subjects for it.
     """
     vectors_ND, labels_N = check(held.vectors_ND, held.labels_N)
     held = replace(held, vectors_ND=vectors_ND, labels_N=labels_N)
-    return Calibration(
-        verify=verify_threshold(held.capped(MAX_PAIR_SAMPLES), fmr),
-        identify=identify_threshold(held.capped(MAX_PROBES), fpir, gallery_size, samples_per_subject),
-    )
+    verify = verify_threshold(held, fmr, least_hits)
+    identify, curve = identify_threshold(held, fpir, gallery_size, samples_per_subject, least_hits)
+    few = held.capped(MOST_PAIRED)
+    probability = mate_probability(*few.roles(), few.labels_N, prior, held.seed)
+    return Calibration(verify=verify, identify=identify, curve=curve, probability=probability)
 
 
-def identify_threshold(held: HeldOut, fpir: float, gallery_size: int, samples_per_subject: int = 1) -> Threshold:
+def identify_threshold(
+    held: HeldOut, fpir: float, gallery_size: int, samples_per_subject: int = 1, least_hits: float = LEAST_HITS
+) -> tuple[Threshold, Curve]:
     """The lowest similarity at which searches of `gallery_size` subjects return a stranger's lookalike at rate `fpir`.
 
     Raises:
         UserError: a rate or size that is not allowed, or too few subjects; the message says how many it takes.
     """
-    subjects, probes = _checked("FPIR", fpir, held.labels_N), len(held.labels_N)
     if gallery_size < 1 or samples_per_subject < 1:
         raise UserError(
             f"a gallery of {gallery_size} subjects with {samples_per_subject} samples each cannot be searched; "
             "both are 1 or more"
         )
-    growth = max(1.0, gallery_size / (subjects - 1))
-    expected = probes * grown(fpir, 1 / growth)
-    if expected < FEWEST_HITS:
-        needed = int(np.ceil(np.sqrt(FEWEST_HITS / expected) * subjects))
-        raise UserError(
-            f"{probes} non-mated probes of {subjects} subjects cannot tell FPIR {fpir:g} with {gallery_size} "
-            f"enrolled; it takes about {needed} subjects like these, or a higher rate, or a smaller gallery"
-        )
-    tail = search_tail(held.vectors_ND, held.labels_N, gallery_size, samples_per_subject, held.seed)
-    model = NonMated(tail, growth, float(tail.gallery_mass_S.sum()) / gallery_size)
-    scaled = f"; scaled from {subjects - 1} to {gallery_size} enrolled by 1-(1-FPIR)^(N/M)" if growth > 1.01 else ""
-    remarks = scaled + _rule_of_three("FPIR", fpir, subjects, "subjects")
-    found = _threshold(held, model, "FPIR", fpir, expected)
-    return found.model_copy(update={"gallery_size": gallery_size, "source": found.source + remarks})
+    _refuse("FPIR", fpir, held.labels_N)
+    share = -log1p(-fpir) / gallery_size
+    held = held.capped(min(MAX_PROBES, int(sqrt(MOST_HITS / (2 * share)))))
+    hits, pairs = _hits(held, share, samples_per_subject)
+    tail = fit(hits, pairs, "FPIR")
+    return _threshold(held, hits, tail, fpir, gallery_size, least_hits), tail.curve
 
 
-def verify_threshold(held: HeldOut, fmr: float) -> Threshold:
+def verify_threshold(held: HeldOut, fmr: float, least_hits: float = LEAST_HITS) -> Threshold:
     """The lowest similarity at which two samples of different subjects match at rate `fmr`.
 
     Raises:
         UserError: a rate that is not allowed, or too few pairs; the message says how many it takes.
     """
-    subjects = _checked("FMR", fmr, held.labels_N)
-    counts_S = np.unique(held.labels_N, return_counts=True)[1].astype(np.float64)
-    pairs = float(counts_S.sum() ** 2 - np.square(counts_S).sum()) / 2
-    if pairs * fmr < FEWEST_HITS:
-        raise UserError(
-            f"{pairs:.0f} non-mated pairs of {subjects} subjects cannot tell FMR {fmr:g}; it takes "
-            f"{FEWEST_HITS / fmr:.0f} pairs, that is about {np.sqrt(FEWEST_HITS / fmr / pairs) * subjects:.0f} subjects"
-        )
-    model = NonMated(pair_tail(held.vectors_ND, held.labels_N, max(fmr, fitted_share(pairs))), 1.0, 0.0)
-    found = _threshold(held, model, "FMR", fmr, pairs * fmr)
-    remarks = _rule_of_three("FMR", fmr, subjects * (subjects - 1) // 2, "pairs of subjects")
-    return found.model_copy(update={"source": found.source + remarks})
+    _refuse("FMR", fmr, held.labels_N)
+    held = held.capped(min(MAX_PROBES, int(sqrt(MOST_HITS / (2 * fmr)))))
+    hits, pairs = _hits(held, fmr, 1)
+    return _threshold(held, hits, fit(hits, pairs, "FMR"), fmr, 1, least_hits)
 
 
-def _threshold(
-    held: HeldOut, model: NonMated, target: Literal["FMR", "FPIR"], rate: float, expected: float
-) -> Threshold:
-    """The Threshold of a model of the non-mated scores, with `expected` hits at the target."""
-    trials = f"{model.tail.trials} non-mated {'pairs' if target == 'FMR' else 'probes'}"
-    method = f"empirical quantile of {trials}"
-    if expected < RESOLVED_ERRORS:
-        model = model.extended()
-        method = f"generalised Pareto tail of {trials}, {expected:.2g} expected at the target"
-        method += "; extrapolated beyond the highest score" if expected < 1 else ""
-    value = model.threshold(rate)
-    if value >= 1:
+def _hits(held: HeldOut, share: float, samples_per_subject: int) -> tuple[Hits, float]:
+    """The highest scores, and how many pairs of subjects a tail that reaches down to FMR `share` takes in."""
+    subjects = len(np.unique(held.labels_N))
+    all_pairs = subjects * (subjects - 1) / 2
+    pairs = max(min(FITTED_PAIRS, MOST_OF_ALL * all_pairs), 2 * share * all_pairs)
+    searching_NE, enrolled_NE = held.roles()
+    hits = highest(searching_NE, held.labels_N, samples_per_subject, pairs, held.seed, enrolled_NE)
+    return hits, pairs
+
+
+def _threshold(held: HeldOut, hits: Hits, tail: Tail, rate: float, gallery_size: int, least_hits: float) -> Threshold:
+    """The Threshold of a tail, with what is to be known about it in words."""
+    curve = tail.curve
+    found = curve.at(gallery_size, rate, least_hits)
+    said = _words(tail, rate, gallery_size, found)
+    same = int(np.count_nonzero(hits.scores_E >= DUPLICATE))
+    if found.value >= 1 or same * gallery_size > rate * hits.comparisons:
         raise UserError(
-            f"no similarity keeps {target} at {rate:g}: too many of {trials} reach 1; "
-            "look for duplicates, wrong labels or collapsed embeddings, or choose a higher rate"
+            f"no similarity keeps {curve.target} at {rate:g}: too many of {curve.trials} non-mated "
+            f"{_trials(curve)} reach 1; look for duplicates, wrong labels or collapsed embeddings, or choose a higher "
+            "rate"
         )
-    low, high = model.interval(value, held.seed)
+    if same:
+        said.append(f"{same} comparisons of different subjects have score 1: duplicates or wrong labels")
     return Threshold(
-        value=value,
-        target=target,
+        value=found.value,
+        target=curve.target,
         rate=rate,
-        gallery_size=1,
-        low=low,
-        high=high,
+        gallery_size=gallery_size,
+        low=found.low,
+        high=found.high,
         confidence=CONFIDENCE,
         probes=len(held.labels_N),
-        subjects=len(np.unique(held.labels_N)),
+        subjects=curve.subjects,
         model_id=held.model_id,
-        source=f"{held.source}: {method}",
+        misfit=tail.misfit,
+        expected_hits=found.expected_hits,
+        source=f"{held.source}: " + "; ".join(said),
     )
 
 
-def _rule_of_three(name: str, rate: float, independent: int, what: str) -> str:
-    if independent * rate >= SHOWN_ERRORS:
-        return ""
-    shown = f"{name} <= {SHOWN_ERRORS / independent:.2g}"
-    return f"; rule of three: {independent} {what} without one error would show {shown}"
+def _words(tail: Tail, rate: float, gallery_size: int, found: Reached) -> list[str]:
+    """How the threshold came about, and each reason to doubt it."""
+    curve, said = tail.curve, []
+    said.append(
+        f"generalised Pareto tail of {curve.trials} non-mated {_trials(curve)} of {curve.subjects} subjects, "
+        f"{found.expected_hits:.3g} false positives expected"
+    )
+    if found.expected_hits < LEAST_HITS:
+        said.append(f"extrapolated below {LEAST_HITS:g} expected false positive, as was allowed: it rests on the model")
+    if curve.target == "FPIR" and gallery_size > 1.01 * (curve.subjects - 1):
+        said.append(f"extended from {curve.subjects - 1} to {gallery_size} enrolled")
+    if tail.misfit < MISFIT:
+        said.append(
+            f"the scores part from the fitted tail (p = {tail.misfit:.1g}): take the interval for a lower bound"
+        )
+    if curve.subjects < SIMULATED_SUBJECTS:
+        said.append(f"{curve.subjects} subjects are few: the interval was simulated with {SIMULATED_SUBJECTS} and more")
+    independent = curve.subjects if curve.target == "FPIR" else curve.subjects * (curve.subjects - 1) // 2
+    if independent * rate < SHOWN_ERRORS:
+        what = "subjects" if curve.target == "FPIR" else "pairs of subjects"
+        shown = f"{curve.target} <= {SHOWN_ERRORS / independent:.2g}"
+        said.append(f"rule of three: {independent} {what} without one error would show {shown}")
+    return said
 
 
-def _checked(name: str, rate: float, labels_N: Labels) -> int:
-    """The number of subjects, once it and the rate are known to be usable."""
+def _trials(curve: Curve) -> str:
+    return "probes" if curve.target == "FPIR" else "pairs"
+
+
+def _refuse(name: str, rate: float, labels_N: Labels) -> None:
+    """Raises UserError unless the rate and the number of subjects are usable."""
     if not 0 < rate <= HIGHEST_RATE:
         raise UserError(f"{name} {rate:g} is not a target; choose a rate above 0 and at most {HIGHEST_RATE:g}")
     subjects = len(np.unique(labels_N))
     if subjects < FEWEST_SUBJECTS:
         raise UserError(
             f"{subjects} subjects are too few to calibrate on; take {FEWEST_SUBJECTS} or more, "
-            f"and {SHOWN_ERRORS} / rate of them to show a rate by counting"
+            f"and {ceil(SHOWN_ERRORS)} / rate of them to show a rate by counting"
         )
-    return subjects

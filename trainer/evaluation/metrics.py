@@ -73,10 +73,21 @@ def area_under_curve(curve: ErrorCurve) -> float:
     return float(np.trapezoid(1 - curve.fnmr_T[::-1], curve.fmr_T[::-1]))
 
 
+def minimum_cost(curve: ErrorCurve, prior: float) -> float:
+    """The least detection cost over all thresholds, of equal costs of both errors and this prior of mated pairs.
+
+    min over t of (prior FNMR(t) + (1 - prior) FMR(t)) / min(prior, 1 - prior): 1 for a system that always says the same
+    (Martin and Greenberg, "The NIST 2010 speaker recognition evaluation", Interspeech 2010, normalised).
+    """
+    costs_T = prior * curve.fnmr_T + (1 - prior) * curve.fmr_T
+    return float(costs_T.min() / min(prior, 1 - prior))
+
+
 def tar_at_far(curve: ErrorCurve, far: float) -> TarAtFar:
     """The true accept rate at the lowest threshold whose false accept rate is at most `far`.
 
-    It is given only where `far` means 30 false accepts or more (Doddington's rule); otherwise the reason is.
+    It is given, without interval, only where `far` means 30 false accepts or more (Doddington's rule); otherwise the
+    reason is.
     """
     if curve.non_mated * far < RESOLVED_ERRORS:
         needed = ceil(RESOLVED_ERRORS / far)
@@ -93,14 +104,27 @@ def match_characteristic(searches: MatedSearches, ranks: int) -> NDArray[np.floa
     Ties are broken by lot, in expectation: with `a` identities ahead of the mate and `t` tied with it, its rank is
     equally likely a + 1 ... a + 1 + t. Embeddings that have all collapsed into one point get 1 / C, not 1.
     """
-    ranks_K = np.arange(1, ranks + 1)
-    chance_PK = (ranks_K - searches.ahead_P[:, None]) / (searches.tied_P[:, None] + 1)
-    return np.asarray(np.clip(chance_PK, 0, 1).mean(axis=0), dtype=np.float64)
+    return np.array([within_rank_P(searches, rank).mean() for rank in range(1, ranks + 1)], dtype=np.float64)
+
+
+def within_rank_P(searches: MatedSearches, rank: int) -> NDArray[np.float64]:
+    """Probability that a probe's mate is among its first `rank` candidates: 1, 0, or a share where some tie."""
+    chance_P = (rank - searches.ahead_P) / (searches.tied_P + 1)
+    return np.asarray(np.clip(chance_P, 0, 1), dtype=np.float64)
 
 
 def rank1_P(searches: MatedSearches) -> NDArray[np.float64]:
-    """Probability that a probe's first candidate is its mate: 1, 0, or a share where others tie."""
-    return np.asarray((searches.ahead_P == 0) / (searches.tied_P + 1), dtype=np.float64)
+    """Probability that a probe's first candidate is its mate."""
+    return within_rank_P(searches, 1)
+
+
+def missed_P(searches: MatedSearches, threshold: float, rank: int | None = None) -> NDArray[np.float64]:
+    """Probability that a mated search does not return the mate at or above the threshold among its first candidates.
+
+    Its mean is FNIR(N, R, T); with `rank` None, of any rank, FNIR(N, N, T).
+    """
+    found_P = searches.mate_P >= threshold
+    return np.asarray(1 - (found_P if rank is None else within_rank_P(searches, rank) * found_P), dtype=np.float64)
 
 
 def threshold_at(non_mated_P: Scores, rate: float) -> float:
@@ -127,8 +151,7 @@ def fnir_at_fpir(mated: MatedSearches, non_mated_P: Scores, fpir: float) -> Fnir
         reason = f"{len(non_mated_P)} non-mated probes do not show FPIR {fpir:g}; it takes {needed}"
     else:
         threshold = threshold_at(non_mated_P, fpir)
-        fnir = float(np.mean(mated.mate_P < threshold))
-        first = 1 - float(np.mean(rank1_P(mated) * (mated.mate_P >= threshold)))
+        fnir, first = (float(missed_P(mated, threshold, rank).mean()) for rank in (None, 1))
     return FnirAtFpir(fpir=fpir, fnir=fnir, fnir_rank1=first, low=None, high=None, threshold=threshold, reason=reason)
 
 
@@ -172,19 +195,12 @@ def subject_weights(generator: np.random.Generator, subjects: int, replicates: i
     return generator.multinomial(subjects, np.full(subjects, 1 / subjects), size=replicates).astype(np.float64)
 
 
-def mean_interval(values_P: Scores, subjects_P: Labels, *, seed: int, replicates: int) -> tuple[float, float]:
-    """Interval of the mean over probes, subjects resampled."""
-    _, subject_P = np.unique(subjects_P, return_inverse=True)
-    counts_S = np.bincount(subject_P)
-    sums_S = np.bincount(subject_P, weights=values_P)
-    weights_RS = subject_weights(np.random.default_rng([seed, 1]), len(counts_S), replicates)
-    return _percentiles((weights_RS @ sums_S) / (weights_RS @ counts_S))
-
-
-def fnir_interval(
+def fnir_replicates(
     mated: tuple[Scores, Labels], non_mated: tuple[Scores, Labels], fpir: float, *, seed: int, replicates: int
-) -> tuple[float, float]:
-    """Interval of FNIR at an FPIR: subjects resampled, and the threshold chosen anew in each replicate.
+) -> NDArray[np.float64]:
+    """FNIR at an FPIR in each replicate of a bootstrap: subjects resampled, and the threshold chosen anew. [R]
+
+    The same seed draws the same subjects, whatever their scores: replicates of two Embedders can be paired.
 
     Args:
         mated: the mate's score and the subject of each mated probe.
@@ -202,13 +218,7 @@ def fnir_interval(
         missed = int(np.searchsorted(mates_P, highest_P[min(accepted, len(highest_P) - 1)], side="right"))
         missed_P = np.cumsum(subject_weights(generator, len(subjects), 1)[0, subject_P])
         found.append(missed_P[missed - 1] / missed_P[-1] if missed else 0.0)
-    return _percentiles(np.array(found))
-
-
-def _percentiles(replicates_R: NDArray[np.float64]) -> tuple[float, float]:
-    """The central 95 % of bootstrap replicates (Efron and Tibshirani, 1993, chapter 13)."""
-    low, high = np.quantile(replicates_R, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
+    return np.array(found, dtype=np.float64)
 
 
 def score_interval(rate: float, variance: float) -> tuple[float, float]:

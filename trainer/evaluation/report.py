@@ -7,6 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from trainer.evaluation.curve import Curve
+from trainer.evaluation.findings import Band, Cost, Ends, Enrolment, Groups, Growth, Retrieval
+from trainer.evaluation.probability import MateProbability
 from trainer.evaluation.scores import GRID, STEPS, PairCounts
 from trainer.strict import Strict
 
@@ -19,6 +22,8 @@ class TarAtFar(Strict):
 
     far: float
     tar: float | None
+    low: float | None = None
+    high: float | None = None
     threshold: float | None
     reason: str | None = None
 
@@ -40,14 +45,19 @@ class TenFold(Strict):
 
 
 class AllPairs(Strict):
-    """1:1, over all pairs of the samples used."""
+    """1:1, over all pairs of the samples used, or over those of a list."""
 
     samples: int
+    subjects: int
     mated_pairs: int
     non_mated_pairs: int
     eer: float
+    eer_interval: Ends
     auc: float
+    auc_interval: Ends
+    costs: list[Cost]
     tar_at_far: list[TarAtFar]
+    band: Band
     ten_fold: TenFold | None = Field(description="None where ten folds without a common identity cannot be made")
     thresholds: list[float]
     fmr: list[float]
@@ -69,11 +79,11 @@ class OneShot(Strict):
 
     gallery_size: int
     probes: int
-    rank1: float = Field(description="with the first sample of each identity enrolled")
-    low: float = Field(description="95 % interval of rank1, bootstrapped over subjects")
+    rank1: float = Field(description="with the first sample of each identity enrolled, or over all runs")
+    low: float = Field(description="95 % interval of rank1, by subject")
     high: float
     cmc: list[float] = Field(description="share of probes whose mate is among the first 1, 2, ... candidates")
-    rank1_draws: list[float] = Field(description="rank1 with other enrolled samples, drawn at random")
+    rank1_draws: list[float] = Field(description="rank1 with other enrolled samples, or of each run of a protocol")
     rank1_mean: float
     rank1_std: float
     confusions: list[Confusion]
@@ -118,19 +128,24 @@ class Geometry(Strict):
 
 
 class Report(Strict):
-    """What `evaluate` found."""
+    """What `evaluate` found; None where the protocol has no such part."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     source: str
     model_id: str | None
     seed: int
     identities: int
     samples: int
     dimension: int
-    verification: AllPairs
-    one_shot: OneShot
-    open_set: OpenSet
-    geometry: Geometry
+    verification: AllPairs | None
+    one_shot: OneShot | None
+    open_set: OpenSet | None
+    geometry: Geometry | None
+    enrolments: list[Enrolment] = Field([])
+    retrieval: Retrieval | None = None
+    growth: Growth | None = None
+    groups: list[Groups] = Field([])
+    remarks: list[str] = Field([], description="what a reader has to know: doubts about the data")
 
     def to_json(self) -> str:
         """The report as JSON; `Report.model_validate_json` reads it back."""
@@ -138,25 +153,32 @@ class Report(Strict):
 
     def scalars(self) -> dict[str, float]:
         """The headline figures by name, for a table or a tracker; those that cannot be resolved are left out."""
-        pairs, folds = self.verification, self.verification.ten_fold
-        found = {
-            "rank1": self.one_shot.rank1,
-            "rank1_mean": self.one_shot.rank1_mean,
-            "eer": pairs.eer,
-            "auc": pairs.auc,
-        }
-        found |= {"intra_angle_mean": self.geometry.intra_mean, "inter_angle_smallest": self.geometry.inter_smallest}
-        found |= {f"tar_at_far_{point.far:g}": point.tar for point in pairs.tar_at_far if point.tar is not None}
-        found |= {f"fnir_at_fpir_{p.fpir:g}": p.fnir for p in self.open_set.points if p.fnir is not None}
-        return found | ({} if folds is None else {"ten_fold_accuracy": folds.accuracy})
+        found: dict[str, float | None] = {}
+        if (shot := self.one_shot) is not None:
+            found |= {"rank1": shot.rank1, "rank1_mean": shot.rank1_mean}
+        if (pairs := self.verification) is not None:
+            found |= {"eer": pairs.eer, "auc": pairs.auc}
+            found |= {f"tar_at_far_{point.far:g}": point.tar for point in pairs.tar_at_far}
+            found |= {f"min_cost_{one.prior:g}": one.cost for one in pairs.costs}
+            found["ten_fold_accuracy"] = None if pairs.ten_fold is None else pairs.ten_fold.accuracy
+        if self.open_set is not None:
+            known = [point for point in self.open_set.points if point.fnir is not None]
+            found |= {f"fnir_at_fpir_{point.fpir:g}": point.fnir for point in known}
+            found |= {f"tpir_at_fpir_{point.fpir:g}": 1 - (point.fnir or 0.0) for point in known}
+        if self.geometry is not None:
+            found["intra_angle_mean"] = self.geometry.intra_mean
+            found["inter_angle_smallest"] = self.geometry.inter_smallest
+        if self.retrieval is not None:
+            found |= {"map_at_r": self.retrieval.map_at_r, "recall_at_1": self.retrieval.recall[0]}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class Threshold(Strict):
     """A similarity at or above which two vectors, or a probe and a candidate, are called the same identity.
 
     `target` names the error rate it was calibrated for: FMR (one comparison) or FPIR (one search of a gallery of
-    `gallery_size` subjects). `low` and `high` bound the error rate actually reached, at `confidence`, bootstrapped
-    over subjects.
+    `gallery_size` subjects). `low` and `high` bound the error rate that one such gallery
+    reaches, at `confidence`.
     """
 
     value: float = Field(ge=-1.0, le=1.0001)
@@ -169,14 +191,18 @@ class Threshold(Strict):
     probes: int = Field(ge=1, description="non-mated probes it was measured on")
     subjects: int = Field(ge=1, description="subjects those probes belong to")
     model_id: str
+    expected_hits: float | None = Field(None, ge=0, description="false positives to expect among the probes")
+    misfit: float | None = Field(None, ge=0, le=1, description="probability of scores so far from the fitted tail")
     source: str = Field(description="where it came from, in words: the data set and split, and the method")
 
 
 class Calibration(Strict):
-    """Thresholds by use: `verify` for 1:1, `identify` for 1:N."""
+    """Thresholds by use: `verify` for 1:1, `identify` for 1:N; `curve` gives those of galleries of other sizes."""
 
     verify: Threshold
     identify: Threshold
+    curve: Curve | None = Field(None, description="None in a calibration of an older version")
+    probability: MateProbability | None = Field(None, description="of 1:1; None where mated pairs are too few")
 
 
 def rounded(values: NDArray[np.floating], digits: int = 6) -> list[float]:

@@ -65,10 +65,20 @@ def check(embeddings_ND: Floats, labels_N: Integers) -> tuple[Vectors, Labels]:
     return vectors_ND, labels_N.astype(np.int64)
 
 
-def cell(scores: Floats) -> NDArray[np.int64]:
-    """Cell of each score, 0 (-1 and below) to CELLS - 1 (1 and above)."""
-    cells: NDArray[np.int64] = np.floor(scores * np.float32(STEPS)).astype(np.int64) + STEPS
-    return np.clip(cells, 0, CELLS - 1, out=cells)
+def cell(scores: Floats) -> NDArray[np.int32]:
+    """Cell of each score, 0 (-1 and below) to CELLS - 1 (1 and above).
+
+    Raises:
+        UserError: a score is NaN, which is neither above nor below a threshold.
+    """
+    scaled = scores * np.float32(STEPS)
+    if scaled.size and np.isnan(scaled.min()):
+        raise UserError(
+            f"{int(np.isnan(scaled).sum())} of {scaled.size} scores are nan, which no threshold accepts or refuses; "
+            "look for embeddings that are not finite"
+        )
+    np.clip(np.floor(scaled, out=scaled), -STEPS, STEPS, out=scaled)
+    return np.asarray(scaled, np.int32) + np.int32(STEPS)
 
 
 def above(score: float) -> float:
@@ -135,6 +145,22 @@ def identity_scores(
         yield part, scores_bG if single else np.maximum.reduceat(scores_bG, starts_C, axis=1)
 
 
+def fused(vectors_ND: Vectors, labels_N: Labels, quality_N: Floats | None = None) -> tuple[Vectors, Labels]:
+    """One template of each identity: the normalised mean of its vectors, weighted by their quality if it is given.
+
+    An identity whose vectors cancel out, or all have quality 0, keeps its first vector. Ascending by label.
+    """
+    labels_C, class_N = np.unique(labels_N, return_inverse=True)
+    weighted_ND = vectors_ND if quality_N is None else vectors_ND * quality_N[:, None]
+    sums_CD = np.zeros((len(labels_C), vectors_ND.shape[1]))
+    np.add.at(sums_CD, class_N, weighted_ND)
+    norms_C = np.linalg.norm(sums_CD, axis=1)
+    empty_C = norms_C < 1e-6
+    sums_CD[empty_C] = vectors_ND[np.unique(labels_N, return_index=True)[1][empty_C]]
+    norms_C[empty_C] = 1
+    return np.asarray(sums_CD / norms_C[:, None], np.float32), labels_C
+
+
 @dataclass(frozen=True, slots=True)
 class MatedSearches:
     """What each mated probe found: its mate's score, how many identities score higher, how many tie with the mate,
@@ -171,4 +197,4 @@ def search_mated(
 def search_non_mated(gallery_GD: Vectors, gallery_labels_G: Labels, probes_PD: Vectors) -> Vectors:
     """The best score that each probe finds in a gallery that does not hold its identity."""
     found = identity_scores(probes_PD, gallery_GD, gallery_labels_G)
-    return np.concatenate([scores_bC.max(axis=1) for _, scores_bC in found])
+    return np.concatenate([np.empty(0, np.float32), *(scores_bC.max(axis=1) for _, scores_bC in found)])

@@ -1,180 +1,179 @@
-"""The upper tail of non-mated scores: its rate, its extrapolation, and how far both can be trusted.
+"""The tail of non-mated scores, fitted, with the influence of every subject and pair of subjects on it: a `Curve`.
 
-Every false positive has two subjects: the one who searched and the one who answered. Both vary: some subjects are
-taken for many ("wolves" and "lambs"; Doddington et al. 1998), so hits that share either subject are not independent.
-Axes: E hits (entries of the tail), S subjects, R bootstrap replicates.
+Every false positive has two subjects: the one who searched and the one who answered. Both vary (Doddington et al. 1998:
+"wolves" are taken for many), so hits that share either subject are not independent. To first order a rate is a sum
+over hits, hence over subjects and over pairs of subjects (Hoeffding 1948). With c_ab the influence of a pair and
+U_a = sum of the c that subject a has a part in, in either role, the variance of the sum is
+
+    sum_a U_a^2 - sum_ab c_ab^2,
+
+which is what the two-way bootstrap over subjects tends to (Owen 2007, "The pigeonhole bootstrap") with the noise of
+single pairs counted once (Cameron, Gelbach and Miller 2011). No resampling is needed, and no seed.
+
+Shape and scale are the maximum of the generalised Pareto likelihood (Pickands 1975) times a normal prior of the shape,
+the likelihood tempered to as many hits as there are independent ones (composite likelihood with magnitude adjustment;
+Pauli, Racugno and Ventura 2011). Axes: E hits, S subjects, U pairs of subjects, 2 of (log scale, shape).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from math import erfc, sqrt
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from trainer.evaluation.metrics import score_interval, subject_weights
-from trainer.evaluation.scores import Labels, above, ceil_to_grid
+from trainer.errors import UserError
+from trainer.evaluation.curve import PRIOR_DEVIATION, PRIOR_MEAN, Curve, Numbers, strength
+from trainer.evaluation.nonmated import Hits
+from trainer.evaluation.scores import Labels
 
-Numbers = NDArray[np.float64]
-
-LEAST = 1e-12  # below any difference of two scores
-CHUNK = 1 << 22  # weights held at a time in a bootstrap
-REPLICATES = 1000
+ENDS = 0.45  # of the shape: the moments that the influences rest on exist
+LEVELS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)  # shares of the fitted hits at which the fit is compared with them
 
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """The highest non-mated scores, descending; `rate(t)` is the sum of the shares of the hits at or above t.
+    """A fit: its Curve, and `misfit`, the probability of data that part from it as far as these, if it were true."""
 
-    Attributes:
-        scores_E: scores, down to a floor below which nothing was kept.
-        shares_E: what each hit adds to the rate: 1 / trials, or less where a trial stands for several.
-        first_E: the subject that was compared or searched; second_E: the one that answered. 0 ... S - 1.
-        enrolled_E: the enrolled entry that answered: a subject is another entry in each of the galleries.
-        probe_mass_S, gallery_mass_S: comparisons are made in proportion to probe_mass[a] x gallery_mass[b], a != b.
-        trials: non-mated pairs or probes that the rate is a share of.
-        galleries: how many galleries the shares are averaged over.
-    """
+    curve: Curve
+    misfit: float
 
-    scores_E: Numbers
-    shares_E: Numbers
+
+@dataclass(frozen=True, slots=True)
+class _Roles:
+    """Which subjects and which pair of subjects each hit belongs to. `pairs`: how many different ones."""
+
     first_E: Labels
     second_E: Labels
-    enrolled_E: Labels
-    probe_mass_S: Numbers
-    gallery_mass_S: Numbers
-    trials: int
-    galleries: int
+    pair_E: Labels
+    subjects: int
+    pairs: int
 
-    def rate(self, threshold: float) -> float:
-        """The share of the trials with a score at or above the threshold."""
-        return float(self.shares_E[: self.hits(threshold)].sum())
+    def by_pair(self, values_E: Numbers) -> Numbers:
+        return np.bincount(self.pair_E, weights=values_E, minlength=self.pairs).astype(np.float64)
 
-    def hits(self, threshold: float) -> int:
-        """How many entries are at or above the threshold."""
-        return int(np.searchsorted(-self.scores_E, -threshold, side="right"))
+    def by_subject(self, values_E: Numbers) -> Numbers:
+        """Sums over both roles."""
+        return np.asarray(
+            np.bincount(self.first_E, weights=values_E, minlength=self.subjects)
+            + np.bincount(self.second_E, weights=values_E, minlength=self.subjects)
+        )
 
-    def quantile(self, rate: float) -> float:
-        """The lowest threshold on the grid whose rate is at most `rate`, which must lie within the tail."""
-        rejected = int(np.searchsorted(np.cumsum(self.shares_E), rate * (1 + 1e-9), side="right"))
-        return above(float(self.scores_E[min(rejected, len(self.scores_E) - 1)]))
-
-    def first(self, count: int) -> "Tail":
-        """The highest `count` hits."""
-        names = ("scores_E", "shares_E", "first_E", "second_E", "enrolled_E")
-        return replace(self, **{name: getattr(self, name)[:count] for name in names})
+    def variance(self, values_E: Numbers) -> float:
+        """Of the sum of values that are 0 in the mean."""
+        pairs = float(np.square(self.by_pair(values_E)).sum())
+        return max(float(np.square(self.by_subject(values_E)).sum()) - pairs, pairs)
 
 
-@dataclass(frozen=True, slots=True)
-class Pareto:
-    """A generalised Pareto tail: rate(t) = rate(u) (1 + shape (x(t) - x(u)) / scale)^(-1 / shape) for t >= u.
+def fit(hits: Hits, pairs: float, target: Literal["FMR", "FPIR"]) -> Tail:
+    """The Curve of the highest scores, of as many as `pairs` pairs of subjects have.
 
-    Pickands (1975), Balkema and de Haan (1974): what lies above a high threshold u of almost any distribution tends to
-    this form. It is fitted to the strength x(t) = -log(1 - t^2) of a score: for directions that are alike the chance of
-    a cosine above t falls as (1 - t^2)^((D - 1) / 2), which is exponential in x, of shape 0. In the cosine itself the
-    tail bends towards its end at 1, and a fit reaches for the bend and gives thresholds that are too low.
+    Raises:
+        UserError: the highest scores are all equal.
     """
-
-    start: float
-    start_rate: float
-    shape: float
-    scale: float
-
-    def rate(self, threshold: float) -> float:
-        """The rate at or above a threshold; 0 beyond the end of a tail of negative shape."""
-        excess = strength(threshold) - strength(self.start)
-        return float(pareto_rate(self.start_rate, self.shape, self.scale, excess))
-
-    def quantile(self, rate: float) -> float:
-        """The lowest threshold on the grid whose rate is at most `rate` (at most `start_rate`)."""
-        decay = np.log(self.start_rate / rate)
-        excess = decay if abs(self.shape) < 1e-9 else np.expm1(self.shape * decay) / self.shape
-        reached = float(strength(self.start)) + self.scale * float(excess)
-        return ceil_to_grid(float(np.copysign(np.sqrt(-np.expm1(-abs(reached))), reached)))
-
-
-def strength(scores: Numbers | float) -> Numbers:
-    """-log(1 - score^2), with the sign of the score; at most 16, which is a score within rounding of 1."""
-    return np.asarray(np.copysign(np.log(np.maximum(1 - np.square(scores), np.exp(-16.0))), scores), dtype=np.float64)
-
-
-def pareto_rate(
-    start_rate: Numbers | float, shape: Numbers | float, scale: Numbers | float, excess: Numbers
-) -> Numbers:
-    """The tail function of `Pareto`, elementwise; the exponential one where the shape is within 1e-9 of 0."""
-    safe = np.where(np.abs(shape) < 1e-9, 1e-9, shape)
-    inside = 1 + safe * excess / scale
-    with np.errstate(over="ignore"):  # a tail that ended far below: exp(-inf) = 0 is meant
-        return np.asarray(np.where(inside > 0, start_rate * np.exp(-np.log(np.maximum(inside, 1e-300)) / safe), 0.0))
-
-
-def pareto_moments(excess_E: Numbers, weights_RE: Numbers) -> tuple[Numbers, Numbers]:
-    """Shape and scale by probability-weighted moments (Hosking and Wallis 1987, Technometrics 29), one fit a row.
-
-    a0 = E[y], a1 = E[y (1 - F(y))], shape = 2 - a0 / (a0 - 2 a1), scale = 2 a0 a1 / (a0 - 2 a1). Consistent for shapes
-    below 1/2, and better than maximum likelihood in samples up to some hundreds.
-
-    Args:
-        excess_E: the strength that each hit has above the start, descending.
-        weights_RE: the weight of each hit in each fit, non-negative.
-    """
-    mass_R = weights_RE.sum(axis=1)
-    above_RE = np.cumsum(weights_RE, axis=1) - weights_RE / 2  # 1 - F(y), a tie or a hit itself counting half
-    a0_R = weights_RE @ excess_E / mass_R
-    a1_R = np.einsum("re,re,e->r", weights_RE, above_RE, excess_E) / mass_R**2
-    gap_R = np.maximum(a0_R - 2 * a1_R, LEAST)  # above 0, but for hits that all tie
-    return 2 - a0_R / gap_R, np.maximum(2 * a0_R * a1_R / gap_R, LEAST)
+    count = hits.pairs_of(pairs)
+    scores_E, first_E, second_E = hits.scores_E[:count], hits.first_E[:count], hits.second_E[:count]
+    excess_E = strength(scores_E) - strength(scores_E[-1])
+    if not excess_E.mean() > 1e-9:
+        raise UserError(
+            f"the {count} highest non-mated scores are all {scores_E[0]:.4g}: no threshold tells them apart; look for "
+            "duplicates, wrong labels or collapsed embeddings"
+        )
+    keys_E = np.minimum(first_E, second_E) * hits.subjects + np.maximum(first_E, second_E)
+    different, pair_E = np.unique(keys_E, return_inverse=True)
+    roles = _Roles(first_E, second_E, pair_E, hits.subjects, len(different))
+    independent = float(roles.pairs)
+    for _ in range(2):
+        log_scale, shape = _mode(excess_E, independent)
+        by_shape_E = scores_of(excess_E / np.exp(log_scale), shape)[:, 1]
+        independent = min(roles.pairs, information(shape)[1, 1] / max(roles.variance(by_shape_E / count), 1e-12))
+    inverse = np.linalg.inv(_precision(independent, shape))
+    errors_E2 = independent * scores_of(excess_E / np.exp(log_scale), shape) @ inverse
+    influence_E3 = np.column_stack([np.ones(count), errors_E2]) / count
+    parts = _variation(hits, count, roles, target == "FPIR")
+    curve = Curve.model_validate(
+        {
+            "target": target,
+            "start": float(scores_E[-1]),
+            "share": count / hits.comparisons,
+            "scale": float(np.exp(log_scale)),
+            "shape": shape,
+            "by_prior": (inverse @ [0, 1 / PRIOR_DEVIATION]).tolist(),
+            "subjects": hits.subjects,
+            "trials": hits.probes if target == "FPIR" else int(hits.probes**2 - np.square(hits.probes_S).sum()) // 2,
+            "samples_per_subject": hits.samples_per_subject,
+            **parts,
+            **_influences(influence_E3, roles, hits),
+        }
+    )
+    return Tail(curve, _misfit(excess_E, curve, influence_E3, roles))
 
 
-def fit(tail: Tail) -> Pareto:
-    """The generalised Pareto tail that starts at the lowest score of `tail`."""
-    start = float(tail.scores_E[-1])
-    shape_1, scale_1 = pareto_moments(strength(tail.scores_E) - strength(start), tail.shares_E[None])
-    return Pareto(start, float(tail.shares_E.sum()), float(shape_1[0]), float(scale_1[0]))
+def information(shape: float) -> Numbers:
+    """Fisher's information of one hit on (log scale, shape), for shapes above -1/2 (Smith 1984)."""
+    off, double = 1 / ((1 + shape) * (1 + 2 * shape)), 1 / (1 + 2 * shape)
+    return np.array([[double, off], [off, 2 * off]])
 
 
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """How the variance of a rate splits: by subjects, by single pairs of subjects, and by who is enrolled.
-
-    Attributes:
-        subjects: sum of squared influences of the subjects, in both roles. It counts the pairs' own noise twice.
-        pairs: sum of squared contributions of the pairs of subjects.
-        gallery: variance of the rate between galleries of as many subjects as are at hand, as if probes were endless:
-            between the enrolled entries, the noise of their pairs taken off.
-    """
-
-    subjects: float
-    pairs: float
-    gallery: float
-
-    @property
-    def shrinkage(self) -> float:
-        """The factor k for which weights (1 + k (w_a - 1)) (1 + k (w_b - 1)) have the variance subjects - pairs.
-
-        Resampling subjects with product weights counts the noise of single pairs three times (Owen 2007, "The
-        pigeonhole bootstrap"); two-way clustering counts it once: by-first + by-second - by-pair (Cameron, Gelbach and
-        Miller 2011). The product's variance is k^2 subjects + k^4 pairs.
-        """
-        if self.subjects <= 0:
-            return 1.0
-        share = min(self.pairs / self.subjects, 0.5)
-        return float(np.sqrt(1 - share if share < 1e-9 else (np.sqrt(1 + 4 * share * (1 - share)) - 1) / (2 * share)))
+def scores_of(z_E: Numbers, shape: float) -> Numbers:
+    """Derivatives of the log density of hits at z = excess / scale, by log scale and shape: [E, 2]."""
+    inside_E = np.maximum(1 + shape * z_E, 1e-9)
+    by_scale_E = (1 + shape) * z_E / inside_E - 1
+    if abs(shape) < 1e-4:
+        return np.column_stack([by_scale_E, z_E**2 / 2 - z_E])
+    return np.column_stack([by_scale_E, np.log(inside_E) / shape**2 - (1 / shape + 1) * z_E / inside_E])
 
 
-def spread(tail: Tail) -> Spread:
-    """Variance components of `tail`'s whole rate."""
-    subjects = len(tail.probe_mass_S)
-    total = float(tail.shares_E.sum())
-    first_S = np.bincount(tail.first_E, weights=tail.shares_E, minlength=subjects)
-    second_S = np.bincount(tail.second_E, weights=tail.shares_E, minlength=subjects)
-    low, high = np.minimum(tail.first_E, tail.second_E), np.maximum(tail.first_E, tail.second_E)
-    pairs = _squares(low * subjects + high, tail.shares_E)
-    searched_S = total * tail.probe_mass_S / tail.probe_mass_S.sum()
-    answered_S = total * tail.gallery_mass_S / tail.gallery_mass_S.sum()
-    influence_S = first_S - searched_S + second_S - answered_S
-    entries = tail.galleries * float(tail.gallery_mass_S.sum())
-    between = _squares(tail.enrolled_E, tail.shares_E) - total**2 / entries
-    noise = _squares(tail.enrolled_E * subjects + tail.first_E, tail.shares_E)
-    return Spread(float(np.square(influence_S).sum()), pairs, max(tail.galleries * (between - noise), 0.0))
+def _precision(independent: float, shape: float) -> Numbers:
+    return independent * information(shape) + np.diag([0.0, PRIOR_DEVIATION**-2])
+
+
+def _mode(excess_E: Numbers, independent: float) -> tuple[float, float]:
+    """Log scale and shape of the highest posterior density, by Fisher scoring."""
+    log_scale, shape = float(np.log(excess_E.mean())), 0.0
+    for _ in range(50):
+        gradient = independent * scores_of(excess_E / np.exp(log_scale), shape).mean(axis=0)
+        gradient[1] -= (shape - PRIOR_MEAN) / PRIOR_DEVIATION**2
+        step = np.clip(np.linalg.solve(_precision(independent, shape), gradient), -0.3, 0.3)
+        log_scale, shape = log_scale + float(step[0]), float(np.clip(shape + step[1], -ENDS, ENDS))
+        if np.abs(step).max() < 1e-7:
+            break
+    return log_scale, shape
+
+
+def _influences(influence_E3: Numbers, roles: _Roles, hits: Hits) -> dict[str, object]:
+    """S and P of `curve.py`, the largest subject's share of S, and the degrees of freedom of S (Satterthwaite 1946)."""
+    by_pair_U3 = np.column_stack([roles.by_pair(column_E) for column_E in influence_E3.T])
+    by_subject_S3 = np.column_stack([roles.by_subject(column_E) for column_E in influence_E3.T])
+    by_subject_S3[:, 0] -= hits.probes_S / hits.probes + 1 / hits.subjects  # comparisons that each has a part in
+    few = hits.subjects / (hits.subjects - 1)
+    g = np.array([1.0, 3.0, 4.5])  # the gradient where FMR is exp(-3) of the start's, at shape 0: thresholds are there
+    squares_S = np.square(by_subject_S3 @ g)
+    fourth = float(np.square(squares_S).sum() - squares_S.sum() ** 2 / hits.subjects)
+    freedom = 2 * float(squares_S.sum()) ** 2 / max(fourth, 1e-300)
+    return {
+        "by_subjects": (few * by_subject_S3.T @ by_subject_S3).tolist(),
+        "by_pairs": (few * by_pair_U3.T @ by_pair_U3).tolist(),
+        "dominance": float(squares_S.max() / squares_S.sum()),
+        "freedom": min(max(freedom, 1.0), 1e6),
+    }
+
+
+def _variation(hits: Hits, count: int, roles: _Roles, galleries: bool) -> dict[str, float]:
+    """How much the rates of subjects, of enrolled entries and of probes differ, the noise of single pairs taken off."""
+    subjects, rounds = hits.subjects, hits.galleries
+    shares_E = np.full(count, 1 / count)
+    influence_S = roles.by_subject(shares_E) - hits.probes_S / hits.probes - 1 / subjects
+    noise = 2 * float(np.square(roles.by_pair(shares_E)).sum())
+    both = subjects / 4 * max(float(np.square(influence_S).sum()) - noise, 0.0)
+    if not galleries:
+        return {"subjects_vary": both, "gallery_varies": 0.0, "clumping": 0.0}
+    entry_E = roles.second_E * rounds + hits.turn_E[:count]
+    between = _squares(entry_E, shares_E) - 1 / (subjects * rounds)
+    noise = _squares(entry_E * subjects + roles.first_E, shares_E)
+    found_P = np.bincount(hits.turn_E[:count] * hits.probes + hits.probe_E[:count], minlength=rounds * hits.probes)
+    twice = float((found_P * (found_P - 1.0)).mean() / found_P.mean() ** 2) * (subjects - 1) / max(subjects - 2, 1)
+    gallery = subjects * rounds * max(between - noise, 0.0)
+    return {"subjects_vary": both, "gallery_varies": gallery, "clumping": max(twice - 1, 0.0)}
 
 
 def _squares(group_E: Labels, shares_E: Numbers) -> float:
@@ -183,85 +182,18 @@ def _squares(group_E: Labels, shares_E: Numbers) -> float:
     return float(np.square(np.bincount(index_E, weights=shares_E)).sum())
 
 
-def replicate_rates(
-    tail: Tail, threshold: float, generator: np.random.Generator, replicates: int, start: float | None
-) -> Numbers:
-    """The rate at a fixed threshold in bootstrap replicates over subjects: [R].
+def _misfit(excess_E: Numbers, curve: Curve, influence_E3: Numbers, roles: _Roles) -> float:
+    """Compares the shares of hits above a half, a quarter, ... of the fitted ones with them, by two-sided normal tests.
 
-    With `start` the generalised Pareto tail above it is fitted anew in each replicate; without, hits are counted.
+    The smallest probability of the four, times four (Bonferroni). The variance takes in that scale and shape were
+    fitted to the same hits, and that hits share subjects.
     """
-    count = tail.hits(threshold if start is None else start)
-    if count == 0:
-        return np.zeros(replicates)
-    used = tail.first(count)
-    shrinkage = spread(used).shrinkage
-    rates = []
-    rows = max(1, CHUNK // count)
-    for done in range(0, replicates, rows):
-        drawn_RS = subject_weights(generator, len(tail.probe_mass_S), min(rows, replicates - done))
-        weights_RS = 1 + shrinkage * (drawn_RS - 1)
-        weights_RE = weights_RS[:, used.first_E] * weights_RS[:, used.second_E] * used.shares_E
-        rate_R = weights_RE.sum(axis=1)
-        if start is not None:
-            moments = pareto_moments(strength(used.scores_E) - strength(start), weights_RE)
-            rate_R = pareto_rate(rate_R, *moments, strength(threshold) - strength(start))
-        rates.append(rate_R / _exposure(weights_RS, tail))
-    return np.concatenate(rates)
-
-
-def _exposure(weights_RS: Numbers, tail: Tail) -> Numbers:
-    """Comparisons between different subjects in each replicate, as a multiple of those at hand."""
-    searched_RS = weights_RS * tail.probe_mass_S
-    answered_RS = weights_RS * tail.gallery_mass_S
-    made_R = searched_RS.sum(axis=1) * answered_RS.sum(axis=1) - (searched_RS * answered_RS).sum(axis=1)
-    at_hand = tail.probe_mass_S.sum() * tail.gallery_mass_S.sum() - (tail.probe_mass_S * tail.gallery_mass_S).sum()
-    return np.asarray(made_R / at_hand, dtype=np.float64)
-
-
-@dataclass(frozen=True, slots=True)
-class NonMated:
-    """The error rate of non-mated trials as a function of the threshold.
-
-    Attributes:
-        tail: hits, whose rate is that of one comparison or of a search among `at_hand` subjects.
-        growth: N / M, at least 1: how many times more subjects are searched than the tail stands for.
-        galleries: M / N where galleries of N subjects are drawn, 0 where rates are of single comparisons.
-        pareto: the tail's continuation, None while hits are counted.
-    """
-
-    tail: Tail
-    growth: float
-    galleries: float
-    pareto: Pareto | None = None
-
-    def threshold(self, rate: float) -> float:
-        """The lowest threshold on the grid that keeps the rate: the tail's is 1 - (1 - rate)^(1 / growth)."""
-        return (self.pareto or self.tail).quantile(grown(rate, 1 / self.growth))
-
-    def interval(self, threshold: float, seed: int) -> tuple[float, float]:
-        """Where the rate at a threshold lies, at 95 % confidence."""
-        generator = np.random.default_rng([seed, 4])
-        start = None if self.pareto is None else self.pareto.start
-        rates_R = replicate_rates(self.tail, threshold, generator, REPLICATES, start)
-        used = self.tail.first(self.tail.hits(threshold if start is None else start))
-        between = spread(used).gallery / max(float(used.shares_E.sum()), 1e-300) ** 2 * self.galleries
-        if between > 0:
-            rates_R = rates_R * generator.gamma(1 / between, between, size=REPLICATES)
-        low, high = score_interval((self.pareto or self.tail).rate(threshold), float(rates_R.var()))
-        return grown(low, self.growth), grown(high, self.growth)
-
-    def extended(self) -> "NonMated":
-        """The same with a generalised Pareto tail fitted to the highest scores."""
-        count = np.searchsorted(np.cumsum(self.tail.shares_E), fitted_share(self.tail.trials), side="right")
-        top = self.tail.first(max(2, int(count)))
-        return replace(self, tail=top, pareto=fit(top))
-
-
-def grown(rate: float, growth: float) -> float:
-    """1 - (1 - rate)^growth."""
-    return float(-np.expm1(np.log1p(-min(rate, 1 - 1e-12)) * growth))
-
-
-def fitted_share(trials: float) -> float:
-    """The share of trials that a tail is fitted to: a tenth, at least 100 trials (or a quarter), at most 2000."""
-    return min(max(0.1 * trials, min(100.0, 0.25 * trials)), 2000.0) / trials
+    smallest = 1.0
+    for level in LEVELS:
+        excess = curve.excess(-np.log(level))
+        reached_E = excess_E >= excess
+        gradient = curve.gradient(excess)
+        values_E = (reached_E - level) / len(excess_E) - level * influence_E3[:, 1:] @ gradient[1:]
+        deviation = sqrt(max(roles.variance(values_E), 1e-12))
+        smallest = min(smallest, erfc(abs(float(reached_E.mean()) - level) / deviation / sqrt(2)))
+    return min(1.0, len(LEVELS) * smallest)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score, roc_curve
 
 from trainer.errors import UserError
 from trainer.evaluation.metrics import (
@@ -16,6 +16,8 @@ from trainer.evaluation.metrics import (
     fnir_at_fpir,
     identification_curve,
     match_characteristic,
+    minimum_cost,
+    missed_P,
     rank1_P,
     tar_at_far,
     ten_fold_accuracy,
@@ -185,3 +187,59 @@ def test_ten_fold_accuracy_is_the_double_loop() -> None:
 def test_ten_fold_accuracy_of_separated_scores_is_one() -> None:
     mated = np.arange(100) % 2 == 0
     assert ten_fold_accuracy(np.where(mated, 0.6, 0.3), mated, np.arange(100) // 10).tolist() == [1.0] * 10
+
+
+@settings(max_examples=50, deadline=None)
+@given(score_lists, score_lists)
+def test_the_curve_is_that_of_scikit_learn(mated: list[float], non_mated: list[float]) -> None:
+    curve = verification_curve(counts(mated, non_mated))
+    truth = [1] * len(mated) + [0] * len(non_mated)
+    fpr, tpr, thresholds = roc_curve(truth, mated + non_mated, drop_intermediate=False)
+    assert curve.fmr_T[::-1] == pytest.approx(fpr, abs=1e-12)
+    assert 1 - curve.fnmr_T[::-1] == pytest.approx(tpr, abs=1e-12)
+    assert curve.thresholds_T[::-1][1:] == pytest.approx(thresholds[1:], abs=1e-12)  # the first of each accepts nothing
+
+
+@settings(max_examples=50, deadline=None)
+@given(score_lists, score_lists, st.sampled_from([0.001, 0.01, 0.5, 0.9]))
+def test_the_minimum_cost_is_that_of_the_loop_over_thresholds(
+    mated: list[float], non_mated: list[float], prior: float
+) -> None:
+    costs = [
+        prior * sum(s < t for s in mated) / len(mated) + (1 - prior) * sum(s >= t for s in non_mated) / len(non_mated)
+        for t in (*mated, *non_mated, 2.0)
+    ]
+    expected = min(costs) / min(prior, 1 - prior)
+    assert minimum_cost(verification_curve(counts(mated, non_mated)), prior) == pytest.approx(expected)
+    assert expected <= 1 + 1e-12
+
+
+search_lists = st.lists(st.tuples(st.integers(-4, 4), st.lists(st.integers(-4, 4), max_size=6)), min_size=1, max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(search_lists, st.integers(1, 4), st.integers(-4, 5))
+def test_fnir_is_the_mean_over_all_orders_of_ties(
+    found: list[tuple[int, list[int]]], rank: int, threshold: int
+) -> None:
+    """FNIR(N, R, T) by its definition: candidates in order of score, what ties in every order."""
+    missed = []
+    for mate, others in found:
+        ahead, tied = sum(o > mate for o in others), sum(o == mate for o in others)
+        places = [ahead + k for k in range(tied + 1)]
+        missed.append(np.mean([not (place < rank and mate >= threshold) for place in places]))
+    searched = MatedSearches(
+        np.array([mate / 4 for mate, _ in found], np.float32),
+        np.array([sum(o > mate for o in others) for mate, others in found]),
+        np.array([sum(o == mate for o in others) for mate, others in found]),
+        np.zeros(len(found), np.int64),
+    )
+    assert missed_P(searched, threshold / 4, rank) == pytest.approx(missed)
+    assert missed_P(searched, threshold / 4) == pytest.approx([float(mate < threshold) for mate, _ in found])
+
+
+def test_nan_scores_are_refused() -> None:
+    scores = np.array([0.1, np.nan, 0.3, np.nan], np.float32)
+    for measure in (cell, lambda s: ten_fold_accuracy(s, s > 0, np.arange(4)), lambda s: identification_curve(s, s)):
+        with pytest.raises(UserError, match=r"of . scores are nan"):
+            measure(scores)

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from trainer.data.curate.view import Piece, attributes_of, fresh_view, identities_of, labels_of
+from trainer.data.curate.columns import attribute_codes
+from trainer.data.curate.view import Piece, fresh_view, identities_of, labels_of
 from trainer.data.manifest import Manifest
 from trainer.data.split import SPLIT_NAME, Split
 from trainer.errors import UserError
@@ -75,7 +74,7 @@ def _draw(split: Split, by: str, share: float, values: Sequence[str], random: np
         return _identities(len(split.classes), share, random)[labels_of(split)]
     if by == SAMPLE:
         return _samples(split, share, random)
-    codes, names = _attribute(split, by)
+    codes, names = attribute_codes(split, by, (IDENTITY, SAMPLE))
     return _chosen(names, values, by)[codes] if values else _values(codes, names, share, random)[codes]
 
 
@@ -99,26 +98,6 @@ def _samples(split: Split, share: float, random: np.random.Generator) -> NDArray
     chosen = np.zeros(len(labels), bool)
     chosen[order[place < np.repeat(held, counts)]] = True
     return chosen
-
-
-def _attribute(split: Split, name: str) -> tuple[NDArray[np.int64], list[str]]:
-    """A code for the attribute's value of each sample, and the values in sorted order."""
-    identities, samples = identities_of(split), attributes_of(split)
-    if name in identities.column_names and name != "name":
-        column, rows = identities[name], labels_of(split)
-    elif samples is not None and name in samples.column_names:
-        column, rows = samples[name], np.arange(split.samples)
-    else:
-        known = sorted(
-            {*identities.column_names, *(samples.column_names if samples is not None else [])} - {"name", "key"}
-        )
-        raise UserError(
-            f"--by '{name}' is neither 'identity' nor 'sample' nor an attribute of the set, which has "
-            f"{', '.join(known) or 'no attributes'}; name one of these"
-        )
-    text = pc.fill_null(column.cast(pa.large_string()), "").combine_chunks()
-    values = pc.unique(text).sort()
-    return np.asarray(pc.index_in(text, value_set=values)).astype(np.int64)[rows], values.to_pylist()
 
 
 def _chosen(names: list[str], values: Sequence[str], by: str) -> NDArray[np.bool_]:

@@ -252,7 +252,10 @@ WRONG = {
     "a split that is there": ({"into": "train"}, "has a split 'train' already; name the new one with --into"),
     "a split that leads out": ({"into": "../x"}, "--into '../x' is not allowed; use letters"),
     "no such split": ({"split": "test"}, "has no split 'test'"),
-    "no such attribute": ({"by": "hat"}, "nor an attribute of the set, which has camera, country; name one"),
+    "no such attribute": (
+        {"by": "hat"},
+        "'hat' is no attribute of the set, which has camera, country; name one of identity, sample, camera, country",
+    ),
     "no such value": ({"by": "country", "values": ["es"]}, "no sample has the value 'es' of 'country'; the values are"),
     "values of nothing": ({"values": ["fr"]}, "--values needs an attribute, and --by is 'identity'"),
     "all values": ({"by": "country", "values": ["fr", "it", "de"]}, "the split 'train' would have 0 identities"),

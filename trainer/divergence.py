@@ -23,14 +23,19 @@ _MOST_BACK_OFFS = 8
 class Divergence:
     """The record of a run, the same on every rank. Made by all ranks together.
 
+    Args:
+        resume: go on with the record that is there; else it is an earlier run's, and goes.
+
     Attributes:
         rate: what the learning rate is multiplied by.
     """
 
-    def __init__(self, config: Config, group: Group) -> None:
+    def __init__(self, config: Config, group: Group, resume: bool) -> None:
         self._config, self._group, self._folder = config.run, group, Folder.at(config.run.out)
         self._batches: deque[tuple[int, Sequence[str]]] = deque(maxlen=2)
         self._skipped = 0
+        if group.rank == 0 and not resume:
+            self._folder.remove([RECORD])
         told = json.dumps(self._back_offs()) if group.rank == 0 else ""
         rates: list[float] = json.loads(group.gather_text(told)[0])
         self.rate, self._back_off_count = (rates[-1] if rates else 1.0), len(rates)

@@ -21,7 +21,7 @@ class ScalingConfig(Strict):
     wait_s: float = Field(1800, gt=0, description="seconds that the run waits for nodes with room for the workers")
     grow_s: float = Field(60, gt=0, description="seconds between looks whether there is room for more workers")
 
-    @field_validator("workers", mode="plain")
+    @field_validator("workers", mode="before")
     @classmethod
     def _number_or_range(cls, value: Any) -> int | tuple[int, int]:
         numbers = value if isinstance(value, list | tuple) else [value, value]

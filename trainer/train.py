@@ -85,7 +85,7 @@ def _goes_back(
     config: Config, resume: bool, device: torch.device, report: Callable[[Record], None], wishes: Wishes
 ) -> bool:
     """Train to the end; true if the run diverged, and is to go on from its newest checkpoint with a lower rate."""
-    trainer = _Run(config, device, report, wishes)
+    trainer = _Run(config, resume, device, report, wishes)
     try:
         if resume:
             trainer.resume()
@@ -100,7 +100,9 @@ def _goes_back(
 class _Run:
     """The objects of one run on one rank."""
 
-    def __init__(self, config: Config, device: torch.device, report: Callable[[Record], None], wishes: Wishes) -> None:
+    def __init__(
+        self, config: Config, resume: bool, device: torch.device, report: Callable[[Record], None], wishes: Wishes
+    ) -> None:
         self.config, self.device, self.report, self.wishes = config, device, report, wishes
         self.checkpoints = Folder.at(config.run.out) / CHECKPOINTS
         PULSE.at("reading the data set")
@@ -127,7 +129,7 @@ class _Run:
         self.total_steps = min(steps, config.run.max_steps or steps)
         self.step = 0
         self.watch, self.agreement = Watch(), Agreement(self.group, device)
-        self.divergence = Divergence(config, group)
+        self.divergence = Divergence(config, group, resume)
         self.best = Best(config.run.keep_best, self.monitor.ranking)
         self.saver, self.saved = Saver(self.checkpoints, config.run.keep_checkpoints, group), -1
 
@@ -273,6 +275,9 @@ class _Run:
         self.step = self.saved = found.step
         self.best.resume(self.checkpoints, found.step, self.group)
         self.report(Record("note", text=f"going on from step {found.step} of '{found.folder}'"))
+        if self.divergence.rate != 1:
+            text = f"the learning rates are multiplied by {self.divergence.rate:g}: the run has diverged, see {RECORD}"
+            self.report(Record("note", text=text))
 
     def diverged(self, error: Diverged) -> bool:
         """Put spoilt checkpoints away; true if the run goes on from a good one with a lower rate. A collective.

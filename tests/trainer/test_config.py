@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from trainer.config import RENAMED, Config, ScheduleConfig, load
+from trainer.config import RENAMED, Config, ScheduleConfig, from_tree, load
 from trainer.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -121,6 +121,8 @@ def backs_off(rank: int, data: Path, folder: Path) -> None:
         records(config(data, folder / "stop", "optimizer.lr=1e30", "run.max_steps=6"))
     if rank == 0:
         assert [entry["action"] for entry in entries(folder / "stop")] == ["stop"]
+    records(config(data, folder / "stop", "optimizer.lr=0.02", "run.max_steps=1"))
+    assert not (folder / "stop" / RECORD).exists()  # it was of the run before
 
 
 def test_a_run_goes_back_with_a_lower_rate(data: Path, tmp_path: Path) -> None:

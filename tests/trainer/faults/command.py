@@ -91,7 +91,7 @@ class Command:
                 continue
         return found
 
-    def until(self, done: Callable[[], bool], patience_s: float = 240) -> None:
+    def until(self, done: Callable[[], bool], patience_s: float = 480) -> None:
         """Wait; what was printed is in the error where it takes too long or the command ends."""
         until = time.monotonic() + patience_s
         while not done():
@@ -113,7 +113,7 @@ class Command:
         self.until_step(1)
         return time.monotonic() - since
 
-    def ends(self, code: int, patience_s: float = 240) -> None:
+    def ends(self, code: int, patience_s: float = 480) -> None:
         """Wait for the end, of it and of all that it started."""
         assert self.process.wait(patience_s) == code, self.printed
         until = time.monotonic() + 60

@@ -14,10 +14,16 @@ import pytest
 
 from tests.trainer.faults.command import LONG, STEPS, Command
 
-pytestmark = [pytest.mark.timeout(3600 if LONG else 900)]
+pytestmark = [pytest.mark.timeout(3600 if LONG else 1500)]
 TIMES = 10 if LONG else 1
+STALL_S = 40  # longer than a start is silent on a busy machine
 EVERY = 3  # steps between checkpoints, so that many faults fall into the writing of one
-COMMON = (f"run.max_steps={STEPS}", "schedule.kind=constant", f"run.checkpoint_every={EVERY}", "scaling.stall_s=20")
+COMMON = (
+    f"run.max_steps={STEPS}",
+    "schedule.kind=constant",
+    f"run.checkpoint_every={EVERY}",
+    f"scaling.stall_s={STALL_S}",
+)
 Start = Callable[..., Command]
 
 
@@ -59,7 +65,7 @@ def test_faults_of_processes(start: Start, undisturbed: dict[int, float]) -> Non
     for kind, number, at, seconds in recovered:
         print(f"{kind} {number} at step {at}: the next step was recorded after {seconds:.1f} s")
     assert command.printed.count("has died") >= 2 * TIMES
-    assert command.printed.count("gave no sign of life for 20 s") >= TIMES
+    assert command.printed.count(f"gave no sign of life for {STALL_S} s") >= TIMES
     for _ in range(TIMES):
         time.sleep(moment.uniform(0, 0.4))
         command.process.kill()

@@ -324,7 +324,7 @@ def submit(address: str, config: Config, command: str, resume: bool, env: Sequen
         config: the resolved tree, sent along as a file.
         command: the program on the cluster that runs it, usually `hypersphere`.
         env: names of variables of this process that the job and its workers get, such as a bucket's credentials. Ray
-            shows them to whoever may ask it about the job.
+            logs them on its nodes, and shows them to whoever may ask it about the job.
 
     Raises:
         UserError: nothing answers at the address, or a variable is not set.

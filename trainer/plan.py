@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from trainer.config import Config
@@ -31,11 +31,11 @@ def rehearse(config: Config, report: Callable[[Record], None], local_rank: int =
     run = _Run(config, False, device, report, Wishes())
     if config.init.weights is not None:
         put(read_weights(config.init.weights, config.init.which), run.engine.module, config.init.weights)
-    kept: dict[int, int] = {}
-    run.engine.around_forward = _kept(run, kept)
+    kept = _Kept(run.engine.module)
+    run.engine.around_forward = kept
     run.watch(run._step(_made_up(run), 0)["loss"], 1)
     run.watch.look()
-    parts = run.engine.memory() | run.objective.memory() | {"activations": sum(kept.values())}
+    parts = run.engine.memory() | run.objective.memory() | {"activations": kept.most}
     if device.type == "cuda":
         parts["allocated at most"] = torch.cuda.max_memory_allocated(device)
     found = [json.loads(text) for text in run.group.gather_text(json.dumps(parts))]
@@ -56,14 +56,30 @@ def _made_up(run: _Run) -> Batch:
     return batch.pinned() if run.device.type == "cuda" else batch
 
 
-def _kept(run: _Run, bytes_at: dict[int, int]) -> saved_tensors_hooks:
-    """While it is entered, notes the memory that is kept for the backward, by address; but for the backbone's own."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in run.engine.module.state_dict(keep_vars=True).values()}
+class _Kept:
+    """Each time it is entered, notes the memory that is kept for the backward, by address, but for the backbone's own.
 
-    def pack(tensor: Tensor) -> Tensor:
+    Attributes:
+        most: bytes of the forward that kept most: of accumulated parts only one is there at a time.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        tensors = backbone.state_dict(keep_vars=True).values()
+        self._own = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self._hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._bytes_at: dict[int, int] = {}
+        self.most = 0
+
+    def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            bytes_at[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in self._own:
+            self._bytes_at[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    return saved_tensors_hooks(pack, lambda tensor: tensor)
+    def __enter__(self) -> None:
+        self._bytes_at.clear()
+        self._hooks.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+        self.most = max(self.most, sum(self._bytes_at.values()))

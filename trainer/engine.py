@@ -72,7 +72,7 @@ class Engine:
         self._create_moments()
         self._average = Average(module, config.engine.ema_decay) if config.engine.ema_decay else None
         self._held: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.around_forward: AbstractContextManager[object, object] = (
+        self.around_forward: AbstractContextManager[object, bool | None] = (
             nullcontext()
         )  # entered for each forward of the backbone
 

@@ -91,7 +91,7 @@ def submit(
     Relative paths in the config are taken from this folder, so they must mean the same on the cluster.
     """
     from trainer.config import load
-    from trainer.launch import submit as send
+    from trainer.jobs import submit as send
     from trainer.run import resolved
 
     job = send(address, resolved(load(config, overrides)), command, resume, env or ())

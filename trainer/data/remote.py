@@ -6,7 +6,6 @@ Addresses and the messages of others may carry passwords and tokens: neither is 
 import posixpath
 import random
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from trainer.data.transfers import FAULTS, Cut, NoRanges, lasting, loaded, reason, remedy, status_of
 from trainer.errors import UserError
 
 ATTEMPTS = 5
@@ -21,25 +21,11 @@ _CHUNK = 2**18
 _FIRST_DELAY, _LONGEST_DELAY = 0.2, 10  # seconds; doubled after each further failure
 PATIENCE_S = 120  # that a storage may be away from a run that writes to it
 _CONNECT, _SILENCE = 10, 30  # seconds until a server that does not accept, or falls silent, counts as broken
-_BUSY = (408, 425, 429)  # statuses of HTTP below 500 that pass
-# What the libraries behind fsspec raise, by module: those that nobody imported raise nothing.
-_FAULTS = {
-    # RuntimeError: aiohttp, where a connection broke between two reads
-    "builtins": ("OSError", "RuntimeError", "ValueError"),
-    "aiohttp": ("ClientError",),
-    "botocore.exceptions": ("BotoCoreError", "ClientError"),
-    "gcsfs.retry": ("HttpError",),
-    "google.auth.exceptions": ("GoogleAuthError",),
-}
 # Each names one place. Others that fsspec knows lead to what nobody named, as zip://x::file:///etc/passwd does.
 _SCHEMES = ("file", "http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "memory")
 _ALLOWED = "give a folder, or s3://, gs:// or https://"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _LOST_SLASH = re.compile(r"^([a-z][a-z0-9+]+):/(?=[^/])")
-_NO_CREDENTIALS = {
-    "botocore.exceptions": ("NoCredentialsError", "PartialCredentialsError"),
-    "google.auth.exceptions": ("DefaultCredentialsError",),
-}
 Result = TypeVar("Result")
 
 
@@ -49,14 +35,6 @@ class OutOfReach(UserError):
 
 class NotThere(OutOfReach):
     """There is no file of this name."""
-
-
-class _Cut(OSError):
-    """Fewer or more bytes than asked for."""
-
-
-class _NoRanges(_Cut):
-    """The whole file instead of a range."""
 
 
 def text_of(address: str | Path) -> str:
@@ -138,13 +116,13 @@ def fetch(address: str, start: int = 0, stop: int | None = None, *, patient: boo
     def read(files: Any, path: str) -> bytes:
         if stop is None:
             if not (whole := bytes(files.cat_file(path))):
-                raise _Cut("it is empty")
+                raise Cut("it is empty")
             return whole
         data = bytes(files.cat_file(path, start=start, end=stop))
         if len(data) > stop - start:
-            raise _NoRanges("the server sends whole files where ranges are asked for")
+            raise NoRanges("the server sends whole files where ranges are asked for")
         if len(data) < stop - start:
-            raise _Cut(f"it ended {stop - start - len(data)} bytes early")
+            raise Cut(f"it ended {stop - start - len(data)} bytes early")
         return data
 
     return _patiently(address, read, ATTEMPTS if patient else 1)
@@ -164,7 +142,7 @@ def fetch_small(address: str, most: int) -> bytes:
         else:
             data = bytes(files.cat_file(path, start=0, end=most + 1))
         if not data:
-            raise _Cut("it is empty")
+            raise Cut("it is empty")
         return data
 
     return _patiently(address, read)
@@ -205,7 +183,7 @@ def size_of(address: str) -> int:
     def ask(files: Any, path: str) -> int:
         size = files.info(path).get("size")
         if size is None:
-            raise _Cut("the server does not say how large it is")
+            raise Cut("the server does not say how large it is")
         return int(size)
 
     return _patiently(address, ask)
@@ -277,11 +255,11 @@ def _patiently(
             return work(*_filesystem(address))
         except UserError:
             raise  # it is a ValueError
-        except _loaded(_FAULTS) as error:
-            lasting = _lasting(error)
-            if lasting or (attempt >= attempts and time.monotonic() >= until):
-                tried = "" if lasting or attempt == 1 else f", {attempt} times"
-                told = f"'{shown(address)}' cannot be {doing}: {_reason(error)}{tried}; {_remedy(error, doing)}"
+        except loaded(FAULTS) as error:
+            final = lasting(error)
+            if final or (attempt >= attempts and time.monotonic() >= until):
+                tried = "" if final or attempt == 1 else f", {attempt} times"
+                told = f"'{shown(address)}' cannot be {doing}: {reason(error)}{tried}; {remedy(error, doing)}"
                 raise _kind(error)(told) from None  # a trace of the cause would show the address as it is
         delay = min(_FIRST_DELAY * 2 ** min(attempt - 1, 10), _LONGEST_DELAY)
         time.sleep(delay * random.uniform(0.5, 1))  # ranks do not come back in step
@@ -291,7 +269,7 @@ def _patiently(
 def _kind(error: BaseException) -> type[UserError]:
     if isinstance(error, FileNotFoundError):
         return NotThere
-    return UserError if isinstance(error, _Cut) or _status(error) == 416 else OutOfReach
+    return UserError if isinstance(error, Cut) or status_of(error) == 416 else OutOfReach
 
 
 def _filesystem(address: str) -> tuple[Any, str]:
@@ -315,56 +293,3 @@ def _filesystem(address: str) -> tuple[Any, str]:
             f"{package}"
         ) from None
     return files, path
-
-
-def _loaded(table: dict[str, tuple[str, ...]]) -> tuple[type[BaseException], ...]:
-    """The classes of a table whose modules somebody has imported."""
-    modules = [(sys.modules[module], names) for module, names in table.items() if module in sys.modules]
-    return tuple(getattr(module, name) for module, names in modules for name in names)
-
-
-def _status(error: BaseException) -> int | None:
-    """The answer's status in HTTP, where the error has one."""
-    found = getattr(error, "status" if hasattr(error, "status") else "code", None)
-    return int(found) if isinstance(found, int | str) and str(found).isdigit() else None
-
-
-def _lasting(error: BaseException) -> bool:
-    """Whether another attempt would end alike."""
-    status = _status(error)
-    refused = status is not None and 400 <= status < 500 and status not in _BUSY
-    lasting = (FileNotFoundError, PermissionError, _NoRanges, ValueError)
-    return refused or isinstance(error, lasting) or _no_credentials(error)
-
-
-def _no_credentials(error: BaseException) -> bool:
-    return isinstance(error, _loaded(_NO_CREDENTIALS))
-
-
-def _reason(error: BaseException) -> str:
-    """What was wrong, in words that carry no address."""
-    if _no_credentials(error):
-        return "there are no credentials"
-    if isinstance(error, FileNotFoundError):
-        return "the bucket is not there" if "specified bucket" in str(error) else "it is not there"
-    if isinstance(error, PermissionError):
-        return "access is denied"
-    if isinstance(error, _Cut):
-        return str(error)
-    if isinstance(error, ValueError):
-        return "the address is malformed, or a setting of its storage is"
-    if isinstance(error, TimeoutError):
-        return "the server is silent"
-    status = _status(error)
-    if status == 416:
-        return "it ends before the bytes that are wanted"
-    return f"the server answers {status}" if status else getattr(error, "strerror", None) or type(error).__name__
-
-
-def _remedy(error: BaseException, doing: str) -> str:
-    if _no_credentials(error) or isinstance(error, PermissionError) or _status(error) in (401, 403):
-        may = "write" if doing in ("written", "removed") else "read"
-        return f"give credentials that may {may} it as the storage's own tools take them (environment or files)"
-    if isinstance(error, FileNotFoundError | ValueError):
-        return "check the address"
-    return "try again later" + (", or fetch the data set whole" if doing == "read" else "")

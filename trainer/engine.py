@@ -72,9 +72,8 @@ class Engine:
         self._create_moments()
         self._average = Average(module, config.engine.ema_decay) if config.engine.ema_decay else None
         self._held: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.around_forward: AbstractContextManager[object, bool | None] = (
-            nullcontext()
-        )  # entered for each forward of the backbone
+        # Entered for each forward of the backbone.
+        self.around_forward: AbstractContextManager[object, bool | None] = nullcontext()
 
     def __call__(self, images_BCHW: torch.Tensor, step: int = 0) -> torch.Tensor:
         """Embeddings x_BD, always fp32, of float pixels; with bf16 the products run in bf16 over fp32 weights.

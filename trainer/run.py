@@ -242,8 +242,10 @@ def check(config: Config) -> Manifest:
 
     Raises:
         UserError: no such data set or split, changes to images where there are none, or a backbone that cannot be
-            built.
+            built, or a run.out that the workers would not see.
     """
+    if str(config.run.out).startswith("memory://"):
+        raise UserError(f"run.out '{config.run.out}' is in one process' memory; name a folder, or s3:// or gs://")
     manifest = Manifest.read(config.data.path, config.data.remote_cache)
     manifest.split(config.data.train_split)
     check_augment(config.augment, form := preprocessing(manifest, config.data))

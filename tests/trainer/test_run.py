@@ -176,6 +176,11 @@ def test_what_a_signal_ends_is_killed_in_mlflow_and_free(
     assert [m.step for m in client.get_metric_history(run_id, "loss")] == [1, 2]
 
 
+def test_memory_is_no_place_for_a_run(data: Path) -> None:
+    with pytest.raises(UserError, match=r"run\.out 'memory://run' is in one process' memory"):
+        start(config(data, Path("memory://run")), False, lambda _: None, pytest.fail)
+
+
 def test_a_folder_without_a_note_and_one_with_a_spoilt_one(tmp_path: Path) -> None:
     assert RunNote.read(tmp_path) == RunNote()
     (tmp_path / "run.json").write_text("{")

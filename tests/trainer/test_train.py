@@ -211,6 +211,23 @@ def test_looking_at_the_loss_does_not_make_a_gpu_wait() -> None:
         watch.look()
 
 
+def keeps_the_best(rank: int, data: Path, folder: Path) -> None:
+    best = ["run.keep_best=val/rank1", "run.keep_checkpoints=1", "run.checkpoint_every=0", "scaling.workers=1"]
+    records = train(config(data, folder, *best), folder, rank)
+    course = {record.step: record.values["val/rank1"] for record in records if record.kind == "metrics"}
+    step = max(course, key=lambda step: (course[step], -step))
+    shelf = Shelf.of(Folder(folder / "checkpoints"))
+    assert shelf.best() == (step, {"val/rank1": course[step]})
+    assert {step, 12} <= set(shelf.whole)
+    for extra, words in (("run.keep_best=loss", "name one of val/fnir_at"), ("run.eval_every=0", "set run.eval_every")):
+        with pytest.raises(UserError, match=words):
+            train(config(data, folder, *best, extra), folder, rank)
+
+
+def test_the_best_checkpoint_is_kept(data: Path, tmp_path: Path) -> None:
+    run_on_ranks(1, keeps_the_best, data, tmp_path)
+
+
 HERE = Path(__file__).parent
 # What wrote the checkpoints of earlier formats, after their fourth step. The second has rows with K centres and int8
 # moments, a learned scale, centres that follow, a projection, and ZeRO 1.

@@ -20,9 +20,9 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
@@ -34,6 +34,7 @@ from trainer.strict import Strict
 
 MANIFEST = "checkpoint.json"
 PART = 64 * 2**20  # bytes
+Name = Annotated[str, Field(pattern=r"^[\w.-]*$")]  # leads to no other folder
 _ROWS_FILE = re.compile(r"(.+)-rows-(\d{10})-(\d{10})\.safetensors")
 _PART_FILE = re.compile(r"(.+)-part-\d{4}\.safetensors")
 
@@ -47,7 +48,7 @@ class FileEntry(Strict):
 
     bytes: int
     sha256: str
-    path: str = ""
+    path: Name = ""
 
 
 class CheckpointManifest(Strict):
@@ -60,7 +61,7 @@ class CheckpointManifest(Strict):
     class_digest: str
     data_digest: str | None = None  # format 1 has none
     config: dict[str, Any]
-    files: dict[str, FileEntry]
+    files: dict[Name, FileEntry]
 
     def missing(self) -> str:
         """What of the rows of the classes is not there; "" where all are."""

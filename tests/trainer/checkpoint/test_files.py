@@ -125,7 +125,11 @@ def test_a_short_or_missing_file_is_noticed(tmp_path: Path) -> None:
         found.rows("arcface", RowRange(0, 1), of_rows)
 
 
-@pytest.mark.parametrize("text", ["", '{"format": 1', "[]", '{"format": 4}', "\x00\xff"])
+OUTSIDE = """{"step": 1, "world_size": 1, "classes": 2, "class_digest": "", "config": {}, "files":
+{"a": {"bytes": 1, "sha256": "", "path": "../../secret"}}}"""
+
+
+@pytest.mark.parametrize("text", ["", '{"format": 1', "[]", '{"format": 4}', "\x00\xff", OUTSIDE])
 def test_a_damaged_manifest_is_noticed(tmp_path: Path, text: str) -> None:
     found = written(tmp_path, 1)
     (Path(str(found.folder)) / MANIFEST).write_text(text)

@@ -60,7 +60,7 @@ def _ray(machine: Machine, environment: dict[str, str], *options: str) -> None:
     """Start Ray's processes of a machine, and again whenever they end, as a supervisor of services does."""
     words = ["ray", "start", f"--node-ip-address={machine.address}", "--object-store-memory=80000000", "--block"]
     # Ray would count the memory that all machines and all else here use together, and end workers.
-    environment = environment | {"RAY_memory_monitor_refresh_ms": "0"}
+    environment = environment | {"RAY_memory_monitor_refresh_ms": "0", "RAY_worker_niceness": "0"}
     machine.start(["bash", "-c", 'while true; do "$@"; sleep 1; done', "again", *words, *options], environment)
 
 

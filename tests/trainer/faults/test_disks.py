@@ -63,7 +63,7 @@ def away_then_back(rank: int, data: Path, folder: Path, losses: dict[int, float]
         if record.kind == "step":
             assert losses[record.step] == record.values["loss"]
             found[record.step] = record.values["loss"]
-        if rank == 0 and record.step == 11 and not folder.with_name("gone").exists():
+        if rank == 0 and record.step == 11 and not (folder / "back").exists():
             folder.rename(folder.with_name("gone"))
             folder.touch()
 

@@ -17,7 +17,7 @@ in each repetition: one third calibrates, one is the gallery, one are the strang
 what is reached varies with who they are, which the interval does not speak of: it holds less than 95 %.
 
 Beside the calibrated threshold stand the plain alternatives: the threshold for the same rate in 1:1, and the one where
-1 - (1 - FMR)^N is the target, both from the same fitted tail. About an hour on one core with the defaults.
+1 - (1 - FMR)^N is the target, both from the same fitted tail. With the defaults about an hour on one core.
 """
 
 import argparse

@@ -28,7 +28,7 @@ def rehearse(config: Config, report: Callable[[Record], None], local_rank: int =
         Diverged: the step's loss is not finite.
     """
     device = torch.device("cuda", local_rank) if config.scaling.use_gpu else torch.device("cpu")
-    run = _Run(config, False, device, report, Wishes())
+    run = _Run(config, True, device, report, Wishes())  # as for a resume: what an earlier run recorded stays
     if config.init.weights is not None:
         put(read_weights(config.init.weights, config.init.which), run.engine.module, config.init.weights)
     kept = _Kept(run.engine.module)

@@ -123,9 +123,8 @@ def test_a_service_takes_embeddings_of_vectors_and_no_images(
     one, another = x_ND[labels_N == 3][:2].tolist()
     try:
         service.enrol("ada", Sent(document=json.dumps({"embeddings": [one]}).encode()), None, "r")
-        found = service.identify(
-            Sent(document=json.dumps({"embedding": another, "below_threshold": True}).encode()), "r"
-        )
+        asked = Sent(document=json.dumps({"embedding": another, "below_threshold": True}).encode())
+        found = service.gallery.submit(service.probe(asked)[0]).result()
         assert found.candidates[0].subject_id == "ada"
         with pytest.raises(ApiError, match="reads vectors") as refused:
             service.embed(Sent(files={"images": [b"a picture"]}), "r")

@@ -20,6 +20,7 @@ from torch import nn
 
 from trainer.backbones.average import Average
 from trainer.backbones.blocks import rate_factors, recompute
+from trainer.backbones.norms import leave_across_uncompiled
 from trainer.backbones.places import Layout, Places, place
 from trainer.config import Config, OptimizerConfig
 from trainer.distributed import Group, average_buffers
@@ -64,6 +65,7 @@ class Engine:
             recompute(module)
         if config.backbone.compile:
             _check_compiler()
+            leave_across_uncompiled()
             module.compile()
         self._moments = _MOMENTS[config.optimizer.name]
         self._engine = _initialize(module, config, device)

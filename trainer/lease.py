@@ -113,6 +113,13 @@ class _Lease:
                     return
                 self._folder.write(self._name, self._content())
 
+    def _unchanged(self, found: bytes) -> bool:
+        """Asked right before the removal: another who waited for the same may have been quicker."""
+        try:
+            return self._folder.read(self._name) == found
+        except FileNotFoundError:
+            return False
+
     def _take(self, patience_s: float) -> None:
         until, changes, seen, since = time.monotonic() + patience_s, -1, b"", 0.0
         while not self._create():
@@ -127,7 +134,7 @@ class _Lease:
                 changes, seen, since = changes + 1, found, now
             if changes and now >= until:
                 raise _refused(self._folder)
-            if now - since >= STALE_S:
+            if now - since >= STALE_S and self._unchanged(found):
                 self._folder.remove([self._name])
                 if self._create():
                     time.sleep(SETTLE_S)

@@ -93,10 +93,22 @@ def _check(
 
 
 def _write(found: list[tuple[Path, "Embedder", "Evaluated"]], to: Path) -> None:
-    """Tables on the terminal, and everything into the folder and to MLflow."""
+    """Tables on the terminal, and everything into the folder, or the bucket, and to MLflow."""
+    from trainer.storage import Folder, written_here
+
+    place = Folder.at(to)
+    with written_here(place, "report.json") as here:
+        here.mkdir(parents=True, exist_ok=True)
+        written = _files(found, here)
+        for _, opened, one in found:
+            _track(opened, one.measured.report, here, "evaluation" if len(found) == 1 else "comparison")
+    out.print(f"report.json and {len(written)} other files are in {place}")
+
+
+def _files(found: list[tuple[Path, "Embedder", "Evaluated"]], to: Path) -> list[Path]:
+    """The files beside report.json."""
     from trainer.atomic import write_file
 
-    to.mkdir(parents=True, exist_ok=True)
     for name, (_, opened, one) in zip(("report.json", "report_second.json"), found, strict=False):
         report = one.measured.report
         write_file(to / name, report.to_json())
@@ -112,9 +124,7 @@ def _write(found: list[tuple[Path, "Embedder", "Evaluated"]], to: Path) -> None:
             out.print(sentence)
     except ModuleNotFoundError as error:
         warn(f"no page: '{error.name}' is not installed; pip install 'hypersphere[trainer]' brings it")
-    out.print(f"report.json and {len(written)} other files are in {to}")
-    for _, opened, one in found:
-        _track(opened, one.measured.report, to, "evaluation" if len(found) == 1 else "comparison")
+    return written
 
 
 def _rows(report: "Report") -> list[tuple[str, str]]:

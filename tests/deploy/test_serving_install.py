@@ -271,6 +271,14 @@ def test_data_are_held_out_merged_and_cleaned(installed: Installed, embedder: Pa
 
 
 WITHOUT_EXTRAS = ("import", "verify", "merge", "split", "clean")
+OF_A_STORE = {
+    "stats": [],
+    "verify": [],
+    "backup": ["--out", "copy"],
+    "restore": ["copy"],
+    "export": ["--out", "copy"],
+    "import": ["copy"],
+}
 OTHERS = {
     "data check": ["set"],
     "data preview": [],
@@ -294,11 +302,25 @@ def test_every_other_command_names_the_extra_that_it_needs(installed: Installed,
     )
 
 
+@pytest.mark.parametrize("word", OF_A_STORE)
+def test_a_gallery_is_looked_after(installed: Installed, word: str) -> None:
+    result = installed.run(["hypersphere", "gallery", word, *OF_A_STORE[word], "--store", "nothing"])
+    assert result.returncode == 2
+    assert re.match(r"error: (there is no store '(nothing|copy)'|'copy' cannot be read as Parquet)", result.stderr)
+
+
 def test_no_command_is_left_out_above() -> None:
     def names(command: Any, above: str) -> list[str]:
         below = getattr(command, "commands", None)
         return [above.strip()] if below is None else [n for key, c in below.items() for n in names(c, f"{above} {key}")]
 
     assert sorted(names(typer.main.get_command(app), "")) == sorted(
-        ["serve", "evaluate", "calibrate", *(f"data {word}" for word in WITHOUT_EXTRAS), *OTHERS]
+        [
+            "serve",
+            "evaluate",
+            "calibrate",
+            *(f"data {word}" for word in WITHOUT_EXTRAS),
+            *(f"gallery {word}" for word in OF_A_STORE),
+            *OTHERS,
+        ]
     )

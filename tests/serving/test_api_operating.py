@@ -66,6 +66,7 @@ def test_the_openapi_page(server):
         "/v1/subjects",
         "/v1/subjects/{subject_id}",
         "/v1/subjects/{subject_id}/samples",
+        "/v1/samples",
         "/v1/embed",
         "/healthz",
         "/readyz",
@@ -73,7 +74,8 @@ def test_the_openapi_page(server):
     }
     named = [operation["operationId"] for path in schema["paths"].values() for operation in path.values()]
     assert sorted(named) == [
-        "delete", "embed", "enrol", "enrol_by_put", "healthz", "identify", "metrics", "readyz", "subjects", "verify"
+        *("delete", "embed", "enrol", "enrol_by_put", "enrol_many", "healthz", "identify"),
+        *("metrics", "readyz", "subjects", "verify"),
     ]  # fmt: skip
     enrol = schema["paths"]["/v1/subjects/{subject_id}/samples"]
     assert enrol["put"]["deprecated"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -88,7 +89,8 @@ class Failing:
                 outer.keys.append(self.headers["idempotency-key"])
                 failure = next(todo)
                 if failure == "gone":
-                    self.connection.close()
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    self.close_connection = True
                     return
                 self.send_response(failure or 204)
                 if failure:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serving.cli.embedder import evaluate
+from serving.cli.evaluate import evaluate
 from tests.ranks import folder_of_shapes, run_on_ranks
 from tests.s3 import s3_bucket
 from trainer.config import Config, load

@@ -21,6 +21,7 @@ from trainer.data.stream import Stream
 from trainer.embedder import Embedder
 from trainer.errors import UserError
 from trainer.export import export_run
+from trainer.pulse import Wishes
 from trainer.weights import WEIGHTS_FILE, read_weights
 
 __all__ = ["data"]  # the fixture
@@ -50,7 +51,7 @@ def tuned(rank: int, size: int, others: Path, folder: Path) -> None:
         (folder / f"{size}.json").write_text(json.dumps(found))
     if size == 1:
         centres_are_means(others, folder)
-    run = train._Run(new_config(others, folder, size), torch.device("cpu"), lambda _: None)
+    run = train._Run(new_config(others, folder, size), False, torch.device("cpu"), lambda _: None, Wishes())
     for source, words in (
         (folder / "nothing", "holds no weights to begin with"),
         (folder / "spoilt", "not as it was exported"),
@@ -64,7 +65,7 @@ def tuned(rank: int, size: int, others: Path, folder: Path) -> None:
 def centres_are_means(others: Path, folder: Path) -> None:
     """By one embedding after another."""
     settings = new_config(others, folder, 1, f"init.weights={folder / 'source'}", "init.samples=100")
-    run = train._Run(settings, torch.device("cpu"), lambda _: None)
+    run = train._Run(settings, False, torch.device("cpu"), lambda _: None, Wishes())
     run.begin()
     backbone = run.engine.module.eval()
     whole = settings.data.model_copy(update={"batch_size": 1})

@@ -32,7 +32,6 @@ def within(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, si
     return normed
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def across(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, parts: Parts,
     sizes: tuple[int, ...], group: Group,
@@ -49,6 +48,12 @@ def across(
         weight, bias = x.new_ones(x.shape[1]), x.new_zeros(x.shape[1])
     normed: Normed = _Across.apply(x, weight, bias, eps, parts, sizes, group)  # type: ignore[no-untyped-call]
     return normed
+
+
+def leave_across_uncompiled() -> None:
+    """To be called before torch.compile. Not a decorator: it imports the compiler, which takes a second."""
+    global across
+    across = torch.compiler.disable(across)  # type: ignore[no-untyped-call]
 
 
 def _compiled(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, sizes: list[int]) -> Normed:

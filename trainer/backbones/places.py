@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from trainer.backbones.norms import across, within
+from trainer.backbones import norms
 from trainer.distributed import Group, RowRange
 
 _M1, _M2, _M3 = 0x7FEB352D, 0x2C1B3C6D, 0x297A2D39  # odd; of "lowbias32" and its kin (Ellis 2018)
@@ -170,10 +170,10 @@ class PlacedNorm(_BatchNorm):
         layout = told or Layout.of(0, len(x), len(x), 0)  # a batch of its own
         y: Tensor
         if layout.across:
-            y, means, variances = across(x, *own, layout.parts, layout.sizes, places.group)
+            y, means, variances = norms.across(x, *own, layout.parts, layout.sizes, places.group)
             share = 1
         else:
-            y, means, variances = within(x, *own, list(layout.held))
+            y, means, variances = norms.within(x, *own, list(layout.held))
             share = places.group.size
         if self.running_mean is not None and places.observes:
             self._observe(means, variances, share / len(layout.sizes))

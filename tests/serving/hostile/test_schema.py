@@ -1,5 +1,6 @@
 """What the OpenAPI document promises, put to the running service by schemathesis: no 5xx, and answers as described."""
 
+import os
 import subprocess
 import sys
 
@@ -15,6 +16,14 @@ CONFIG = """
 negative_data_rejection.expected-statuses = ["400", "401", "404", "405", "409", "413", "415", "422"]
 """
 
+HOOKS = """
+import schemathesis
+
+@schemathesis.serializer("application/x-ndjson")
+def lines(context, value):
+    return value.encode() if isinstance(value, str) else value
+"""
+
 
 def test_the_service_answers_as_its_schema_says(open_site, tmp_path):
     site = open_site(api_key=KEY)
@@ -23,9 +32,11 @@ def test_the_service_answers_as_its_schema_says(open_site, tmp_path):
     command += ["--max-examples", str(EXAMPLES), "--generation-database", "none", "--warnings", "off"]
     command += ["--continue-on-failure"] if LONG else ["--seed", "1", "--no-shrink"]
     (tmp_path / "schemathesis.toml").write_text(CONFIG)
+    (tmp_path / "lines.py").write_text(HOOKS)
+    variables = {**os.environ, "SCHEMATHESIS_HOOKS": "lines", "PYTHONPATH": str(tmp_path)}
     with site.attacked(f"schemathesis, {EXAMPLES} examples a route") as outcome:
         outcome.requests = 100 * EXAMPLES
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
         site.enrolled.clear()  # it erases whom it finds
         if done.returncode:
             outcome.faults.append(done.stdout[-20_000:])

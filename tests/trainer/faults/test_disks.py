@@ -67,7 +67,7 @@ def away_then_back(rank: int, data: Path, folder: Path, losses: dict[int, float]
             folder.rename(folder.with_name("gone"))
             folder.touch()
 
-    with pytest.raises(UserError, match=r"cannot be used: Not a directory; mend that, and --resume"):
+    with pytest.raises(UserError, match=r"cannot be used: (Not a directory|File exists); mend that, and --resume"):
         run(config(data, folder / "run"), resume=False, report=report)
     if rank == 0:
         folder.unlink()

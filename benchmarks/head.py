@@ -275,6 +275,7 @@ def run(rank: int, options: argparse.Namespace, port: int) -> None:
     if rank == 0:
         report(options, rows, missing, floor_fp32)
     if options.ranks > 1:
+        dist.barrier()  # who leaves while another still speaks to it is aborted
         dist.destroy_process_group()
 
 

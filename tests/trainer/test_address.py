@@ -72,7 +72,7 @@ def test_a_run_in_a_bucket(bucket: str, tmp_path: Path, monkeypatch: pytest.Monk
         export(f"{bucket}/one/checkpoints", overwrite=True)
     Folder.at(there).write("evaluation/report.json", "of the one before")
     assert export(there, overwrite=True) == model_id
-    assert sorted(Folder.at(there).sizes()) == [MANIFEST_FILE, "model.onnx"]
+    assert sorted(Folder.at(there).sizes()) == ["backbone.safetensors", MANIFEST_FILE, "model.onnx"]
     assert Embedder.open(there).embed(np.zeros((1, 1, 24, 24), np.uint8)).shape == (1, 16)
     place = Path(there)  # as command lines make of it
     evaluate(embedder=place, data=tmp_path / "data", split="val", to=None, unenrolled=0.5, seed=0, threads=1)

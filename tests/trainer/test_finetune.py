@@ -22,6 +22,7 @@ from trainer.embedder import Embedder
 from trainer.errors import UserError
 from trainer.export import export_run
 from trainer.pulse import Wishes
+from trainer.storage import Folder
 from trainer.weights import WEIGHTS_FILE, read_weights
 
 __all__ = ["data"]  # the fixture
@@ -123,9 +124,9 @@ def test_two_ranks_go_on_as_one(folder: Path) -> None:
 
 
 def test_what_is_exported_is_what_was_chosen(folder: Path) -> None:
-    found = latest(folder / "source" / "checkpoints")
+    found = latest(Folder.at(folder / "source" / "checkpoints"))
     assert found is not None
-    state = found.read("backbone.safetensors")
+    state = found.parts("backbone")
     for name, kind in (("embedder", "weight"), ("averaged", "ema")):
         assert torch.equal(read_weights(folder / name, "trained")["1.weight"], state[f"{kind}.1.weight"])
         assert torch.equal(read_weights(folder / "source", {"weight": "trained", "ema": "ema"}[kind])["1.weight"],

@@ -17,11 +17,13 @@ negative_data_rejection.expected-statuses = ["400", "401", "404", "405", "409", 
 """
 
 HOOKS = """
-import schemathesis
+import json, schemathesis
 
 @schemathesis.serializer("application/x-ndjson")
 def lines(context, value):
-    return value.encode() if isinstance(value, str) else value
+    if isinstance(value, bytes):
+        return value
+    return (value if isinstance(value, str) else json.dumps(value)).encode(errors="surrogatepass")
 """
 
 

@@ -4,6 +4,7 @@ The faults take minutes: CLUSTER=long, or `make test-cluster`.
 """
 
 import json
+import re
 import subprocess
 import time
 
@@ -94,7 +95,13 @@ def training(cluster: Cluster, name: str) -> subprocess.Popen[bytes]:
     """Submit a run, and return when it is in the middle of an epoch, far from a checkpoint."""
     cluster.client.log.write_text("")
     job = cluster.client.start(submission(cluster, name), cluster.token | cluster.credentials)
-    within(900, lambda: f"step {3 * STEPS // 10}/" in cluster.client.log.read_text(), "the run has begun")
+
+    def far() -> bool:
+        steps = re.findall(rf"step (\d+)/{STEPS}\b", cluster.client.log.read_text())
+        return job.poll() is not None or any(int(step) >= 3 * STEPS // 10 for step in steps)
+
+    within(900, far, "the run has begun")
+    assert job.poll() is None, f"it ended too early: {cluster.client.log.read_text()}"
     return job
 
 

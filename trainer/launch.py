@@ -203,7 +203,8 @@ def _worker(settings: dict[str, Any]) -> None:
 
     def report(record: Record) -> None:
         if context.get_world_rank() == 0:
-            board.put.remote(asdict(record))
+            # Sent again where the node was cut off for a while; MLflow's sender drops what comes twice.
+            board.put.options(max_task_retries=-1).remote(asdict(record))
 
     wishes, local_rank = Wishes(), context.get_local_rank()
     try:

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.request import Request, urlopen
 
 import fsspec
 import pytest
@@ -17,6 +18,8 @@ def s3_bucket(name: str) -> Iterator[str]:
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
+    # Buckets belong to the process, not to its server: what an earlier one has left goes.
+    urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST"), timeout=30).close()
     with pytest.MonkeyPatch.context() as patch:
         settings = {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "annie", "SECRET_ACCESS_KEY": "s3cret"}
         for key, value in ({"DEFAULT_REGION": "us-east-1", "EC2_METADATA_DISABLED": "true"} | settings).items():

@@ -31,7 +31,9 @@ from serving.changes import KeyReused, StoreError, SubjectFull, SubjectUnknown
 from serving.errors import ApiError, invalid, stopping
 from serving.parsing import KEY_PATTERN, PATTERN, Sent
 from serving.projection import GalleryLoading
-from serving.security import ASSETS, Guard, as_response
+from serving.routing import ScopedRoute, refuse_undeclared
+from serving.scopes import needs
+from serving.security import ASSETS, OPEN_PATHS, Guard, as_response
 from serving.service import Service, loading
 from serving.settings import Settings
 from trainer.errors import UserError
@@ -47,10 +49,13 @@ AT_ONCE_BYTES = 64 * 1024  # of JSON that the event loop reads itself: half a mi
 SAMPLES = "/v1/subjects/{subject_id}/samples"
 # What answers PUT points to its successor in the way of RFC 9745; the date is that of the release that began it.
 SUPERSEDED = {"deprecation": "@1795651200", "link": '<{path}>; rel="successor-version"; method="POST"'}
-router, open_router = (APIRouter(responses=openapi.ERRORS) for _ in range(2))  # the second asks for no key
+router, open_router = (
+    APIRouter(responses=openapi.ERRORS, route_class=ScopedRoute) for _ in range(2)
+)  # the second asks for no key
 
 
 @router.post("/v1/verify", tags=["decide"], openapi_extra=openapi.VERIFY.openapi())
+@needs("read")
 async def verify(request: Request) -> schemas.VerifyAnswer:
     """Are these the same identity? Two images, an image and an enrolled subject, or the same with embeddings."""
     sent = await _read(request, openapi.VERIFY)
@@ -60,6 +65,7 @@ async def verify(request: Request) -> schemas.VerifyAnswer:
 @router.post(
     "/v1/identify", tags=["decide"], openapi_extra=openapi.IDENTIFY.openapi(), response_model=schemas.IdentifyAnswer
 )
+@needs("read")
 async def identify(request: Request) -> Response:
     """Who is this, or is it nobody we know? `unknown` means that the best candidate stays below the threshold."""
     sent, service = await _read(request, openapi.IDENTIFY), _service(request)
@@ -72,6 +78,7 @@ async def identify(request: Request) -> Response:
 
 
 @router.post(SAMPLES, status_code=201, tags=["gallery"], openapi_extra=openapi.ENROL.openapi())
+@needs("enrol")
 async def enrol(request: Request, response: Response, subject_id: SubjectPath, key: Key = None) -> schemas.EnrolAnswer:
     """Add samples to a subject, new or known. Once answered, they are on disk and the next search finds them."""
     sent = await _read(request, openapi.ENROL)
@@ -82,6 +89,7 @@ async def enrol(request: Request, response: Response, subject_id: SubjectPath, k
 
 
 @router.post("/v1/samples", tags=["gallery"], openapi_extra=openapi.BULK)
+@needs("enrol")
 async def enrol_many(request: Request, response: Response, key: Key = None) -> schemas.BulkAnswer:
     """Add samples to many subjects, all that can be in one change. An item that is refused leaves the others alone."""
     sent = await read_bulk(request)
@@ -92,6 +100,7 @@ async def enrol_many(request: Request, response: Response, key: Key = None) -> s
 
 
 @router.put(SAMPLES, status_code=201, tags=["gallery"], openapi_extra=openapi.ENROL.openapi(), deprecated=True)
+@needs("enrol")
 async def enrol_by_put(
     request: Request, response: Response, subject_id: SubjectPath, key: Key = None
 ) -> schemas.EnrolAnswer:
@@ -102,6 +111,7 @@ async def enrol_by_put(
 
 
 @router.delete("/v1/subjects/{subject_id}", status_code=204, tags=["gallery"])
+@needs("enrol")
 async def delete(request: Request, response: Response, subject_id: SubjectPath, key: Key = None) -> None:
     """Erase a subject and all its samples. Once answered, they are off the disk and no search finds them."""
     if await _compute(request, lambda service, _: service.delete(subject_id, key)):
@@ -109,6 +119,7 @@ async def delete(request: Request, response: Response, subject_id: SubjectPath, 
 
 
 @router.get("/v1/subjects", tags=["gallery"])
+@needs("read")
 async def subjects(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=1000, description="subjects a page")] = 100,
@@ -119,6 +130,7 @@ async def subjects(
 
 
 @router.post("/v1/embed", tags=["decide"], openapi_extra=openapi.EMBED.openapi())
+@needs("read")
 async def embed(request: Request) -> schemas.EmbedAnswer:
     """Unit vectors of images, to be kept by the client or sent to the other routes. Nothing is stored."""
     sent = await _read(request, openapi.EMBED)
@@ -126,18 +138,21 @@ async def embed(request: Request) -> schemas.EmbedAnswer:
 
 
 @open_router.get("/healthz", tags=["operate"])
+@needs(None)
 async def healthz() -> schemas.HealthAnswer:
     """The process is alive. Touches nothing else."""
     return schemas.HealthAnswer()
 
 
 @open_router.get("/readyz", tags=["operate"], response_model_exclude_none=True)
+@needs(None)
 async def readyz(request: Request) -> schemas.ReadyAnswer:
     """The store answers and the index is in step with it; 503 otherwise. Without the key it says no more than that."""
     return _service(request).ready(request.state.trusted, request.state.request_id)
 
 
 @router.get("/metrics", tags=["operate"], response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+@needs("audit", of="service")
 async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
     return Response(_service(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
@@ -171,6 +186,7 @@ def create_app(
     app.state.service = service
     app.include_router(open_router)
     app.include_router(router, dependencies=[Depends(docs_key)] if settings.api_key else [])
+    refuse_undeclared(app.routes, OPEN_PATHS)
     app.add_middleware(host_check, allowed_hosts=allowed_hosts)
     app.add_middleware(Guard, settings=settings, metrics=service.metrics)
     return app

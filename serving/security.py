@@ -20,16 +20,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.errors import ApiError, stopping
 from serving.metrics import Metrics
+from serving.scopes import ANONYMOUS, Caller
 from serving.settings import Settings
 
 log = logging.getLogger("hypersphere.serving")
 ASSETS = "/docs-assets"  # the script and the style sheet of /docs
 # Neither key nor limits: they cost nothing and say nothing about anybody. With a key, /readyz says more; the others do
 # not look at it, so that an orchestrator with a wrong key does not take a living service for a dead one.
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json"})
 REQUEST_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 UNANSWERED: int = 0  # in place of a status
 CLIENTS_REMEMBERED = 10_000
+OPERATOR = Caller("operator")  # whose key is --api-key: every scope
 HEADERS = ((b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff"))  # answers are about people
 
 
@@ -131,7 +133,8 @@ class Guard:
         counts = not _is_open(scope["path"])
         self._under_way += counts
         try:
-            scope["state"]["trusted"] = self._admit(scope, headers)
+            caller = self._admit(scope, headers)
+            scope["state"]["trusted"], scope["state"]["caller"] = caller is not None, caller or ANONYMOUS
             await self._app(scope, lambda: self._receive(body), answer)
         except ApiError as error:
             await as_response(error, request_id)(scope, receive, answer)
@@ -144,14 +147,14 @@ class Guard:
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.answered(route, scope["method"], status or 500, time.perf_counter() - start)
 
-    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> bool:
-        """Whether whoever asks may know about the gallery. Raises ApiError where a request is refused unread."""
+    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> Caller | None:
+        """Who is asking; None for nobody known. Raises ApiError where a request is refused unread."""
         client = scope["client"][0] if scope.get("client") else ""
         if _is_open(scope["path"]):
             if self._key is not None and scope["path"] == "/readyz" and sent_key(headers):
                 self._key.check(headers, client)
-                return True
-            return self._key is None
+                return OPERATOR
+            return ANONYMOUS if self._key is None else None
         if self._rate is not None:
             self._rate.check(client)
         if self._key is not None:
@@ -164,7 +167,7 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self._settings.max_body_bytes:
             raise self._too_large()
-        return True
+        return ANONYMOUS if self._key is None else OPERATOR
 
     async def _receive(self, body: "_Body") -> Message:
         """The next piece of a body, counted, whatever the client said in its headers."""

@@ -29,6 +29,7 @@ from serving.batching import Closed
 from serving.bodies import read, read_bulk
 from serving.changes import KeyReused, StoreError, SubjectFull, SubjectUnknown
 from serving.errors import ApiError, invalid, stopping
+from serving.keyring import Keyring
 from serving.parsing import KEY_PATTERN, PATTERN, Sent
 from serving.projection import GalleryLoading
 from serving.routing import ScopedRoute, refuse_undeclared
@@ -170,13 +171,14 @@ def create_app(
     Raises:
         UserError: the embedder, the store or a threshold cannot be used.
     """
+    keyring = Keyring(settings)
     service = Service(settings)
     app = FastAPIOffline(
         title="Hypersphere",
         summary="Who is this, or is it nobody we know?",
         description=openapi.DESCRIPTION,
         version=importlib.metadata.version("hypersphere"),
-        lifespan=functools.partial(_life, service, on_fault),
+        lifespan=functools.partial(_life, service, keyring, on_fault),
         redoc_url=None,
         static_url=ASSETS,
         redirect_slashes=False,
@@ -185,10 +187,10 @@ def create_app(
     )
     app.state.service = service
     app.include_router(open_router)
-    app.include_router(router, dependencies=[Depends(docs_key)] if settings.api_key else [])
+    app.include_router(router, dependencies=[Depends(docs_key)] if keyring.asked else [])
     refuse_undeclared(app.routes, OPEN_PATHS)
     app.add_middleware(host_check, allowed_hosts=allowed_hosts)
-    app.add_middleware(Guard, settings=settings, metrics=service.metrics)
+    app.add_middleware(Guard, settings=settings, metrics=service.metrics, keyring=keyring)
     return app
 
 
@@ -215,13 +217,16 @@ def host_check(app: ASGIApp, allowed_hosts: Sequence[str]) -> ASGIApp:
 
 
 @contextlib.asynccontextmanager
-async def _life(service: Service, on_fault: Callable[[UserError], object], app: FastAPI) -> AsyncIterator[None]:
+async def _life(
+    service: Service, keyring: Keyring, on_fault: Callable[[UserError], object], app: FastAPI
+) -> AsyncIterator[None]:
     """Threads for the requests, and one that loads the gallery and watches the store; all end with the app."""
     app.state.pool = pool = ThreadPoolExecutor(service.settings.workers, thread_name_prefix="serving")
     keeper = threading.Thread(target=service.keep, args=(on_fault,), name="keeper")
     keeper.start()
     try:
-        yield
+        with keyring.watched():
+            yield
     finally:
         service.stop()
         await asyncio.to_thread(pool.shutdown)

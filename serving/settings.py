@@ -57,6 +57,9 @@ class Settings(BaseModel):
         max_length=256,
         description="key that requests must carry, better given as the variable; null: only this machine is served",
     )
+    keys: Path | None = Field(
+        None, description="file of keys that `hypersphere keys` made; null: STORE-keys, where there is one"
+    )
     anonymous: bool = Field(False, description="serve every network without a key")
     allowed_hosts: Annotated[str, AfterValidator(_host_patterns)] = Field(
         "", description="host names that clients call the service by, by commas; * for any"

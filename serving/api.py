@@ -25,6 +25,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import openapi, schemas
+from serving.audit import AuditLog
 from serving.batching import Closed
 from serving.bodies import read, read_bulk
 from serving.changes import KeyReused, StoreError, SubjectFull, SubjectUnknown
@@ -37,6 +38,7 @@ from serving.scopes import needs
 from serving.security import ASSETS, OPEN_PATHS, Guard, as_response
 from serving.service import Service, loading
 from serving.settings import Settings
+from serving.witness import Witness
 from trainer.errors import UserError
 
 log = logging.getLogger("hypersphere.serving")
@@ -171,24 +173,26 @@ def create_app(
     Raises:
         UserError: the embedder, the store or a threshold cannot be used.
     """
-    keyring = Keyring(settings)
-    service = Service(settings)
+    keyring, service = Keyring(settings), Service(settings)
+    audit = AuditLog(settings.audit, settings.audit_file_bytes) if settings.audit else None
     app = FastAPIOffline(
         title="Hypersphere",
         summary="Who is this, or is it nobody we know?",
         description=openapi.DESCRIPTION,
         version=importlib.metadata.version("hypersphere"),
-        lifespan=functools.partial(_life, service, keyring, on_fault),
+        lifespan=functools.partial(_life, service, keyring, audit, on_fault),
         redoc_url=None,
         static_url=ASSETS,
         redirect_slashes=False,
         exception_handlers=HANDLERS,
         generate_unique_id_function=lambda route: route.name,
     )
-    app.state.service = service
+    app.state.service, app.state.audit = service, audit
     app.include_router(open_router)
     app.include_router(router, dependencies=[Depends(docs_key)] if keyring.asked else [])
     refuse_undeclared(app.routes, OPEN_PATHS)
+    if audit is not None:
+        app.add_middleware(Witness, audit=audit)
     app.add_middleware(host_check, allowed_hosts=allowed_hosts)
     app.add_middleware(Guard, settings=settings, metrics=service.metrics, keyring=keyring)
     return app
@@ -218,14 +222,14 @@ def host_check(app: ASGIApp, allowed_hosts: Sequence[str]) -> ASGIApp:
 
 @contextlib.asynccontextmanager
 async def _life(
-    service: Service, keyring: Keyring, on_fault: Callable[[UserError], object], app: FastAPI
+    service: Service, keyring: Keyring, audit: AuditLog | None, on_fault: Callable[[UserError], object], app: FastAPI
 ) -> AsyncIterator[None]:
     """Threads for the requests, and one that loads the gallery and watches the store; all end with the app."""
     app.state.pool = pool = ThreadPoolExecutor(service.settings.workers, thread_name_prefix="serving")
     keeper = threading.Thread(target=service.keep, args=(on_fault,), name="keeper")
     keeper.start()
     try:
-        with keyring.watched():
+        with keyring.watched(), audit.running() if audit else contextlib.nullcontext():
             yield
     finally:
         service.stop()

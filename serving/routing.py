@@ -8,6 +8,7 @@ from starlette.routing import BaseRoute
 from starlette.types import Receive, Scope, Send
 
 from serving.scopes import DEFAULT_COLLECTION, authorise, declared
+from serving.scopes import Scope as Need
 
 
 class ScopedRoute(APIRoute):
@@ -21,6 +22,9 @@ class ScopedRoute(APIRoute):
         if scope["method"] in (self.methods or ()):
             collection = scope["path_params"].get("collection", DEFAULT_COLLECTION)
             authorise(scope["state"]["caller"], self.needs, collection)
+            audit = scope["state"].get("audit")
+            if audit is not None and self.needs.scope not in (None, Need.AUDIT):
+                audit.admit()
         await super().handle(scope, receive, send)
 
 

@@ -105,7 +105,7 @@ class KeyFile:
         if not NAME.fullmatch(name):
             raise UserError(f"'{name[:100]}' is no name for a key: give up to 100 letters, digits, spaces and .:@/-")
         for collection in collections or ():
-            if not COLLECTION.fullmatch(collection):
+            if not re.fullmatch(COLLECTION, collection):
                 raise UserError(f"'{collection[:100]}' is no collection: names are of a-z, 0-9, _ and -, at most 63")
         now, key_id = time.time(), secrets.token_hex(6)
         expires = None if lifetime_s is None else now + lifetime_s

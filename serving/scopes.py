@@ -1,6 +1,5 @@
 """Scopes: what a key may be used for, what each route asks of it, and who is asking."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -8,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from serving.errors import ApiError
 
-COLLECTION = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")  # names of collections, which are names of files, too
+COLLECTION = r"[a-z0-9][a-z0-9_-]{0,62}"  # the name of one, and of its file
 DEFAULT_COLLECTION = "default"  # that of the routes that name none
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
 

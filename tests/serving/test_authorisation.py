@@ -6,28 +6,46 @@ import pytest
 from fastapi.routing import iter_route_contexts
 
 from serving.api import create_app
+from serving.api.routing import ScopedRoute
 from serving.keys import keys_path, opened
-from serving.routing import ScopedRoute
 from serving.scopes import DEFAULT_COLLECTION, Scope
 from serving.settings import from_values
+from tests.serving.conftest import Server
 
 # What is meant, written by hand. A route that is not here makes the first test fail.
 POLICY = {
+    **{
+        f"{method} {start}{path}": (scope, "collection")
+        for start in ("/v1", "/v1/collections/{collection}")
+        for method, path, scope in (
+            ("POST", "/verify", "read"),
+            ("POST", "/identify", "read"),
+            ("POST", "/embed", "read"),
+            ("GET", "/subjects", "read"),
+            ("DELETE", "/subjects/{subject_id}", "enrol"),
+            ("POST", "/subjects/{subject_id}/samples", "enrol"),
+            ("PUT", "/subjects/{subject_id}/samples", "enrol"),
+            ("POST", "/samples", "enrol"),
+        )
+    },
+    "GET /v1/collections": ("read", "own"),
+    "POST /v1/collections": ("admin", "own"),
+    "GET /v1/collections/{collection}": ("read", "collection"),
+    "DELETE /v1/collections/{collection}": ("admin", "collection"),
     "GET /healthz": None,
     "GET /readyz": None,
     "GET /metrics": ("audit", "service"),
-    "POST /v1/verify": ("read", "collection"),
-    "POST /v1/identify": ("read", "collection"),
-    "POST /v1/embed": ("read", "collection"),
-    "GET /v1/subjects": ("read", "collection"),
-    "DELETE /v1/subjects/{subject_id}": ("enrol", "collection"),
-    "POST /v1/subjects/{subject_id}/samples": ("enrol", "collection"),
-    "PUT /v1/subjects/{subject_id}/samples": ("enrol", "collection"),
-    "POST /v1/samples": ("enrol", "collection"),
 }
 VALUES = {"collection": DEFAULT_COLLECTION, "subject_id": "nobody", "sample_id": "0" * 32, "job_id": "0" * 32}
 # Keys that are refused whatever they are for, and with which code.
 REFUSED = {"none": "key_missing", "wrong": "key_wrong", "expired": "key_expired", "revoked": "key_wrong"}
+
+
+@pytest.fixture(scope="module")
+def server(embedder, tmp_path_factory):
+    running = Server(embedder=embedder, store=tmp_path_factory.mktemp("s") / "s", wrong_keys_a_minute=10_000)
+    yield running
+    running.kill()
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +85,7 @@ def test_a_route_against_every_key(server, keys, route):
     for name, token in keys.items():
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         answer = server.http.request(method, path.format(**VALUES), headers=headers)
-        code = answer.json()["error"]["code"] if answer.status_code in (401, 403, 404, 429) else ""
+        code = answer.json()["error"]["code"] if answer.status_code in (401, 403, 404) else ""
         asked_for = POLICY[route]
         if asked_for is None:
             opens = path != "/readyz" or name not in REFUSED or name == "none"
@@ -75,7 +93,7 @@ def test_a_route_against_every_key(server, keys, route):
             continue
         scope, of = asked_for
         if name in REFUSED:
-            assert (answer.status_code, code) in [(401, REFUSED[name]), (429, "too_many_requests")], name
+            assert (answer.status_code, code) == (401, REFUSED[name]), name
         elif name not in ("rotated", "every scope") and name.split()[0] != scope:
             assert (answer.status_code, code) == (403, "scope_missing"), name
         elif (name.endswith(" other") and of != "own") or (name.endswith(" right") and of == "service"):

@@ -3,10 +3,10 @@
 import pytest
 from fastapi import APIRouter, FastAPI
 
+from serving.api.routing import ScopedRoute, refuse_undeclared
 from serving.errors import ApiError
-from serving.routing import ScopedRoute, refuse_undeclared
+from serving.openapi import OPEN_PATHS
 from serving.scopes import ANONYMOUS, Caller, Needs, Scope, authorise
-from serving.security import OPEN_PATHS
 
 
 def test_a_route_that_declares_nothing_is_not_served():

@@ -8,9 +8,9 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.api.routing import ScopedRoute
 from serving.audit import AuditLog, Event
 from serving.errors import ApiError
-from serving.routing import ScopedRoute
 from serving.scopes import DEFAULT_COLLECTION
 from serving.scopes import Scope as Need
 from serving.security import as_response

@@ -32,6 +32,7 @@ POLICY = {
     "POST /v1/collections": ("admin", "own"),
     "GET /v1/collections/{collection}": ("read", "collection"),
     "DELETE /v1/collections/{collection}": ("admin", "collection"),
+    "GET /v1/audit": ("audit", "service"),
     "GET /healthz": None,
     "GET /readyz": None,
     "GET /metrics": ("audit", "service"),

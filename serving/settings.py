@@ -79,6 +79,10 @@ class Settings(BaseModel):
     )
     audit: Path | None = Field(None, description="folder of the audit log; null: none is kept")
     audit_file_bytes: int = Field(64 * MiB, ge=4096, description="of a file of the audit log; then the next begins")
+    tls_cert: Path | None = Field(
+        None, description="certificate and those of its issuers, PEM; null: HTTP without encryption"
+    )
+    tls_key: Path | None = Field(None, description="key of the certificate, PEM; null: it is in the same file")
     anonymous: bool = Field(False, description="serve every network without a key")
     allowed_hosts: Annotated[str, AfterValidator(_host_patterns)] = Field(
         "", description="host names that clients call the service by, by commas; * for any"

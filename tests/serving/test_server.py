@@ -124,6 +124,8 @@ OTHERS = {  # than the defaults; whole numbers are one more
         "api_key": KEY,
         "keys": "k",
         "audit": "a",
+        "tls_cert": "c",
+        "tls_key": "ck",
         "allowed_hosts": "a.example",
         "trusted_proxies": "10.0.0.1",
     },

@@ -10,11 +10,11 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from serving import schemas
+from serving import requests
 from serving.errors import ApiError, invalid
 from serving.parsing import Sent, read_json
 
-Model = TypeVar("Model", bound=schemas.Request)
+Model = TypeVar("Model", bound=requests.Request)
 MAX_LINE_BYTES = 4 * 2**20
 
 
@@ -41,9 +41,9 @@ def items(sent: Sent, dimension: int) -> Iterator[Item]:
     for number, line in enumerate(document.split(b"\n"), 1):
         if not line.strip():
             continue
-        item = _line(schemas.BulkItem, line, number)
+        item = _line(requests.BulkItem, line, number)
         count += len(item.embeddings)
-        if count > schemas.MAX_BULK:
+        if count > requests.MAX_BULK:
             raise _too_many(count)
         yield Item(item.subject_id, item.embeddings, item.model_id)
     if not count:
@@ -52,7 +52,7 @@ def items(sent: Sent, dimension: int) -> Iterator[Item]:
 
 def _from_bytes(document: bytes, dimension: int) -> Iterator[Item]:
     line, _, rest = document.partition(b"\n")
-    header = _line(schemas.BulkHeader, line, 1)
+    header = _line(requests.BulkHeader, line, 1)
     expected = 4 * dimension * len(header.subject_ids)
     if len(rest) != expected:
         told = f"{len(rest)} bytes follow the first line; {len(header.subject_ids)} embeddings of {dimension} take "
@@ -71,4 +71,4 @@ def _line(model: type[Model], line: bytes, number: int) -> Model:
 
 
 def _too_many(count: int) -> ApiError:
-    return invalid(("", f"{count} embeddings or more were sent; at most {schemas.MAX_BULK} fit one request"))
+    return invalid(("", f"{count} embeddings or more were sent; at most {requests.MAX_BULK} fit one request"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from serving import schemas
+from serving import requests, schemas
 from serving.collections import Collection
 from serving.errors import ApiError, invalid
 from serving.gallery import Identification, Probe
@@ -34,13 +34,13 @@ def asked(collection: Collection, sent: Sent) -> Asked:
     """One probe: an image or embedding, or several of the same person."""
     model, most = collection.model, collection.settings.max_images
     if sent.document is None or sent.kind == RAW:
-        options = as_request(schemas.FormOptions, sent.fields)
+        options = as_request(requests.FormOptions, sent.fields)
         if sent.document is None:
             rows_BD = model.embed(sent.files, "image")
         else:
             rows_BD = model.raw(sent.document, sent.fields.get("model_id"), "embeddings", most)
         return _asked(collection, options, rows_BD, [len(rows_BD)])
-    body = read_json(schemas.IdentifyRequest, sent.document)
+    body = read_json(requests.IdentifyRequest, sent.document)
     rows_BD = model.vectors(body.rows, body.model_id, "embedding")
     return _asked(collection, body, rows_BD, [len(rows_BD)])
 
@@ -49,20 +49,20 @@ def asked_many(collection: Collection, sent: Sent) -> Asked:
     """Many probes: an image or embedding each, or in JSON several."""
     model, settings = collection.model, collection.settings
     if sent.document is None or sent.kind == RAW:
-        options = as_request(schemas.FormOptions, sent.fields)
+        options = as_request(requests.FormOptions, sent.fields)
         if sent.document is None:
             rows_BD = model.embed(sent.files, "images")
         else:
             rows_BD = model.raw(sent.document, sent.fields.get("model_id"), "embeddings", settings.max_probes)
         return _asked(collection, options, rows_BD, [1] * len(rows_BD))
-    body = read_json(schemas.IdentifyManyRequest, sent.document)
+    body = read_json(requests.IdentifyManyRequest, sent.document)
     rows = [row for probe in body.probes for row in probe.rows]
     return _asked(
         collection, body, model.vectors(rows, body.model_id, "probes"), [len(probe.rows) for probe in body.probes]
     )
 
 
-def _asked(collection: Collection, options: schemas.Options, rows_BD: Vectors, samples: list[int]) -> Asked:
+def _asked(collection: Collection, options: requests.Options, rows_BD: Vectors, samples: list[int]) -> Asked:
     probes = np.split(rows_BD, np.cumsum(samples[:-1])) if len(samples) > 1 else [rows_BD]
     found = [Probe(mean(one_BD, "embeddings"), options.top_k) for one_BD in probes]
     return Asked(found, samples, _may_see_below(collection, options.below_threshold), options.fpir)
@@ -140,7 +140,7 @@ def verify(collection: Collection, sent: Sent, request_id: str) -> schemas.Verif
         ):
             raise invalid(("", "send a probe and a reference, or a probe alone and ?subject_id="))
     else:
-        body = read_json(schemas.VerifyRequest, sent.document)
+        body = read_json(requests.VerifyRequest, sent.document)
         subject_id = body.subject_id
         both = [body.probe] if body.reference is None else [body.probe, body.reference]
         vectors = model.vectors(both, body.model_id, "probe and reference")

@@ -7,7 +7,7 @@ also give whether it is the answer of an earlier request with the same idempoten
 import numpy as np
 from numpy.typing import NDArray
 
-from serving import schemas
+from serving import requests, schemas
 from serving.bulk import items
 from serving.changes import Enrolment, SubjectFull
 from serving.collections import Collection
@@ -32,7 +32,7 @@ def enrol(
         elif sent.kind == RAW:
             vectors_BD = model.raw(sent.document, sent.fields.get("model_id"), "embeddings", most)
         else:
-            body = read_json(schemas.EnrolRequest, sent.document)
+            body = read_json(requests.EnrolRequest, sent.document)
             vectors_BD = model.vectors(body.embeddings, body.model_id, "embeddings")
         done = gallery.enrol(subject_id, vectors_BD, once)
     answer = schemas.EnrolAnswer(

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from serving import schemas
+from serving import requests, schemas
 from serving.parsing import COLLECTION as NAME
 from serving.parsing import JSON, RAW
 
@@ -77,7 +77,7 @@ class Body:
 
     files: tuple[str, ...]
     fields: dict[str, Any] = field(default_factory=dict)
-    model: type[schemas.Request] | None = None
+    model: type[requests.Request] | None = None
     example: dict[str, Any] | None = None
     many: bool = False
     batch: bool = False
@@ -125,30 +125,31 @@ def completed(document: dict[str, Any], keyed: bool) -> dict[str, Any]:
 _SHORT = [0.6, 0.8]  # examples are in two dimensions to stay readable
 _OPTIONS = {
     name: {key: value for key, value in schema.items() if key != "title"}
-    for name, schema in schemas.Options.model_json_schema()["properties"].items()
+    for name, schema in requests.Options.model_json_schema()["properties"].items()
 }
 VERIFY = Body(
     ("probe", "reference"),
     {"subject_id": {"type": "string", "description": "instead of reference"}},
-    schemas.VerifyRequest,
+    requests.VerifyRequest,
     {"probe": _SHORT, "subject_id": "alice"},
 )
-IDENTIFY = Body(("image",), _OPTIONS, schemas.IdentifyRequest, {"embedding": _SHORT, "top_k": 5}, many=True)
+IDENTIFY = Body(("image",), _OPTIONS, requests.IdentifyRequest, {"embedding": _SHORT, "top_k": 5}, many=True)
 IDENTIFY_MANY = Body(
     ("images",),
     _OPTIONS,
-    schemas.IdentifyManyRequest,
+    requests.IdentifyManyRequest,
     {"probes": [{"embedding": _SHORT}, {"embeddings": [_SHORT, [1, 0]]}]},
     many=True,
     batch=True,
 )
-ENROL = Body(("images",), model=schemas.EnrolRequest, example={"embeddings": [_SHORT]}, many=True)
+ENROL = Body(("images",), model=requests.EnrolRequest, example={"embeddings": [_SHORT]}, many=True)
 EMBED = Body(("images",), many=True)
 EMBEDDED: dict[int | str, dict[str, Any]] = {
     200: {"content": {RAW: {"schema": {"type": "string", "format": "binary", "description": _FLOATS}}}}
 }
 _LINES = '{"subject_id": "alice", "embeddings": [[0.6, 0.8]]}\n{"subject_id": "bob", "embeddings": [[1, 0]]}\n'
-COLLECTION = json_body(schemas.CollectionRequest, {"name": "staff"})
+DUPLICATES = json_body(requests.DuplicatesRequest, {"limit": 100})
+COLLECTION = json_body(requests.CollectionRequest, {"name": "staff"})
 BULK_TYPES = {
     "application/x-ndjson": "a line of JSON for each subject",
     RAW: "a line of JSON with all subjects, then the embeddings",
@@ -159,7 +160,7 @@ _AFTER_HEADER = (
 )
 _BULK_BODIES: dict[str, Any] = {
     "application/x-ndjson": {
-        "schema": {"type": "string", "contentSchema": schemas.BulkItem.model_json_schema()},
+        "schema": {"type": "string", "contentSchema": requests.BulkItem.model_json_schema()},
         "example": _LINES,
     },
     RAW: {
@@ -167,7 +168,7 @@ _BULK_BODIES: dict[str, Any] = {
             "type": "string",
             "format": "binary",
             "description": _AFTER_HEADER,
-            "contentSchema": schemas.BulkHeader.model_json_schema(),
+            "contentSchema": requests.BulkHeader.model_json_schema(),
         },
     },
 }

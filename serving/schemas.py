@@ -1,31 +1,8 @@
-"""The service's JSON: requests that carry embeddings, and all answers."""
+"""The service's JSON: all answers."""
 
-from typing import Annotated, Literal, Self
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
-
-from serving.parsing import COLLECTION, PATTERN
-
-SubjectId = Annotated[
-    str,
-    Field(
-        description="1 to 128 characters, without slashes, control characters, or space at the ends; of spellings that "
-        "look the same only the NFKC form is enrolled",
-        json_schema_extra={"pattern": PATTERN},
-    ),
-]
-Embedding = Annotated[
-    list[Annotated[float, Field(allow_inf_nan=False)]],
-    Field(
-        min_length=1,
-        max_length=8192,
-        fail_fast=True,  # an object for every fault of a long list would take more memory than the list
-        description="unit vector of the model's dimension, as POST /v1/embed gives",
-    ),
-]
-Embeddings = Annotated[list[Embedding], Field(min_length=1, max_length=1000, fail_fast=True)]
-MAX_BULK = 10_000  # embeddings of one bulk enrolment
-TopK = Annotated[int, Field(ge=1, le=100, description="subjects to return")]
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 # Shown on the documentation page.
 _MODEL: dict[str, JsonValue] = {
@@ -59,107 +36,6 @@ IDENTIFIED: dict[str, JsonValue] = _MODEL | {
     "extrapolated": False,
     "probe_samples": 1,
 }
-
-
-class Request(BaseModel):
-    """JSON that a client sends: unknown keys are errors, and faults do not repeat the values."""
-
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-
-    model_id: str | None = Field(
-        None, max_length=64, description="the model that made the embeddings; checked against the service's if given"
-    )
-
-
-class VerifyRequest(Request):
-    """Two embeddings, or one and an enrolled subject."""
-
-    probe: Embedding
-    reference: Embedding | None = None
-    subject_id: SubjectId | None = None
-
-    @model_validator(mode="after")
-    def _one_reference(self) -> "VerifyRequest":
-        if (self.reference is None) == (self.subject_id is None):
-            raise ValueError("give either reference or subject_id")
-        return self
-
-
-class Options(BaseModel):
-    """How to search."""
-
-    top_k: TopK = 5
-    below_threshold: bool = Field(
-        False, description="return candidates below the threshold too, where the service allows it"
-    )
-    fpir: float | None = Field(
-        None,
-        gt=0,
-        le=0.2,
-        description="share of searches for strangers that may return a match, instead of the calibrated one; refused "
-        "where the calibration does not know its threshold",
-    )
-
-
-class FormOptions(Options, Request):
-    """The same as texts: fields of a form, or the query of a body of bytes."""
-
-
-class Sampled(BaseModel):
-    """Somebody unknown: one embedding, or several, whose mean, brought to length 1, is searched for."""
-
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-
-    embedding: Embedding | None = None
-    embeddings: Embeddings | None = None
-
-    @model_validator(mode="after")
-    def _one_or_several(self) -> Self:
-        if (self.embedding is None) == (self.embeddings is None):
-            raise ValueError("give either embedding or embeddings")
-        return self
-
-    @property
-    def rows(self) -> list[list[float]]:
-        return [self.embedding] if self.embedding is not None else self.embeddings or []
-
-
-class IdentifyRequest(Sampled, Options, Request):
-    """Who is this?"""
-
-
-class IdentifyManyRequest(Options, Request):
-    """Who are these?"""
-
-    probes: list[Sampled] = Field(min_length=1, max_length=1000)
-
-
-class EnrolRequest(Request):
-    """Embeddings of one subject."""
-
-    embeddings: Embeddings
-
-
-class BulkItem(Request):
-    """One line of a bulk enrolment: embeddings of one subject."""
-
-    subject_id: SubjectId
-    embeddings: Embeddings
-
-
-class BulkHeader(Request):
-    """The first line of a bulk enrolment whose embeddings follow as bytes."""
-
-    subject_ids: list[SubjectId] = Field(min_length=1, max_length=MAX_BULK, description="of each embedding, in order")
-
-
-class CollectionRequest(BaseModel):
-    """A collection to begin."""
-
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-
-    name: str = Field(max_length=100, json_schema_extra={"pattern": f"^{COLLECTION}$"})
-    model_id: str | None = Field(None, max_length=64, description="one of the loaded models; null: the first")
 
 
 class CollectionFacts(BaseModel):
@@ -329,6 +205,41 @@ class CollectionsAnswer(BaseModel):
     """The collections, by name."""
 
     collections: list[CollectionFacts]
+    request_id: str
+
+
+class DuplicateAnswer(BaseModel):
+    """Two subjects, and the best score of a sample of the one and a sample of the other."""
+
+    subject_ids: tuple[str, str]
+    score: float
+
+
+class JobFacts(BaseModel):
+    """A job, and how far it is."""
+
+    job_id: str
+    collection: str
+    state: Literal["waiting", "running", "done", "failed", "cancelled"]
+    done: int = Field(description="samples that have been searched for")
+    total: int
+    threshold: float
+    created: str = Field(description="UTC, ISO 8601")
+    error: str | None = Field(description="why it failed")
+
+
+class JobAnswer(JobFacts):
+    """A job with what it has found so far."""
+
+    pairs: list[DuplicateAnswer] = Field(description="highest score first")
+    truncated: bool = Field(description="there are more pairs than were asked for")
+    request_id: str
+
+
+class JobsAnswer(BaseModel):
+    """Jobs in the order in which they were asked for."""
+
+    jobs: list[JobFacts]
     request_id: str
 
 

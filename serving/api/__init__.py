@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving import openapi
 from serving.api.collections import collections
 from serving.api.decide import decide
+from serving.api.jobs import jobs, starting
 from serving.api.operating import operating
 from serving.api.refusals import HANDLERS
 from serving.api.subjects import subjects
@@ -30,7 +31,7 @@ from serving.service import Service
 from serving.settings import Settings
 from trainer.errors import UserError
 
-ROUTERS = (decide, subjects, operating, collections)
+ROUTERS = (decide, subjects, operating, collections, starting, jobs)
 
 
 def create_app(

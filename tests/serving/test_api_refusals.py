@@ -285,7 +285,7 @@ def test_bodies_in_memory_are_bounded(serve):
         for _ in range(10):
             wire = opened.enter_context(socket.create_connection((host, int(port)), timeout=20))
             with contextlib.suppress(ConnectionError):  # it may have been refused already
-                wire.sendall(head + b"Content-Length: 40_0000\r\n\r\n" + part + b"x" * 60_000)
+                wire.sendall(head + b"Content-Length: 90000\r\n\r\n" + part + b"x" * 60_000)
         answer = _until_closed(wire)
     assert answer.startswith(b"HTTP/1.1 503")
     assert b'"code":"overloaded"' in answer or b'"code": "overloaded"' in answer

@@ -20,14 +20,14 @@ from serving.gallery import Gallery
 from serving.metrics import Metrics
 from serving.models import Model
 from serving.once import Once
-from serving.parsing import COLLECTION as NAME
+from serving.scopes import COLLECTION as NAME
+from serving.scopes import DEFAULT_COLLECTION
 from serving.settings import Settings
 from serving.store import Store
 from trainer.atomic import sync
 from trainer.errors import UserError
 
 log = logging.getLogger("hypersphere.serving")
-DEFAULT = "default"
 DROPPED = ".dropped"
 
 
@@ -65,7 +65,7 @@ class Collections:
         self._lock = threading.Lock()  # of creating and dropping
         self.folder = settings.store if settings.store.is_dir() else None
         try:
-            for name in self._found() or [DEFAULT]:
+            for name in self._found() or [DEFAULT_COLLECTION]:
                 self._open[name] = self._opened(name)
         except BaseException:
             self.close()

@@ -5,6 +5,7 @@ import os
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -64,11 +65,11 @@ class Jobs:
         with self._lock:
             return list(self._jobs.values())
 
-    def get(self, job_id: str) -> Job:
-        """Raises ApiError 404."""
+    def get(self, job_id: str, reaches: Callable[[str], bool] = lambda collection: True) -> Job:
+        """Raises ApiError 404, as for a job on a collection that is not reached."""
         with self._lock:
             found = self._jobs.get(job_id)
-        if found is None:
+        if found is None or not reaches(found.collection):
             told = f"no job '{job_id[:64]}' is known; the last {MOST_KEPT} are kept, until the service ends"
             raise ApiError(404, "no_job", told)
         return found
@@ -101,9 +102,8 @@ class Jobs:
             self._pool.submit(self._run, job, collection)
         return job
 
-    def cancel(self, job_id: str) -> None:
-        """End a job; one that has ended stays as it is. Raises ApiError 404."""
-        job = self.get(job_id)
+    def cancel(self, job: Job) -> None:
+        """End a job; one that has ended stays as it is."""
         job.cancel.set()
         if job.state == "waiting":
             job.state = "cancelled"

@@ -6,12 +6,12 @@ from typing import Any
 from pydantic import BaseModel
 
 from serving import requests, schemas
-from serving.parsing import COLLECTION as NAME
 from serving.parsing import JSON, RAW
+from serving.scopes import COLLECTION as NAME
 
 # Neither key nor limits: they cost nothing and say nothing about anybody. With a key, /readyz says more; the others do
 # not look at it, so that an orchestrator with a wrong key does not take a living service for a dead one.
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json"})
 DESCRIPTION = """\
 Verify (1:1) and identify (1:N) by embeddings, with a calibrated open-set threshold.
 

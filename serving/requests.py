@@ -4,7 +4,8 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from serving.parsing import COLLECTION, PATTERN
+from serving.parsing import PATTERN
+from serving.scopes import COLLECTION
 
 SubjectId = Annotated[
     str,

@@ -266,3 +266,25 @@ class ErrorAnswer(BaseModel):
 
     error: ErrorBody
     request_id: str
+
+
+class AuditLine(BaseModel):
+    """What one request did, and the hash that chains it to the line before."""
+
+    n: int = Field(description="number of the line, counted from the beginning of the log")
+    at: str = Field(description="UTC, ISO 8601")
+    key: str = Field(description="id of the key; 'operator', 'anonymous', or 'service' for the service itself")
+    do: str = Field(description="method and route")
+    collection: str
+    subjects: list[str] = Field(description="pseudonyms; `hypersphere audit find` knows whose")
+    status: int = Field(description="of the answer")
+    request: str
+    prev: str = Field(description="SHA-256 of the line before")
+
+
+class AuditAnswer(BaseModel):
+    """A page of the audit log, the oldest line first."""
+
+    lines: list[AuditLine]
+    next_cursor: str = Field(description="send it as cursor for what comes after; there may be nothing yet")
+    request_id: str

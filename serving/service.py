@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 from serving import schemas
 from serving.changes import StoreError
-from serving.collections import DEFAULT, Collections
+from serving.collections import Collections
 from serving.errors import ApiError
 from serving.gallery import Gallery
 from serving.jobs import Jobs
 from serving.metrics import Metrics
 from serving.models import Model
 from serving.projection import Stopped
+from serving.scopes import DEFAULT_COLLECTION
 from serving.settings import Settings
 from trainer.errors import UserError
 
@@ -97,7 +98,7 @@ class Service:
             raise ApiError(503, "store_unavailable", f"{told}; the log says more", headers={"retry-after": "5"})
         if not trusted:
             return schemas.ReadyAnswer(request_id=request_id)
-        gallery: Gallery | None = galleries.get(DEFAULT)
+        gallery: Gallery | None = galleries.get(DEFAULT_COLLECTION)
         return schemas.ReadyAnswer(
             gallery_size=gallery.size if gallery else None,
             samples=gallery.samples if gallery else None,

@@ -74,6 +74,11 @@ class Settings(BaseModel):
         max_length=256,
         description="key that requests must carry, better given as the variable; null: only this machine is served",
     )
+    keys: Path | None = Field(
+        None, description="file of keys that `hypersphere keys` made; null: STORE-keys, where there is one"
+    )
+    audit: Path | None = Field(None, description="folder of the audit log; null: none is kept")
+    audit_file_bytes: int = Field(64 * MiB, ge=4096, description="of a file of the audit log; then the next begins")
     anonymous: bool = Field(False, description="serve every network without a key")
     allowed_hosts: Annotated[str, AfterValidator(_host_patterns)] = Field(
         "", description="host names that clients call the service by, by commas; * for any"

@@ -7,12 +7,14 @@ from fastapi import Request, Response
 from serving import deciding, openapi, schemas
 from serving.api.requests import Routes, as_json, body_of, collection_of, compute
 from serving.parsing import RAW
+from serving.scopes import needs
 
 AT_ONCE_BYTES = 64 * 1024  # of JSON that the event loop reads itself: half a millisecond
 decide = Routes("decide")
 
 
 @decide.post("/identify", openapi_extra=openapi.IDENTIFY.openapi(), response_model=schemas.IdentifyAnswer)
+@needs("read")
 async def identify(request: Request) -> Response:
     """Who is this, or is it nobody we know? `unknown` means that the best candidate stays below the threshold.
 
@@ -25,12 +27,15 @@ async def identify(request: Request) -> Response:
     else:  # sooner read than handed to another thread
         asked = deciding.asked(collection, sent)
     found = await asyncio.wrap_future(collection.gallery.submit(asked.probes[0]))
-    return as_json(deciding.identified(collection, asked, [found], request.state.request_id))
+    answer = deciding.identified(collection, asked, [found], request.state.request_id)
+    request.state.subjects = [candidate.subject_id for candidate in answer.candidates]
+    return as_json(answer)
 
 
 @decide.post(
     "/identify/batch", openapi_extra=openapi.IDENTIFY_MANY.openapi(), response_model=schemas.IdentifyManyAnswer
 )
+@needs("read")
 async def identify_many(request: Request) -> Response:
     """Who are these? An answer for each image or embedding; in JSON, a probe may have several embeddings."""
     collection, request_id = collection_of(request), request.state.request_id
@@ -38,15 +43,20 @@ async def identify_many(request: Request) -> Response:
     asked = await compute(request, lambda: deciding.asked_many(collection, sent))
     waiting = [asyncio.wrap_future(collection.gallery.submit(probe)) for probe in asked.probes]
     found = await asyncio.gather(*waiting)
-    return await compute(request, lambda: as_json(deciding.identified_many(collection, asked, found, request_id)))
+    answer = await compute(request, lambda: deciding.identified_many(collection, asked, found, request_id))
+    request.state.subjects = [one.subject_id for result in answer.results for one in result.candidates]
+    return await compute(request, lambda: as_json(answer))
 
 
 @decide.post("/verify", openapi_extra=openapi.VERIFY.openapi())
+@needs("read")
 async def verify(request: Request) -> schemas.VerifyAnswer:
     """Are these the same identity? Two images, an image and an enrolled subject, or the same with embeddings."""
     collection, request_id = collection_of(request), request.state.request_id
     sent = await body_of(request, openapi.VERIFY, collection)
-    return await compute(request, lambda: deciding.verify(collection, sent, request_id))
+    answer = await compute(request, lambda: deciding.verify(collection, sent, request_id))
+    request.state.subjects = [answer.subject_id] if answer.subject_id else []
+    return answer
 
 
 @decide.post(
@@ -55,6 +65,7 @@ async def verify(request: Request) -> schemas.VerifyAnswer:
     response_model=schemas.EmbedAnswer,
     responses=openapi.EMBEDDED,
 )
+@needs("read")
 async def embed(request: Request) -> Response:
     """Unit vectors of images, to be kept by the client or sent to the other routes. Nothing is stored.
 

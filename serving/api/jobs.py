@@ -7,12 +7,14 @@ from serving.api.requests import Key, Routes, SingleRoutes, collection_of, compu
 from serving.bodies import read_document
 from serving.jobs import Job
 from serving.parsing import idempotency_key, read_json
+from serving.scopes import needs
 
 starting = Routes("jobs")
 jobs = SingleRoutes("jobs")
 
 
 @starting.post("/duplicates", status_code=202, openapi_extra=openapi.DUPLICATES)
+@needs("admin")
 async def find_duplicates(request: Request, response: Response, key: Key = None) -> schemas.JobAnswer:
     """Look for subjects who look like one another, in the background; searches go first."""
     collection, service = collection_of(request), service_of(request)
@@ -25,23 +27,32 @@ async def find_duplicates(request: Request, response: Response, key: Key = None)
 
 
 @jobs.get("/v1/jobs", name="jobs")
+@needs("admin", of="own")
 async def list_(request: Request) -> schemas.JobsAnswer:
     """The jobs since the service was started, without what they found."""
-    found = [_facts(job) for job in service_of(request).jobs.all()]
+    reaches = request.state.caller.reaches
+    found = [_facts(job) for job in service_of(request).jobs.all() if reaches(job.collection)]
     return schemas.JobsAnswer(jobs=found, request_id=request.state.request_id)
 
 
 @jobs.get("/v1/jobs/{job_id}", name="job")
+@needs("admin", of="own")
 async def get(request: Request, job_id: str) -> schemas.JobAnswer:
     """How far a job is, and what it has found so far."""
-    job = service_of(request).jobs.get(job_id)
+    job = _job(request, job_id)
     return await compute(request, lambda: _described(request, job))
 
 
 @jobs.delete("/v1/jobs/{job_id}", status_code=204)
+@needs("admin", of="own")
 async def cancel_job(request: Request, job_id: str) -> None:
     """End a job; what it had found stays. One that has ended stays as it is."""
-    service_of(request).jobs.cancel(job_id)
+    service_of(request).jobs.cancel(_job(request, job_id))
+
+
+def _job(request: Request, job_id: str) -> Job:
+    """A job on a collection that the caller's key reaches; another one is not there for it. Raises ApiError 404."""
+    return service_of(request).jobs.get(job_id, request.state.caller.reaches)
 
 
 def _facts(job: Job) -> schemas.JobFacts:

@@ -7,9 +7,11 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Header, Path, Request, Response
 
 from serving import openapi, schemas
+from serving.api.routing import ScopedRoute
 from serving.bodies import read
-from serving.collections import DEFAULT, Collection
+from serving.collections import Collection
 from serving.parsing import KEY_PATTERN, PATTERN, Sent
+from serving.scopes import DEFAULT_COLLECTION
 from serving.service import Service
 
 T = TypeVar("T")
@@ -27,7 +29,12 @@ class Routes(APIRouter):
     """
 
     def __init__(self, tag: str) -> None:
-        super().__init__(responses=openapi.ERRORS, tags=[tag], generate_unique_id_function=lambda route: route.name)
+        super().__init__(
+            responses=openapi.ERRORS,
+            tags=[tag],
+            generate_unique_id_function=lambda route: route.name,
+            route_class=ScopedRoute,
+        )
 
     def add_api_route(self, path: str, endpoint: Callable[..., Any], *, name: str | None = None, **more: Any) -> None:
         name = name or endpoint.__name__
@@ -49,7 +56,7 @@ def service_of(request: Request) -> Service:
 
 def collection_of(request: Request) -> Collection:
     """The collection in the path; `default` where it names none. Raises ApiError 404."""
-    return service_of(request).collections.get(request.path_params.get("collection", DEFAULT))
+    return service_of(request).collections.get(request.path_params.get("collection", DEFAULT_COLLECTION))
 
 
 async def body_of(request: Request, body: openapi.Body, collection: Collection) -> Sent:

@@ -7,6 +7,7 @@ from fastapi import Query, Request, Response
 from serving import enrolling, openapi, schemas
 from serving.api.requests import Key, Routes, SubjectPath, body_of, change, collection_of, compute
 from serving.bodies import read_bulk
+from serving.scopes import needs
 
 SAMPLES = "/subjects/{subject_id}/samples"
 # What answers PUT points to its successor in the way of RFC 9745; the date is that of the release that began it.
@@ -15,6 +16,7 @@ subjects = Routes("gallery")
 
 
 @subjects.post(SAMPLES, status_code=201, openapi_extra=openapi.ENROL.openapi())
+@needs("enrol")
 async def enrol(request: Request, response: Response, subject_id: SubjectPath, key: Key = None) -> schemas.EnrolAnswer:
     """Add samples to a subject, new or known. Once answered, they are on disk and the next search finds them."""
     collection, request_id = collection_of(request), request.state.request_id
@@ -23,14 +25,18 @@ async def enrol(request: Request, response: Response, subject_id: SubjectPath, k
 
 
 @subjects.post("/samples", openapi_extra=openapi.BULK)
+@needs("enrol")
 async def enrol_many(request: Request, response: Response, key: Key = None) -> schemas.BulkAnswer:
     """Add samples to many subjects, all that can be in one change. An item that is refused leaves the others alone."""
     collection, request_id = collection_of(request), request.state.request_id
     sent = await read_bulk(request)
-    return await change(request, response, lambda: enrolling.enrol_many(collection, sent, key, request_id))
+    answer = await change(request, response, lambda: enrolling.enrol_many(collection, sent, key, request_id))
+    request.state.subjects = [result.subject_id for result in answer.results if result.status == "enrolled"]
+    return answer
 
 
 @subjects.put(SAMPLES, status_code=201, openapi_extra=openapi.ENROL.openapi(), deprecated=True)
+@needs("enrol")
 async def enrol_by_put(
     request: Request, response: Response, subject_id: SubjectPath, key: Key = None
 ) -> schemas.EnrolAnswer:
@@ -41,6 +47,7 @@ async def enrol_by_put(
 
 
 @subjects.delete("/subjects/{subject_id}", status_code=204)
+@needs("enrol")
 async def delete(request: Request, response: Response, subject_id: SubjectPath, key: Key = None) -> None:
     """Erase a subject and all its samples. Once answered, they are off the disk and no search finds them."""
     collection = collection_of(request)
@@ -48,6 +55,7 @@ async def delete(request: Request, response: Response, subject_id: SubjectPath, 
 
 
 @subjects.get("/subjects", name="subjects")
+@needs("read")
 async def list_(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=1000, description="subjects a page")] = 100,

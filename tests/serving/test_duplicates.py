@@ -126,8 +126,8 @@ def test_a_job_is_cancelled_and_others_wait_their_turn(jobs, gallery, monkeypatc
 
     monkeypatch.setattr(gallery, "nearest", waiting)
     first, second, third = (jobs.start(_collection(gallery), 0.8, 10, None) for _ in range(3))
-    jobs.cancel(first.job_id)
-    jobs.cancel(third.job_id)
+    jobs.cancel(first)
+    jobs.cancel(third)
     goes_on.set()
     job = _until_ended(lambda: vars(jobs.get(second.job_id)))
     assert job["state"] == "done"

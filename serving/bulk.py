@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving import requests
+from serving.changes import Attached
 from serving.errors import ApiError, invalid
 from serving.parsing import Sent, read_json
 
@@ -25,6 +26,7 @@ class Item:
     subject_id: str
     embeddings: NDArray[np.float32] | Sequence[Sequence[float]]
     model_id: str | None
+    attached: Attached
 
 
 def items(sent: Sent, dimension: int) -> Iterator[Item]:
@@ -45,7 +47,8 @@ def items(sent: Sent, dimension: int) -> Iterator[Item]:
         count += len(item.embeddings)
         if count > requests.MAX_BULK:
             raise _too_many(count)
-        yield Item(item.subject_id, item.embeddings, item.model_id)
+        attached = Attached(item.metadata, item.qualities, item.sample_metadata)
+        yield Item(item.subject_id, item.embeddings, item.model_id, attached)
     if not count:
         raise invalid(("", "no item was sent; send one JSON object a line"))
 
@@ -58,7 +61,16 @@ def _from_bytes(document: bytes, dimension: int) -> Iterator[Item]:
         told = f"{len(rest)} bytes follow the first line; {len(header.subject_ids)} embeddings of {dimension} take "
         raise invalid(("", f"{told}{expected}"))
     rows = np.frombuffer(rest, "<f4").reshape(-1, 1, dimension)
-    yield from (Item(name, row, header.model_id) for name, row in zip(header.subject_ids, rows, strict=True))
+    for column in ("metadata", "qualities", "sample_metadata"):
+        if len(sent := getattr(header, column)) not in (0, len(rows)):
+            raise invalid((column, f"{len(sent)} were sent for {len(rows)} embeddings; send one for each, or none"))
+    for place, (name, row) in enumerate(zip(header.subject_ids, rows, strict=True)):
+        attached = Attached(
+            header.metadata[place] if header.metadata else None,
+            header.qualities[place : place + 1],
+            header.sample_metadata[place : place + 1],
+        )
+        yield Item(name, row, header.model_id, attached)
 
 
 def _line(model: type[Model], line: bytes, number: int) -> Model:

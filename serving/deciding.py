@@ -4,12 +4,13 @@ What embeds images, or takes long to read, is called by the API in a thread of i
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from serving import requests, schemas
+from serving.changes import Metadata
 from serving.collections import Collection
 from serving.errors import ApiError, invalid
 from serving.gallery import Identification, Probe
@@ -28,6 +29,7 @@ class Asked:
     samples: list[int]
     below: bool
     fpir: float | None
+    where: Metadata | None
 
 
 def asked(collection: Collection, sent: Sent) -> Asked:
@@ -65,7 +67,15 @@ def asked_many(collection: Collection, sent: Sent) -> Asked:
 def _asked(collection: Collection, options: requests.Options, rows_BD: Vectors, samples: list[int]) -> Asked:
     probes = np.split(rows_BD, np.cumsum(samples[:-1])) if len(samples) > 1 else [rows_BD]
     found = [Probe(mean(one_BD, "embeddings"), options.top_k) for one_BD in probes]
-    return Asked(found, samples, _may_see_below(collection, options.below_threshold), options.fpir)
+    return Asked(found, samples, _may_see_below(collection, options.below_threshold), options.fpir, options.where)
+
+
+def narrowed(collection: Collection, asked: Asked) -> Asked:
+    """The same, to be searched for among the subjects of its filter only. Waits for the disk."""
+    if asked.where is None:
+        return asked
+    among = collection.gallery.matching(asked.where)
+    return replace(asked, probes=[replace(probe, among=among) for probe in asked.probes])
 
 
 def identified(

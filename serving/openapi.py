@@ -38,7 +38,8 @@ _STATUS = {
     403: "Candidates below the threshold are not shown here, or a web page of another site asks",
     404: "No such subject or route",
     408: "The body came too slowly",
-    409: "Embeddings of another model, a reused idempotency key, or too many samples",
+    409: "The last sample of a subject, embeddings of another model, a reused idempotency key, or too many samples",
+    412: "The subject was changed since the revision in If-Match",
     413: "The body or an image is too large",
     415: "Not an image in an allowed format, another content type, or images for a model that reads none",
     422: "A value that is not allowed",
@@ -58,6 +59,7 @@ _COLLECTION = {
     "example": "default",
 }
 _BEARER = {"type": "http", "scheme": "bearer", "description": "The key that the operator gave out."}
+METADATA_BYTES = 256 * 1024  # of JSON; in escapes, 4096 bytes are six times as many
 _FLOATS = "embeddings, one after the other, in little-endian float32"
 _IMAGE = {"type": "string", "format": "binary", "description": "PNG, JPEG, WebP, TIFF, BMP, PGM …"}
 
@@ -73,6 +75,7 @@ class Body:
         example: of the JSON.
         many: as many images or embeddings as the service allows; otherwise one a part.
         batch: as many embeddings as bytes as it allows in a batch.
+        beside: bytes of JSON beside the embeddings.
     """
 
     files: tuple[str, ...]
@@ -81,6 +84,7 @@ class Body:
     example: dict[str, Any] | None = None
     many: bool = False
     batch: bool = False
+    beside: int = 4096
 
     @property
     def query(self) -> dict[str, Any]:
@@ -142,11 +146,21 @@ IDENTIFY_MANY = Body(
     many=True,
     batch=True,
 )
-ENROL = Body(("images",), model=requests.EnrolRequest, example={"embeddings": [_SHORT]}, many=True)
+ENROL = Body(
+    ("images",),
+    {"metadata": {"type": "string", "description": "of the subject, in place of what it has; as JSON"}},
+    requests.EnrolRequest,
+    {"embeddings": [_SHORT], "metadata": {"site": "north"}},
+    many=True,
+    beside=METADATA_BYTES,
+)
+PATCH = json_body(requests.SubjectPatch, {"metadata": {"site": "south", "note": None}})
+MERGE = json_body(requests.MergeRequest, {"subject_id": "alice-2"})
 EMBED = Body(("images",), many=True)
 EMBEDDED: dict[int | str, dict[str, Any]] = {
     200: {"content": {RAW: {"schema": {"type": "string", "format": "binary", "description": _FLOATS}}}}
 }
+IMAGE: dict[int | str, dict[str, Any]] = {200: {"content": {RAW: {"schema": {"type": "string", "format": "binary"}}}}}
 _LINES = '{"subject_id": "alice", "embeddings": [[0.6, 0.8]]}\n{"subject_id": "bob", "embeddings": [[1, 0]]}\n'
 DUPLICATES = json_body(requests.DuplicatesRequest, {"limit": 100})
 COLLECTION = json_body(requests.CollectionRequest, {"name": "staff"})

@@ -2,7 +2,8 @@
 
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import from_json
 
 from serving.parsing import PATTERN
 from serving.scopes import COLLECTION
@@ -25,8 +26,34 @@ Embedding = Annotated[
     ),
 ]
 Embeddings = Annotated[list[Embedding], Field(min_length=1, max_length=1000, fail_fast=True)]
+Quality = Annotated[float, Field(allow_inf_nan=False)] | None
 MAX_BULK = 10_000  # embeddings of one bulk enrolment
 TopK = Annotated[int, Field(ge=1, le=100, description="subjects to return")]
+
+
+def _parsed(where: object) -> object:
+    """A filter that came as text."""
+    if not isinstance(where, str):
+        return where
+    try:
+        return from_json(where)
+    except ValueError as error:
+        raise ValueError(f"this is not JSON ({error})") from error
+
+
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], str | int | Annotated[float, Field(allow_inf_nan=False)] | bool],
+    Field(max_length=32, description="a flat JSON object: texts, numbers, true or false; at most 4096 bytes"),
+]
+Filter = Annotated[
+    Metadata,
+    BeforeValidator(_parsed),
+    Field(
+        min_length=1,
+        max_length=8,
+        description="only subjects whose metadata has all of this; in a form or a query, as JSON",
+    ),
+]
 
 
 class Request(BaseModel):
@@ -60,6 +87,7 @@ class Options(BaseModel):
     below_threshold: bool = Field(
         False, description="return candidates below the threshold too, where the service allows it"
     )
+    where: Filter | None = None
     fpir: float | None = Field(
         None,
         gt=0,
@@ -102,23 +130,64 @@ class IdentifyManyRequest(Options, Request):
     probes: list[Sampled] = Field(min_length=1, max_length=1000)
 
 
-class EnrolRequest(Request):
-    """Embeddings of one subject."""
+class Enrolled(Request):
+    """Embeddings of one subject, and what is known besides."""
 
     embeddings: Embeddings
+    metadata: Metadata | None = Field(None, description="the subject's, in place of what it has")
+    qualities: list[Quality] = Field([], max_length=1000, description="of each embedding; any number")
+    sample_metadata: list[Metadata] = Field([], max_length=1000, description="of each embedding")
 
 
-class BulkItem(Request):
+class EnrolRequest(Enrolled):
+    """Embeddings of one subject."""
+
+
+class EnrolFields(Request):
+    """What comes with images in a form, or in the query with embeddings as bytes."""
+
+    metadata: Annotated[Metadata | None, BeforeValidator(_parsed)] = Field(
+        None, description="of the subject, in place of what it has; as JSON"
+    )
+
+
+class SubjectPatch(BaseModel):
+    """A merge patch (RFC 7396) of a subject."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    metadata: dict[
+        Annotated[str, Field(max_length=64)], str | int | Annotated[float, Field(allow_inf_nan=False)] | bool | None
+    ] = Field(max_length=64, description="what is null goes, and what is not named stays")
+
+
+class MergeRequest(BaseModel):
+    """The subject that is merged into the one of the path."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    subject_id: SubjectId
+
+
+class Where(BaseModel):
+    """A filter alone."""
+
+    where: Filter
+
+
+class BulkItem(Enrolled):
     """One line of a bulk enrolment: embeddings of one subject."""
 
     subject_id: SubjectId
-    embeddings: Embeddings
 
 
 class BulkHeader(Request):
     """The first line of a bulk enrolment whose embeddings follow as bytes."""
 
     subject_ids: list[SubjectId] = Field(min_length=1, max_length=MAX_BULK, description="of each embedding, in order")
+    metadata: list[Metadata | None] = Field([], max_length=MAX_BULK, description="of the subject of each embedding")
+    qualities: list[Quality] = Field([], max_length=MAX_BULK, description="of each embedding")
+    sample_metadata: list[Metadata] = Field([], max_length=MAX_BULK, description="of each embedding")
 
 
 class CollectionRequest(BaseModel):

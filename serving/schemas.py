@@ -141,6 +141,31 @@ class SampleAnswer(BaseModel):
     sample_id: str
 
 
+class SampleFacts(BaseModel):
+    """What is known of a sample."""
+
+    sample_id: str
+    created: str = Field(description="UTC, ISO 8601")
+    quality: float | None
+    metadata: dict[str, str | int | float | bool]
+    image: bool = Field(description="the image that it was made of was kept")
+
+
+class SampleDetail(Answer, SampleFacts):
+    """A sample."""
+
+    subject_id: str
+    embedding: list[float] | None = Field(description="where it was asked for")
+
+
+class ChangeAnswer(Answer):
+    """A subject after a change of it, or of one of its samples."""
+
+    subject_id: str
+    subject_samples: int = Field(description="samples of the subject now")
+    revision: int = Field(description="of the subject; its ETag")
+
+
 class EnrolAnswer(Answer):
     """The samples that were added; they are on disk and found by the next search."""
 
@@ -149,6 +174,7 @@ class EnrolAnswer(Answer):
     subject_created: bool = Field(description="the subject was new")
     subject_samples: int = Field(description="samples of the subject now")
     gallery_size: int = Field(description="enrolled subjects now")
+    revision: int = Field(description="of the subject; its ETag")
 
 
 class ErrorBody(BaseModel):
@@ -178,12 +204,26 @@ class BulkAnswer(Answer):
     gallery_size: int = Field(description="enrolled subjects now")
 
 
-class SubjectAnswer(BaseModel):
-    """An enrolled subject."""
+class SubjectFacts(BaseModel):
+    """What is known of a subject beside its samples."""
 
     subject_id: str
-    samples: int
     created: str = Field(description="UTC, ISO 8601")
+    updated: str = Field(description="UTC, ISO 8601")
+    revision: int = Field(description="of the gallery, at the subject's last change; its ETag")
+    metadata: dict[str, str | int | float | bool]
+
+
+class SubjectAnswer(SubjectFacts):
+    """An enrolled subject."""
+
+    samples: int
+
+
+class SubjectDetail(Answer, SubjectFacts):
+    """A subject with its samples."""
+
+    samples: list[SampleFacts]
 
 
 class SubjectsAnswer(Answer):

@@ -26,6 +26,8 @@ async def identify(request: Request) -> Response:
         asked = await compute(request, lambda: deciding.asked(collection, sent))
     else:  # sooner read than handed to another thread
         asked = deciding.asked(collection, sent)
+    if asked.where is not None:
+        asked = await compute(request, lambda: deciding.narrowed(collection, asked))
     found = await asyncio.wrap_future(collection.gallery.submit(asked.probes[0]))
     answer = deciding.identified(collection, asked, [found], request.state.request_id)
     request.state.subjects = [candidate.subject_id for candidate in answer.candidates]
@@ -40,7 +42,7 @@ async def identify_many(request: Request) -> Response:
     """Who are these? An answer for each image or embedding; in JSON, a probe may have several embeddings."""
     collection, request_id = collection_of(request), request.state.request_id
     sent = await body_of(request, openapi.IDENTIFY_MANY, collection)
-    asked = await compute(request, lambda: deciding.asked_many(collection, sent))
+    asked = await compute(request, lambda: deciding.narrowed(collection, deciding.asked_many(collection, sent)))
     waiting = [asyncio.wrap_future(collection.gallery.submit(probe)) for probe in asked.probes]
     found = await asyncio.gather(*waiting)
     answer = await compute(request, lambda: deciding.identified_many(collection, asked, found, request_id))

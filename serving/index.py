@@ -183,6 +183,29 @@ class Index:
                     self._view, self._gone = self._compacted()
             return removed
 
+    def remove_sample(self, subject_id: str, sample_id: bytes) -> None:
+        """Remove one sample of a subject that has others. A pass over the subjects' numbers."""
+        number, wanted_16 = self._numbers.get(subject_id, GONE), np.frombuffer(sample_id, np.uint8)
+        with self._lock:
+            for block, count in self._view.parts():
+                rows = np.flatnonzero(block.subject_N[:count] == number)
+                gone = rows[(block.sample_N[rows] == wanted_16).all(axis=1)]
+                block.subject_N[gone], block.vectors_ND[gone], block.sample_N[gone] = GONE, 0, 0
+                self._gone += len(gone)
+            with suppress(MemoryError):  # it can wait
+                self._view, self._gone = self._compacted()
+
+    def merge(self, into: str, other: str) -> None:
+        """Make the samples of `other` those of `into`. A pass over the subjects' numbers."""
+        with self._lock:
+            number, gone = self._numbers.get(into), self._numbers.get(other)
+            if number is None or gone is None:  # the index lacks a change, and will be built anew
+                self._hide(other)
+                return
+            for block, count in self._view.parts():
+                block.subject_N[:count][block.subject_N[:count] == gone] = number
+            del self._numbers[other], self._names[gone]
+
     def search(self, queries_QD: Vectors, top_k: int) -> list[list[Candidate]]:
         """The `top_k` subjects with the highest best scores for each query, best first; fewer if there are fewer.
 

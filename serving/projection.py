@@ -14,7 +14,8 @@ from typing import Literal
 
 from serving.changes import State, StoreError
 from serving.index import Index
-from serving.store import Piece, Store
+from serving.reading import Piece
+from serving.store import Store
 from trainer.errors import UserError
 from trainer.evaluation.normalise import Normaliser
 
@@ -204,7 +205,7 @@ class Projection:
 
     def _put(self, index: Index, piece: Piece) -> None:
         try:
-            index.add(*piece)
+            index.add(piece.subject_ids, piece.sample_ids, piece.vectors_BD)
         except ValueError as error:
             raise UserError(
                 f"the store '{self._store.path}' holds a vector that cannot be one of an embedder's ({error}); "

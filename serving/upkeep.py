@@ -17,8 +17,10 @@ import pyarrow.parquet as pq
 
 from serving import rows
 from serving.changes import SubjectFull
-from serving.migrations import APPLICATION_ID
-from serving.store import SAMPLES, Store
+from serving.reading import SAMPLES
+from serving.schema import APPLICATION_ID
+from serving.store import Store
+from serving.verification import verify as verify_rows
 from trainer.atomic import fresh_file, room_for
 from trainer.errors import UserError
 
@@ -82,7 +84,7 @@ def backup(path: Path, out: Path, progress: Progress) -> Stats:
         with contextlib.closing(sqlite3.connect(copy)) as target, _as_full(out):
             connection.backup(target, pages=PAGES, progress=lambda _, left, total: progress(total - left, total))
             target.execute("PRAGMA journal_mode=DELETE").fetchone()
-            rows.verify(target, lambda: False)
+            verify_rows(target, lambda: False)
     return stats(out)
 
 
@@ -92,7 +94,7 @@ def restore(copy: Path, path: Path, progress: Progress) -> Stats:
     Raises:
         UserError: `copy` is no store or damaged, or there is something at `path`.
     """
-    for file in (path, *(Path(f"{path}{end}") for end in ("-wal", "-shm", "-mark"))):
+    for file in (path, *(Path(f"{path}{end}") for end in ("-wal", "-shm", "-mark", "-index"))):
         _refuse_existing(file, "--store")
     found = backup(copy, path, progress)
     with contextlib.closing(Store(path, found.model_id, found.dimension, restored=True)) as store:
@@ -122,8 +124,8 @@ def export(path: Path, out: Path, progress: Progress) -> int:
             while some := found.fetchmany(A_CHANGE):
                 for place, *values in some:
                     rows.check(f"sample number {place}", *values)
-                names = pa.array([values[4].decode() for values in some])
-                numbers = pa.array(np.frombuffer(b"".join(values[5] for values in some), "<f4"))
+                names = pa.array([values[5].decode() for values in some])
+                numbers = pa.array(np.frombuffer(b"".join(values[6] for values in some), "<f4"))
                 created = pa.array([values[2] for values in some], pa.int64())
                 vectors = pa.FixedSizeListArray.from_arrays(numbers, row.dimension)
                 writer.write_batch(pa.record_batch([names, created, vectors], schema=schema))

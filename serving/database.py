@@ -49,6 +49,7 @@ class Database:
             OSError: a file cannot be made or written.
         """
         path, mark = target.path, mark_path(target.path)
+        self._path = path
         self.write_lock, self.read_lock = threading.Lock(), threading.Lock()
         self.unfolded = True  # a kill may have come between a deletion and the folding of its log
         self.trusted = False  # found to be whole; only then is the log folded when it is closed
@@ -102,6 +103,18 @@ class Database:
                     self.writer.execute("ROLLBACK")
             self._note()
             self.trusted = True
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """The reader, and nobody else's."""
+        with self.read_lock:
+            yield self.reader
+
+    @contextlib.contextmanager
+    def another(self) -> Iterator[sqlite3.Connection]:
+        """A reader for one who takes long."""
+        with contextlib.closing(_connect(self._path, "ro")) as connection:
+            yield connection
 
     def _note(self) -> None:
         (revision,) = self.writer.execute("SELECT revision FROM gallery").fetchone()

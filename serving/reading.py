@@ -70,20 +70,29 @@ class Reader:
         """Counts and revision as last committed, in O(1)."""
         return State(*self._read("SELECT subjects, samples, revision FROM gallery")[0])
 
-    def verify(self, stopping: Callable[[], bool] = lambda: False) -> None:
+    def verify(self, stopping: Callable[[], bool] = lambda: False, beside: bool = False) -> None:
         """Read everything but the vectors, which `samples` checks. Readers wait meanwhile.
+
+        Args:
+            beside: let nobody wait, for it or, where something is erased meanwhile, for the log to be emptied: then it
+                ends as if `stopping` had returned true.
 
         Raises:
             UserError: the store is damaged.
             StoreError: the disk failed, or `stopping` returned true.
         """
-        reader = self._database.reader
+        database = self._database
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._failures(UserError))
+            reader = stack.enter_context(database.another() if beside else database.reading())
 
-        def attributes_of(number: int) -> Iterator[int]:
-            return attributes(self._secret, decode(METADATA.get(reader, number)))
+            def attributes_of(number: int) -> Iterator[int]:
+                return attributes(self._secret, decode(METADATA.get(reader, number)))
 
-        with self._database.read_lock, self._failures(UserError):
-            verification.verify(reader, stopping, attributes_of)
+            def ending() -> bool:
+                return stopping() or (beside and database.unfolded)
+
+            verification.verify(reader, ending, attributes_of)
 
     def subjects(self, after: int, limit: int, where: Metadata | None = None) -> list[SubjectRow]:
         """At most `limit` subjects behind position `after` (0: from the start), in order of enrolment.
@@ -99,6 +108,11 @@ class Reader:
         """The ids of all subjects whose metadata has all these keys with these values."""
         tables, values = self._matching(where, 0)
         return [name.decode() for (name,) in self._read(f"SELECT name {tables}", values)]
+
+    def names(self) -> list[tuple[int, str]]:
+        """The numbers and ids of all subjects, not compared with their checksums."""
+        found = self._read("SELECT id, name FROM subjects WHERE digest IS NOT NULL")
+        return [(number, name.decode()) for number, name in found]
 
     def subject(self, subject_id: str) -> tuple[SubjectRow, list[SampleRow]]:
         """A subject and its samples. Raises SubjectUnknown."""

@@ -79,7 +79,7 @@ class Store(Reader):
                 "written, with room for it"
             ) from error
         super().__init__(path, dimension, database)
-        self.model_id, self._keep_ms = model_id, round(key_hours * 3_600_000)
+        self.model_id, self.restored, self._keep_ms = model_id, restored, round(key_hours * 3_600_000)
 
     def close(self) -> None:
         """Close the file; its log is folded into it. Idempotent."""

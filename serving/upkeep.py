@@ -110,7 +110,7 @@ def restore(copy: Path, path: Path, progress: Progress) -> Stats:
     Raises:
         UserError: `copy` is no store or damaged, or there is something at `path`.
     """
-    for file in (path, *(Path(f"{path}{end}") for end in ("-wal", "-shm", "-mark"))):
+    for file in (path, *(Path(f"{path}{end}") for end in ("-wal", "-shm", "-mark", "-index"))):
         _refuse_existing(file, "--store")
     found = backup(copy, path, progress)
     with contextlib.closing(Store(path, found.model_id, found.dimension, restored=True)) as store:

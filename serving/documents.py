@@ -70,6 +70,11 @@ class Documents:
             )
         return [seal for (seal,) in found]
 
+    def count(self, connection: sqlite3.Connection) -> int:
+        """Those who have a content."""
+        found = connection.execute(f"SELECT count(DISTINCT owner) FROM {self.table} WHERE owner <> ?", (NOBODY,))
+        return int(found.fetchone()[0])
+
     def seals(self, connection: sqlite3.Connection) -> Iterator[bytes]:
         """The checksums of all rows that somebody has, unread."""
         found = connection.execute(f"SELECT checksum FROM {self.table} WHERE owner <> ?", (NOBODY,))

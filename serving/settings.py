@@ -86,6 +86,9 @@ class Settings(BaseModel):
     trusted_proxies: Annotated[str, AfterValidator(_addresses)] = Field(
         "", description="addresses or networks whose X-Forwarded-For is believed, by commas"
     )
+    template: Literal["maximum", "mean", "weighted"] = Field(
+        "maximum", description="what of a subject is searched: its best sample, their mean, or weighted by quality"
+    )
     below_threshold: Literal["never", "on_request", "always"] = Field(
         "on_request", description="when identify shows candidates that are no match"
     )

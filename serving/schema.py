@@ -52,7 +52,6 @@ STATEMENTS = (
             created INTEGER NOT NULL, checksum BLOB NOT NULL
         ) STRICT, WITHOUT ROWID""",
     "CREATE UNIQUE INDEX subjects_by_digest ON subjects (digest) WHERE digest IS NOT NULL",
-    "CREATE INDEX subjects_by_revision ON subjects (revision)",
     "CREATE INDEX samples_of_subject ON samples (subject_id)",
     "CREATE INDEX metadata_of_owner ON metadata (owner)",
     "CREATE INDEX images_of_owner ON images (owner)",

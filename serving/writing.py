@@ -8,9 +8,9 @@ import sqlite3
 import struct
 import uuid
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, replace
+from dataclasses import replace
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +25,7 @@ NO_QUALITY = QUALITY.pack(math.nan)
 SUBJECT = "id, digest, created, updated, revision, key, name, checksum"
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(NamedTuple):
     """A row of `subjects`, as it is stored; times in milliseconds since 1970."""
 
     number: int
@@ -50,7 +49,7 @@ class Subject:
 
     def check(self) -> "Subject":
         """Itself. Raises Damage where it is not as it was written."""
-        rows.check(f"subject number {self.number}", *astuple(self))
+        rows.check(f"subject number {self.number}", *self)
         return self
 
 
@@ -70,6 +69,7 @@ class Change:
         self.erased = False
         self._seals: list[bytes] = []  # of rows that came or went
         self._subjects = self._samples = 0  # more than before
+        self._full = False  # no place of an erased sample is free
         self._last: dict[str, int] = {}  # of a table: the last row's number, once it is known
 
     @property
@@ -114,7 +114,7 @@ class Change:
     def add_subject(self, subject_id: str) -> Subject:
         digest, number = rows.name_digest(self._secret, subject_id), self._next("subjects")
         new = Subject.of(number, digest, self._now, self._now, self._stored, b"", subject_id.encode())
-        self._connection.execute(f"INSERT INTO subjects ({SUBJECT}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", astuple(new))
+        self._connection.execute(f"INSERT INTO subjects ({SUBJECT}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", new)
         self._seals.append(new.checksum)
         self._subjects += 1
         return new
@@ -128,17 +128,12 @@ class Change:
 
     def add_samples(self, subject: Subject, vectors_BD: NDArray[np.float32], attached: Attached) -> list[str]:
         """Write samples of a subject, into free places first; their ids."""
-        connection, count = self._connection, len(vectors_BD)
-        free = connection.execute(
-            "SELECT id FROM samples WHERE subject_id = ? LIMIT ?", (rows.NOBODY, count)
-        ).fetchall()
-        written = []
-        for taken, vector_D, quality in zip_longest(free, vectors_BD, attached.qualities):
-            place = taken[0] if taken else self._next("samples")
-            values = subject.number, self._now, uuid.uuid4().bytes, _quality(quality)
-            blob = vector_D.astype("<f4").tobytes()
+        written, ids, free = [], [uuid.uuid4() for _ in vectors_BD], self._free(len(vectors_BD))
+        for place, sample_id, vector_D, quality in zip_longest(free, ids, vectors_BD.astype("<f4"), attached.qualities):
+            place = place or self._next("samples")
+            values, blob = (subject.number, self._now, sample_id.bytes, _quality(quality)), vector_D.tobytes()
             written.append((place, *values, rows.checksum(*values, subject.name, blob), blob))
-        connection.executemany(
+        self._connection.executemany(
             "INSERT INTO samples (id, subject_id, created, sample_id, quality, checksum, vector) "
             "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET subject_id = excluded.subject_id, "
             "created = excluded.created, sample_id = excluded.sample_id, quality = excluded.quality, "
@@ -146,11 +141,12 @@ class Change:
             written,
         )
         self._seals += [row[5] for row in written]
-        self._samples += count
-        for row, metadata, image in zip_longest(written, attached.samples, attached.images):
+        self._samples += len(written)
+        more = attached.samples or attached.images
+        for row, metadata, image in zip_longest(written, attached.samples, attached.images) if more else ():
             self._put(METADATA, OF_SAMPLE + row[0], encode(metadata or {}))
             self._put(IMAGES, OF_SAMPLE + row[0], image or b"")
-        return [str(uuid.UUID(bytes=row[3])) for row in written]
+        return list(map(str, ids))
 
     def describe(self, subject: Subject, content: bytes) -> None:
         """Give the subject this metadata, as JSON, in place of what it had."""
@@ -205,6 +201,16 @@ class Change:
             )
             self._seals += [seal, new]
 
+    def _free(self, most: int) -> list[int]:
+        """Places of erased samples, not more than these."""
+        if self._full:
+            return []
+        found = self._connection.execute(
+            "SELECT id FROM samples WHERE subject_id = ? LIMIT ?", (rows.NOBODY, most)
+        ).fetchall()
+        self._full = len(found) < most
+        return [place for (place,) in found]
+
     def _next(self, table: str) -> int:
         """The number of a row behind the last one; rows of what was erased stay."""
         if table not in self._last:
@@ -217,7 +223,7 @@ class Change:
         self._connection.execute(
             "UPDATE subjects SET digest = ?, created = ?, updated = ?, revision = ?, key = ?, name = ?, checksum = ? "
             "WHERE id = ?",
-            (*astuple(new)[1:], subject.number),
+            (*new[1:], subject.number),
         )
         self._seals += [subject.checksum, new.checksum]
 

@@ -139,16 +139,17 @@ def test_what_is_erased_while_a_snapshot_is_written_is_not_in_it(tmp_path, vecto
 
 
 class _Racing(Block):
-    """Does something when its vectors are read."""
+    """Does something as soon as its vectors have been read."""
 
     then = None
 
     @property
     def vectors_NE(self):
+        vectors_NE = self.__dict__["vectors_NE"]
         if self.then is not None:
-            then, self.then = self.then, None
+            (then, self.then), vectors_NE = (self.then, None), vectors_NE.copy()
             then()
-        return self.__dict__["vectors_NE"]
+        return vectors_NE
 
 
 @pytest.mark.parametrize("one_sample", [False, True])

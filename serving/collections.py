@@ -11,12 +11,15 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from serving.changes import IdempotencyKey
 from serving.database import pinned
 from serving.errors import ApiError, invalid
 from serving.gallery import Gallery
 from serving.metrics import Metrics
 from serving.models import Model
+from serving.once import Once
 from serving.scopes import COLLECTION as NAME
 from serving.scopes import DEFAULT_COLLECTION
 from serving.settings import Settings
@@ -38,6 +41,10 @@ class Collection:
     settings: Settings
     metrics: Metrics
 
+    def signed(self, request_id: str) -> dict[str, Any]:
+        """What every answer carries."""
+        return {"collection": self.name, "model_id": self.model.model_id, "request_id": request_id}
+
 
 class Collections:
     """The open collections. Methods may be called from several threads."""
@@ -54,6 +61,7 @@ class Collections:
         self._settings, self._metrics = settings, metrics
         self._models = {model.model_id: model for model in models}
         self._open = dict[str, Collection]()
+        self._once = Once[bool](settings.idempotency_hours)
         self._lock = threading.Lock()  # of creating and dropping
         self.folder = settings.store if settings.store.is_dir() else None
         try:
@@ -81,8 +89,9 @@ class Collections:
             )
         return found
 
-    def create(self, name: str, model_id: str | None) -> Collection:
-        """A new collection, loaded, for vectors of `model_id` (None: of the first embedder).
+    def create(self, name: str, model_id: str | None, key: IdempotencyKey | None = None) -> tuple[Collection, bool]:
+        """A new collection, loaded, for vectors of `model_id` (None: of the first embedder); and whether a request with
+        the same key made it before.
 
         Raises:
             ApiError: it is there already, it may not have the name or the model, or there are too many.
@@ -95,6 +104,8 @@ class Collections:
             told = f"model {model_id} is not loaded; loaded: {', '.join(self._models)}"
             raise ApiError(409, "wrong_model", told, {"sent": model_id, "served": list(self._models)})
         with self._lock:
+            if self._once.get(key):
+                return self.get(name), True
             if name in self._open:
                 raise ApiError(409, "collection_exists", f"the collection '{name}' exists; choose another name")
             if len(self._open) >= (most := self._settings.max_collections):
@@ -104,16 +115,20 @@ class Collections:
             made = self._opened(name, model_id)
             made.gallery.load()
             self._open = self._open | {name: made}  # whoever walks over it sees the one or the other
-            return made
+            self._once.put(key, True)
+            return made, False
 
-    def drop(self, name: str) -> None:
-        """Remove a collection and all its files; requests that are using it are answered 404 or finish before.
+    def drop(self, name: str, key: IdempotencyKey | None = None) -> bool:
+        """Remove a collection and all its files; requests that are using it are answered 404 or finish before. Whether
+        a request with the same key did it before.
 
         Raises:
             ApiError: there is none of the name, or it is the only one there can be.
         """
         folder = self._in_folder()
         with self._lock:
+            if self._once.get(key):
+                return True
             dropped = self.get(name)
             self._open = {key: value for key, value in self._open.items() if key != name}
             self._metrics.dropped(name)
@@ -121,6 +136,8 @@ class Collections:
             (folder / f"{name}.db").rename(folder / f"{name}.db{DROPPED}")
             sync(folder)
             _remove(folder, name)
+            self._once.put(key, True)
+            return False
 
     def _in_folder(self) -> Path:
         if self.folder is None:
@@ -147,7 +164,9 @@ class Collections:
         settings = self._settings
         store = Store(path, model.model_id, model.dimension, settings.idempotency_hours, settings.restored)
         rules = model.verify_rule, model.identify_rule
-        gallery = Gallery(store, *rules, settings.threads, settings.max_samples, model.normaliser)
+        gallery = Gallery(
+            store, *rules, settings.threads, settings.max_samples, model.normaliser, template=settings.template
+        )
         gallery.on_search = self._metrics.searched
         self._metrics.opened(name, gallery)
         return Collection(name, gallery, model, settings, self._metrics)

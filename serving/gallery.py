@@ -7,8 +7,7 @@ the two steps does not see the change, which nobody has been told of yet.
 """
 
 import time
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
@@ -16,26 +15,49 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.averages import Averages
 from serving.batching import Batcher
-from serving.changes import BulkEnrolment, Deletion, Enrolment, IdempotencyKey, State, SubjectRow, SubjectUnknown
+from serving.changes import (
+    Attached,
+    BulkEnrolment,
+    Deletion,
+    Enrolment,
+    IdempotencyKey,
+    Metadata,
+    SampleRow,
+    State,
+    SubjectRow,
+    SubjectUnknown,
+    Update,
+)
+from serving.codes import Form
 from serving.index import Candidate
 from serving.projection import Projection, Status
-from serving.store import Store
+from serving.reading import Piece
+from serving.store import PLAIN, Store
+from serving.templates import Template
 from serving.threshold import Rule
 from trainer.evaluation.normalise import Normaliser
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Whom to search for: a unit vector, and how many subjects to return."""
+    """Whom to search for: a unit vector, how many subjects to return, and among whom to search (None: all).
+
+    Probes that name the same collection of subjects, not an equal one, are searched together.
+    """
 
     vector_D: NDArray[np.float32]
     top_k: int
+    among: Collection[str] | None = None
 
 
 @dataclass(frozen=True)
 class Identification:
-    """The answer to "who is this?": the best subjects, best first, and whether the first is a match by the rule."""
+    """The answer to "who is this?": the best subjects, best first, and whether the first is a match by the rule.
+
+    `gallery_size`: subjects that were searched; the rule is the one for so many.
+    """
 
     candidates: list[Candidate]
     decision: Literal["match", "unknown"]
@@ -68,12 +90,16 @@ class Gallery:
         threads: int = 1,
         max_samples: int = 100,
         normaliser: Normaliser | None = None,
+        form: Form = "exact",
+        template: Template = "maximum",
     ) -> None:
-        """Nothing is read yet: see `load`. `threads`: cores of one search. `max_samples`: per subject."""
+        """Nothing is read yet: see `load`. `threads`: cores of one search. `max_samples`: per subject. `form`: see
+        `Index`. `template`: what of a subject is searched."""
         self.verify_rule, self.identify_rule = verify_rule, identify_rule
         self.path, self.model_id, self.dimension = store.path, store.model_id, store.dimension
         self._store, self._max_samples = store, max_samples
-        self._projection = Projection(store, threads, normaliser)
+        kind = Projection if template == "maximum" else Averages
+        self._projection = kind(store, threads, normaliser, form, template)
         self._searches = Batcher(self._search)
         self.on_search: Callable[[int, float], object] = lambda size, seconds: None
 
@@ -89,7 +115,7 @@ class Gallery:
 
     @property
     def samples(self) -> int:
-        return self._projection.index.samples
+        return self._projection.samples
 
     def enrolled(self) -> State:
         """The store's counts, which it knows before the gallery is loaded."""
@@ -112,7 +138,13 @@ class Gallery:
         self._searches.close()
         self._projection.close()
 
-    def enrol(self, subject_id: str, vectors_BD: NDArray[np.float32], key: IdempotencyKey | None = None) -> Enrolment:
+    def enrol(
+        self,
+        subject_id: str,
+        vectors_BD: NDArray[np.float32],
+        key: IdempotencyKey | None = None,
+        attached: Attached = PLAIN,
+    ) -> Enrolment:
         """Add samples to a subject, new or known. When this returns, they are on disk and found by the next search.
 
         Raises:
@@ -120,35 +152,29 @@ class Gallery:
         """
         with self._projection.changing(subject_id):
             self._projection.index.check(vectors_BD)  # before the store has them
-            done = self._store.enrol(subject_id, vectors_BD, self._max_samples, key)
+            done = self._store.enrol(subject_id, vectors_BD, self._max_samples, key, attached)
             if done.replayed:
                 self._projection.confirm()
             else:
-                sample_ids = [uuid.UUID(item).bytes for item in done.sample_ids]
-                self._projection.index.add([subject_id] * len(sample_ids), sample_ids, vectors_BD)
-                self._projection.revision += 1
+                self._projection.add([(done, vectors_BD)])
             return done
 
     def enrol_many(
-        self, items: Sequence[tuple[str, NDArray[np.float32]]], key: IdempotencyKey | None = None
+        self,
+        items: Sequence[tuple[str, NDArray[np.float32]]],
+        key: IdempotencyKey | None = None,
+        attached: Sequence[Attached] = (),
     ) -> BulkEnrolment:
         """`enrol` for many subjects at once, in one change; an item that is refused leaves the others alone."""
         with self._projection.changing(*(subject_id for subject_id, _ in items)):
             for _, vectors_BD in items:
                 self._projection.index.check(vectors_BD)
-            done = self._store.enrol_many(items, self._max_samples, key)
+            done = self._store.enrol_many(items, self._max_samples, key, attached)
             if done.replayed:
                 self._projection.confirm()
                 return done
-            names, sample_ids, vectors = list[str](), list[bytes](), []
-            for one, (subject_id, vectors_BD) in zip(done.results, items, strict=True):
-                if isinstance(one, Enrolment):
-                    names += [subject_id] * len(vectors_BD)
-                    sample_ids += [uuid.UUID(item).bytes for item in one.sample_ids]
-                    vectors.append(vectors_BD)
-            if vectors:
-                self._projection.index.add(names, sample_ids, np.concatenate(vectors))
-            self._projection.revision += 1
+            pairs = zip(done.results, items, strict=True)
+            self._projection.add([(one, vectors_BD) for one, (_, vectors_BD) in pairs if isinstance(one, Enrolment)])
             return done
 
     def replay(self, key: IdempotencyKey, subject_id: str) -> Enrolment | None:
@@ -159,27 +185,95 @@ class Gallery:
                 self._projection.confirm()
             return done
 
-    def delete(self, subject_id: str, key: IdempotencyKey | None = None) -> Deletion:
+    def delete(self, subject_id: str, key: IdempotencyKey | None = None, expected: int | None = None) -> Deletion:
         """Erase a subject. When this returns, it is off the disk and no later search finds it.
 
         Raises:
             SubjectUnknown: nobody of that id is enrolled.
         """
         with self._projection.changing(subject_id):
-            done = self._store.delete(subject_id, key)
+            done = self._store.delete(subject_id, key, expected)
             if not done.replayed:
-                self._projection.index.remove(subject_id)
-                self._projection.revision += 1
+                self._projection.remove(subject_id)
             return done
 
-    def subjects(self, after: int, limit: int) -> list[SubjectRow]:
-        """A page of the subjects, in order of enrolment, behind position `after` (0: from the start)."""
-        self._projection.refuse_loading()
-        return self._store.subjects(after, limit)
+    def update(
+        self, subject_id: str, metadata: Metadata, key: IdempotencyKey | None = None, expected: int | None = None
+    ) -> Update:
+        """Give a subject this metadata in place of what it has. `expected`, and what is raised: see `Store`."""
+        with self._projection.changing(subject_id):
+            done = self._store.update(subject_id, metadata, key, expected)
+            self._projection.revision += not done.replayed
+            return done
 
-    def identify(self, probe_D: NDArray[np.float32], top_k: int) -> Identification:
-        """The `top_k` nearest subjects; a match if the nearest reaches the threshold of a gallery of this size."""
-        return self.submit(Probe(probe_D, top_k)).result()
+    def merge(self, into: str, other: str, key: IdempotencyKey | None = None, expected: int | None = None) -> Update:
+        """Make the samples of `other` those of `into`; see `Store.merge`. No later search finds `other`."""
+        with self._projection.changing(into, other):
+            done = self._store.merge(into, other, self._max_samples, key, expected)
+            if not done.replayed:
+                self._projection.merge(into, other)
+            return done
+
+    def delete_sample(
+        self, subject_id: str, sample_id: str, key: IdempotencyKey | None = None, expected: int | None = None
+    ) -> Update:
+        """Erase one sample, but not the last one; see `Store.delete_sample`. No later search finds it."""
+        with self._projection.changing(subject_id):
+            done = self._store.delete_sample(subject_id, sample_id, key, expected)
+            if not done.replayed:
+                self._projection.remove_sample(subject_id, sample_id)
+            return done
+
+    def subjects(self, after: int, limit: int, where: Metadata | None = None) -> list[SubjectRow]:
+        """A page of the subjects, in order of enrolment, behind position `after` (0: from the start).
+
+        `where`: only those whose metadata has all these keys with these values.
+        """
+        self._projection.refuse_loading()
+        return self._store.subjects(after, limit, where)
+
+    def subject(self, subject_id: str) -> tuple[SubjectRow, list[SampleRow]]:
+        """A subject and its samples. Raises SubjectUnknown."""
+        self._projection.refuse_loading()
+        return self._store.subject(subject_id)
+
+    def sample(self, subject_id: str, sample_id: str) -> tuple[SampleRow, NDArray[np.float32]]:
+        """One sample and its vector. Raises SubjectUnknown, SampleUnknown."""
+        self._projection.refuse_loading()
+        return self._store.sample(subject_id, sample_id)
+
+    def image(self, subject_id: str, sample_id: str) -> bytes | None:
+        """What a sample was made of, None where it was not kept. Raises SubjectUnknown, SampleUnknown."""
+        self._projection.refuse_loading()
+        return self._store.image(subject_id, sample_id)
+
+    def matching(self, where: Metadata) -> list[str]:
+        """The subjects whose metadata has all of this, for `Probe.among`."""
+        self._projection.refuse_loading()
+        return self._store.matching(where)
+
+    def sign(self, value: bytes) -> bytes:
+        """16 bytes that only this gallery can make of a value."""
+        return self._store.sign(value)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every sample, in pieces; what changes meanwhile may be in it or not."""
+        self._projection.refuse_loading()
+        yield from self._store.samples()
+
+    def nearest(self, queries_QD: NDArray[np.float32], top_k: int) -> list[list[Candidate]]:
+        """The `top_k` nearest subjects of each query at once, beside the searches that wait for each other."""
+        return self._projection.index.search(queries_QD, top_k)
+
+    def identify(
+        self, probe_D: NDArray[np.float32], top_k: int, among: Collection[str] | None = None
+    ) -> Identification:
+        """The `top_k` nearest subjects; a match if the nearest reaches the threshold of a gallery of this size.
+
+        Args:
+            among: the only subjects that are looked for; the threshold is that of a gallery of as many as are enrolled.
+        """
+        return self.submit(Probe(probe_D, top_k, among)).result()
 
     def submit(self, probe: Probe) -> Future[Identification]:
         """`identify` in a while; searches that wait at the same time go through the index together."""
@@ -188,10 +282,21 @@ class Gallery:
         return self._searches.submit(probe)
 
     def _search(self, probes: Sequence[Probe]) -> list[Identification]:
-        start, index = time.perf_counter(), self._projection.index  # a new one may take its place meanwhile
-        size, found = index.subjects, []
-        rule = self.identify_rule.at(size)
-        together = index.search(np.stack([probe.vector_D for probe in probes]), max(probe.top_k for probe in probes))
+        groups: dict[int, list[int]] = {}
+        for place, probe in enumerate(probes):
+            groups.setdefault(id(probe.among), []).append(place)
+        found: dict[int, Identification] = {}
+        for places in groups.values():
+            found |= zip(places, self._search_alike([probes[place] for place in places]), strict=True)
+        return [found[place] for place in range(len(probes))]
+
+    def _search_alike(self, probes: Sequence[Probe]) -> list[Identification]:
+        """Search for probes with the same filter in one pass."""
+        start, index, among = time.perf_counter(), self._projection.index, probes[0].among  # a new one may come
+        allowed_S = None if among is None else index.numbers(among)
+        size, found = index.subjects if allowed_S is None else len(allowed_S), []
+        rule, top_k = self.identify_rule.at(size), max(probe.top_k for probe in probes)
+        together = index.search(np.stack([probe.vector_D for probe in probes]), top_k, allowed_S)
         for probe, candidates in zip(probes, together, strict=True):
             known = bool(candidates) and rule.matches(candidates[0].score)
             found.append(Identification(candidates[: probe.top_k], "match" if known else "unknown", size, rule))

@@ -10,6 +10,7 @@ from serving.changes import StoreError
 from serving.collections import Collections
 from serving.errors import ApiError
 from serving.gallery import Gallery
+from serving.jobs import Jobs
 from serving.metrics import Metrics
 from serving.models import Model
 from serving.projection import Stopped
@@ -35,12 +36,14 @@ class Service:
         self.metrics = Metrics()
         self.models = [Model(folder, settings, self.metrics) for folder in settings.embedder]
         self.collections = Collections(settings, self.models, self.metrics)
+        self.jobs = Jobs(settings.idempotency_hours)
         self._closing = threading.Event()
         self._watched, self._fault = time.monotonic(), ""
 
     def close(self) -> None:
         """Stop what is under way, at once where it can be, and close the stores. Idempotent."""
         self.stop()
+        self.jobs.close()
         self.collections.close()
 
     def stop(self) -> None:

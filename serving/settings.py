@@ -94,6 +94,9 @@ class Settings(BaseModel):
     trusted_proxies: Annotated[str, AfterValidator(_addresses)] = Field(
         "", description="addresses or networks whose X-Forwarded-For is believed, by commas"
     )
+    template: Literal["maximum", "mean", "weighted"] = Field(
+        "maximum", description="what of a subject is searched: its best sample, their mean, or weighted by quality"
+    )
     below_threshold: Literal["never", "on_request", "always"] = Field(
         "on_request", description="when identify shows candidates that are no match"
     )
@@ -109,8 +112,10 @@ class Settings(BaseModel):
     max_buffered_bytes: int = Field(256 * MiB, ge=1024, description="of all bodies in memory; more get a 503")
     max_image_bytes: int = Field(MAX_BYTES, ge=1024, le=MAX_BYTES, description="of one image file")
     max_images: int = Field(32, ge=1, le=1000, description="images or embeddings in one request")
+    max_probes: int = Field(256, ge=1, le=10_000, description="embeddings, as bytes, in one batch of identifications")
     max_pixels: int = Field(16_000_000, ge=1, description="in all images of one request")
     max_collections: int = Field(64, ge=1, le=10_000, description="in a folder; each keeps some ten files open")
+    keep_images: bool = Field(False, description="keep the images that samples are made of, to be read and moved")
     max_samples: int = Field(100, ge=1, le=10_000, description="of one subject")
     decode_cpu_s: float = Field(1.8, gt=0, le=3600, description="seconds of CPU to decode the images of a request")
     head_timeout_s: float = Field(10, gt=0, le=3600, description="a request's head must have arrived whole by then")

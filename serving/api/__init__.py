@@ -21,9 +21,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving import openapi
 from serving.api.collections import collections
 from serving.api.decide import decide
+from serving.api.enrol import enrolment
+from serving.api.jobs import jobs, starting
 from serving.api.operating import operating
 from serving.api.refusals import HANDLERS
 from serving.api.routing import refuse_undeclared
+from serving.api.samples import samples
 from serving.api.subjects import subjects
 from serving.api.witness import Witness
 from serving.audit import AuditLog
@@ -34,7 +37,7 @@ from serving.service import Service
 from serving.settings import Settings
 from trainer.errors import UserError
 
-ROUTERS = (decide, subjects, operating, collections)
+ROUTERS = (decide, enrolment, subjects, samples, operating, collections, starting, jobs)
 
 
 def create_app(

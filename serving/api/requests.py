@@ -1,6 +1,7 @@
 """What routes share: the collection that a request names, its body, threads to compute in, and typed parameters."""
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
@@ -10,6 +11,7 @@ from serving import openapi, schemas
 from serving.api.routing import ScopedRoute
 from serving.bodies import read
 from serving.collections import Collection
+from serving.errors import invalid
 from serving.parsing import KEY_PATTERN, PATTERN, Sent
 from serving.scopes import DEFAULT_COLLECTION
 from serving.service import Service
@@ -20,6 +22,17 @@ SubjectPath = Annotated[str, Path(description=_NAME, examples=["alice"], json_sc
 Key = Annotated[
     str | None, Header(alias="Idempotency-Key", description=_KEY, json_schema_extra={"pattern": KEY_PATTERN})
 ]
+
+
+IfMatch = Annotated[
+    str | None,
+    Header(
+        alias="If-Match",
+        description="the subject's ETag: done only where the subject was not changed since",
+        json_schema_extra={"pattern": r'^(\*|"[0-9]{1,18}")$'},
+    ),
+]
+Revised = TypeVar("Revised", schemas.EnrolAnswer, schemas.ChangeAnswer, schemas.SubjectDetail)
 
 
 class Routes(APIRouter):
@@ -60,7 +73,25 @@ def collection_of(request: Request) -> Collection:
 
 
 async def body_of(request: Request, body: openapi.Body, collection: Collection) -> Sent:
-    return await read(request, body, collection.settings.max_images if body.many else 1, collection.model.dimension)
+    settings = collection.settings
+    most = settings.max_images if body.many else 1
+    raw = settings.max_probes if body.batch else most * len(body.files)
+    return await read(request, body, most, collection.model.dimension, raw)
+
+
+def expected(if_match: str | None) -> int | None:
+    """The revision in If-Match; None: any. Raises ApiError 422."""
+    if if_match is None or if_match.strip() == "*":
+        return None
+    if not re.fullmatch(r'"[0-9]{1,18}"', if_match.strip()):
+        raise invalid(("If-Match", "this is not the ETag of a subject; send the one that came with it, or *"))
+    return int(if_match.strip()[1:-1])
+
+
+def tagged(response: Response, answer: Revised) -> Revised:
+    """The answer, with the subject's ETag among the headers."""
+    response.headers["etag"] = f'"{answer.revision}"'
+    return answer
 
 
 async def compute(request: Request, work: Callable[[], T]) -> T:

@@ -18,6 +18,8 @@ from serving.api.requests import (
     tagged,
 )
 from serving.bodies import read_document
+from serving.parsing import read_json
+from serving.requests import MergeRequest
 from serving.scopes import needs
 
 SUBJECT = "/subjects/{subject_id}"
@@ -77,6 +79,7 @@ async def merge(
     """Make all samples of another subject those of this one, which keeps its metadata; the other one is erased."""
     collection, request_id, revision = collection_of(request), request.state.request_id, expected(if_match)
     document = await read_document(request)
+    request.state.subjects = [read_json(MergeRequest, document).subject_id]
     done = await change(
         request, response, lambda: people.merge(collection, subject_id, document, revision, key, request_id)
     )

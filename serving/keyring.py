@@ -1,7 +1,6 @@
 """Who is asking: the keys that a running service knows, kept in step with their file."""
 
 import contextlib
-import hashlib
 import hmac
 import logging
 import os
@@ -44,7 +43,7 @@ class Keyring:
     def __init__(self, settings: Settings) -> None:
         """Raises UserError where the file of keys is named and missing, or cannot be used."""
         self._path = _path(settings)
-        self._secret = secrets.token_bytes(32)  # of this process, for the operator's key
+        self._mac = hmac.new(secrets.token_bytes(32), digestmod="sha256")  # of this process, for the operator's key
         key = settings.api_key.get_secret_value() if settings.api_key else None
         self._operator = self._hash(key.encode()) if key else None
         self._wrong = RateLimit(settings.wrong_keys_a_minute / 60, settings.wrong_keys_a_minute, of="wrong keys")
@@ -149,7 +148,9 @@ class Keyring:
                 log.warning("when keys were last used cannot be noted in '%s': %s", self._path, error)
 
     def _hash(self, key: bytes) -> bytes:
-        return hmac.digest(self._secret, key, hashlib.sha256)
+        mac = self._mac.copy()
+        mac.update(key)
+        return mac.digest()
 
     def _refuse_wrong(self, client: str) -> ApiError:
         self._wrong.check(client)

@@ -35,7 +35,12 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.models = [Model(folder, settings, self.metrics) for folder in settings.embedder]
-        self.collections = Collections(settings, self.models, self.metrics)
+        try:
+            self.collections = Collections(settings, self.models, self.metrics)
+        except BaseException:
+            for model in self.models:
+                model.close()
+            raise
         self.jobs = Jobs(settings.idempotency_hours)
         self._closing = threading.Event()
         self._watched, self._fault = time.monotonic(), ""

@@ -5,6 +5,7 @@ from fastapi import Request, Response
 from serving import openapi, requests, schemas
 from serving.api.requests import Key, Routes, SingleRoutes, collection_of, compute, service_of
 from serving.bodies import read_document
+from serving.errors import ApiError
 from serving.jobs import Job
 from serving.parsing import idempotency_key, read_json
 from serving.scopes import needs
@@ -60,9 +61,13 @@ def _facts(job: Job) -> schemas.JobFacts:
 
 
 def _described(request: Request, job: Job) -> schemas.JobAnswer:
-    pairs = [
-        schemas.DuplicateAnswer(subject_ids=subject_ids, score=score) for subject_ids, score in job.pairs.best(job.most)
-    ]
-    truncated = job.pairs.truncated or len(job.pairs.scores) > len(pairs)
+    """Pairs of whom one was erased meanwhile are not told."""
+    found = job.pairs.best(job.most)
+    try:
+        holds = service_of(request).collections.get(job.collection).gallery.holds
+    except ApiError:  # dropped
+        found = []
+    pairs = [schemas.DuplicateAnswer(subject_ids=pair, score=score) for pair, score in found if all(map(holds, pair))]
+    truncated = job.pairs.truncated or len(job.pairs.scores) > job.most
     facts = _facts(job).model_dump()
     return schemas.JobAnswer(**facts, pairs=pairs, truncated=truncated, request_id=request.state.request_id)

@@ -9,7 +9,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from serving.errors import ApiError
@@ -54,6 +54,7 @@ class Keyring:
         self._version, self._keys, self._looked = -1, dict[str, Key](), time.monotonic()
         self._used, self._noted = dict[str, float](), time.monotonic()
         self._end = threading.Event()
+        self.on_change: Callable[[str, str], object] = lambda what, key_id: None  # told of every key that changes
         if settings.keys is not None or self._path.exists():
             self._look()
 
@@ -129,8 +130,14 @@ class Keyring:
             self._opened.close()
             self._opened, self._file, self._version = now, file, -1
         if (version := self._file.version()) != self._version:
-            self._keys = {key.key_id: key for key in self._file.read() if key.revoked is None}
+            before, self._keys = self._keys, {key.key_id: key for key in self._file.read() if key.revoked is None}
             self._version = version
+            for key_id in sorted(before.keys() | self._keys):
+                old, new = before.get(key_id), self._keys.get(key_id)
+                if old is None or new is None:
+                    self.on_change("key made" if old is None else "key revoked", key_id)
+                elif old.secrets != new.secrets:
+                    self.on_change("key rotated", key_id)
 
     def _note_used(self) -> None:
         used, self._used = self._used, {}

@@ -70,6 +70,7 @@ def create_app(
     app.openapi = functools.partial(_document, app, keyring.asked)  # type: ignore[method-assign]
     refuse_undeclared(app.routes, openapi.OPEN_PATHS)
     if audit is not None:
+        keyring.on_change = audit.happened
         app.add_middleware(Witness, audit=audit)
     app.add_middleware(host_check, allowed_hosts=allowed_hosts)
     app.add_middleware(Guard, settings=settings, metrics=service.metrics, keyring=keyring)

@@ -51,7 +51,8 @@ class Service:
         model = manifest.model_id, manifest.dimension
         normaliser = read_cohort(settings.embedder, manifest)
         store = Store(settings.store, *model, settings.idempotency_hours, settings.restored)
-        self.gallery = Gallery(store, verify, identify, settings.threads, settings.max_samples, normaliser)
+        searched = settings.threads, settings.max_samples, normaliser, settings.index
+        self.gallery = Gallery(store, verify, identify, *searched)
         limits = Limits(seconds=settings.decode_cpu_s, pixels=settings.max_pixels)
         form = self.embedder.preprocessing
         self._decoders = Decoders(form, settings.workers, limits) if isinstance(form, Preprocessing) else None

@@ -3,7 +3,7 @@
 A change writes where no search looks yet, or marks rows as gone, and then shows a new `View`; a search takes the view
 that it finds, so that neither waits for the other.
 
-Axes: B rows of one call, N rows, E numbers of a vector, K results of a scan.
+Axes: B rows of one call, N rows, M some of them, Q queries, E numbers of a vector, K results of a scan.
 """
 
 import bisect
@@ -96,6 +96,16 @@ class View:
     def place(self, row: int) -> tuple[Block, int]:
         number = bisect.bisect_right(self.starts, row) - 1
         return self.blocks[number], row - self.starts[number]
+
+    def products(self, queries_QE: Vectors, row_QK: Numbers) -> Vectors:
+        """Of each query with the vectors of its rows."""
+        product_QK = np.empty(row_QK.shape, np.float32)
+        number_QK = np.searchsorted(self.starts, row_QK, side="right") - 1
+        for number in np.unique(number_QK):
+            query_M, place_M = np.nonzero(number_QK == number)
+            vectors_ME = self.blocks[number].vectors_NE[row_QK[query_M, place_M] - self.starts[number]]
+            product_QK[query_M, place_M] = np.einsum("me,me->m", vectors_ME, queries_QE[query_M])
+        return product_QK
 
     def compacted(self, gone: int) -> tuple["View", int]:
         """The blocks without those that are mostly gone, and how many of the `gone` rows are still in them; what was

@@ -188,7 +188,7 @@ class Collections:
         store = Store(path, model.model_id, model.dimension, settings.idempotency_hours, settings.restored)
         rules = model.verify_rule, model.identify_rule
         gallery = Gallery(
-            store, *rules, settings.threads, settings.max_samples, model.normaliser, template=settings.template
+            store, *rules, settings.threads, settings.max_samples, model.normaliser, settings.index, settings.template
         )
         gallery.on_search = self._metrics.searched
         self._metrics.opened(name, gallery)

@@ -57,11 +57,11 @@ class Keeper:
         if changed is None:
             self._snapshot.drop("it is of a later revision than the store")
             return False
+        since = of_subjects([one.number - NOBODY for one in changed])
+        self._snapshot.erase(since)
         if len(changed) > MOST_CHANGED * state.subjects:
             log.info("%d of %d subjects changed since the snapshot: all are read anew", len(changed), state.subjects)
             return False
-        since = of_subjects([one.number - NOBODY for one in changed])
-        self._snapshot.erase(since)
         index.take(parts, ((number - NOBODY, name) for number, name in self._store.names()), since)
         for one in changed:
             if one.subject_id is not None and (piece := self._store.samples_of(one.subject_id)):

@@ -113,10 +113,12 @@ class Reader:
         tables, values = self._matching(where, 0)
         return [name.decode() for (name,) in self._read(f"SELECT name {tables}", values)]
 
-    def names(self) -> list[tuple[int, str]]:
+    def names(self) -> Iterator[tuple[int, str]]:
         """The numbers and ids of all subjects, not compared with their checksums."""
-        found = self._read("SELECT id, name FROM subjects WHERE digest IS NOT NULL")
-        return [(number, name.decode()) for number, name in found]
+        last, sql = 0, "SELECT id, name FROM subjects WHERE id > ? AND digest IS NOT NULL ORDER BY id LIMIT ?"
+        while found := self._read(sql, (last, ROWS_A_READ)):
+            yield from ((number, name.decode()) for number, name in found)
+            last = found[-1][0]
 
     def subject(self, subject_id: str) -> tuple[SubjectRow, list[SampleRow]]:
         """A subject and its samples. Raises SubjectUnknown."""

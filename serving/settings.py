@@ -106,6 +106,10 @@ class Settings(BaseModel):
 
     workers: int = Field(2, ge=1, le=256, description="requests that compute at the same time")
     threads: int = Field(1, ge=1, le=256, description="cores that one of them uses")
+    index: Literal["exact", "fp16", "int8"] = Field(
+        "exact",
+        description="what a search reads of each vector: fp32, or half or a quarter of it, with the same result",
+    )
     max_requests: int = Field(64, ge=1, description="requests under way at the same time; more get a 503")
     max_connections: int = Field(512, ge=8, description="open connections; the longest idle makes room for a new one")
     max_body_bytes: int = Field(32 * MiB, ge=1024, description="of a request")

@@ -148,6 +148,27 @@ def test_a_store_that_is_older_than_the_snapshot_is_read_anew(tmp_path, vectors,
     gallery.close()
 
 
+def test_too_many_changes_are_not_followed_one_by_one_and_what_was_erased_is_gone(
+    tmp_path, vectors, caplog, monkeypatch
+):
+    """A kill after the store's commit left a subject in the snapshot; nobody will delete it again."""
+    x, path = vectors(40), tmp_path / "gallery.db"
+    gallery = open_gallery(path)
+    gallery.enrol_many([(f"s{number}", x[number : number + 1]) for number in range(20)])
+    _snapshot_taken(gallery)
+    gallery._store.delete("s7")
+    for number in range(20, 40):
+        gallery._store.enrol(f"s{number}", x[number : number + 1])
+    _killed(gallery)
+    assert x[7].tobytes() in _all_bytes(tmp_path)
+    monkeypatch.setattr("serving.keeping.MOST_CHANGED", 0.2)
+    gallery = open_gallery(path)
+    assert "all are read anew" in caplog.text
+    assert _indexed(gallery) == _stored(gallery)
+    assert x[7].tobytes() not in _all_bytes(tmp_path)
+    gallery.close()
+
+
 def test_a_restored_store_has_another_history(tmp_path, vectors, caplog):
     """Its revisions are taken again by other changes, so that a snapshot of one of them tells nothing."""
     x, path = vectors(30), tmp_path / "gallery.db"

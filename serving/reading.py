@@ -22,7 +22,7 @@ from trainer.errors import UserError
 
 ROWS_A_READ = 1024
 SAMPLES = (
-    "SELECT samples.id, subject_id, samples.created, sample_id, quality, name, vector, samples.checksum, key "
+    "SELECT samples.id, key, subject_id, samples.created, sample_id, quality, name, vector, samples.checksum "
     # CROSS JOIN: in this order. SQLite would rather walk the subjects and sort, for every piece anew.
     "FROM samples CROSS JOIN subjects ON subjects.id = subject_id "
 )
@@ -45,6 +45,7 @@ class Sample:
     """A sample as it is stored: its place, owner, and values; the name and the key are its subject's."""
 
     place: int
+    key: bytes
     number: int
     created: int
     sample_id: bytes
@@ -52,7 +53,6 @@ class Sample:
     name: bytes
     vector: bytes
     checksum: bytes
-    key: bytes
 
 
 class Reader:
@@ -185,8 +185,8 @@ class Reader:
         while found := self._read(SAMPLES + which, (*position, ROWS_A_READ)):
             yield self._piece(found)
             last, count = found[-1], count + len(found)
-            position = (last[1], last[0]) if by_subject else (last[0], rows.NOBODY)
-            content = rows.xor((content, *(row[7] for row in found)))
+            position = (last[2], last[0]) if by_subject else (last[0], rows.NOBODY)
+            content = rows.xor((content, *(row[-1] for row in found)))
         if settled:
             with self._database.read_lock, self._failures(UserError):
                 row = rows.read_gallery(self._database.reader)
@@ -214,22 +214,26 @@ class Reader:
 
     def _piece(self, found: list[Any]) -> Piece:
         with self._failures(UserError):
-            for place, *row in found:
-                self._check(place, row)
-            names = [self._name(row[8], row[5]) for row in found]
-            vectors = [self._vault.box(row[8]).open(b"vector", row[6]) for row in found]
+            for row in found:
+                self._check(row)
+            names, vectors = [row[6] for row in found], [row[7] for row in found]
+            if self._vault.encrypted:
+                boxes = [self._vault.box(row[1]) for row in found]
+                names = [box.open(b"name", name) for box, name in zip(boxes, names, strict=True)]
+                vectors = [box.open(b"vector", vector) for box, vector in zip(boxes, vectors, strict=True)]
         vectors_BD = np.frombuffer(b"".join(vectors), "<f4").reshape(len(found), self.dimension)
         return Piece(
-            names,
-            [row[3] for row in found],
+            [name.decode() for name in names],
+            [row[4] for row in found],
             vectors_BD.astype(np.float32),
-            np.frombuffer(b"".join(row[4] for row in found), "<f8"),
-            np.fromiter((row[1] for row in found), np.int64, len(found)),
+            np.frombuffer(b"".join(row[5] for row in found), "<f8"),
+            np.fromiter((row[2] for row in found), np.int64, len(found)),
         )
 
-    def _check(self, place: int, row: list[Any]) -> None:
-        rows.check(f"sample number {place}", *row[:-1])
-        if len(row[5]) != 4 * self.dimension + self._vault.overhead or len(row[3]) != QUALITY.size:
+    def _check(self, row: Any) -> None:
+        place, _, *values = row
+        rows.check(f"sample number {place}", *values)
+        if len(values[5]) != 4 * self.dimension + self._vault.overhead or len(values[3]) != QUALITY.size:
             raise rows.Damage(f"sample number {place} has not the length of a vector")
 
     def _known(self, connection: sqlite3.Connection, subject_id: str) -> Subject:
@@ -242,8 +246,8 @@ class Reader:
 
     def _samples(self, connection: sqlite3.Connection, number: int) -> list[Sample]:
         found = connection.execute(SAMPLES + "WHERE subject_id = ? ORDER BY samples.id", (number,)).fetchall()
-        for place, *row in found:
-            self._check(place, row)
+        for row in found:
+            self._check(row)
         return [Sample(*row) for row in found]
 
     def _sample(self, connection: sqlite3.Connection, subject_id: str, sample_id: str) -> Sample:

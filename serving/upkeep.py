@@ -162,7 +162,7 @@ def _pieces(connection: sqlite3.Connection, vault: Vault) -> Iterator[list[_Line
     """All samples, in pieces that fit into memory whatever their images are."""
     piece, size = list[_Line](), 0
     for row in connection.execute(SAMPLES + "WHERE subject_id <> ? ORDER BY samples.id", (rows.NOBODY,)):
-        rows.check(f"sample number {row[0]}", *row[1:-1])
+        rows.check(f"sample number {row[0]}", *row[2:])
         sample = Sample(*row)
         box = vault.box(sample.key)
         owners = (METADATA, OF_SAMPLE + sample.place), (METADATA, sample.number), (IMAGES, OF_SAMPLE + sample.place)

@@ -70,6 +70,7 @@ class Change:
         self.erased = False
         self._seals: list[bytes] = []  # of rows that came or went
         self._subjects = self._samples = 0  # more than before
+        self._named = "", b""  # the last name that was looked for, and its digest
         self._full = False  # no place of an erased sample is free
         self._last: dict[str, int] = {}  # of a table: the last row's number, once it is known
 
@@ -87,7 +88,7 @@ class Change:
 
     def find(self, subject_id: str) -> Subject | None:
         row = self._connection.execute(
-            f"SELECT {SUBJECT} FROM subjects WHERE digest = ?", (rows.name_digest(self._secret, subject_id),)
+            f"SELECT {SUBJECT} FROM subjects WHERE digest = ?", (self._digest(subject_id),)
         ).fetchone()
         return Subject(*row).check() if row else None
 
@@ -113,7 +114,7 @@ class Change:
         return int(count)
 
     def add_subject(self, subject_id: str) -> Subject:
-        digest, number = rows.name_digest(self._secret, subject_id), self._next("subjects")
+        digest, number = self._digest(subject_id), self._next("subjects")
         key = self._vault.new_key()
         name = self._vault.box(key).seal(b"name", subject_id.encode())
         new = Subject.of(number, digest, self._now, self._now, self._stored, key, name)
@@ -212,6 +213,11 @@ class Change:
                 content = documents.get(self._connection, OF_SAMPLE + place, box) or b""
                 self._erase(documents, OF_SAMPLE + place)
                 self._put(documents, OF_SAMPLE + place, content, theirs)
+
+    def _digest(self, subject_id: str) -> bytes:
+        if self._named[0] != subject_id:
+            self._named = subject_id, rows.name_digest(self._secret, subject_id)
+        return self._named[1]
 
     def _free(self, most: int) -> list[int]:
         """Places of erased samples, not more than these."""

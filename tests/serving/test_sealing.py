@@ -93,7 +93,7 @@ def test_another_key_none_and_one_too_many_are_one_sentence(path, content, tmp_p
         for key in (None, OTHER):
             with pytest.raises(UserError, match="encrypted"):
                 work(key)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["plain.db", "plain.db-mark", "store"]
+    assert not {"out", "new.db"} & {file.name for file in tmp_path.iterdir()}
 
 
 def test_an_erased_subjects_data_key_is_gone(path, vectors):
@@ -166,8 +166,10 @@ def test_what_was_exchanged_with_its_checksums_is_found(path, content, column):
         vector = theirs[5] if column == "vector" else mine[5]
         seal = rows.checksum(*one[:5], key, name)
         connection.execute("UPDATE subjects SET key=?, name=?, checksum=? WHERE id=?", (key, name, seal, one[0]))
-        seal = rows.checksum(*mine[1:5], name, vector)
-        connection.execute("UPDATE samples SET vector=?, checksum=? WHERE id=?", (vector, seal, mine[0]))
+        for sample in connection.execute(samples, (one[0],)).fetchall():
+            blob = vector if sample[0] == mine[0] else sample[5]
+            seal = rows.checksum(*sample[1:5], name, blob)
+            connection.execute("UPDATE samples SET vector=?, checksum=? WHERE id=?", (blob, seal, sample[0]))
     with _open(path) as store, pytest.raises((UserError, StoreError), match="cannot be decrypted"):
         list(store.samples())
 

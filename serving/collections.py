@@ -24,6 +24,7 @@ from serving.models import Model
 from serving.once import Once
 from serving.scopes import COLLECTION as NAME
 from serving.scopes import DEFAULT_COLLECTION
+from serving.sealing import read_key
 from serving.settings import Settings
 from serving.store import Store
 from trainer.atomic import sync
@@ -185,7 +186,8 @@ class Collections:
         path = self._path(name)
         model = self._model_of(path, model_id)
         settings = self._settings
-        store = Store(path, model.model_id, model.dimension, settings.idempotency_hours, settings.restored)
+        hours, key = settings.idempotency_hours, read_key(settings.encryption_key_file)
+        store = Store(path, model.model_id, model.dimension, hours, settings.restored, key)
         rules = model.verify_rule, model.identify_rule
         gallery = Gallery(
             store, *rules, settings.threads, settings.max_samples, model.normaliser, settings.index, settings.template

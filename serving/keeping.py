@@ -107,6 +107,8 @@ class Keeper:
         self._snapshot.drop(reason)
 
     def _differs(self, index: Index, revision: int) -> bool:
+        if self._store.encrypted:  # a snapshot is not, since it is mapped
+            return False
         return index.samples >= LEAST_SAMPLES and revision != self._snapshot.revision
 
     def _write(self, index: Index, parts: list[tuple[Block, int]], revision: int) -> None:

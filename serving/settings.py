@@ -119,6 +119,10 @@ class Settings(BaseModel):
     max_probes: int = Field(256, ge=1, le=10_000, description="embeddings, as bytes, in one batch of identifications")
     max_pixels: int = Field(16_000_000, ge=1, description="in all images of one request")
     max_collections: int = Field(64, ge=1, le=10_000, description="in a folder; each keeps some ten files open")
+    encryption_key_file: Path | None = Field(
+        None,
+        description="file of the key that stores are encrypted under, which `gallery key` makes; null: they are not",
+    )
     keep_images: bool = Field(False, description="keep the images that samples are made of, to be read and moved")
     max_samples: int = Field(100, ge=1, le=10_000, description="of one subject")
     decode_cpu_s: float = Field(1.8, gt=0, le=3600, description="seconds of CPU to decode the images of a request")

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as state
 from pydantic import Field, ValidationError
 
 from trainer.data.arrays import Form, Pixels
 from trainer.errors import UserError
 from trainer.evaluation.normalise import Kind, Normaliser
 from trainer.evaluation.report import Calibration
+from trainer.onnx import RUNTIME_ERRORS, VERSION, Session, first_line, open_session
 from trainer.storage import Folder
 from trainer.strict import Strict
 
@@ -27,12 +26,6 @@ MANIFEST_FILE = "manifest.json"
 MOST_COHORT_BYTES = 1 << 26
 OUTPUT = "embeddings"
 NORM_TOLERANCE = 1e-3  # of a unit vector; float32 and bfloat16 exports stay within it
-
-# ONNX Runtime's exceptions have no common base but Exception.
-RUNTIME_ERRORS = (
-    *(state.EPFail, state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoModel),
-    *(state.NotImplemented, state.RuntimeException),
-)
 
 
 class Normalisation(Strict):
@@ -97,7 +90,7 @@ def read_cohort(folder: Path | str, manifest: EmbedderManifest) -> Normaliser | 
     try:
         cohort_KD = np.load(io.BytesIO(content), allow_pickle=False)
     except ValueError as error:
-        raise UserError(f"'{path}' is no array of numbers: {_first_line(error)}{again}") from error
+        raise UserError(f"'{path}' is no array of numbers: {first_line(error)}{again}") from error
     if cohort_KD.ndim != 2 or cohort_KD.shape[1] != manifest.dimension:
         raise UserError(f"'{path}' has shape {cohort_KD.shape}, and the model {manifest.dimension} dimensions{again}")
     return Normaliser(told.kind, np.asarray(cohort_KD, np.float32))
@@ -132,23 +125,10 @@ def _spoilt(path: Folder, what: str) -> UserError:
     return UserError(f"'{path}' {what}; export the embedder again")
 
 
-def open_session(onnx: bytes, threads: int) -> onnxruntime.InferenceSession:
-    """The model in ONNX Runtime, on the CPU; raises one of `RUNTIME_ERRORS` where it cannot run it.
-
-    From bytes, not from a path: a graph that points to weights in other files, which the digest does not cover, then
-    does not load.
-    """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors; they come as exceptions too
-    return onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
-
-
 class Embedder:
     """An opened Embedder folder. `embed` may be called from several threads at once."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, manifest: EmbedderManifest, batch_size: int) -> None:
+    def __init__(self, session: Session, manifest: EmbedderManifest, batch_size: int) -> None:
         self._session, self._batch_size = session, batch_size
         self.manifest, self.model_id, self.preprocessing = manifest, manifest.model_id, manifest.preprocessing
 
@@ -169,7 +149,7 @@ class Embedder:
         try:
             session = open_session(onnx, threads)
         except RUNTIME_ERRORS as error:
-            what = f"is not a model that ONNX Runtime {onnxruntime.__version__} can run: {_first_line(error)}"
+            what = f"is not a model that ONNX Runtime {VERSION} can run: {first_line(error)}"
             raise _spoilt(place / MODEL_FILE, what) from error
         embedder = cls(session, manifest, batch_size)
         embedder._check(place / MODEL_FILE)
@@ -222,7 +202,7 @@ class Embedder:
         try:
             x_BD = self._run(images_BCHW)
         except RUNTIME_ERRORS as error:
-            what = f"does not run on samples of shape {shape}, as its manifest says it should: {_first_line(error)}"
+            what = f"does not run on samples of shape {shape}, as its manifest says it should: {first_line(error)}"
             raise _spoilt(path, what) from error
         if x_BD.shape != (2, dimension):
             raise _spoilt(path, f"gives {x_BD.shape} for two samples, but its manifest names dimension {dimension}")
@@ -230,7 +210,3 @@ class Embedder:
         if not abs(length - 1) <= NORM_TOLERANCE:
             what = f"gives vectors of length {length:.4g}; an embedder normalises them to 1 inside the model"
             raise _spoilt(path, what)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:300]

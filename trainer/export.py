@@ -33,11 +33,11 @@ from trainer.embedder import (
     EmbedderManifest,
     input_of,
     model_id,
-    open_session,
     write_manifest,
 )
 from trainer.errors import UserError
 from trainer.objective import embedder_of
+from trainer.onnx import open_session
 from trainer.run import RunNote
 from trainer.storage import Folder, written_here
 from trainer.tracking import Tracker

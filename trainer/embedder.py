@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from trainer.data.arrays import Form, Pixels
+from trainer.detection.quality import Bounds
 from trainer.errors import UserError
 from trainer.evaluation.normalise import Kind, Normaliser
 from trainer.evaluation.report import Calibration
@@ -24,7 +25,7 @@ from trainer.strict import Strict
 MODEL_FILE = "model.onnx"
 MANIFEST_FILE = "manifest.json"
 MOST_COHORT_BYTES = 1 << 26
-OUTPUT = "embeddings"
+OUTPUT, NORMS = "embeddings", "norms"
 NORM_TOLERANCE = 1e-3  # of a unit vector; float32 and bfloat16 exports stay within it
 
 
@@ -49,6 +50,10 @@ class EmbedderManifest(Strict):
     preprocessing: Form = Field(description="what it takes: images in this form, or vectors or spectrograms")
     calibration: Calibration | None = None
     normalisation: Normalisation | None = None
+    norms: str | None = Field(
+        None, description="the loss by which the length of a vector, before it is 1, tells an image's quality"
+    )
+    quality: Bounds = Field(Bounds(), description="what `--min-quality manifest` asks of an image")
     provenance: dict[str, str] = Field(default_factory=dict, description="config digest, step, MLflow run, versions")
 
 
@@ -164,6 +169,10 @@ class Embedder:
             UserError: the samples do not have the model's shape or type, or one has no direction (the model gave it a
                 vector that is not of length 1).
         """
+        return self.embed_measured(images_BCHW)[0]
+
+    def embed_measured(self, images_BCHW: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """As `embed`, and the length [B] of each vector before it was brought to 1; None where it tells nothing."""
         form = self.preprocessing
         if images_BCHW.shape[1:] != form.shape_CHW or images_BCHW.dtype != form.dtype:
             raise UserError(
@@ -171,9 +180,10 @@ class Embedder:
                 f" {form.dtype} [B, {', '.join(map(str, form.shape_CHW))}]; load them with the embedder's preprocessing"
             )
         if not len(images_BCHW):
-            return np.empty((0, self.manifest.dimension), np.float32)
+            return np.empty((0, self.manifest.dimension), np.float32), None
         starts = range(0, len(images_BCHW), self._batch_size)
-        x_BD = np.concatenate([self._run(images_BCHW[start : start + self._batch_size]) for start in starts])
+        parts = [self._run(images_BCHW[start : start + self._batch_size]) for start in starts]
+        x_BD, *lengths = (np.concatenate(part) for part in zip(*parts, strict=True))
         norms_B = np.linalg.norm(x_BD, axis=1)
         wrong_B = ~(np.abs(norms_B - 1) <= NORM_TOLERANCE)  # written so that NaN is wrong
         if wrong_B.any():
@@ -182,11 +192,13 @@ class Embedder:
                 f"the model gave sample {first} a vector of length {norms_B[first]:.4g} instead of 1; "
                 "it has nothing to go by (one flat colour?): take another one"
             )
-        return x_BD
+        return x_BD, lengths[0] if lengths else None
 
-    def _run(self, images_BCHW: Pixels) -> NDArray[np.float32]:
-        (x_BD,) = self._session.run([OUTPUT], {input_of(self.preprocessing): np.ascontiguousarray(images_BCHW)})
-        return np.asarray(x_BD, np.float32)
+    def _run(self, images_BCHW: Pixels) -> list[NDArray[np.float32]]:
+        """Vectors, and their lengths before where the manifest says that they tell something."""
+        names = [OUTPUT] if self.manifest.norms is None else [OUTPUT, NORMS]
+        outputs = self._session.run(names, {input_of(self.preprocessing): np.ascontiguousarray(images_BCHW)})
+        return [np.asarray(output, np.float32) for output in outputs]
 
     def _check(self, path: Folder) -> None:
         """The model's signature, and one run of two samples; a fault here is an export that went wrong."""
@@ -194,18 +206,22 @@ class Embedder:
         outputs = [(item.name, item.type) for item in self._session.get_outputs()]
         form, dimension = self.preprocessing, self.manifest.dimension
         kind = "tensor(uint8)" if form.dtype == np.uint8 else "tensor(float)"
-        if inputs != [(input_of(form), kind)] or (OUTPUT, "tensor(float)") not in outputs:
-            wanted = f"an embedder of {form.reads} takes {form.dtype} '{input_of(form)}' and gives float32 '{OUTPUT}'"
+        needed = [OUTPUT] if self.manifest.norms is None else [OUTPUT, NORMS]
+        if inputs != [(input_of(form), kind)] or any((name, "tensor(float)") not in outputs for name in needed):
+            gives = "' and '".join(needed)
+            wanted = f"an embedder of {form.reads} takes {form.dtype} '{input_of(form)}' and gives float32 '{gives}'"
             raise _spoilt(path, f"takes {inputs} and gives {outputs}; {wanted}")
         shape = (2, *form.shape_CHW)
         images_BCHW: Pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8).astype(form.dtype)
         try:
-            x_BD = self._run(images_BCHW)
+            x_BD, *lengths = self._run(images_BCHW)
         except RUNTIME_ERRORS as error:
             what = f"does not run on samples of shape {shape}, as its manifest says it should: {first_line(error)}"
             raise _spoilt(path, what) from error
         if x_BD.shape != (2, dimension):
             raise _spoilt(path, f"gives {x_BD.shape} for two samples, but its manifest names dimension {dimension}")
+        if any(found.shape != (2,) for found in lengths):
+            raise _spoilt(path, f"gives lengths of shape {lengths[0].shape} for two samples")
         length = float(np.linalg.norm(x_BD[0]))
         if not abs(length - 1) <= NORM_TOLERANCE:
             what = f"gives vectors of length {length:.4g}; an embedder normalises them to 1 inside the model"

@@ -29,6 +29,7 @@ from trainer.data.stream import Stream, preprocessing
 from trainer.embedder import (
     MANIFEST_FILE,
     MODEL_FILE,
+    NORMS,
     OUTPUT,
     EmbedderManifest,
     input_of,
@@ -52,16 +53,18 @@ LARGEST = 2_000_000_000  # bytes; protobuf ends at 2 GiB
 class UnitVectors(nn.Module):
     """uint8 images_BCHW to unit vectors float32 [B, D]: F.normalize(backbone(images / 127.5 - 1)).
 
-    Of float32 samples, which are no images, F.normalize(backbone(samples)).
+    Of float32 samples, which are no images, F.normalize(backbone(samples)). With `norms` also |backbone(...)|, [B].
     """
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, norms: bool = False) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.norms = backbone, norms
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         scaled = images if images.is_floating_point() else images.float() / 127.5 - 1.0
-        return F.normalize(self.backbone(scaled), dim=1)
+        x_BD = self.backbone(scaled)
+        unit_BD = F.normalize(x_BD, dim=1)
+        return (unit_BD, torch.linalg.vector_norm(x_BD, dim=1)) if self.norms else (unit_BD,)
 
 
 def export_run(
@@ -111,7 +114,9 @@ def export_run(
     _check_free(place, overwrite)
     with written_here(place, MANIFEST_FILE) as here:
         samples = _samples(manifest, config)
-        written = export(model, form, here, samples, provenance, overwrite=overwrite, weights=weights)
+        # Behind a learned projection the length is another.
+        norms = config.loss.name if config.loss.norm_tells and model is backbone else None
+        written = export(model, form, here, samples, provenance, overwrite=overwrite, weights=weights, norms=norms)
         if register and note.mlflow_run_id:
             with contextlib.closing(Tracker(config.tracking, on_trouble, note.mlflow_run_id)) as tracker:
                 tracker.register(here, written.model_id)
@@ -155,6 +160,7 @@ def export(
     *,
     overwrite: bool = False,
     weights: Mapping[str, torch.Tensor] | None = None,
+    norms: str | None = None,
 ) -> EmbedderManifest:
     """Write the Embedder folder `out`, whole or not at all, after comparing ONNX Runtime with torch on real samples.
 
@@ -168,6 +174,7 @@ def export(
         overwrite: replace an Embedder that is already in `out`.
         weights: what `init.weights` of a later training reads; kept beside the ONNX file, which has them folded into
             each other, with their digest in the provenance.
+        norms: the loss by which the length of the backbone's vectors tells an image's quality.
 
     Raises:
         UserError: `out` exists, the samples do not fit the form, or the backbone has no ONNX form.
@@ -175,7 +182,7 @@ def export(
     """
     _check_samples(images_BCHW, form)
     with fresh_folder(out, _EMBEDDER, overwrite) as folder:
-        model = UnitVectors(copy.deepcopy(backbone)).float().cpu().eval()
+        model = UnitVectors(copy.deepcopy(backbone), norms is not None).float().cpu().eval()
         onnx = _to_onnx(model, form)
         if weights is not None:
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
@@ -185,6 +192,7 @@ def export(
             dimension=_check(onnx, model, form, images_BCHW.cpu()),
             preprocessing=form,
             provenance=provenance,
+            norms=norms,
         )
         (folder / MODEL_FILE).write_bytes(onnx)
         write_manifest(folder, manifest)
@@ -212,7 +220,7 @@ def _to_onnx(model: UnitVectors, form: Form) -> bytes:
                 dynamo=True,
                 verbose=False,
                 input_names=[input_of(form)],
-                output_names=[OUTPUT],
+                output_names=[OUTPUT, NORMS] if model.norms else [OUTPUT],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
     except torch.onnx.OnnxExporterError as error:
@@ -242,11 +250,13 @@ def _check(onnx: bytes, model: UnitVectors, form: Form, images_BCHW: torch.Tenso
     session = open_session(onnx, torch.get_num_threads())
     for part_BCHW in (images_BCHW, images_BCHW[:1]):
         with torch.no_grad():
-            wanted_BD = model(part_BCHW).numpy()
-        (got_BD,) = session.run([OUTPUT], {input_of(form): part_BCHW.numpy()})
+            wanted_BD, *lengths = (output.numpy() for output in model(part_BCHW))
+        got_BD, *given = session.run(None, {input_of(form): part_BCHW.numpy()})
         if got_BD.shape != wanted_BD.shape or got_BD.dtype != np.float32:
             raise RuntimeError(f"the exported model gives {got_BD.dtype} {got_BD.shape}, torch {wanted_BD.shape}")
         difference = float(np.abs(got_BD - wanted_BD).max())
+        for wanted_B, got_B in zip(lengths, given, strict=True):
+            difference = max(difference, float((np.abs(got_B - wanted_B) / wanted_B).max()))
         if not difference <= TOLERANCE:  # also true of NaN
             raise RuntimeError(
                 f"the exported model differs from torch by {difference:.2e} on {len(part_BCHW)} samples; "

@@ -39,6 +39,7 @@ def import_(
     jobs: Annotated[int | None, typer.Option(help="Processes that write shards; by default one a core.")] = None,
     label_field: Annotated[str, typer.Option(help="tars: the field of .json with the label, instead of .cls.")] = "cls",
     labels: Annotated[str | None, typer.Option(help="arrays: file with a label for each row, .npy or .csv.")] = None,
+    detector: Annotated[str | None, typer.Option(help="Folder: store the largest face of each image, aligned.")] = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="tars: index them where they lie, copy none.")] = False,
     seed: Annotated[int, typer.Option(help="Chooses what is held out, and the order.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
@@ -62,6 +63,7 @@ def import_(
     options = ImportOptions(
         holdout_alphabets, holdout_share, max_bad, min_samples, seed, samples_per_shard, overwrite,
         jobs=jobs, check=check, max_side=max_side, label_field=label_field, labels=labels, in_place=in_place,
+        detector=detector,
     )  # fmt: skip
     with progress() as show:
         manifest = run_import(kind, source, to, options, show)

@@ -118,7 +118,8 @@ class Detector:
         values_HWC = np.asarray(canvas, np.float32).reshape(manifest.height, manifest.width, -1)
         if manifest.mode == "BGR":
             values_HWC = values_HWC[:, :, ::-1]
-        values_HWC = (values_HWC - np.array(manifest.mean, np.float32)) / np.array(manifest.std, np.float32)
+        mean, std = (np.array(numbers, np.float32) for numbers in (manifest.mean, manifest.std))
+        values_HWC = np.divide(values_HWC - mean, std, dtype=np.float32)
         batch = values_HWC[None] if manifest.layout == "NHWC" else values_HWC.transpose(2, 0, 1)[None]
         return np.ascontiguousarray(batch), scale
 

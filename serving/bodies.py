@@ -48,6 +48,16 @@ async def read(request: Request, body: Body, most: int, dimension: int) -> Sent:
     )
 
 
+async def read_document(request: Request) -> bytes:
+    """A JSON document without embeddings, unparsed, of at most JSON_BYTES_BESIDE bytes. Raises ApiError."""
+    if (kind := _content_type(request)) != "application/json":
+        raise _unsupported(kind, {"application/json": "an object"})
+    try:
+        return (await _json(request, 0, 0)).document or b""
+    except ClientDisconnect as error:
+        raise ApiError(400, "body_incomplete", "the connection ended before the body did") from error
+
+
 async def read_bulk(request: Request) -> Sent:
     """The body of a bulk enrolment, unparsed; its size was bounded by the Guard.
 
@@ -94,10 +104,8 @@ async def _json(request: Request, vectors: int, dimension: int) -> Sent:
                 break
         else:
             return Sent(document=bytes(document))
-    message = (
-        f"a JSON body of at most {limit} bytes is read here, room for {vectors} embeddings of {dimension} numbers; "
-        "send fewer"
-    )
+    room = f", room for {vectors} embeddings of {dimension} numbers; send fewer" if vectors else "; send less"
+    message = f"a JSON body of at most {limit} bytes is read here{room}"
     raise ApiError(413, "json_too_large", message, {"max_bytes": limit}, {"connection": "close"})
 
 

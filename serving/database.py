@@ -249,3 +249,21 @@ def _inode(file: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def pinned(path: Path) -> str | None:
+    """The model whose vectors a store holds; None where it is not there or begun. O(1).
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return None
+    try:
+        with contextlib.closing(_connect(path.resolve(), "ro")) as connection:
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            table = "galleries" if version == 1 else "gallery"
+            found = connection.execute(f"SELECT model_id FROM {table}").fetchone() if version else None
+            return found[0] if found else None
+    except sqlite3.Error as error:
+        raise UserError(f"the store '{path}' cannot be read: {error}; restore it from a backup") from error

@@ -71,7 +71,7 @@ class Gallery:
     ) -> None:
         """Nothing is read yet: see `load`. `threads`: cores of one search. `max_samples`: per subject."""
         self.verify_rule, self.identify_rule = verify_rule, identify_rule
-        self.model_id, self.dimension = store.model_id, store.dimension
+        self.path, self.model_id, self.dimension = store.path, store.model_id, store.dimension
         self._store, self._max_samples = store, max_samples
         self._projection = Projection(store, threads, normaliser)
         self._searches = Batcher(self._search)

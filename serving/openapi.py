@@ -3,8 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from serving import schemas
+from pydantic import BaseModel
 
+from serving import schemas
+from serving.parsing import COLLECTION as NAME
+
+# Neither key nor limits: they cost nothing and say nothing about anybody. With a key, /readyz says more; the others do
+# not look at it, so that an orchestrator with a wrong key does not take a living service for a dead one.
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
 DESCRIPTION = """\
 Verify (1:1) and identify (1:N) by embeddings, with a calibrated open-set threshold.
 
@@ -39,6 +45,15 @@ _STATUS = {
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.ErrorAnswer, "description": text} for status, text in _STATUS.items()
 }
+_COLLECTION = {
+    "name": "collection",
+    "in": "path",
+    "required": True,
+    "description": "1 to 63 of a-z, 0-9, - and _",
+    "schema": {"type": "string", "pattern": f"^{NAME}$"},
+    "example": "default",
+}
+_BEARER = {"type": "http", "scheme": "bearer", "description": "The key that the operator gave out."}
 _IMAGE = {"type": "string", "format": "binary", "description": "PNG, JPEG, WebP, TIFF, BMP, PGM …"}
 
 
@@ -70,6 +85,25 @@ class Body:
         return {"requestBody": {"required": True, "content": content}}
 
 
+def json_body(model: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:
+    """A body that is JSON and nothing else."""
+    content = {"application/json": {"schema": model.model_json_schema(), "example": example}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def completed(document: dict[str, Any], keyed: bool) -> dict[str, Any]:
+    """The document with what the routes read themselves: the collection in a path, and the key that the Guard asks."""
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            if "{collection}" in path:
+                operation["parameters"] = [_COLLECTION, *operation.get("parameters", [])]
+            if keyed and path not in OPEN_PATHS:
+                operation["security"] = [{"HTTPBearer": []}]
+    if keyed:
+        document["components"]["securitySchemes"] = {"HTTPBearer": _BEARER}
+    return document
+
+
 _SHORT = [0.6, 0.8]  # examples are in two dimensions to stay readable
 VERIFY = Body(
     ("probe", "reference"),
@@ -89,6 +123,7 @@ IDENTIFY = Body(
 ENROL = Body(("images",), model=schemas.EnrolRequest, example={"embeddings": [_SHORT]}, many=True)
 EMBED = Body(("images",), many=True)
 _LINES = '{"subject_id": "alice", "embeddings": [[0.6, 0.8]]}\n{"subject_id": "bob", "embeddings": [[1, 0]]}\n'
+COLLECTION = json_body(schemas.CollectionRequest, {"name": "staff"})
 BULK_TYPES = {
     "application/x-ndjson": "a line of JSON for each subject",
     "application/octet-stream": "a line of JSON with all subjects, then the embeddings",

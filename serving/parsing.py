@@ -37,6 +37,7 @@ _ALIKE = {"LATIN", "GREEK", "CYRILLIC"}  # scripts that share the shapes of many
 _BLANK = re.compile(
     "[\\u034f\\u115f\\u1160\\u17b4\\u17b5\\u180b-\\u180f\\u2800\\u3164\\ufe00-\\ufe0f\\uffa0\\U0001d159\\U000e0100-\\U000e01ef]"
 )
+COLLECTION = r"[a-z0-9][a-z0-9_-]{0,62}"  # the name of one, and of its file
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from serving.parsing import PATTERN
+from serving.parsing import COLLECTION, PATTERN
 
 SubjectId = Annotated[
     str,
@@ -105,6 +105,33 @@ class BulkHeader(Request):
     """The first line of a bulk enrolment whose embeddings follow as bytes."""
 
     subject_ids: list[SubjectId] = Field(min_length=1, max_length=MAX_BULK, description="of each embedding, in order")
+
+
+class CollectionRequest(BaseModel):
+    """A collection to begin."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    name: str = Field(max_length=100, json_schema_extra={"pattern": f"^{COLLECTION}$"})
+    model_id: str | None = Field(None, max_length=64, description="one of the loaded models; null: the first")
+
+
+class CollectionFacts(BaseModel):
+    """A collection: a gallery of its own, pinned to a model."""
+
+    name: str
+    model_id: str
+    dimension: int
+    state: Literal["loading", "ready", "rebuilding", "failed"]
+    subjects: int
+    samples: int
+    revision: int = Field(description="changes that it has been through")
+
+
+class CollectionAnswer(CollectionFacts):
+    """A collection."""
+
+    request_id: str
 
 
 class Answer(BaseModel):
@@ -226,6 +253,13 @@ class EmbedAnswer(Answer):
     dimension: int
 
 
+class CollectionsAnswer(BaseModel):
+    """The collections, by name."""
+
+    collections: list[CollectionFacts]
+    request_id: str
+
+
 class ReadyAnswer(BaseModel):
     """The service can answer. What it holds is told to those who have the key."""
 
@@ -234,6 +268,7 @@ class ReadyAnswer(BaseModel):
     samples: int | None = None
     revision: int | None = Field(None, description="changes that the gallery has been through")
     model_id: str | None = None
+    collections: int | None = Field(None, description="the other numbers are of the collection `default`")
     request_id: str
 
 

@@ -20,13 +20,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.errors import ApiError, stopping
 from serving.metrics import Metrics
+from serving.openapi import OPEN_PATHS
 from serving.settings import Settings
 
 log = logging.getLogger("hypersphere.serving")
 ASSETS = "/docs-assets"  # the script and the style sheet of /docs
-# Neither key nor limits: they cost nothing and say nothing about anybody. With a key, /readyz says more; the others do
-# not look at it, so that an orchestrator with a wrong key does not take a living service for a dead one.
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
 REQUEST_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 UNANSWERED: int = 0  # in place of a status
 CLIENTS_REMEMBERED = 10_000

@@ -20,8 +20,9 @@ from trainer.errors import UserError
 
 log = logging.getLogger("hypersphere.serving")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-SPARE_FILES = 64  # descriptors for all but connections and decoders: store, logs, libraries
+SPARE_FILES = 64  # descriptors for all but connections, decoders and further collections: store, logs, libraries
 FILES_A_WORKER = 4  # its decoder's pipes: three, and one while it is started
+FILES_A_COLLECTION = 10  # its store's: the file, its log and their index thrice, the mark
 LINES_A_MINUTE = 20  # of one kind
 SECONDS_TO_CLOSE = 2  # of `shutdown_s`, kept for closing the store after the last answer
 
@@ -46,12 +47,13 @@ def run(settings: Settings, host: str, port: int) -> None:
         opened.callback(service.close)
         server = uvicorn.Server(_config(app, settings))
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        state = service.gallery.enrolled()
-        if settings.restored:
-            told = "the store is taken as it is, at change %d; the next start goes without --restored"
-            log.warning(told, state.revision)
-        held = f"{state.subjects} subjects with {state.samples} samples in {settings.store}"
-        print(f"Model {service.gallery.model_id}: {held}")
+        for collection in service.collections.all():
+            state = collection.gallery.enrolled()
+            if settings.restored:
+                told = "the store is taken as it is, at change %d; the next start goes without --restored"
+                log.warning(told, state.revision)
+            held = f"{state.subjects} subjects with {state.samples} samples in {collection.gallery.path}"
+            print(f"Model {collection.model.model_id}: {held}")
         print(f"Serving on {address}; documentation: {address}/docs", flush=True)
         with _signals_taken(server):
             server.run(sockets=[listener])
@@ -127,7 +129,9 @@ def _config(app: Any, settings: Settings) -> uvicorn.Config:
 def _connections(settings: Settings) -> int:
     """As many connections as asked for, or as the process may have descriptors for; the soft limit is raised."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most, spare = settings.max_connections, SPARE_FILES + FILES_A_WORKER * settings.workers
+    collections = settings.max_collections if settings.store.is_dir() else 0
+    spare = SPARE_FILES + FILES_A_WORKER * settings.workers * len(settings.embedder) + FILES_A_COLLECTION * collections
+    most = settings.max_connections
     wanted = most + spare
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)

@@ -1,0 +1,100 @@
+"""Subjects and samples, without the web framework: what was sent to a change of the gallery, and its answer.
+
+Every function computes or waits for the disk, so the API calls it in a thread of its pool. Those that change something
+also give whether it is the answer of an earlier request with the same idempotency key.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving import schemas
+from serving.bulk import items
+from serving.changes import Enrolment, SubjectFull
+from serving.collections import Collection
+from serving.errors import ApiError
+from serving.parsing import Sent, enrollable, idempotency_key, known, read_cursor, read_json, write_cursor
+
+Vectors = NDArray[np.float32]
+
+
+def enrol(
+    collection: Collection, subject_id: str, sent: Sent, key: str | None, request_id: str
+) -> tuple[schemas.EnrolAnswer, bool]:
+    """Add samples to a subject, new or known."""
+    subject_id, model, gallery = enrollable(subject_id), collection.model, collection.gallery
+    parts = sent.files["images"] if sent.document is None else [sent.document]
+    once = idempotency_key(key, "PUT", subject_id, parts)  # for POST, too: both verbs are one request
+    done = gallery.replay(once, subject_id) if once else None  # spares embedding again
+    if done is None:
+        if sent.document is None:
+            vectors_BD = model.embed(sent.files, "images")
+        else:
+            body = read_json(schemas.EnrolRequest, sent.document)
+            vectors_BD = model.vectors(body.embeddings, body.model_id, "embeddings")
+        done = gallery.enrol(subject_id, vectors_BD, once)
+    answer = schemas.EnrolAnswer(
+        subject_id=done.subject_id,
+        samples=[schemas.SampleAnswer(sample_id=sample_id) for sample_id in done.sample_ids],
+        subject_created=done.subject_created,
+        subject_samples=done.subject_samples,
+        gallery_size=done.gallery_size,
+        model_id=model.model_id,
+        request_id=request_id,
+    )
+    return answer, done.replayed
+
+
+def enrol_many(collection: Collection, sent: Sent, key: str | None, request_id: str) -> tuple[schemas.BulkAnswer, bool]:
+    """Add samples to many subjects in one change; an item that is refused leaves the others alone."""
+    once = idempotency_key(key, "POST", "", [sent.document or b""])
+    model, gallery, most = collection.model, collection.gallery, collection.settings.max_samples
+    refused, good, names = dict[int, ApiError](), list[tuple[str, Vectors]](), list[str]()
+    for item in items(sent, model.dimension):
+        names.append(item.subject_id)
+        try:
+            vectors_BD = model.vectors(item.embeddings, item.model_id, "embeddings", most)
+            good.append((enrollable(item.subject_id), vectors_BD))
+        except ApiError as error:
+            refused[len(names) - 1] = error
+    done = gallery.enrol_many(good, once)
+    outcomes = iter(done.results)
+    results = [_bulk_result(name, refused.get(place) or next(outcomes)) for place, name in enumerate(names)]
+    answer = schemas.BulkAnswer(
+        results=results,
+        enrolled=sum(result.status == "enrolled" for result in results),
+        refused=sum(result.status == "refused" for result in results),
+        gallery_size=done.gallery_size,
+        model_id=model.model_id,
+        request_id=request_id,
+    )
+    return answer, done.replayed
+
+
+def delete(collection: Collection, subject_id: str, key: str | None) -> bool:
+    """Erase a subject."""
+    subject_id = known(subject_id)
+    return collection.gallery.delete(subject_id, idempotency_key(key, "DELETE", subject_id, ())).replayed
+
+
+def subjects(collection: Collection, cursor: str | None, limit: int, request_id: str) -> schemas.SubjectsAnswer:
+    """A page of the enrolled subjects."""
+    gallery = collection.gallery
+    rows = gallery.subjects(read_cursor(cursor), limit + 1)  # one more tells whether there is a next page
+    return schemas.SubjectsAnswer(
+        subjects=[schemas.SubjectAnswer.model_validate(row, from_attributes=True) for row in rows[:limit]],
+        next_cursor=write_cursor(rows[limit - 1].position) if len(rows) > limit else None,
+        gallery_size=gallery.size,
+        model_id=gallery.model_id,
+        request_id=request_id,
+    )
+
+
+def _bulk_result(subject_id: str, outcome: Enrolment | SubjectFull | ApiError) -> schemas.BulkResult:
+    if isinstance(outcome, Enrolment):
+        samples = [schemas.SampleAnswer(sample_id=sample_id) for sample_id in outcome.sample_ids]
+        return schemas.BulkResult(
+            subject_id=subject_id, status="enrolled", samples=samples, subject_created=outcome.subject_created
+        )
+    error = ApiError(409, "too_many_samples", str(outcome)) if isinstance(outcome, SubjectFull) else outcome
+    body = schemas.ErrorBody(code=error.code, message=error.message, details=dict(error.details))
+    return schemas.BulkResult(subject_id=subject_id, status="refused", error=body)

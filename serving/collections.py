@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.database import pinned
+from serving.drift import Drift
 from serving.errors import ApiError, invalid
 from serving.gallery import Gallery
 from serving.metrics import Metrics
@@ -37,6 +38,7 @@ class Collection:
     model: Model
     settings: Settings
     metrics: Metrics
+    drift: Drift
 
 
 class Collections:
@@ -149,8 +151,9 @@ class Collections:
         rules = model.verify_rule, model.identify_rule
         gallery = Gallery(store, *rules, settings.threads, settings.max_samples, model.normaliser)
         gallery.on_search = self._metrics.searched
-        self._metrics.opened(name, gallery)
-        return Collection(name, gallery, model, settings, self._metrics)
+        drift = Drift(model.identify_rule.curve)
+        self._metrics.opened(name, gallery, drift)
+        return Collection(name, gallery, model, settings, self._metrics, drift)
 
     def _model_of(self, path: Path, model_id: str | None) -> Model:
         """The model that a store is pinned to; of a new one, the one that is asked for, or the first."""

@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 class StoreError(Exception):
@@ -36,9 +39,19 @@ class IdempotencyKey:
     request: bytes
 
 
+class Piece(NamedTuple):
+    """Samples: of each its subject's name, its UUID's 16 bytes, its vector, and its subject's number."""
+
+    subject_ids: list[str]
+    sample_ids: list[bytes]
+    vectors_BD: NDArray[np.float32]
+    numbers_B: NDArray[np.int64]
+
+
 @dataclass(frozen=True)
 class Enrolment:
-    """What an enrolment did. `gallery_size` counts subjects, right after it; `replayed`: it was done before."""
+    """What an enrolment did. `gallery_size` counts subjects, right after it; `replayed`: it was done before, and the
+    subject's `number` is not known."""
 
     subject_id: str
     sample_ids: list[str]
@@ -46,6 +59,7 @@ class Enrolment:
     subject_samples: int
     gallery_size: int
     replayed: bool = False
+    number: int = 0
 
 
 @dataclass(frozen=True)

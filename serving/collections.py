@@ -11,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from serving.database import pinned
 from serving.drift import Drift
@@ -39,6 +40,10 @@ class Collection:
     settings: Settings
     metrics: Metrics
     drift: Drift
+
+    def signed(self, request_id: str) -> dict[str, Any]:
+        """What every answer carries."""
+        return {"collection": self.name, "model_id": self.model.model_id, "request_id": request_id}
 
 
 class Collections:

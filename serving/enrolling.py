@@ -12,7 +12,7 @@ from serving.bulk import items
 from serving.changes import Enrolment, SubjectFull
 from serving.collections import Collection
 from serving.errors import ApiError
-from serving.parsing import Sent, enrollable, idempotency_key, known, read_cursor, read_json, write_cursor
+from serving.parsing import RAW, Sent, enrollable, idempotency_key, known, read_cursor, read_json, write_cursor
 
 Vectors = NDArray[np.float32]
 
@@ -22,12 +22,15 @@ def enrol(
 ) -> tuple[schemas.EnrolAnswer, bool]:
     """Add samples to a subject, new or known."""
     subject_id, model, gallery = enrollable(subject_id), collection.model, collection.gallery
+    most = collection.settings.max_images
     parts = sent.files["images"] if sent.document is None else [sent.document]
     once = idempotency_key(key, "PUT", subject_id, parts)  # for POST, too: both verbs are one request
     done = gallery.replay(once, subject_id) if once else None  # spares embedding again
     if done is None:
         if sent.document is None:
             vectors_BD = model.embed(sent.files, "images")
+        elif sent.kind == RAW:
+            vectors_BD = model.raw(sent.document, sent.fields.get("model_id"), "embeddings", most)
         else:
             body = read_json(schemas.EnrolRequest, sent.document)
             vectors_BD = model.vectors(body.embeddings, body.model_id, "embeddings")
@@ -38,8 +41,7 @@ def enrol(
         subject_created=done.subject_created,
         subject_samples=done.subject_samples,
         gallery_size=done.gallery_size,
-        model_id=model.model_id,
-        request_id=request_id,
+        **collection.signed(request_id),
     )
     return answer, done.replayed
 
@@ -64,8 +66,7 @@ def enrol_many(collection: Collection, sent: Sent, key: str | None, request_id: 
         enrolled=sum(result.status == "enrolled" for result in results),
         refused=sum(result.status == "refused" for result in results),
         gallery_size=done.gallery_size,
-        model_id=model.model_id,
-        request_id=request_id,
+        **collection.signed(request_id),
     )
     return answer, done.replayed
 
@@ -84,8 +85,7 @@ def subjects(collection: Collection, cursor: str | None, limit: int, request_id:
         subjects=[schemas.SubjectAnswer.model_validate(row, from_attributes=True) for row in rows[:limit]],
         next_cursor=write_cursor(rows[limit - 1].position) if len(rows) > limit else None,
         gallery_size=gallery.size,
-        model_id=gallery.model_id,
-        request_id=request_id,
+        **collection.signed(request_id),
     )
 
 

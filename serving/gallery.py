@@ -7,8 +7,7 @@ the two steps does not see the change, which nobody has been told of yet.
 """
 
 import time
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
@@ -27,15 +26,22 @@ from trainer.evaluation.normalise import Normaliser
 
 @dataclass(frozen=True)
 class Probe:
-    """Whom to search for: a unit vector, and how many subjects to return."""
+    """Whom to search for: a unit vector, how many subjects to return, and among whom to search (None: all).
+
+    Probes that name the same collection of subjects, not an equal one, are searched together.
+    """
 
     vector_D: NDArray[np.float32]
     top_k: int
+    among: Collection[str] | None = None
 
 
 @dataclass(frozen=True)
 class Identification:
-    """The answer to "who is this?": the best subjects, best first, and whether the first is a match by the rule."""
+    """The answer to "who is this?": the best subjects, best first, and whether the first is a match by the rule.
+
+    `gallery_size`: subjects that were searched; the rule is the one for so many.
+    """
 
     candidates: list[Candidate]
     decision: Literal["match", "unknown"]
@@ -129,9 +135,7 @@ class Gallery:
             if done.replayed:
                 self._projection.confirm()
             else:
-                sample_ids = [uuid.UUID(item).bytes for item in done.sample_ids]
-                self._projection.index.add([subject_id] * len(sample_ids), sample_ids, vectors_BD)
-                self._projection.revision += 1
+                self._projection.add([(done, vectors_BD)])
             return done
 
     def enrol_many(
@@ -145,15 +149,8 @@ class Gallery:
             if done.replayed:
                 self._projection.confirm()
                 return done
-            names, sample_ids, vectors = list[str](), list[bytes](), []
-            for one, (subject_id, vectors_BD) in zip(done.results, items, strict=True):
-                if isinstance(one, Enrolment):
-                    names += [subject_id] * len(vectors_BD)
-                    sample_ids += [uuid.UUID(item).bytes for item in one.sample_ids]
-                    vectors.append(vectors_BD)
-            if vectors:
-                self._projection.index.add(names, sample_ids, np.concatenate(vectors))
-            self._projection.revision += 1
+            pairs = zip(done.results, items, strict=True)
+            self._projection.add([(one, vectors_BD) for one, (_, vectors_BD) in pairs if isinstance(one, Enrolment)])
             return done
 
     def replay(self, key: IdempotencyKey, subject_id: str) -> Enrolment | None:
@@ -173,8 +170,7 @@ class Gallery:
         with self._projection.changing(subject_id):
             done = self._store.delete(subject_id, key)
             if not done.replayed:
-                self._projection.index.remove(subject_id)
-                self._projection.revision += 1
+                self._projection.remove(subject_id)
             return done
 
     def subjects(self, after: int, limit: int) -> list[SubjectRow]:
@@ -182,9 +178,15 @@ class Gallery:
         self._projection.refuse_loading()
         return self._store.subjects(after, limit)
 
-    def identify(self, probe_D: NDArray[np.float32], top_k: int) -> Identification:
-        """The `top_k` nearest subjects; a match if the nearest reaches the threshold of a gallery of this size."""
-        return self.submit(Probe(probe_D, top_k)).result()
+    def identify(
+        self, probe_D: NDArray[np.float32], top_k: int, among: Collection[str] | None = None
+    ) -> Identification:
+        """The `top_k` nearest subjects; a match if the nearest reaches the threshold of a gallery of this size.
+
+        Args:
+            among: the only subjects that are looked for; the threshold is that of a gallery of as many as are enrolled.
+        """
+        return self.submit(Probe(probe_D, top_k, among)).result()
 
     def submit(self, probe: Probe) -> Future[Identification]:
         """`identify` in a while; searches that wait at the same time go through the index together."""
@@ -193,10 +195,21 @@ class Gallery:
         return self._searches.submit(probe)
 
     def _search(self, probes: Sequence[Probe]) -> list[Identification]:
-        start, index = time.perf_counter(), self._projection.index  # a new one may take its place meanwhile
-        size, found = index.subjects, []
-        rule = self.identify_rule.at(size)
-        together = index.search(np.stack([probe.vector_D for probe in probes]), max(probe.top_k for probe in probes))
+        groups: dict[int, list[int]] = {}
+        for place, probe in enumerate(probes):
+            groups.setdefault(id(probe.among), []).append(place)
+        found: dict[int, Identification] = {}
+        for places in groups.values():
+            found |= zip(places, self._search_alike([probes[place] for place in places]), strict=True)
+        return [found[place] for place in range(len(probes))]
+
+    def _search_alike(self, probes: Sequence[Probe]) -> list[Identification]:
+        """Search for probes with the same filter in one pass."""
+        start, index, among = time.perf_counter(), self._projection.index, probes[0].among  # a new one may come
+        allowed_S = None if among is None else index.numbers(among)
+        size, found = index.subjects if allowed_S is None else len(allowed_S), []
+        rule, top_k = self.identify_rule.at(size), max(probe.top_k for probe in probes)
+        together = index.search(np.stack([probe.vector_D for probe in probes]), top_k, allowed_S)
         for probe, candidates in zip(probes, together, strict=True):
             known = bool(candidates) and rule.matches(candidates[0].score)
             found.append(Identification(candidates[: probe.top_k], "match" if known else "unknown", size, rule))

@@ -41,11 +41,14 @@ class Model:
         if self._images is not None:
             self._images.close()
 
-    def mate_probability(self, score: float) -> float | None:
-        """That two samples with this score are of one identity; None where it was not calibrated."""
+    def mate_probability(self, score: float, gallery_size: int = 1) -> float | None:
+        """That two samples with this score are of one identity; None where it was not calibrated.
+
+        In a search, each of the subjects has an equal share of the prior.
+        """
         calibration = self.embedder.manifest.calibration
         model = calibration.probability if calibration else None
-        return model.probability(score) if model else None
+        return model.probability(score, model.prior / max(1, gallery_size)) if model else None
 
     def embed(self, files: Mapping[str, Sequence[bytes]], *parts: str) -> Vectors:
         """Unit vectors of the image files in these parts, of one face each, in order."""
@@ -58,6 +61,14 @@ class Model:
             message = f"the model of this service reads {reads}, not images; send embeddings, as application/json"
             raise ApiError(415, "no_images", message, {"reads": reads})
         return self._images.crops(files, parts, which)
+
+    def raw(self, document: bytes, model_id: str | None, part: str, most: int) -> Vectors:
+        """Embeddings that a client sent as little-endian float32, one behind the other, checked as in `vectors`."""
+        size = 4 * self.dimension
+        if not document or len(document) % size:
+            told = f"{len(document)} bytes were sent; embeddings of {self.dimension} float32 take {size} bytes each"
+            raise invalid((part, told))
+        return self.vectors(np.frombuffer(document, "<f4").reshape(-1, self.dimension), model_id, part, most)
 
     def vectors(
         self, embeddings: Vectors | Sequence[Sequence[float]], model_id: str | None, part: str, most: int | None = None
@@ -77,7 +88,8 @@ class Model:
                 facts = {"part": part, "sent": length, "allowed": self.dimension}
                 raise ApiError(422, "wrong_dimension", message, facts)
         x_BD = np.asarray(embeddings, np.float64)
-        lengths_B = np.linalg.norm(x_BD, axis=1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            lengths_B = np.linalg.norm(x_BD, axis=1)
         if not (np.abs(lengths_B - 1) <= NORM_TOLERANCE).all():
             worst = float(lengths_B[np.abs(lengths_B - 1).argmax()])
             message = f"an embedding in '{part}' has length {worst:.4g}; it must be 1: divide it by its length"
@@ -85,3 +97,16 @@ class Model:
             raise ApiError(422, "not_a_unit_vector", message, facts)
         unit_BD: Vectors = (x_BD / lengths_B[:, None]).astype(np.float32)
         return unit_BD
+
+
+def mean(unit_BD: Vectors, part: str) -> Vectors:
+    """The mean of unit vectors of one person, brought to length 1. Raises ApiError 422 where they cancel out."""
+    if len(unit_BD) == 1:
+        (only_D,) = unit_BD
+        return np.asarray(only_D)
+    mean_D = unit_BD.mean(axis=0, dtype=np.float64)
+    length = float(np.linalg.norm(mean_D))
+    if length < NORM_TOLERANCE:
+        raise invalid((part, "they point in opposite directions and have no mean; send those of one person"))
+    unit_D: Vectors = (mean_D / length).astype(np.float32)
+    return unit_D

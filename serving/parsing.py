@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
 from serving.changes import IdempotencyKey
@@ -37,19 +37,20 @@ _ALIKE = {"LATIN", "GREEK", "CYRILLIC"}  # scripts that share the shapes of many
 _BLANK = re.compile(
     "[\\u034f\\u115f\\u1160\\u17b4\\u17b5\\u180b-\\u180f\\u2800\\u3164\\ufe00-\\ufe0f\\uffa0\\U0001d159\\U000e0100-\\U000e01ef]"
 )
+JSON, RAW = "application/json", "application/octet-stream"
 COLLECTION = r"[a-z0-9][a-z0-9_-]{0,62}"  # the name of one, and of its file
-T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
 
 
 @dataclass(frozen=True)
 class Sent:
-    """The body of a request: a form's files by part name and its other fields, or a document."""
+    """The body of a request: a form's files by part name, or a document; and the other fields of the form, or those of
+    the query where the document is bytes."""
 
     files: dict[str, list[bytes]] = field(default_factory=dict)
     fields: dict[str, str] = field(default_factory=dict)
     document: bytes | None = None
-    kind: str = "application/json"  # of the document
+    kind: str = JSON  # of the document
 
 
 def read_json(model: type[Model], document: bytes) -> Model:
@@ -64,21 +65,17 @@ def read_json(model: type[Model], document: bytes) -> Model:
         raise ApiError(400, "not_json", f"the body is not JSON ({error})") from error
     if isinstance(tree, dict) and len(tree) > MAX_KEYS:
         raise invalid(("", f"{len(tree)} keys were sent; at most {MAX_KEYS} are read"))
+    return as_request(model, tree)
+
+
+def as_request(model: type[Model], tree: object) -> Model:
+    """Raises ApiError 422 for what the schema does not allow."""
     try:
         return model.model_validate(tree)
     except ValidationError as error:
         faults = error.errors(include_input=False, include_url=False, include_context=False)
         told = [(".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")) for fault in faults]
         raise invalid(*told) from error
-
-
-def read_field(sent: Sent, name: str, kind: TypeAdapter[T], default: str, fault: str) -> T:
-    """A field of a form as a value; `fault` says what another value is."""
-    text = sent.fields.get(name, default)
-    try:
-        return kind.validate_python(text)
-    except ValidationError as error:
-        raise invalid((name, f"'{text[:20]}' is {fault}")) from error
 
 
 def known(subject_id: str) -> str:

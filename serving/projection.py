@@ -7,14 +7,19 @@ happened.
 
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from serving.changes import State, StoreError
+import numpy as np
+
+from serving.blocks import Vectors
+from serving.changes import Enrolment, Piece, State, StoreError
 from serving.index import Index
-from serving.store import Piece, Store
+from serving.rows import NOBODY
+from serving.store import Store
 from trainer.errors import UserError
 from trainer.evaluation.normalise import Normaliser
 
@@ -142,6 +147,20 @@ class Projection:
                 if not sound:
                     self._distrust(subject_ids)
 
+    def add(self, done: Sequence[tuple[Enrolment, Vectors]]) -> None:
+        """Take over one change of the store, inside `changing`: what it did to subjects, and their new vectors."""
+        if done:
+            names = [one.subject_id for one, vectors_BD in done for _ in vectors_BD]
+            sample_ids = [uuid.UUID(sample_id).bytes for one, _ in done for sample_id in one.sample_ids]
+            numbers_B = np.array([one.number for one, vectors_BD in done for _ in vectors_BD], np.int64)
+            self.index.add(names, sample_ids, np.concatenate([x_BD for _, x_BD in done]), numbers_B - NOBODY)
+        self.revision += 1
+
+    def remove(self, subject_id: str) -> None:
+        """Take over one change of the store, inside `changing`: a deletion."""
+        self.index.remove(subject_id)
+        self.revision += 1
+
     def confirm(self) -> None:
         """Raises GalleryLoading as long as the index may lack what a repeated answer tells of."""
         if self._apart:
@@ -204,7 +223,7 @@ class Projection:
 
     def _put(self, index: Index, piece: Piece) -> None:
         try:
-            index.add(*piece)
+            index.add(piece.subject_ids, piece.sample_ids, piece.vectors_BD, piece.numbers_B - NOBODY)
         except ValueError as error:
             raise UserError(
                 f"the store '{self._store.path}' holds a vector that cannot be one of an embedder's ({error}); "

@@ -22,6 +22,7 @@ CHECKSUM_BYTES = 16
 NOTHING = bytes(CHECKSUM_BYTES)
 # SQLite stores every number from here on in eight bytes. It is also the number of nobody, who owns the free places.
 NOBODY = 1 << 47
+FORGOTTEN = frozenset({"subject_id", "number"})  # of what a change answered
 STEPS_A_QUESTION = 100_000  # SQLite's steps, a few milliseconds
 GALLERY_COLUMNS = "uid, secret, model_id, dimension, subjects, samples, revision, content, layout, created"
 
@@ -95,7 +96,7 @@ def outcome(secret: bytes, key: str, request: bytes, answer: dict[str, Any], now
 
     Whoever asks again sends all three again.
     """
-    text = json.dumps({name: value for name, value in answer.items() if name != "subject_id"}).encode()
+    text = json.dumps({name: value for name, value in answer.items() if name not in FORGOTTEN}).encode()
     values = (digest(secret, b"key", key.encode()), digest(secret, b"request", request), text, now)
     return (*values, checksum(*values))
 

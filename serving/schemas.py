@@ -1,6 +1,6 @@
 """The service's JSON: requests that carry embeddings, and all answers."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
@@ -23,11 +23,16 @@ Embedding = Annotated[
         description="unit vector of the model's dimension, as POST /v1/embed gives",
     ),
 ]
+Embeddings = Annotated[list[Embedding], Field(min_length=1, max_length=1000, fail_fast=True)]
 MAX_BULK = 10_000  # embeddings of one bulk enrolment
 TopK = Annotated[int, Field(ge=1, le=100, description="subjects to return")]
 
 # Shown on the documentation page.
-_MODEL: dict[str, JsonValue] = {"model_id": "803e48540b005d3ce4213a2d2cecdf57", "request_id": "0f1e2d3c4b5a"}
+_MODEL: dict[str, JsonValue] = {
+    "collection": "default",
+    "model_id": "803e48540b005d3ce4213a2d2cecdf57",
+    "request_id": "0f1e2d3c4b5a",
+}
 _SAMPLE = "9e910adc-e37c-47c4-94fe-b0e8e129a5fc"
 VERIFIED: dict[str, JsonValue] = _MODEL | {
     "score": 0.71,
@@ -41,7 +46,7 @@ VERIFIED: dict[str, JsonValue] = _MODEL | {
     "sample_id": _SAMPLE,
 }
 IDENTIFIED: dict[str, JsonValue] = _MODEL | {
-    "candidates": [{"subject_id": "alice", "score": 0.71, "sample_id": _SAMPLE}],
+    "candidates": [{"subject_id": "alice", "score": 0.71, "sample_id": _SAMPLE, "mate_probability": 0.97}],
     "decision": "match",
     "threshold": 0.52,
     "threshold_source": "calibrated for FPIR 0.01: held-out identities of faces; by its curve for FPIR 0.01 at 1200 "
@@ -51,6 +56,8 @@ IDENTIFIED: dict[str, JsonValue] = _MODEL | {
     "fpir_expected": 0.01,
     "gallery_size": 1200,
     "calibrated_gallery_size": 1200,
+    "extrapolated": False,
+    "probe_samples": 1,
 }
 
 
@@ -78,27 +85,66 @@ class VerifyRequest(Request):
         return self
 
 
-class IdentifyRequest(Request):
-    """The embedding of somebody unknown."""
+class Options(BaseModel):
+    """How to search."""
 
-    embedding: Embedding
     top_k: TopK = 5
     below_threshold: bool = Field(
         False, description="return candidates below the threshold too, where the service allows it"
     )
+    fpir: float | None = Field(
+        None,
+        gt=0,
+        le=0.2,
+        description="share of searches for strangers that may return a match, instead of the calibrated one; refused "
+        "where the calibration does not know its threshold",
+    )
+
+
+class FormOptions(Options, Request):
+    """The same as texts: fields of a form, or the query of a body of bytes."""
+
+
+class Sampled(BaseModel):
+    """Somebody unknown: one embedding, or several, whose mean, brought to length 1, is searched for."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    embedding: Embedding | None = None
+    embeddings: Embeddings | None = None
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        if (self.embedding is None) == (self.embeddings is None):
+            raise ValueError("give either embedding or embeddings")
+        return self
+
+    @property
+    def rows(self) -> list[list[float]]:
+        return [self.embedding] if self.embedding is not None else self.embeddings or []
+
+
+class IdentifyRequest(Sampled, Options, Request):
+    """Who is this?"""
+
+
+class IdentifyManyRequest(Options, Request):
+    """Who are these?"""
+
+    probes: list[Sampled] = Field(min_length=1, max_length=1000)
 
 
 class EnrolRequest(Request):
     """Embeddings of one subject."""
 
-    embeddings: Annotated[list[Embedding], Field(min_length=1, max_length=1000, fail_fast=True)]
+    embeddings: Embeddings
 
 
 class BulkItem(Request):
     """One line of a bulk enrolment: embeddings of one subject."""
 
     subject_id: SubjectId
-    embeddings: Annotated[list[Embedding], Field(min_length=1, max_length=1000, fail_fast=True)]
+    embeddings: Embeddings
 
 
 class BulkHeader(Request):
@@ -137,6 +183,7 @@ class CollectionAnswer(CollectionFacts):
 class Answer(BaseModel):
     """What every answer carries."""
 
+    collection: str
     model_id: str = Field(description="digest of the model that made the vectors")
     request_id: str
 
@@ -165,12 +212,15 @@ class CandidateAnswer(BaseModel):
     subject_id: str
     score: float
     sample_id: str
+    mate_probability: float | None = Field(
+        None,
+        description="that this is the probe's identity, by its score alone: the calibration's prior is taken for the "
+        "chance that the probe is enrolled, and shared out evenly among the gallery_size subjects",
+    )
 
 
-class IdentifyAnswer(Answer):
-    """The nearest subjects, and whether the first of them is the one."""
-
-    model_config = ConfigDict(json_schema_extra={"examples": [IDENTIFIED]})
+class Identified(BaseModel):
+    """The nearest subjects, whether the first of them is the one, and what that rests on."""
 
     candidates: list[CandidateAnswer] = Field(
         description="best first; those below the threshold only where asked for and allowed"
@@ -178,13 +228,35 @@ class IdentifyAnswer(Answer):
     decision: Literal["match", "unknown"] = Field(description="match: the first candidate's score >= threshold")
     threshold: float
     threshold_source: str
+    extrapolated: bool = Field(
+        description="the threshold rests on the model of the scores' tail alone: fewer than one false positive is "
+        "expected among the samples that it was calibrated with"
+    )
     fpir_target: float | None = Field(
-        description="share of searches for strangers that return a match, for which the threshold was calibrated"
+        description="share of searches by strangers that return a match, for which the threshold is made"
     )
     fpir_interval: tuple[float, float] | None = Field(description="bounds of the rate that the calibration reached")
-    fpir_expected: float | None = Field(description="fpir_target carried over to this gallery_size: at most about this")
+    fpir_expected: float | None = Field(
+        description="fpir_target carried over to this gallery_size as 1 - (1 - FPIR)^(N / N0): an upper bound in a "
+        "gallery larger than the calibrated one, a lower bound in a smaller one"
+    )
     gallery_size: int = Field(description="enrolled subjects that were searched")
     calibrated_gallery_size: int | None = Field(description="gallery size that the threshold was calibrated for")
+    probe_samples: int = Field(
+        description="images or embeddings of the probe; of several, their mean, brought to length 1, was searched for"
+    )
+
+
+class IdentifyAnswer(Answer, Identified):
+    """Who it is, or that it is nobody we know."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [IDENTIFIED]})
+
+
+class IdentifyManyAnswer(Answer):
+    """An answer for each probe, in the order they were sent."""
+
+    results: list[Identified]
 
 
 class SampleAnswer(BaseModel):

@@ -110,6 +110,7 @@ class Settings(BaseModel):
     max_image_bytes: int = Field(MAX_BYTES, ge=1024, le=MAX_BYTES, description="of one image file")
     max_images: int = Field(32, ge=1, le=1000, description="images or embeddings in one request")
     max_faces: int = Field(16, ge=1, le=100, description="of one photograph that are looked at, the largest first")
+    max_probes: int = Field(256, ge=1, le=10_000, description="embeddings, as bytes, in one batch of identifications")
     max_pixels: int = Field(16_000_000, ge=1, description="in all images of one request")
     max_collections: int = Field(64, ge=1, le=10_000, description="in a folder; each keeps some ten files open")
     max_samples: int = Field(100, ge=1, le=10_000, description="of one subject")

@@ -28,6 +28,7 @@ from serving.changes import (
     Enrolment,
     IdempotencyKey,
     KeyReused,
+    Piece,
     State,
     StoreError,
     SubjectFull,
@@ -46,7 +47,6 @@ SAMPLES = (
 )
 BULK = frozenset({"items", "gallery_size"})  # what is remembered of an enrolment of many
 Vectors = NDArray[np.float32]
-Piece = tuple[list[str], list[bytes], Vectors]
 
 
 Outcome = TypeVar("Outcome", Enrolment, Deletion)
@@ -172,7 +172,8 @@ class Store:
             number, seal = rows.add_subject(connection, self._secret, subject_id, now)
             seals.append(seal)
         sample_ids, more = rows.add_samples(connection, number, subject_id, vectors_BD, now)
-        return Enrolment(subject_id, sample_ids, bool(seals), held + len(more), 0), [*seals, *more]
+        done = Enrolment(subject_id, sample_ids, bool(seals), held + len(more), 0, number=number)
+        return done, [*seals, *more]
 
     def _check_shape(self, vectors_BD: Vectors) -> None:
         if vectors_BD.ndim != 2 or vectors_BD.shape[1] != self.dimension or not len(vectors_BD):
@@ -218,7 +219,7 @@ class Store:
         return [SubjectRow(row[0], row[3].decode(), row[5], _text(row[2])) for row in found]
 
     def samples(self, settled: bool = False) -> Iterator[Piece]:
-        """Every sample, in pieces: subject ids, sample ids (16 bytes each), vectors [B, D].
+        """Every sample, in pieces: subject ids, sample ids (16 bytes each), vectors [B, D], subjects' numbers.
 
         Args:
             settled: nobody writes meanwhile, so in the end all of it together must be what the gallery's row says.
@@ -259,7 +260,8 @@ class Store:
                 if len(row[4]) != 4 * self.dimension:
                     raise rows.Damage(f"sample number {place} has not the length of a vector")
         vectors_BD = np.frombuffer(b"".join(row[5] for row in found), "<f4").reshape(len(found), self.dimension)
-        return [row[4].decode() for row in found], [row[3] for row in found], vectors_BD.astype(np.float32)
+        names, sample_ids = [row[4].decode() for row in found], [row[3] for row in found]
+        return Piece(names, sample_ids, vectors_BD.astype(np.float32), np.array([row[1] for row in found], np.int64))
 
     def _read(self, sql: str, values: Sequence[object] = ()) -> list[Any]:
         with self._database.read_lock, self._failures():
@@ -269,7 +271,7 @@ class Store:
         self, kind: type[Outcome], connection: sqlite3.Connection, key: IdempotencyKey | None, subject_id: str
     ) -> Outcome | None:
         """What a change of this subject under this key did, if it was done."""
-        found = self._remembered(connection, key, {field.name for field in fields(kind)} - {"subject_id"})
+        found = self._remembered(connection, key, {field.name for field in fields(kind)} - rows.FORGOTTEN)
         return None if found is None else kind(**found | {"subject_id": subject_id, "replayed": True})
 
     def _remembered(

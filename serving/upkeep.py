@@ -64,8 +64,8 @@ def verify(path: Path, progress: Progress) -> Stats:
     with contextlib.closing(Store(path, found.model_id, found.dimension)) as store:
         store.verify()
         done = 0
-        for names, _, _ in store.samples(settled=True):
-            progress(done := done + len(names), found.samples)
+        for piece in store.samples(settled=True):
+            progress(done := done + len(piece.subject_ids), found.samples)
     return found
 
 

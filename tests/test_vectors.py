@@ -11,7 +11,7 @@ from PIL import Image
 from serving.cli import embedder as commands
 from serving.cli.evaluate import evaluate
 from serving.collections import Collection
-from serving.deciding import embed, probe
+from serving.deciding import asked, embed
 from serving.enrolling import enrol
 from serving.errors import ApiError
 from serving.parsing import Sent
@@ -127,11 +127,11 @@ def test_a_service_takes_embeddings_of_vectors_and_no_images(
     x_ND, labels_N = embed_split(Embedder.open(embedders("vector")), Manifest.read(sets / "vector").split("val"))
     one, another = x_ND[labels_N == 3][:2].tolist()
     enrol(collection, "ada", Sent(document=json.dumps({"embeddings": [one]}).encode()), None, "r")
-    asked = Sent(document=json.dumps({"embedding": another, "below_threshold": True}).encode())
-    found = collection.gallery.submit(probe(collection, asked)[0]).result()
+    sent = Sent(document=json.dumps({"embedding": another, "below_threshold": True}).encode())
+    found = collection.gallery.submit(asked(collection, sent).probes[0]).result()
     assert found.candidates[0].subject_id == "ada"
     with pytest.raises(ApiError, match="reads vectors") as refused:
-        embed(collection, Sent(files={"images": [b"a picture"]}), "r")
+        embed(collection, Sent(files={"images": [b"a picture"]}))
     assert (refused.value.status, refused.value.code) == (415, "no_images")
     assert refused.value.message.startswith("the model of this service reads vectors of shape [12], not images; send")
 

@@ -53,7 +53,10 @@ def collection_of(request: Request) -> Collection:
 
 
 async def body_of(request: Request, body: openapi.Body, collection: Collection) -> Sent:
-    return await read(request, body, collection.settings.max_images if body.many else 1, collection.model.dimension)
+    settings = collection.settings
+    most = settings.max_images if body.many else 1
+    raw = settings.max_probes if body.batch else most * len(body.files)
+    return await read(request, body, most, collection.model.dimension, raw)
 
 
 async def compute(request: Request, work: Callable[[], T]) -> T:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from serving.changes import SubjectUnknown
-from serving.gallery import Gallery
+from serving.gallery import Gallery, Probe
 from serving.store import Store
 from serving.threshold import Rule
 from tests.serving.galleries import MODEL, open_gallery
@@ -138,3 +138,27 @@ def test_acknowledged_changes_are_seen_by_everybody(gallery, vectors):
     assert {row.subject_id for row in gallery.subjects(0, 100)} == present
     assert all(version > 0 for version, _ in acknowledged.values())
     assert gallery.check().subjects == len(present) == gallery.size
+
+
+def test_a_search_among_some_is_that_of_a_gallery_of_these(tmp_path, vectors):
+    """Its candidates, size and threshold, also where it waits together with searches among others."""
+    start = CURVE.at(100, 0.01)
+    rule = Rule(start.value, "a test", 0.01, (start.low, start.high), 100, CURVE)
+    opened = Gallery(Store(tmp_path / "gallery.db", MODEL, 32), Rule(0.5, ""), rule)
+    opened.load()
+    x = vectors(40)
+    opened.enrol_many([(f"s{number}", x[number : number + 1]) for number in range(40)])
+    few, nobody = {"s3", "s4", "not enrolled"}, frozenset()
+    filters = [few, None, nobody, few, ["s0"]] * 4
+    answers = [opened.submit(Probe(x[0], 3, among)) for among in filters]
+    for among, answer in zip(filters, answers, strict=True):
+        found = answer.result(10)
+        enrolled = {f"s{number}" for number in range(40)}
+        allowed = enrolled if among is None else enrolled.intersection(among)
+        scores = {name: float(x[int(name[1:])] @ x[0]) for name in allowed}
+        assert [one.subject_id for one in found.candidates] == sorted(scores, key=lambda name: -scores[name])[:3]
+        assert found.gallery_size == len(allowed)
+        assert found.rule.value == CURVE.at(max(1, len(allowed)), 0.01).value
+    opened.delete("s3")
+    assert [one.subject_id for one in opened.identify(x[3], 3, few).candidates] == ["s4"]
+    opened.close()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import serving.index
+import serving.scan
 from serving.index import Index
 from trainer.evaluation.normalise import Normaliser
 
@@ -29,15 +29,23 @@ def _rows(rng, subjects, samples, dimension=8):
     return [(f"s{owner}", uuid.uuid4().bytes, row) for owner, row in zip(owners, x, strict=True)]
 
 
+NUMBERS = {}  # of names, as a store would give them
+
+
+def _add(index, names, x, sample_ids=None):
+    ids = [uuid.uuid4().bytes for _ in names] if sample_ids is None else sample_ids
+    index.add(names, ids, x, np.array([NUMBERS.setdefault(name, len(NUMBERS)) for name in names], np.int64))
+
+
 def _fill(index, rows):
-    index.add([row[0] for row in rows], [row[1] for row in rows], np.stack([row[2] for row in rows]))
+    _add(index, [row[0] for row in rows], np.stack([row[2] for row in rows]), [row[1] for row in rows])
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 7 rows, and every scan shared out among the cores."""
-    monkeypatch.setattr("serving.index.FIRST_ROWS", 7)
-    monkeypatch.setattr("serving.index.BLOCK_BYTES", 0)
+    monkeypatch.setattr("serving.blocks.FIRST_ROWS", 7)
+    monkeypatch.setattr("serving.blocks.BLOCK_BYTES", 0)
     monkeypatch.setattr("serving.index.SPLIT", 0)
 
 
@@ -49,24 +57,30 @@ def small_blocks(monkeypatch):
     top_k=FEW,
     removed=st.integers(0, 3),
     cores=st.integers(1, 3),
+    form=st.sampled_from(["exact", "fp16", "int8"]),
+    dimension=st.sampled_from([3, 8, 32]),
 )
-def test_search_is_the_definition(small_blocks, seed, subjects, samples, top_k, removed, cores):
-    """Few subjects with very many samples make the search go deeper than its first try."""
+def test_search_is_the_definition(small_blocks, seed, subjects, samples, top_k, removed, cores, form, dimension):
+    """Few subjects with very many samples make the search go deeper than its first try; in whatever form it scans."""
     rng = np.random.default_rng(seed)
-    rows = _rows(rng, subjects, samples)
-    index = Index(8, cores)
+    rows = _rows(rng, subjects, samples, dimension)
+    index = Index(dimension, cores, form=form)
     _fill(index, rows)
     for number in range(removed):
         held = [row for row in rows if row[0] != f"s{number}"]
         assert index.remove(f"s{number}") == len(rows) - len(held)
         rows = held
     if rows:
-        more = _rows(rng, subjects, 5)
+        more = _rows(rng, subjects, 5, dimension)
         _fill(index, more)
         rows += more
     assert (index.samples, index.subjects) == (len(rows), len({row[0] for row in rows}))
-    queries = np.stack([row[2] for row in _rows(rng, 1, 3)])
+    queries = np.stack([row[2] for row in _rows(rng, 1, 3, dimension)])
     owner = {row[1]: row for row in rows}
+    some = {f"s{number}" for number in range(0, subjects, 2)}
+    only = [row for row in rows if row[0] in some]
+    for query, found in zip(queries, index.search(queries, top_k, index.numbers(some)), strict=True):
+        assert [candidate.subject_id for candidate in found] == [name for name, _ in _expected(only, query, top_k)]
     for query, found in zip(queries, index.search(queries, top_k), strict=True):
         expected = _expected(rows, query, top_k)
         assert [candidate.subject_id for candidate in found] == [subject_id for subject_id, _ in expected]
@@ -105,8 +119,8 @@ def test_one_subject_with_most_samples_does_not_crowd_out_the_others():
     near = np.eye(8, dtype=np.float32)[[0]] + rng.normal(scale=0.01, size=(2000, 8)).astype(np.float32)
     near /= np.linalg.norm(near, axis=1, keepdims=True)
     index = Index(8)
-    index.add(["crowd"] * 2000, [uuid.uuid4().bytes for _ in near], near)
-    index.add(["a", "b"], [uuid.uuid4().bytes for _ in "ab"], np.eye(8, dtype=np.float32)[1:3])
+    _add(index, ["crowd"] * 2000, near)
+    _add(index, ["a", "b"], np.eye(8, dtype=np.float32)[1:3])
     (found,) = index.search(query, 3)
     assert found[0].subject_id == "crowd"
     assert {candidate.subject_id for candidate in found[1:]} == {"a", "b"}
@@ -115,7 +129,7 @@ def test_one_subject_with_most_samples_does_not_crowd_out_the_others():
 def test_batches_large_enough_for_matrix_products_give_the_same_scores(vectors):
     x = vectors(500, dimension=256)
     index = Index(256)
-    index.add([f"s{i % 100}" for i in range(500)], [uuid.uuid4().bytes for _ in x], x)
+    _add(index, [f"s{i % 100}" for i in range(500)], x)
     queries = vectors(40, seed=1, dimension=256)
     together = index.search(queries, 10)
     for query, found in zip(queries, together, strict=True):
@@ -138,7 +152,7 @@ def test_batches_large_enough_for_matrix_products_give_the_same_scores(vectors):
 def test_what_faiss_would_take_in_silence_is_refused(vector, message):
     index = Index(8)
     with pytest.raises(ValueError, match=message):
-        index.add(["a"], [uuid.uuid4().bytes], vector)
+        _add(index, ["a"], vector)
     with pytest.raises(ValueError, match=message):
         index.search(vector, 1)
     assert index.samples == 0
@@ -154,7 +168,7 @@ def test_an_empty_index_finds_nobody(vectors):
 def test_a_hidden_subject_is_found_by_nobody_and_goes_with_the_next_removal(vectors):
     x = vectors(60)
     index = Index(32)
-    index.add([f"s{number % 20}" for number in range(60)], [uuid.uuid4().bytes for _ in x], x)
+    _add(index, [f"s{number % 20}" for number in range(60)], x)
     index.hide("s7")
     index.hide("nobody")
     assert (index.subjects, index.samples) == (19, 57)
@@ -162,7 +176,9 @@ def test_a_hidden_subject_is_found_by_nobody_and_goes_with_the_next_removal(vect
     (found,) = index.search(x[7:8], 20)
     assert len(found) == 19
     assert "s7" not in {candidate.subject_id for candidate in found}
-    index.add(["s7"], [uuid.uuid4().bytes], x[:1])  # somebody of that name comes back, without the old samples
+    index.add(
+        ["s7"], [uuid.uuid4().bytes], x[:1], np.array([2000])
+    )  # somebody of that name comes back, without the old samples
     assert index.compare(x[7], "s7").score < 0.9
     assert index.remove("s8", "s9") == 9
     assert (index.subjects, index.samples) == (18, 52)
@@ -175,7 +191,7 @@ def test_a_hidden_subject_is_found_by_nobody_and_goes_with_the_next_removal(vect
 def test_a_removal_that_runs_out_of_memory_hides_and_mixes_nothing_up(vectors, monkeypatch, step):
     x = vectors(30)
     index = Index(32)
-    index.add([f"s{number}" for number in range(30)], [uuid.uuid4().bytes for _ in x], x)
+    _add(index, [f"s{number}" for number in range(30)], x)
 
     def fail(*_):
         raise MemoryError
@@ -194,7 +210,7 @@ def test_a_removal_that_runs_out_of_memory_hides_and_mixes_nothing_up(vectors, m
 def test_a_block_that_is_mostly_gone_gives_its_memory_back(small_blocks, vectors):
     x = vectors(700)
     index = Index(32)
-    index.add([f"s{number}" for number in range(700)], [uuid.uuid4().bytes for _ in x], x)
+    _add(index, [f"s{number}" for number in range(700)], x)
     for number in range(690):
         index.remove(f"s{number}")
     held = sum(len(block) for block in index._view.blocks)
@@ -207,31 +223,31 @@ def test_a_block_that_is_mostly_gone_gives_its_memory_back(small_blocks, vectors
 def test_a_removed_vector_is_nowhere_in_memory(vectors):
     x = vectors(40)
     index = Index(32)
-    index.add([f"s{number}" for number in range(40)], [uuid.uuid4().bytes for _ in x], x)
+    _add(index, [f"s{number}" for number in range(40)], x)
     (block,) = index._view.blocks
     index.remove("s5")
-    assert not block.vectors_ND[5].any()
+    assert not block.vectors_NE[5].any()
     assert not block.sample_N[5].any()
 
 
 def test_a_change_does_not_wait_for_a_search(vectors, monkeypatch):
     x = vectors(40)
     index = Index(32)
-    index.add(["a"] * 40, [uuid.uuid4().bytes for _ in x], x)
+    _add(index, ["a"] * 40, x)
     scanning, changed = threading.Event(), threading.Event()
-    knn = serving.index.faiss.knn
+    knn = serving.scan.faiss.knn_inner_product
 
     def slow(*arguments, **named):
         scanning.set()
         assert changed.wait(10)
         return knn(*arguments, **named)
 
-    monkeypatch.setattr("serving.index.faiss.knn", slow)
+    monkeypatch.setattr("serving.scan.faiss.knn_inner_product", slow)
     found = []
     thread = threading.Thread(target=lambda: found.extend(index.search(x[:1], 5)))
     thread.start()
     assert scanning.wait(10)
-    index.add(["b"], [uuid.uuid4().bytes], x[:1])
+    _add(index, ["b"], x[:1])
     index.remove("a")
     changed.set()
     thread.join(10)
@@ -243,7 +259,7 @@ def test_searches_beside_changes_never_see_half_of_one(small_blocks, vectors):
     x = vectors(200)
     index = Index(32)
     stable = [f"stable{i}" for i in range(100)]
-    index.add(stable, [uuid.uuid4().bytes for _ in stable], x[:100])
+    _add(index, stable, x[:100])
     done, faults = threading.Event(), []
 
     def search():
@@ -258,7 +274,7 @@ def test_searches_beside_changes_never_see_half_of_one(small_blocks, vectors):
         thread.start()
     for _ in range(15):
         for number in range(100, 200):
-            index.add([f"fleeting{number}"], [uuid.uuid4().bytes], x[number : number + 1])
+            _add(index, [f"fleeting{number}"], x[number : number + 1])
         for number in range(100, 200):
             index.remove(f"fleeting{number}")
     done.set()

@@ -25,7 +25,7 @@ def opened(tmp_path):
 def _all(store):
     """{subject: {sample: vector}}"""
     found = {}
-    for subject_ids, sample_ids, vectors_BD in store.samples():
+    for subject_ids, sample_ids, vectors_BD, _ in store.samples():
         for subject_id, sample_id, vector in zip(subject_ids, sample_ids, vectors_BD, strict=True):
             found.setdefault(subject_id, {})[str(uuid.UUID(bytes=sample_id))] = vector
     return found

@@ -45,7 +45,7 @@ def opened_again(path):
 def content(path):
     with opened_again(path) as opened:
         found = {}
-        for names, _, vectors_BD in opened.samples():
+        for names, _, vectors_BD, _ in opened.samples():
             for name, row in zip(names, vectors_BD, strict=True):
                 found.setdefault(name, []).append(row.tobytes())
         return {name: sorted(rows) for name, rows in found.items()}

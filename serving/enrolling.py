@@ -12,7 +12,8 @@ from serving.bulk import items
 from serving.changes import Enrolment, SubjectFull
 from serving.collections import Collection
 from serving.errors import ApiError
-from serving.parsing import RAW, Sent, enrollable, idempotency_key, known, read_cursor, read_json, write_cursor
+from serving.images import Crop, told
+from serving.parsing import RAW, Sent, enrollable, face_of, idempotency_key, known, read_cursor, read_json, write_cursor
 
 Vectors = NDArray[np.float32]
 
@@ -26,21 +27,25 @@ def enrol(
     parts = sent.files["images"] if sent.document is None else [sent.document]
     once = idempotency_key(key, "PUT", subject_id, parts)  # for POST, too: both verbs are one request
     done = gallery.replay(once, subject_id) if once else None  # spares embedding again
+    crops = list[Crop]()
     if done is None:
         if sent.document is None:
-            vectors_BD = model.embed(sent.files, "images")
+            crops = model.crops(sent.files, "images", which=face_of(sent))
+            vectors_BD = np.stack([crop.vector_D for crop in crops])
         elif sent.kind == RAW:
             vectors_BD = model.raw(sent.document, sent.fields.get("model_id"), "embeddings", most)
         else:
             body = read_json(schemas.EnrolRequest, sent.document)
             vectors_BD = model.vectors(body.embeddings, body.model_id, "embeddings")
-        done = gallery.enrol(subject_id, vectors_BD, once)
+        with collection.metrics.stage("store"):
+            done = gallery.enrol(subject_id, vectors_BD, once)
     answer = schemas.EnrolAnswer(
         subject_id=done.subject_id,
         samples=[schemas.SampleAnswer(sample_id=sample_id) for sample_id in done.sample_ids],
         subject_created=done.subject_created,
         subject_samples=done.subject_samples,
         gallery_size=done.gallery_size,
+        images=[] if done.replayed else told(crops),
         **collection.signed(request_id),
     )
     return answer, done.replayed
@@ -58,7 +63,8 @@ def enrol_many(collection: Collection, sent: Sent, key: str | None, request_id: 
             good.append((enrollable(item.subject_id), vectors_BD))
         except ApiError as error:
             refused[len(names) - 1] = error
-    done = gallery.enrol_many(good, once)
+    with collection.metrics.stage("store"):
+        done = gallery.enrol_many(good, once)
     outcomes = iter(done.results)
     results = [_bulk_result(name, refused.get(place) or next(outcomes)) for place, name in enumerate(names)]
     answer = schemas.BulkAnswer(
@@ -74,7 +80,9 @@ def enrol_many(collection: Collection, sent: Sent, key: str | None, request_id: 
 def delete(collection: Collection, subject_id: str, key: str | None) -> bool:
     """Erase a subject."""
     subject_id = known(subject_id)
-    return collection.gallery.delete(subject_id, idempotency_key(key, "DELETE", subject_id, ())).replayed
+    once = idempotency_key(key, "DELETE", subject_id, ())
+    with collection.metrics.stage("store"):
+        return collection.gallery.delete(subject_id, once).replayed
 
 
 def subjects(collection: Collection, cursor: str | None, limit: int, request_id: str) -> schemas.SubjectsAnswer:

@@ -3,25 +3,24 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from serving import schemas
 from serving.batching import Closed
 from serving.decoding import Decoders, DecodersClosed, ImageRefused, Limits
 from serving.embedding import Embedding
 from serving.errors import ApiError, stopping
 from serving.looking import Picture, Seen, unlike_a_crop
 from serving.metrics import Metrics
+from serving.parsing import Which
 from serving.settings import Settings
 from trainer.data.image import Preprocessing
 from trainer.detection.detector import Detector
 from trainer.detection.quality import Bounds
 from trainer.embedder import Embedder
 from trainer.errors import UserError
-
-Which = Literal["only", "largest", "all"]
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,10 @@ class Images:
     def __init__(self, embedder: Embedder, form: Preprocessing, settings: Settings, metrics: Metrics) -> None:
         """Raises UserError where the detector cannot be used, or aligns to another size than the model reads."""
         self._form, self._settings, self._metrics = form, settings, metrics
-        told = embedder.manifest.quality
+        asked = embedder.manifest.quality
         if settings.detector is not None:
-            told = _checked(settings.detector, form, told)
-        self._bounds = Bounds.read(settings.min_quality, told)
+            asked = _checked(settings.detector, form, asked)
+        self._bounds = Bounds.read(settings.min_quality, asked)
         limits = Limits(
             seconds=settings.decode_cpu_s,
             pixels=settings.max_pixels,
@@ -142,6 +141,11 @@ class Images:
         return None
 
 
+def told(crops: Sequence[Crop]) -> list[schemas.ImageAnswer]:
+    """What answers say of them."""
+    return [schemas.ImageAnswer(**dict(crop.seen), image=crop.image, warning=crop.warning) for crop in crops]
+
+
 def poor(crop: Crop) -> ApiError:
     """422 for a face that is of less quality than the service asks for."""
     quality = crop.seen.quality.model_dump(exclude_none=True)
@@ -154,12 +158,12 @@ def _rows(picture: Picture, which: Which, name: str, facts: dict[str, object]) -
     if not found:
         raise ApiError(422, "no_face", f"image '{name}' shows no face that the detector finds; take another one", facts)
     if found > 1 and which == "only":
-        told = f"image '{name}' shows {found} faces, and one is allowed here; cut it out, or send face=largest"
-        raise ApiError(422, "several_faces", told, facts | {"faces": found})
+        message = f"image '{name}' shows {found} faces, and one is allowed here; cut it out, or send face=largest"
+        raise ApiError(422, "several_faces", message, facts | {"faces": found})
     return range(len(picture.seen) if which == "all" else 1)
 
 
-def _checked(folder: Path, form: Preprocessing, told: Bounds) -> Bounds:
+def _checked(folder: Path, form: Preprocessing, asked: Bounds) -> Bounds:
     """What the detector's manifest asks of a face, over what the embedder's does."""
     manifest = Detector.open(folder).manifest
     template = manifest.template
@@ -168,4 +172,4 @@ def _checked(folder: Path, form: Preprocessing, told: Bounds) -> Bounds:
             f"the detector '{folder}' aligns faces to {template.width} x {template.height} pixels, and the model reads "
             f"{form.width} x {form.height}; give the template of its training in the detector's manifest"
         )
-    return Bounds(**(told.model_dump(exclude_none=True) | manifest.quality.model_dump(exclude_none=True)))
+    return Bounds(**(asked.model_dump(exclude_none=True) | manifest.quality.model_dump(exclude_none=True)))

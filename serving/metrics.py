@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-from serving import tracing
+from serving import logs, tracing
 from serving.drift import Drift
 from serving.gallery import Gallery
 
@@ -82,6 +82,7 @@ class Metrics:
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
         self._requests.labels(route, method if method in METHODS else "other", str(status)).inc()
         self._latency.labels(route).observe(seconds)
+        logs.answered(method, route, status, seconds)
 
     def searched(self, probes: int, seconds: float) -> None:
         """A pass over the gallery for so many searches."""

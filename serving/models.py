@@ -7,9 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import ApiError, invalid
-from serving.images import Crop, Images, Which
+from serving.images import Crop, Images
 from serving.index import NORM_TOLERANCE
 from serving.metrics import Metrics
+from serving.parsing import Which
 from serving.settings import Settings
 from serving.threshold import rules
 from trainer.data.image import Preprocessing
@@ -21,12 +22,12 @@ Vectors = NDArray[np.float32]
 class Model:
     """An opened embedder, what turns images into its vectors, and the rules that its scores are decided by.
 
-    `embed` and `vectors` may be called from several threads.
+    `crops` and `vectors` may be called from several threads.
     """
 
     def __init__(self, folder: Path, settings: Settings, metrics: Metrics) -> None:
         """Raises UserError where it cannot be used, or there is no threshold."""
-        self._settings, self._metrics = settings, metrics
+        self._settings = settings
         # One call at a time embeds for all requests: see `embedding`.
         self.embedder = Embedder.open(folder, settings.threads * settings.workers)
         manifest = self.embedder.manifest
@@ -49,10 +50,6 @@ class Model:
         calibration = self.embedder.manifest.calibration
         model = calibration.probability if calibration else None
         return model.probability(score, model.prior / max(1, gallery_size)) if model else None
-
-    def embed(self, files: Mapping[str, Sequence[bytes]], *parts: str) -> Vectors:
-        """Unit vectors of the image files in these parts, of one face each, in order."""
-        return np.stack([crop.vector_D for crop in self.crops(files, *parts)])
 
     def crops(self, files: Mapping[str, Sequence[bytes]], *parts: str, which: Which = "only") -> list[Crop]:
         """See `Images.crops`; raises ApiError 415 where the model reads no images."""

@@ -73,6 +73,7 @@ class Body:
         example: of the JSON.
         many: as many images or embeddings as the service allows; otherwise one a part.
         batch: as many embeddings as bytes as it allows in a batch.
+        faces: what the form's field `face` may be: which faces of a photograph are meant; the first is the default.
     """
 
     files: tuple[str, ...]
@@ -81,6 +82,13 @@ class Body:
     example: dict[str, Any] | None = None
     many: bool = False
     batch: bool = False
+    faces: tuple[str, ...] = ("only", "largest")
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """The form's fields."""
+        told = "which face of a photograph, where the service has a detector"
+        return self.fields | {"face": {"enum": list(self.faces), "default": self.faces[0], "description": told}}
 
     @property
     def query(self) -> dict[str, Any]:
@@ -90,7 +98,7 @@ class Body:
     def openapi(self) -> dict[str, Any]:
         """What the OpenAPI page shows of it."""
         image = {"type": "array", "items": _IMAGE, "minItems": 1} if self.many else _IMAGE
-        form = {"type": "object", "properties": dict.fromkeys(self.files, image) | self.fields}
+        form = {"type": "object", "properties": dict.fromkeys(self.files, image) | self.form}
         content: dict[str, Any] = {"multipart/form-data": {"schema": form | {"required": [self.files[0]]}}}
         if self.model is None:
             return {"requestBody": {"required": True, "content": content}}
@@ -133,7 +141,14 @@ VERIFY = Body(
     schemas.VerifyRequest,
     {"probe": _SHORT, "subject_id": "alice"},
 )
-IDENTIFY = Body(("image",), _OPTIONS, schemas.IdentifyRequest, {"embedding": _SHORT, "top_k": 5}, many=True)
+IDENTIFY = Body(
+    ("image",),
+    _OPTIONS,
+    schemas.IdentifyRequest,
+    {"embedding": _SHORT, "top_k": 5},
+    many=True,
+    faces=("all", "only", "largest"),
+)
 IDENTIFY_MANY = Body(
     ("images",),
     _OPTIONS,
@@ -143,7 +158,7 @@ IDENTIFY_MANY = Body(
     batch=True,
 )
 ENROL = Body(("images",), model=schemas.EnrolRequest, example={"embeddings": [_SHORT]}, many=True)
-EMBED = Body(("images",), many=True)
+EMBED = Body(("images",), many=True, faces=("all", "only", "largest"))
 EMBEDDED: dict[int | str, dict[str, Any]] = {
     200: {"content": {RAW: {"schema": {"type": "string", "format": "binary", "description": _FLOATS}}}}
 }

@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from serving.looking import Seen
 from serving.parsing import COLLECTION, PATTERN
 
 SubjectId = Annotated[
@@ -104,6 +105,8 @@ class Options(BaseModel):
 class FormOptions(Options, Request):
     """The same as texts: fields of a form, or the query of a body of bytes."""
 
+    face: Literal["all", "only", "largest"] | None = None
+
 
 class Sampled(BaseModel):
     """Somebody unknown: one embedding, or several, whose mean, brought to length 1, is searched for."""
@@ -188,6 +191,13 @@ class Answer(BaseModel):
     request_id: str
 
 
+class ImageAnswer(Seen):
+    """What was found in an image: a face, or all of it where the service has no detector."""
+
+    image: str = Field(description="part of the form, and its number where there are several")
+    warning: str | None = Field(None, description="why the image may not be what the model expects")
+
+
 class VerifyAnswer(Answer):
     """Whether two samples are of the same identity, and why."""
 
@@ -204,6 +214,7 @@ class VerifyAnswer(Answer):
     )
     subject_id: str | None = Field(None, description="the enrolled subject that was compared")
     sample_id: str | None = Field(None, description="the subject's sample that scored best")
+    images: list[ImageAnswer] = []
 
 
 class CandidateAnswer(BaseModel):
@@ -245,12 +256,27 @@ class Identified(BaseModel):
     probe_samples: int = Field(
         description="images or embeddings of the probe; of several, their mean, brought to length 1, was searched for"
     )
+    images: list[ImageAnswer] = []
+
+
+class FaceAnswer(BaseModel):
+    """One of the faces of a photograph, and who it is by the same threshold."""
+
+    face: ImageAnswer
+    candidates: list[CandidateAnswer]
+    decision: Literal["match", "unknown"] | None = Field(description="null: its quality is too low to be searched for")
+    faults: list[str] = Field([], description="what of its quality is worse than the service asks for")
 
 
 class IdentifyAnswer(Answer, Identified):
     """Who it is, or that it is nobody we know."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [IDENTIFIED]})
+
+    faces: list[FaceAnswer] = Field(
+        [],
+        description="of a photograph, the largest first; the rest of the answer is of the first that was searched for",
+    )
 
 
 class IdentifyManyAnswer(Answer):
@@ -273,6 +299,7 @@ class EnrolAnswer(Answer):
     subject_created: bool = Field(description="the subject was new")
     subject_samples: int = Field(description="samples of the subject now")
     gallery_size: int = Field(description="enrolled subjects now")
+    images: list[ImageAnswer] = Field([], description="of an enrolment that is done now, and not answered once more")
 
 
 class ErrorBody(BaseModel):
@@ -323,6 +350,7 @@ class EmbedAnswer(Answer):
 
     embeddings: list[list[float]]
     dimension: int
+    images: list[ImageAnswer] = Field(description="where each embedding is from")
 
 
 class CollectionsAnswer(BaseModel):

@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.errors import ApiError, stopping
+from serving.logs import REQUEST
 from serving.metrics import Metrics
 from serving.openapi import OPEN_PATHS
 from serving.settings import Settings
@@ -114,6 +115,7 @@ class Guard:
         sent_id = headers.get(b"x-request-id", b"")
         request_id = sent_id.decode() if REQUEST_ID.fullmatch(sent_id) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
+        REQUEST.set(request_id)
         start, status = time.perf_counter(), UNANSWERED
 
         async def answer(message: Message) -> None:

@@ -126,6 +126,13 @@ class Settings(BaseModel):
     idempotency_hours: float = Field(24, gt=0, le=8784, description="how long an Idempotency-Key is remembered")
 
     @model_validator(mode="after")
+    def _drains_in_time(self) -> "Settings":
+        if self.drain_seconds and self.drain_seconds > self.shutdown_s - 3:
+            told = f"a drain of {self.drain_seconds} s leaves less than 3 of shutdown_s={self.shutdown_s} to finish"
+            raise ValueError(f"{told}; raise --shutdown-s, and what the supervisor waits for")
+        return self
+
+    @model_validator(mode="after")
     def _thresholds_of_one_model(self) -> "Settings":
         if len(self.embedder) > 1 and not self.verify_threshold is self.identify_threshold is None:
             raise ValueError(

@@ -11,6 +11,7 @@ from typing import Any
 
 from trainer.errors import UserError
 
+_CONTEXT = (b"traceparent", b"tracestate")
 _QUIET = contextlib.nullcontext()
 _tracer: Any = None  # None: nobody collects
 
@@ -52,27 +53,31 @@ def span(name: str) -> "contextlib.AbstractContextManager[Any]":
     return _QUIET if _tracer is None else _tracer.start_as_current_span(name)
 
 
-@contextlib.contextmanager
-def request(method: str, headers: dict[bytes, bytes], request_id: str) -> Iterator[Any]:
-    """The span of a request; None where nobody collects."""
-    if _tracer is None:
-        yield None
-        return
-    from opentelemetry.propagate import extract
-    from opentelemetry.trace import SpanKind
+class Traced:
+    """ASGI middleware: each request that the Guard lets in is a span."""
 
-    sent = {
-        name: headers[name.encode()].decode("latin-1")
-        for name in ("traceparent", "tracestate")
-        if name.encode() in headers
-    }
-    kind, facts = SpanKind.SERVER, {"http.request.method": method, "hypersphere.request_id": request_id}
-    with _tracer.start_as_current_span(method, context=extract(sent), kind=kind, attributes=facts) as found:
-        yield found
+    def __init__(self, app: Any) -> None:
+        self._app = app
 
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or _tracer is None:
+            await self._app(scope, receive, send)
+            return
+        from opentelemetry.propagate import extract
+        from opentelemetry.trace import SpanKind
 
-def answered(found: Any, method: str, route: str, status: int) -> None:
-    """What became of a request."""
-    if found is not None:
-        found.update_name(f"{method} {route}")
-        found.set_attributes({"http.route": route, "http.response.status_code": status})
+        sent = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in _CONTEXT}
+        facts = {"http.request.method": scope["method"], "hypersphere.request_id": scope["state"]["request_id"]}
+        with _tracer.start_as_current_span("request", extract(sent), SpanKind.SERVER, facts) as found:
+
+            async def answer(message: Any) -> None:
+                if message["type"] == "http.response.start":
+                    found.set_attribute("http.response.status_code", message["status"])
+                await send(message)
+
+            try:
+                await self._app(scope, receive, answer)
+            finally:
+                route = getattr(scope.get("route"), "path", "none")
+                found.update_name(f"{scope['method']} {route}")
+                found.set_attribute("http.route", route)

@@ -18,7 +18,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving import openapi
+from serving import openapi, tracing
 from serving.api.collections import collections
 from serving.api.decide import decide
 from serving.api.operating import operating
@@ -30,6 +30,7 @@ from serving.service import Service
 from serving.settings import Settings
 from trainer.errors import UserError
 
+WAITING = 14  # threads of requests that wait for a decoder or the model: so many images are embedded in one call
 ROUTERS = (decide, subjects, operating, collections)
 
 
@@ -60,6 +61,8 @@ def create_app(
     )
     app.state.service = service
     app.openapi = functools.partial(_document, app, bool(settings.api_key))  # type: ignore[method-assign]
+    if settings.traces:
+        app.add_middleware(tracing.Traced)
     app.add_middleware(host_check, allowed_hosts=allowed_hosts)
     app.add_middleware(Guard, settings=settings, metrics=service.metrics)
     return app
@@ -97,7 +100,9 @@ def host_check(app: ASGIApp, allowed_hosts: Sequence[str]) -> ASGIApp:
 @contextlib.asynccontextmanager
 async def _life(service: Service, on_fault: Callable[[UserError], object], app: FastAPI) -> AsyncIterator[None]:
     """Threads for the requests, and one that loads the gallery and watches the store; all end with the app."""
-    app.state.pool = pool = ThreadPoolExecutor(service.settings.workers, thread_name_prefix="serving")
+    # What computes is bounded behind them: decoders, the one that embeds, the one that searches, the store's writer.
+    threads = service.settings.workers + WAITING
+    app.state.pool = pool = ThreadPoolExecutor(threads, thread_name_prefix="serving")
     keeper = threading.Thread(target=service.keep, args=(on_fault,), name="keeper")
     keeper.start()
     try:

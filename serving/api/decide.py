@@ -4,7 +4,7 @@ import asyncio
 
 from fastapi import Request, Response
 
-from serving import deciding, openapi, schemas
+from serving import deciding, openapi, schemas, tracing
 from serving.api.requests import Routes, as_json, body_of, collection_of, compute
 from serving.parsing import RAW
 
@@ -16,7 +16,8 @@ decide = Routes("decide")
 async def identify(request: Request) -> Response:
     """Who is this, or is it nobody we know? `unknown` means that the best candidate stays below the threshold.
 
-    Several images or embeddings are of one person: their mean, brought to length 1, is searched for.
+    Several images or embeddings are of one person: their mean, brought to length 1, is searched for. Where the service
+    has a detector, an image is a photograph, and each of its faces is searched for.
     """
     collection = collection_of(request)
     sent = await body_of(request, openapi.IDENTIFY, collection)
@@ -24,8 +25,10 @@ async def identify(request: Request) -> Response:
         asked = await compute(request, lambda: deciding.asked(collection, sent))
     else:  # sooner read than handed to another thread
         asked = deciding.asked(collection, sent)
-    found = await asyncio.wrap_future(collection.gallery.submit(asked.probes[0]))
-    return as_json(deciding.identified(collection, asked, [found], request.state.request_id))
+    waiting = [asyncio.wrap_future(collection.gallery.submit(probe)) for probe in asked.probes]
+    with tracing.span("search"):
+        found = [await one for one in waiting]
+    return as_json(deciding.identified(collection, asked, found, request.state.request_id))
 
 
 @decide.post(
@@ -37,7 +40,8 @@ async def identify_many(request: Request) -> Response:
     sent = await body_of(request, openapi.IDENTIFY_MANY, collection)
     asked = await compute(request, lambda: deciding.asked_many(collection, sent))
     waiting = [asyncio.wrap_future(collection.gallery.submit(probe)) for probe in asked.probes]
-    found = await asyncio.gather(*waiting)
+    with tracing.span("search"):
+        found = await asyncio.gather(*waiting)
     return await compute(request, lambda: as_json(deciding.identified_many(collection, asked, found, request_id)))
 
 
@@ -62,7 +66,7 @@ async def embed(request: Request) -> Response:
     """
     collection = collection_of(request)
     sent = await body_of(request, openapi.EMBED, collection)
-    rows_BD = await compute(request, lambda: deciding.embed(collection, sent))
+    crops = await compute(request, lambda: deciding.embed(collection, sent))
     if RAW in request.headers.get("accept", ""):
-        return Response(rows_BD.astype("<f4").tobytes(), media_type=RAW)
-    return as_json(deciding.embedded(collection, rows_BD, request.state.request_id))
+        return Response(b"".join(crop.vector_D.astype("<f4").tobytes() for crop in crops), media_type=RAW)
+    return as_json(deciding.embedded(collection, crops, request.state.request_id))

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from serving.cli import app
 from serving.cli.serve import serve
-from serving.server import LINES_A_MINUTE, Sparing, _connections, _listen, _signals_taken, host_names, run
+from serving.logs import LINES_A_MINUTE, Sparing
+from serving.server import _connections, _listen, _signals_taken, host_names, run
 from serving.settings import Settings, from_values
 from trainer.errors import UserError
 

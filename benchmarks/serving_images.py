@@ -2,10 +2,10 @@
 
     python benchmarks/serving_images.py [--backbone mobilefacenet] [--clients 1 16] [--seconds 5] [--rounds 3]
 
-Clients on kept connections send a JPEG of 112 x 112 to /v1/embed and ask again as soon as they are answered. *alone* is a
-loop that calls the same model on pixels that are decoded already, with as many threads as the service gives it, for one
-image at a time or sixteen: whichever is faster. Service and loop take turns, so that a busy machine slows both alike;
-figures are medians of the rounds, and the share is the median of the rounds' shares.
+Clients on kept connections send a JPEG of 112 x 112 to /v1/embed and ask again as soon as they are answered. *alone* is
+a loop that calls the same model on pixels that are decoded already, with as many threads as the service gives it, for
+one image at a time or sixteen: whichever is faster. Service and loop take turns, so that a busy machine slows both
+alike; figures are medians of the rounds, and the share is the median of the rounds' shares.
 """
 
 import argparse

@@ -181,7 +181,8 @@ class _Child:
                 raise DecodersClosed
             if self._process is None:
                 context = multiprocessing.get_context("forkserver")
-                context.set_forkserver_preload(_LOADED)
+                finder = [] if self._detector is None else ["trainer.detection.detector"]
+                context.set_forkserver_preload(_LOADED + finder)
                 self._pipe, theirs = context.Pipe()
                 arguments = theirs, self._preprocessing, self._limits, self._detector
                 process = context.Process(target=_serve, args=arguments, daemon=True)
@@ -246,8 +247,9 @@ class _Child:
             message = f"image '{name}' is damaged: its decoder broke down over it; replace the file"
             return ImageRefused(number, "bad_image", message)
         told = f"image '{name}' was not decoded in time: the images of a request may take {self._limits.seconds:g} s"
+        faces = "" if self._detector is None else f", and the faces of one {self._limits.detect_seconds:g} s"
         advice = "send it smaller, as PNG or as JPEG without progressive coding"
-        return ImageRefused(number, "decoding_too_long", f"{told} together; {advice}")
+        return ImageRefused(number, "decoding_too_long", f"{told} together{faces}; {advice}")
 
 
 def _serve(pipe: Connection, preprocessing: Preprocessing, limits: Limits, detector: Path | None) -> None:

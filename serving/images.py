@@ -53,6 +53,7 @@ class Images:
         if settings.detector is not None:
             asked = _checked(settings.detector, form, asked)
         self._bounds = Bounds.read(settings.min_quality, asked)
+        self._refuse_unknown(self._bounds, embedder.manifest.norms is not None)
         limits = Limits(
             seconds=settings.decode_cpu_s,
             pixels=settings.max_pixels,
@@ -63,6 +64,14 @@ class Images:
         self._embedding = Embedding(embedder, metrics.embedded)
         metrics.queue("decode", embedder.model_id, lambda: self._decoders.waiting)
         metrics.queue("embed", embedder.model_id, lambda: self._embedding.waiting)
+
+    def _refuse_unknown(self, asked: Bounds, norms: bool) -> None:
+        """What nobody measures must not seem to be asked for."""
+        names = asked.model_dump(exclude_none=True).keys()
+        if self._settings.detector is None and (angles := sorted(names & {"yaw", "pitch", "roll"})):
+            raise UserError(f"--min-quality asks for {angles[0]}, which only a detector tells; add --detector")
+        if "norm" in names and not norms:
+            raise UserError("--min-quality asks for norm, which this model does not tell; leave it out")
 
     def close(self) -> None:
         """End decoding and embedding. Idempotent."""

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +13,11 @@ from pydantic import Field
 
 from trainer.data.image import Preprocessing, as_pixels
 from trainer.detection.align import align, footprint
-from trainer.detection.detector import Detector, Face
 from trainer.detection.quality import Quality, judge
 from trainer.strict import Strict
+
+if TYPE_CHECKING:  # ONNX Runtime is loaded where there is a detector
+    from trainer.detection.detector import Detector, Face
 
 _ASPECT, _SMALLER, _LARGER = 1.25, 2, 8  # of an aligned crop: it may be so much out of shape, smaller or larger
 Box = tuple[float, float, float, float]
@@ -54,7 +57,7 @@ class Looker:
 
     def __init__(self, preprocessing: Preprocessing, detector: Path | None, most_faces: int) -> None:
         self._preprocessing, self._most = preprocessing, most_faces
-        self._detector = None if detector is None else Detector.open(detector)
+        self._detector = None if detector is None else _opened(detector)
 
     @property
     def finds_faces(self) -> bool:
@@ -74,7 +77,7 @@ class Looker:
             pixels_FCHW[row] = pixels_CHW
         return Picture([seen for seen, _ in looked], pixels_FCHW, len(faces) - len(looked), image.size, seconds)
 
-    def _face(self, image: Image.Image, face: Face) -> tuple[Seen, NDArray[np.uint8]]:
+    def _face(self, image: Image.Image, face: "Face") -> tuple[Seen, NDArray[np.uint8]]:
         assert self._detector is not None
         template, landmarks_52 = self._detector.manifest.template, face.landmarks_52
         crop = align(image, landmarks_52, template)
@@ -97,3 +100,9 @@ def unlike_a_crop(size: tuple[int, int], form: Preprocessing) -> bool:
 
 def _picture(pixels_CHW: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(pixels_CHW[0] if len(pixels_CHW) == 1 else pixels_CHW.transpose(1, 2, 0))
+
+
+def _opened(folder: Path) -> "Detector":
+    from trainer.detection.detector import Detector
+
+    return Detector.open(folder)

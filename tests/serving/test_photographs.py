@@ -219,6 +219,8 @@ def test_without_a_detector_a_photograph_is_warned_of(serve: Callable[..., Serve
         ({"side": 24}, "aligns faces to 24 x 24 pixels, and the model reads 16 x 16"),
         ({"detector": "nowhere"}, "'nowhere' is not a detector: 'manifest.json' cannot be read"),
         ({"min_quality": "beauty=1"}, "'beauty=1' asks for no quality"),
+        ({"min_quality": "yaw=30"}, "asks for yaw, which only a detector tells"),
+        ({"min_quality": "norm=30"}, "asks for norm, which this model does not tell"),
     ],
 )
 def test_what_cannot_be_used_ends_the_start(

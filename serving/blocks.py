@@ -7,7 +7,7 @@ Axes: B rows of one call, N rows, E numbers of a vector, K results of a scan.
 """
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -56,6 +56,24 @@ class Block:
         self.subject_N[rows], self.vectors_NE[rows], self.sample_N[rows] = GONE, 0, 0
         if self.codes is not None:
             self.codes.erase(rows)
+
+
+Find = Callable[[Block, int], Numbers]  # some of the first rows of a block
+
+
+def of_subjects(numbers: Sequence[int] | Numbers) -> Find:
+    return lambda block, count: np.flatnonzero(np.isin(block.subject_N[:count], numbers))
+
+
+def of_sample(number: int, sample_id: bytes) -> Find:
+    """The rows of one sample of a subject."""
+
+    def find(block: Block, count: int) -> Numbers:
+        rows = np.flatnonzero(block.subject_N[:count] == number)
+        same = (block.sample_N[rows] == np.frombuffer(sample_id, np.uint8)).all(axis=1)
+        return np.asarray(rows[same], np.int64)
+
+    return find
 
 
 @dataclass(frozen=True)

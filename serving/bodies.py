@@ -17,7 +17,6 @@ from serving.parsing import JSON, RAW, Sent
 MAX_FIELD_BYTES = 4096
 # A number in JSON: 17 digits with sign, point and exponent take 24 bytes; the rest is for separators and indentation.
 JSON_BYTES_A_NUMBER = 64
-JSON_BYTES_BESIDE = 4096
 
 
 class _MemoryParser(MultiPartParser):
@@ -39,7 +38,7 @@ async def read(request: Request, body: Body, most: int, dimension: int, raw: int
     kind = _content_type(request)
     try:
         if kind == JSON and body.model is not None:
-            return await _json(request, most * len(body.files), dimension)
+            return await _json(request, most * len(body.files), dimension, body.beside)
         if kind == RAW and body.model is not None:
             return await _raw(request, body, raw, dimension)
         if kind == "multipart/form-data":
@@ -50,12 +49,12 @@ async def read(request: Request, body: Body, most: int, dimension: int, raw: int
     raise _unsupported(kind, {"multipart/form-data": "images"} | (embeddings if body.model else {}))
 
 
-async def read_document(request: Request) -> bytes:
-    """A JSON document without embeddings, unparsed, of at most JSON_BYTES_BESIDE bytes. Raises ApiError."""
+async def read_document(request: Request, limit: int = 4096) -> bytes:
+    """A JSON document without embeddings, unparsed, of at most `limit` bytes. Raises ApiError."""
     if (kind := _content_type(request)) != JSON:
         raise _unsupported(kind, {JSON: "an object"})
     try:
-        return (await _json(request, 0, 0)).document or b""
+        return (await _json(request, 0, 0, limit)).document or b""
     except ClientDisconnect as error:
         raise ApiError(400, "body_incomplete", "the connection ended before the body did") from error
 
@@ -95,8 +94,8 @@ def _unsupported(kind: str, allowed: Mapping[str, str]) -> ApiError:
     return ApiError(415, "unsupported_type", message, {"sent": kind[:80], "allowed": list(allowed)})
 
 
-async def _json(request: Request, vectors: int, dimension: int) -> Sent:
-    limit = JSON_BYTES_BESIDE + JSON_BYTES_A_NUMBER * vectors * dimension
+async def _json(request: Request, vectors: int, dimension: int, beside: int) -> Sent:
+    limit = beside + JSON_BYTES_A_NUMBER * vectors * dimension
     if (document := await _at_most(request, limit)) is not None:
         return Sent(document=document)
     room = f", room for {vectors} embeddings of {dimension} numbers; send fewer" if vectors else "; send less"

@@ -13,20 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serving.changes import IdempotencyKey
 from serving.database import pinned
 from serving.drift import Drift
 from serving.errors import ApiError, invalid
 from serving.gallery import Gallery
 from serving.metrics import Metrics
 from serving.models import Model
-from serving.parsing import COLLECTION as NAME
+from serving.once import Once
+from serving.scopes import COLLECTION as NAME
+from serving.scopes import DEFAULT_COLLECTION
 from serving.settings import Settings
 from serving.store import Store
 from trainer.atomic import sync
 from trainer.errors import UserError
 
 log = logging.getLogger("hypersphere.serving")
-DEFAULT = "default"
 DROPPED = ".dropped"
 
 
@@ -61,10 +63,11 @@ class Collections:
         self._settings, self._metrics = settings, metrics
         self._models = {model.model_id: model for model in models}
         self._open = dict[str, Collection]()
+        self._once = Once[bool](settings.idempotency_hours)
         self._lock = threading.Lock()  # of creating and dropping
         self.folder = settings.store if settings.store.is_dir() else None
         try:
-            for name in self._found() or [DEFAULT]:
+            for name in self._found() or [DEFAULT_COLLECTION]:
                 self._open[name] = self._opened(name)
         except BaseException:
             self.close()
@@ -88,8 +91,9 @@ class Collections:
             )
         return found
 
-    def create(self, name: str, model_id: str | None) -> Collection:
-        """A new collection, loaded, for vectors of `model_id` (None: of the first embedder).
+    def create(self, name: str, model_id: str | None, key: IdempotencyKey | None = None) -> tuple[Collection, bool]:
+        """A new collection, loaded, for vectors of `model_id` (None: of the first embedder); and whether a request with
+        the same key made it before.
 
         Raises:
             ApiError: it is there already, it may not have the name or the model, or there are too many.
@@ -102,6 +106,8 @@ class Collections:
             told = f"model {model_id} is not loaded; loaded: {', '.join(self._models)}"
             raise ApiError(409, "wrong_model", told, {"sent": model_id, "served": list(self._models)})
         with self._lock:
+            if self._once.get(key):
+                return self.get(name), True
             if name in self._open:
                 raise ApiError(409, "collection_exists", f"the collection '{name}' exists; choose another name")
             if len(self._open) >= (most := self._settings.max_collections):
@@ -111,16 +117,20 @@ class Collections:
             made = self._opened(name, model_id)
             made.gallery.load()
             self._open = self._open | {name: made}  # whoever walks over it sees the one or the other
-            return made
+            self._once.put(key, True)
+            return made, False
 
-    def drop(self, name: str) -> None:
-        """Remove a collection and all its files; requests that are using it are answered 404 or finish before.
+    def drop(self, name: str, key: IdempotencyKey | None = None) -> bool:
+        """Remove a collection and all its files; requests that are using it are answered 404 or finish before. Whether
+        a request with the same key did it before.
 
         Raises:
             ApiError: there is none of the name, or it is the only one there can be.
         """
         folder = self._in_folder()
         with self._lock:
+            if self._once.get(key):
+                return True
             dropped = self.get(name)
             self._open = {key: value for key, value in self._open.items() if key != name}
             self._metrics.dropped(name)
@@ -128,6 +138,8 @@ class Collections:
             (folder / f"{name}.db").rename(folder / f"{name}.db{DROPPED}")
             sync(folder)
             _remove(folder, name)
+            self._once.put(key, True)
+            return False
 
     def _in_folder(self) -> Path:
         if self.folder is None:

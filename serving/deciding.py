@@ -4,12 +4,13 @@ What embeds images, or takes long to read, is called by the API in a thread of i
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from serving import schemas
+from serving import requests, schemas
+from serving.changes import Metadata
 from serving.collections import Collection
 from serving.errors import ApiError, invalid
 from serving.gallery import Identification, Probe
@@ -29,6 +30,7 @@ class Asked:
     samples: list[int]
     below: bool
     fpir: float | None
+    where: Metadata | None
     crops: Sequence[Crop] = ()  # of the images, in order
     faces: bool = False  # each crop is a probe of its own, unless its quality is too low
 
@@ -37,17 +39,17 @@ def asked(collection: Collection, sent: Sent) -> Asked:
     """One probe: an image or embedding, or several of the same person."""
     model, most = collection.model, collection.settings.max_images
     if sent.document is None or sent.kind == RAW:
-        options = as_request(schemas.FormOptions, sent.fields)
+        options = as_request(requests.FormOptions, sent.fields)
         if sent.document is None:
             return _of_images(collection, options, sent)
         rows_BD = model.raw(sent.document, sent.fields.get("model_id"), "embeddings", most)
         return _asked(collection, options, rows_BD, [len(rows_BD)])
-    body = read_json(schemas.IdentifyRequest, sent.document)
+    body = read_json(requests.IdentifyRequest, sent.document)
     rows_BD = model.vectors(body.rows, body.model_id, "embedding")
     return _asked(collection, body, rows_BD, [len(rows_BD)])
 
 
-def _of_images(collection: Collection, options: schemas.FormOptions, sent: Sent) -> Asked:
+def _of_images(collection: Collection, options: requests.FormOptions, sent: Sent) -> Asked:
     """The faces of a photograph, each a probe; or several images of one person."""
     which = options.face or ("all" if len(sent.files["image"]) == 1 else "only")
     crops = collection.model.crops(sent.files, "image", which=which)
@@ -63,7 +65,7 @@ def asked_many(collection: Collection, sent: Sent) -> Asked:
     """Many probes: an image or embedding each, or in JSON several."""
     model, settings = collection.model, collection.settings
     if sent.document is None or sent.kind == RAW:
-        options = as_request(schemas.FormOptions, sent.fields)
+        options = as_request(requests.FormOptions, sent.fields)
         crops = list[Crop]()
         if sent.document is None:
             crops = model.crops(sent.files, "images", which=face_of(sent))
@@ -71,7 +73,7 @@ def asked_many(collection: Collection, sent: Sent) -> Asked:
         else:
             rows_BD = model.raw(sent.document, sent.fields.get("model_id"), "embeddings", settings.max_probes)
         return _asked(collection, options, rows_BD, [1] * len(rows_BD), crops)
-    body = read_json(schemas.IdentifyManyRequest, sent.document)
+    body = read_json(requests.IdentifyManyRequest, sent.document)
     rows = [row for probe in body.probes for row in probe.rows]
     return _asked(
         collection, body, model.vectors(rows, body.model_id, "probes"), [len(probe.rows) for probe in body.probes]
@@ -80,7 +82,7 @@ def asked_many(collection: Collection, sent: Sent) -> Asked:
 
 def _asked(
     collection: Collection,
-    options: schemas.Options,
+    options: requests.Options,
     rows_BD: Vectors,
     samples: list[int],
     crops: Sequence[Crop] = (),
@@ -88,7 +90,16 @@ def _asked(
 ) -> Asked:
     probes = np.split(rows_BD, np.cumsum(samples[:-1])) if len(samples) > 1 else [rows_BD]
     found = [Probe(mean(one_BD, "embeddings"), options.top_k) for one_BD in probes]
-    return Asked(found, samples, _may_see_below(collection, options.below_threshold), options.fpir, crops, faces)
+    below = _may_see_below(collection, options.below_threshold)
+    return Asked(found, samples, below, options.fpir, options.where, crops, faces)
+
+
+def narrowed(collection: Collection, asked: Asked) -> Asked:
+    """The same, to be searched for among the subjects of its filter only. Waits for the disk."""
+    if asked.where is None:
+        return asked
+    among = collection.gallery.matching(asked.where)
+    return replace(asked, probes=[replace(probe, among=among) for probe in asked.probes])
 
 
 def identified(
@@ -174,7 +185,7 @@ def verify(collection: Collection, sent: Sent, request_id: str) -> schemas.Verif
         ):
             raise invalid(("", "send a probe and a reference, or a probe alone and ?subject_id="))
     else:
-        body = read_json(schemas.VerifyRequest, sent.document)
+        body = read_json(requests.VerifyRequest, sent.document)
         subject_id = body.subject_id
         both = [body.probe] if body.reference is None else [body.probe, body.reference]
         vectors = model.vectors(both, body.model_id, "probe and reference")

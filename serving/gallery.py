@@ -7,7 +7,7 @@ the two steps does not see the change, which nobody has been told of yet.
 """
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.batching import Batcher
-from serving.changes import BulkEnrolment, Deletion, Enrolment, IdempotencyKey, State, SubjectRow, SubjectUnknown
+from serving.changes import BulkEnrolment, Deletion, Enrolment, IdempotencyKey, Piece, State, SubjectRow, SubjectUnknown
 from serving.index import Candidate
 from serving.projection import Projection, Status
 from serving.store import Store
@@ -177,6 +177,15 @@ class Gallery:
         """A page of the subjects, in order of enrolment, behind position `after` (0: from the start)."""
         self._projection.refuse_loading()
         return self._store.subjects(after, limit)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every sample, in pieces; what changes meanwhile may be in it or not."""
+        self._projection.refuse_loading()
+        yield from self._store.samples()
+
+    def nearest(self, queries_QD: NDArray[np.float32], top_k: int) -> list[list[Candidate]]:
+        """The `top_k` nearest subjects of each query at once, beside the searches that wait for each other."""
+        return self._projection.index.search(queries_QD, top_k)
 
     def identify(
         self, probe_D: NDArray[np.float32], top_k: int, among: Collection[str] | None = None

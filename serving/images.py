@@ -42,6 +42,12 @@ class Crop:
     faults: list[str]
     warning: str | None
 
+    @property
+    def worth(self) -> float:
+        """The one number that is kept with a sample."""
+        quality = self.seen.quality
+        return quality.score if quality.norm is None else quality.norm
+
 
 class Images:
     """What turns images into vectors for one model. Methods may be called from several threads."""

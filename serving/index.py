@@ -10,7 +10,7 @@ Axes: Q queries, B vectors of one call, S subjects, N rows, D dimensions, E numb
 
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.blocks import GONE, Block, Numbers, Vectors, View, block_rows
+from serving.blocks import GONE, Block, Find, Numbers, Vectors, View, block_rows, of_sample, of_subjects
 from serving.codes import Codes, Form
 from serving.scan import Found, Scan
 from trainer.evaluation.normalise import Normaliser
@@ -105,6 +105,26 @@ class Index:
             self._call(zip(numbers_B.tolist(), subject_ids, strict=True))
             self._view = View.of(parts)
 
+    def parts(self) -> list[tuple[Block, int]]:
+        """The blocks, and how many rows of each there are now. No row that is there ever moves within its block."""
+        return self._view.parts()
+
+    def take(self, parts: Sequence[tuple[Block, int]], named: Iterable[tuple[int, str]]) -> None:
+        """Hold these rows, which were another index's of the same width, and these subjects' names and numbers."""
+        with self._lock:
+            for block, count in parts:
+                if self.form != "exact":
+                    block.codes = Codes(self.form, len(block), self.width).put(0, count, block.vectors_NE)
+            self._call(named)
+            self._view = View.of(parts)
+            self._gone = sum(int(np.count_nonzero(block.subject_N[:count] == GONE)) for block, count in parts)
+
+    def share(self, mapped: Iterable[tuple[Block, Vectors]]) -> None:
+        """Give up the memory of vectors that are now in a file, where a search reads few of them."""
+        with self._lock:
+            for block, vectors_NE in mapped if self.form != "exact" else ():
+                block.vectors_NE = vectors_NE
+
     def hide(self, subject_id: str) -> None:
         """Let no search find the subject from now on. It needs no memory; its rows go with the next `remove`."""
         with self._lock:
@@ -120,17 +140,14 @@ class Index:
                 self._hide(subject_id)
             if not self._hidden:
                 return 0
-            removed = self._erase(lambda block, count: np.isin(block.subject_N[:count], self._hidden))
+            removed = self._erase(of_subjects(self._hidden))
             self._hidden.clear()
             return removed
 
     def remove_sample(self, subject_id: str, sample_id: bytes) -> int:
         """Remove one sample of a subject that has others; 0 where it is not there."""
         with self._lock:
-            number, wanted = self._numbers.get(subject_id), np.frombuffer(sample_id, np.uint8)
-            return self._erase(
-                lambda block, count: (block.subject_N[:count] == number) & (block.sample_N[:count] == wanted).all(1)
-            )
+            return self._erase(of_sample(self._numbers.get(subject_id, GONE), sample_id))
 
     def merge(self, into: str, other: str) -> None:
         """Let the samples of one subject be another's."""
@@ -246,11 +263,11 @@ class Index:
         if (number := self._forget(subject_id)) is not None:
             self._hidden.append(number)
 
-    def _erase(self, of: Callable[[Block, int], NDArray[np.bool_]]) -> int:
-        """Erase the rows that `of` finds in a block; how many there were."""
+    def _erase(self, find: Find) -> int:
+        """Erase the rows that are found in the blocks; how many there were."""
         erased = 0
         for block, count in self._view.parts():
-            gone = np.flatnonzero(of(block, count))
+            gone = find(block, count)
             block.erase(gone)
             erased, self._gone = erased + len(gone), self._gone + len(gone)
         if erased:

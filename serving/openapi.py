@@ -5,13 +5,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from serving import schemas
-from serving.parsing import COLLECTION as NAME
+from serving import requests, schemas
 from serving.parsing import JSON, RAW
+from serving.scopes import COLLECTION as NAME
 
 # Neither key nor limits: they cost nothing and say nothing about anybody. With a key, /readyz says more; the others do
 # not look at it, so that an orchestrator with a wrong key does not take a living service for a dead one.
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json"})
 DESCRIPTION = """\
 Verify (1:1) and identify (1:N) by embeddings, with a calibrated open-set threshold.
 
@@ -38,7 +38,8 @@ _STATUS = {
     403: "Candidates below the threshold are not shown here, or a web page of another site asks",
     404: "No such subject or route",
     408: "The body came too slowly",
-    409: "Embeddings of another model, a reused idempotency key, or too many samples",
+    409: "The last sample of a subject, embeddings of another model, a reused idempotency key, or too many samples",
+    412: "The subject was changed since the revision in If-Match",
     413: "The body or an image is too large",
     415: "Not an image in an allowed format, another content type, or images for a model that reads none",
     422: "A value that is not allowed",
@@ -58,6 +59,7 @@ _COLLECTION = {
     "example": "default",
 }
 _BEARER = {"type": "http", "scheme": "bearer", "description": "The key that the operator gave out."}
+METADATA_BYTES = 256 * 1024  # of JSON; in escapes, 4096 bytes are six times as many
 _FLOATS = "embeddings, one after the other, in little-endian float32"
 _IMAGE = {"type": "string", "format": "binary", "description": "PNG, JPEG, WebP, TIFF, BMP, PGM …"}
 
@@ -74,15 +76,17 @@ class Body:
         many: as many images or embeddings as the service allows; otherwise one a part.
         batch: as many embeddings as bytes as it allows in a batch.
         faces: what the form's field `face` may be: which faces of a photograph are meant; the first is the default.
+        beside: bytes of JSON beside the embeddings.
     """
 
     files: tuple[str, ...]
     fields: dict[str, Any] = field(default_factory=dict)
-    model: type[schemas.Request] | None = None
+    model: type[requests.Request] | None = None
     example: dict[str, Any] | None = None
     many: bool = False
     batch: bool = False
     faces: tuple[str, ...] = ("only", "largest")
+    beside: int = 4096
 
     @property
     def form(self) -> dict[str, Any]:
@@ -133,18 +137,18 @@ def completed(document: dict[str, Any], keyed: bool) -> dict[str, Any]:
 _SHORT = [0.6, 0.8]  # examples are in two dimensions to stay readable
 _OPTIONS = {
     name: {key: value for key, value in schema.items() if key != "title"}
-    for name, schema in schemas.Options.model_json_schema()["properties"].items()
+    for name, schema in requests.Options.model_json_schema()["properties"].items()
 }
 VERIFY = Body(
     ("probe", "reference"),
     {"subject_id": {"type": "string", "description": "instead of reference"}},
-    schemas.VerifyRequest,
+    requests.VerifyRequest,
     {"probe": _SHORT, "subject_id": "alice"},
 )
 IDENTIFY = Body(
     ("image",),
     _OPTIONS,
-    schemas.IdentifyRequest,
+    requests.IdentifyRequest,
     {"embedding": _SHORT, "top_k": 5},
     many=True,
     faces=("all", "only", "largest"),
@@ -152,18 +156,29 @@ IDENTIFY = Body(
 IDENTIFY_MANY = Body(
     ("images",),
     _OPTIONS,
-    schemas.IdentifyManyRequest,
+    requests.IdentifyManyRequest,
     {"probes": [{"embedding": _SHORT}, {"embeddings": [_SHORT, [1, 0]]}]},
     many=True,
     batch=True,
 )
-ENROL = Body(("images",), model=schemas.EnrolRequest, example={"embeddings": [_SHORT]}, many=True)
+ENROL = Body(
+    ("images",),
+    {"metadata": {"type": "string", "description": "of the subject, in place of what it has; as JSON"}},
+    requests.EnrolRequest,
+    {"embeddings": [_SHORT], "metadata": {"site": "north"}},
+    many=True,
+    beside=METADATA_BYTES,
+)
+PATCH = json_body(requests.SubjectPatch, {"metadata": {"site": "south", "note": None}})
+MERGE = json_body(requests.MergeRequest, {"subject_id": "alice-2"})
 EMBED = Body(("images",), many=True, faces=("all", "only", "largest"))
 EMBEDDED: dict[int | str, dict[str, Any]] = {
     200: {"content": {RAW: {"schema": {"type": "string", "format": "binary", "description": _FLOATS}}}}
 }
+IMAGE: dict[int | str, dict[str, Any]] = {200: {"content": {RAW: {"schema": {"type": "string", "format": "binary"}}}}}
 _LINES = '{"subject_id": "alice", "embeddings": [[0.6, 0.8]]}\n{"subject_id": "bob", "embeddings": [[1, 0]]}\n'
-COLLECTION = json_body(schemas.CollectionRequest, {"name": "staff"})
+DUPLICATES = json_body(requests.DuplicatesRequest, {"limit": 100})
+COLLECTION = json_body(requests.CollectionRequest, {"name": "staff"})
 BULK_TYPES = {
     "application/x-ndjson": "a line of JSON for each subject",
     RAW: "a line of JSON with all subjects, then the embeddings",
@@ -174,7 +189,7 @@ _AFTER_HEADER = (
 )
 _BULK_BODIES: dict[str, Any] = {
     "application/x-ndjson": {
-        "schema": {"type": "string", "contentSchema": schemas.BulkItem.model_json_schema()},
+        "schema": {"type": "string", "contentSchema": requests.BulkItem.model_json_schema()},
         "example": _LINES,
     },
     RAW: {
@@ -182,7 +197,7 @@ _BULK_BODIES: dict[str, Any] = {
             "type": "string",
             "format": "binary",
             "description": _AFTER_HEADER,
-            "contentSchema": schemas.BulkHeader.model_json_schema(),
+            "contentSchema": requests.BulkHeader.model_json_schema(),
         },
     },
 }

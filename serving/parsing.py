@@ -1,10 +1,9 @@
-"""From what a client sent to values, or one sentence about what is wrong with it: JSON, fields, names, keys, cursors.
+"""From what a client sent to values, or one sentence about what is wrong with it: JSON, fields, names, keys.
 
 Two names that look alike must not be two people. New names are held to more than old ones: whatever an older version
 enrolled can still be verified and erased.
 """
 
-import base64
 import hashlib
 import re
 import unicodedata
@@ -38,7 +37,6 @@ _BLANK = re.compile(
     "[\\u034f\\u115f\\u1160\\u17b4\\u17b5\\u180b-\\u180f\\u2800\\u3164\\ufe00-\\ufe0f\\uffa0\\U0001d159\\U000e0100-\\U000e01ef]"
 )
 JSON, RAW = "application/json", "application/octet-stream"
-COLLECTION = r"[a-z0-9][a-z0-9_-]{0,62}"  # the name of one, and of its file
 Which = Literal["only", "largest", "all"]  # of the faces in a photograph
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -140,19 +138,3 @@ def idempotency_key(key: str | None, method: str, subject_id: str, parts: Sequen
     for part in parts:
         digest.update(hashlib.sha256(part).digest())
     return IdempotencyKey(key, digest.digest())
-
-
-def write_cursor(position: int) -> str:
-    return base64.urlsafe_b64encode(b"p%d" % position).decode().rstrip("=")
-
-
-def read_cursor(cursor: str | None) -> int:
-    if cursor is None:
-        return 0
-    try:
-        text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
-    except ValueError:
-        text = b""
-    if not re.fullmatch(rb"p[0-9]{1,18}", text):
-        raise invalid(("cursor", "this is not a cursor; take next_cursor of the page before, or leave it out"))
-    return int(text[1:])

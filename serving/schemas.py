@@ -1,32 +1,10 @@
-"""The service's JSON: requests that carry embeddings, and all answers."""
+"""The service's JSON: all answers."""
 
-from typing import Annotated, Literal, Self
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from serving.looking import Seen
-from serving.parsing import COLLECTION, PATTERN
-
-SubjectId = Annotated[
-    str,
-    Field(
-        description="1 to 128 characters, without slashes, control characters, or space at the ends; of spellings that "
-        "look the same only the NFKC form is enrolled",
-        json_schema_extra={"pattern": PATTERN},
-    ),
-]
-Embedding = Annotated[
-    list[Annotated[float, Field(allow_inf_nan=False)]],
-    Field(
-        min_length=1,
-        max_length=8192,
-        fail_fast=True,  # an object for every fault of a long list would take more memory than the list
-        description="unit vector of the model's dimension, as POST /v1/embed gives",
-    ),
-]
-Embeddings = Annotated[list[Embedding], Field(min_length=1, max_length=1000, fail_fast=True)]
-MAX_BULK = 10_000  # embeddings of one bulk enrolment
-TopK = Annotated[int, Field(ge=1, le=100, description="subjects to return")]
 
 # Shown on the documentation page.
 _MODEL: dict[str, JsonValue] = {
@@ -60,109 +38,6 @@ IDENTIFIED: dict[str, JsonValue] = _MODEL | {
     "extrapolated": False,
     "probe_samples": 1,
 }
-
-
-class Request(BaseModel):
-    """JSON that a client sends: unknown keys are errors, and faults do not repeat the values."""
-
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-
-    model_id: str | None = Field(
-        None, max_length=64, description="the model that made the embeddings; checked against the service's if given"
-    )
-
-
-class VerifyRequest(Request):
-    """Two embeddings, or one and an enrolled subject."""
-
-    probe: Embedding
-    reference: Embedding | None = None
-    subject_id: SubjectId | None = None
-
-    @model_validator(mode="after")
-    def _one_reference(self) -> "VerifyRequest":
-        if (self.reference is None) == (self.subject_id is None):
-            raise ValueError("give either reference or subject_id")
-        return self
-
-
-class Options(BaseModel):
-    """How to search."""
-
-    top_k: TopK = 5
-    below_threshold: bool = Field(
-        False, description="return candidates below the threshold too, where the service allows it"
-    )
-    fpir: float | None = Field(
-        None,
-        gt=0,
-        le=0.2,
-        description="share of searches for strangers that may return a match, instead of the calibrated one; refused "
-        "where the calibration does not know its threshold",
-    )
-
-
-class FormOptions(Options, Request):
-    """The same as texts: fields of a form, or the query of a body of bytes."""
-
-    face: Literal["all", "only", "largest"] | None = None
-
-
-class Sampled(BaseModel):
-    """Somebody unknown: one embedding, or several, whose mean, brought to length 1, is searched for."""
-
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-
-    embedding: Embedding | None = None
-    embeddings: Embeddings | None = None
-
-    @model_validator(mode="after")
-    def _one_or_several(self) -> Self:
-        if (self.embedding is None) == (self.embeddings is None):
-            raise ValueError("give either embedding or embeddings")
-        return self
-
-    @property
-    def rows(self) -> list[list[float]]:
-        return [self.embedding] if self.embedding is not None else self.embeddings or []
-
-
-class IdentifyRequest(Sampled, Options, Request):
-    """Who is this?"""
-
-
-class IdentifyManyRequest(Options, Request):
-    """Who are these?"""
-
-    probes: list[Sampled] = Field(min_length=1, max_length=1000)
-
-
-class EnrolRequest(Request):
-    """Embeddings of one subject."""
-
-    embeddings: Embeddings
-
-
-class BulkItem(Request):
-    """One line of a bulk enrolment: embeddings of one subject."""
-
-    subject_id: SubjectId
-    embeddings: Embeddings
-
-
-class BulkHeader(Request):
-    """The first line of a bulk enrolment whose embeddings follow as bytes."""
-
-    subject_ids: list[SubjectId] = Field(min_length=1, max_length=MAX_BULK, description="of each embedding, in order")
-
-
-class CollectionRequest(BaseModel):
-    """A collection to begin."""
-
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-
-    name: str = Field(max_length=100, json_schema_extra={"pattern": f"^{COLLECTION}$"})
-    model_id: str | None = Field(None, max_length=64, description="one of the loaded models; null: the first")
 
 
 class CollectionFacts(BaseModel):
@@ -291,6 +166,31 @@ class SampleAnswer(BaseModel):
     sample_id: str
 
 
+class SampleFacts(BaseModel):
+    """What is known of a sample."""
+
+    sample_id: str
+    created: str = Field(description="UTC, ISO 8601")
+    quality: float | None
+    metadata: dict[str, str | int | float | bool]
+    image: bool = Field(description="the image that it was made of was kept")
+
+
+class SampleDetail(Answer, SampleFacts):
+    """A sample."""
+
+    subject_id: str
+    embedding: list[float] | None = Field(description="where it was asked for")
+
+
+class ChangeAnswer(Answer):
+    """A subject after a change of it, or of one of its samples."""
+
+    subject_id: str
+    subject_samples: int = Field(description="samples of the subject now")
+    revision: int = Field(description="of the subject; its ETag")
+
+
 class EnrolAnswer(Answer):
     """The samples that were added; they are on disk and found by the next search."""
 
@@ -299,6 +199,7 @@ class EnrolAnswer(Answer):
     subject_created: bool = Field(description="the subject was new")
     subject_samples: int = Field(description="samples of the subject now")
     gallery_size: int = Field(description="enrolled subjects now")
+    revision: int = Field(description="of the subject; its ETag")
     images: list[ImageAnswer] = Field([], description="of an enrolment that is done now, and not answered once more")
 
 
@@ -329,12 +230,26 @@ class BulkAnswer(Answer):
     gallery_size: int = Field(description="enrolled subjects now")
 
 
-class SubjectAnswer(BaseModel):
-    """An enrolled subject."""
+class SubjectFacts(BaseModel):
+    """What is known of a subject beside its samples."""
 
     subject_id: str
-    samples: int
     created: str = Field(description="UTC, ISO 8601")
+    updated: str = Field(description="UTC, ISO 8601")
+    revision: int = Field(description="of the gallery, at the subject's last change; its ETag")
+    metadata: dict[str, str | int | float | bool]
+
+
+class SubjectAnswer(SubjectFacts):
+    """An enrolled subject."""
+
+    samples: int
+
+
+class SubjectDetail(Answer, SubjectFacts):
+    """A subject with its samples."""
+
+    samples: list[SampleFacts]
 
 
 class SubjectsAnswer(Answer):
@@ -360,6 +275,41 @@ class CollectionsAnswer(BaseModel):
     request_id: str
 
 
+class DuplicateAnswer(BaseModel):
+    """Two subjects, and the best score of a sample of the one and a sample of the other."""
+
+    subject_ids: tuple[str, str]
+    score: float
+
+
+class JobFacts(BaseModel):
+    """A job, and how far it is."""
+
+    job_id: str
+    collection: str
+    state: Literal["waiting", "running", "done", "failed", "cancelled"]
+    done: int = Field(description="samples that have been searched for")
+    total: int
+    threshold: float
+    created: str = Field(description="UTC, ISO 8601")
+    error: str | None = Field(description="why it failed")
+
+
+class JobAnswer(JobFacts):
+    """A job with what it has found so far."""
+
+    pairs: list[DuplicateAnswer] = Field(description="highest score first")
+    truncated: bool = Field(description="there are more pairs than were asked for")
+    request_id: str
+
+
+class JobsAnswer(BaseModel):
+    """Jobs in the order in which they were asked for."""
+
+    jobs: list[JobFacts]
+    request_id: str
+
+
 class ReadyAnswer(BaseModel):
     """The service can answer. What it holds is told to those who have the key."""
 
@@ -382,4 +332,26 @@ class ErrorAnswer(BaseModel):
     """The shape of every error."""
 
     error: ErrorBody
+    request_id: str
+
+
+class AuditLine(BaseModel):
+    """What one request did, and the hash that chains it to the line before."""
+
+    n: int = Field(description="number of the line, counted from the beginning of the log")
+    at: str = Field(description="UTC, ISO 8601")
+    key: str = Field(description="id of the key; 'operator', 'anonymous', or 'service' for the service itself")
+    do: str = Field(description="method and route")
+    collection: str
+    subjects: list[str] = Field(description="pseudonyms; `hypersphere audit find` knows whose")
+    status: int = Field(description="of the answer")
+    request: str
+    prev: str = Field(description="SHA-256 of the line before")
+
+
+class AuditAnswer(BaseModel):
+    """A page of the audit log, the oldest line first."""
+
+    lines: list[AuditLine]
+    next_cursor: str = Field(description="send it as cursor for what comes after; there may be nothing yet")
     request_id: str

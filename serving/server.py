@@ -16,6 +16,7 @@ import uvicorn
 from serving import logs, tracing
 from serving.api import create_app
 from serving.connections import Connection, Room
+from serving.keyring import asks_for_keys
 from serving.service import Service
 from serving.settings import Settings
 from trainer.errors import UserError
@@ -76,16 +77,17 @@ def host_names(settings: Settings, host: str) -> list[str]:
         UserError: `host` reaches beyond this machine and there is neither a key nor `anonymous`.
     """
     named = [name.strip() for name in settings.allowed_hosts.split(",") if name.strip()]
-    alone = host in LOOPBACK and not settings.trusted_proxies
-    if host in LOOPBACK and (alone or settings.api_key is not None):
+    alone, keys = host in LOOPBACK and not settings.trusted_proxies, asks_for_keys(settings)
+    if host in LOOPBACK and (alone or keys):
         return named or [*LOOPBACK, "[::1]"]
-    if settings.api_key is not None:
+    if keys:
         return named or ["*"]
     if not settings.anonymous:
         at = f"{host} behind a proxy" if settings.trusted_proxies else host
         raise UserError(
-            f"serving at {at} without a key would let whoever reaches it search and erase the gallery; "
-            "set HYPERSPHERE_API_KEY, serve at 127.0.0.1, or add --anonymous to serve everybody"
+            f"serving at {at} without a key would let whoever reaches it search and erase the gallery; make one with "
+            "`hypersphere keys create` or set HYPERSPHERE_API_KEY, serve at 127.0.0.1, or add --anonymous to serve "
+            "everybody"
         )
     if not named:
         raise UserError(

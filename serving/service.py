@@ -7,12 +7,14 @@ from collections.abc import Callable
 
 from serving import schemas
 from serving.changes import StoreError
-from serving.collections import DEFAULT, Collections
+from serving.collections import Collections
 from serving.errors import ApiError, stopping
 from serving.gallery import Gallery
+from serving.jobs import Jobs
 from serving.metrics import Metrics
 from serving.models import Model
 from serving.projection import Stopped
+from serving.scopes import DEFAULT_COLLECTION
 from serving.settings import Settings
 from trainer.errors import UserError
 
@@ -34,6 +36,7 @@ class Service:
         self.metrics = Metrics()
         self.models = [Model(folder, settings, self.metrics) for folder in settings.embedder]
         self.collections = Collections(settings, self.models, self.metrics)
+        self.jobs = Jobs(settings.idempotency_hours)
         self._closing = threading.Event()
         self._watched, self._fault = time.monotonic(), ""
         self.draining = False  # /readyz sends new clients elsewhere
@@ -41,6 +44,7 @@ class Service:
     def close(self) -> None:
         """Stop what is under way, at once where it can be, and close the stores. Idempotent."""
         self.stop()
+        self.jobs.close()
         self.collections.close()
 
     def stop(self) -> None:
@@ -98,7 +102,7 @@ class Service:
             raise ApiError(503, "store_unavailable", f"{told}; the log says more", headers={"retry-after": "5"})
         if not trusted:
             return schemas.ReadyAnswer(request_id=request_id)
-        gallery: Gallery | None = galleries.get(DEFAULT)
+        gallery: Gallery | None = galleries.get(DEFAULT_COLLECTION)
         return schemas.ReadyAnswer(
             gallery_size=gallery.size if gallery else None,
             samples=gallery.samples if gallery else None,

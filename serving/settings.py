@@ -80,6 +80,11 @@ class Settings(BaseModel):
         max_length=256,
         description="key that requests must carry, better given as the variable; null: only this machine is served",
     )
+    keys: Path | None = Field(
+        None, description="file of keys that `hypersphere keys` made; null: STORE-keys, where there is one"
+    )
+    audit: Path | None = Field(None, description="folder of the audit log; null: none is kept")
+    audit_file_bytes: int = Field(64 * MiB, ge=4096, description="of a file of the audit log; then the next begins")
     anonymous: bool = Field(False, description="serve every network without a key")
     allowed_hosts: Annotated[str, AfterValidator(_host_patterns)] = Field(
         "", description="host names that clients call the service by, by commas; * for any"
@@ -113,6 +118,7 @@ class Settings(BaseModel):
     max_probes: int = Field(256, ge=1, le=10_000, description="embeddings, as bytes, in one batch of identifications")
     max_pixels: int = Field(16_000_000, ge=1, description="in all images of one request")
     max_collections: int = Field(64, ge=1, le=10_000, description="in a folder; each keeps some ten files open")
+    keep_images: bool = Field(False, description="keep the images that samples are made of, to be read and moved")
     max_samples: int = Field(100, ge=1, le=10_000, description="of one subject")
     decode_cpu_s: float = Field(1.8, gt=0, le=3600, description="seconds of CPU to decode the images of a request")
     detect_cpu_s: float = Field(1, gt=0, le=3600, description="seconds of CPU to find the faces of one image")

@@ -21,17 +21,24 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving import openapi, tracing
 from serving.api.collections import collections
 from serving.api.decide import decide
+from serving.api.enrol import enrolment
+from serving.api.jobs import jobs, starting
 from serving.api.operating import operating
 from serving.api.refusals import HANDLERS
+from serving.api.routing import refuse_undeclared
+from serving.api.samples import samples
 from serving.api.subjects import subjects
+from serving.api.witness import Witness
+from serving.audit import AuditLog
 from serving.errors import ApiError
+from serving.keyring import Keyring
 from serving.security import ASSETS, Guard
 from serving.service import Service
 from serving.settings import Settings
 from trainer.errors import UserError
 
 WAITING = 14  # threads of requests that wait for a decoder or the model: so many images are embedded in one call
-ROUTERS = (decide, subjects, operating, collections)
+ROUTERS = (decide, enrolment, subjects, samples, operating, collections, starting, jobs)
 
 
 def create_app(
@@ -46,25 +53,29 @@ def create_app(
     Raises:
         UserError: the embedder, the store or a threshold cannot be used.
     """
-    service = Service(settings)
+    keyring, service = Keyring(settings), Service(settings)
+    audit = AuditLog(settings.audit, settings.audit_file_bytes) if settings.audit else None
     app = FastAPIOffline(
         routes=[route for router in ROUTERS for route in router.routes],
         title="Hypersphere",
         summary="Who is this, or is it nobody we know?",
         description=openapi.DESCRIPTION,
         version=importlib.metadata.version("hypersphere"),
-        lifespan=functools.partial(_life, service, on_fault),
+        lifespan=functools.partial(_life, service, keyring, audit, on_fault),
         redoc_url=None,
         static_url=ASSETS,
         redirect_slashes=False,
         exception_handlers=HANDLERS,
     )
-    app.state.service = service
-    app.openapi = functools.partial(_document, app, bool(settings.api_key))  # type: ignore[method-assign]
+    app.state.service, app.state.audit = service, audit
+    app.openapi = functools.partial(_document, app, keyring.asked)  # type: ignore[method-assign]
+    refuse_undeclared(app.routes, openapi.OPEN_PATHS)
+    if audit is not None:
+        app.add_middleware(Witness, audit=audit)
     if settings.traces:
         app.add_middleware(tracing.Traced)
     app.add_middleware(host_check, allowed_hosts=allowed_hosts)
-    app.add_middleware(Guard, settings=settings, metrics=service.metrics)
+    app.add_middleware(Guard, settings=settings, metrics=service.metrics, keyring=keyring)
     return app
 
 
@@ -98,7 +109,9 @@ def host_check(app: ASGIApp, allowed_hosts: Sequence[str]) -> ASGIApp:
 
 
 @contextlib.asynccontextmanager
-async def _life(service: Service, on_fault: Callable[[UserError], object], app: FastAPI) -> AsyncIterator[None]:
+async def _life(
+    service: Service, keyring: Keyring, audit: AuditLog | None, on_fault: Callable[[UserError], object], app: FastAPI
+) -> AsyncIterator[None]:
     """Threads for the requests, and one that loads the gallery and watches the store; all end with the app."""
     # What computes is bounded behind them: decoders, the one that embeds, the one that searches, the store's writer.
     threads = service.settings.workers + WAITING
@@ -106,7 +119,8 @@ async def _life(service: Service, on_fault: Callable[[UserError], object], app: 
     keeper = threading.Thread(target=service.keep, args=(on_fault,), name="keeper")
     keeper.start()
     try:
-        yield
+        with keyring.watched(), audit.running() if audit else contextlib.nullcontext():
+            yield
     finally:
         service.stop()
         await asyncio.to_thread(pool.shutdown)

@@ -11,8 +11,17 @@ from starlette.routing import BaseRoute, Match
 
 from serving.api.requests import collection_of
 from serving.batching import Closed
-from serving.changes import KeyReused, StoreError, SubjectFull, SubjectUnknown
+from serving.changes import (
+    KeyReused,
+    LastSample,
+    RevisionConflict,
+    SampleUnknown,
+    StoreError,
+    SubjectFull,
+    SubjectUnknown,
+)
 from serving.errors import ApiError, invalid, stopping
+from serving.metadata import MetadataRefused
 from serving.projection import GalleryLoading
 from serving.security import as_response
 from serving.service import loading
@@ -50,6 +59,15 @@ def _refusal(request: Request, error: Exception) -> ApiError:
             return ApiError(409, "too_many_samples", str(error))
         case SubjectUnknown():
             return ApiError(404, "no_subject", str(error))
+        case SampleUnknown():
+            return ApiError(404, "no_sample", str(error))
+        case LastSample():
+            return ApiError(409, "last_sample", str(error))
+        case RevisionConflict():
+            facts = {"revision": error.revision}
+            return ApiError(412, "revision_conflict", str(error), facts, {"etag": f'"{error.revision}"'})
+        case MetadataRefused():
+            return invalid(("metadata", str(error)))
         case UserError():
             return ApiError(422, "invalid", str(error))
         case StoreError():
@@ -82,7 +100,7 @@ def _methods(request: Request) -> set[str]:
 
 _HANDLED = (
     *(ApiError, HTTPException, RequestValidationError, Closed, GalleryLoading),
-    *(KeyReused, SubjectFull, SubjectUnknown),
+    *(KeyReused, SubjectFull, SubjectUnknown, SampleUnknown, LastSample, RevisionConflict, MetadataRefused),
 )
 HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Any]]
 HANDLERS = dict.fromkeys((*_HANDLED, UserError, StoreError, Exception), on_error)

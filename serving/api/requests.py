@@ -2,15 +2,19 @@
 
 import asyncio
 import contextvars
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Header, Path, Request, Response
 
 from serving import openapi, schemas
+from serving.api.routing import ScopedRoute
 from serving.bodies import read
-from serving.collections import DEFAULT, Collection
+from serving.collections import Collection
+from serving.errors import invalid
 from serving.parsing import KEY_PATTERN, PATTERN, Sent
+from serving.scopes import DEFAULT_COLLECTION
 from serving.service import Service
 
 T = TypeVar("T")
@@ -21,6 +25,17 @@ Key = Annotated[
 ]
 
 
+IfMatch = Annotated[
+    str | None,
+    Header(
+        alias="If-Match",
+        description="the subject's ETag: done only where the subject was not changed since",
+        json_schema_extra={"pattern": r'^(\*|"[0-9]{1,18}")$'},
+    ),
+]
+Revised = TypeVar("Revised", schemas.EnrolAnswer, schemas.ChangeAnswer, schemas.SubjectDetail)
+
+
 class Routes(APIRouter):
     """The routes of one noun. Each is there twice: below /v1 for the collection `default`, and below a collection.
 
@@ -28,7 +43,12 @@ class Routes(APIRouter):
     """
 
     def __init__(self, tag: str) -> None:
-        super().__init__(responses=openapi.ERRORS, tags=[tag], generate_unique_id_function=lambda route: route.name)
+        super().__init__(
+            responses=openapi.ERRORS,
+            tags=[tag],
+            generate_unique_id_function=lambda route: route.name,
+            route_class=ScopedRoute,
+        )
 
     def add_api_route(self, path: str, endpoint: Callable[..., Any], *, name: str | None = None, **more: Any) -> None:
         name = name or endpoint.__name__
@@ -50,7 +70,7 @@ def service_of(request: Request) -> Service:
 
 def collection_of(request: Request) -> Collection:
     """The collection in the path; `default` where it names none. Raises ApiError 404."""
-    return service_of(request).collections.get(request.path_params.get("collection", DEFAULT))
+    return service_of(request).collections.get(request.path_params.get("collection", DEFAULT_COLLECTION))
 
 
 async def body_of(request: Request, body: openapi.Body, collection: Collection) -> Sent:
@@ -59,6 +79,21 @@ async def body_of(request: Request, body: openapi.Body, collection: Collection) 
     raw = settings.max_probes if body.batch else most * len(body.files)
     with collection.metrics.stage("read"):
         return await read(request, body, most, collection.model.dimension, raw)
+
+
+def expected(if_match: str | None) -> int | None:
+    """The revision in If-Match; None: any. Raises ApiError 422."""
+    if if_match is None or if_match.strip() == "*":
+        return None
+    if not re.fullmatch(r'"[0-9]{1,18}"', if_match.strip()):
+        raise invalid(("If-Match", "this is not the ETag of a subject; send the one that came with it, or *"))
+    return int(if_match.strip()[1:-1])
+
+
+def tagged(response: Response, answer: Revised) -> Revised:
+    """The answer, with the subject's ETag among the headers."""
+    response.headers["etag"] = f'"{answer.revision}"'
+    return answer
 
 
 async def compute(request: Request, work: Callable[[], T]) -> T:

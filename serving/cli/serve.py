@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # The panels of --help, and which settings they show; the others are in the first one.
 _PANELS = {
-    "Who is served": r"api_key|anonymous|allowed_hosts|trusted_proxies|below_threshold",
+    "Who is served": r"api_key|keys|audit\w*|anonymous|allowed_hosts|trusted_proxies|below_threshold",
     "Limits": r"(max|rate|wrong)_\w+",
     "Times": r"\w+_(s|hours)",
 }

@@ -142,5 +142,5 @@ def test_without_a_curve_no_rate_can_be_chosen(embedder):
 
 def test_the_power_is_a_lower_bound_in_a_smaller_gallery(embedder):
     _, rule = rules(Embedder.open(embedder).manifest, None, None)
-    assert "or less: calibrate" in rule.explain(5)
-    assert "or more: calibrate" in rule.explain(3)
+    assert "at most about" in rule.explain(5)
+    assert "at least about" in rule.explain(3)

@@ -65,11 +65,11 @@ def of_subjects(numbers: Sequence[int] | Numbers) -> Find:
     return lambda block, count: np.flatnonzero(np.isin(block.subject_N[:count], numbers))
 
 
-def of_sample(number: int, sample_id: bytes) -> Find:
-    """The rows of one sample of a subject."""
+def of_sample(numbers: Sequence[int] | Numbers, sample_id: bytes) -> Find:
+    """The rows of one sample of these subjects."""
 
     def find(block: Block, count: int) -> Numbers:
-        rows = np.flatnonzero(block.subject_N[:count] == number)
+        rows = of_subjects(numbers)(block, count)
         same = (block.sample_N[rows] == np.frombuffer(sample_id, np.uint8)).all(axis=1)
         return np.asarray(rows[same], np.int64)
 

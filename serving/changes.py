@@ -1,11 +1,10 @@
-"""What is said of a change to a gallery, by its store and by everyone above: what was done, or why not."""
+"""What is said of a gallery's subjects, and of a change to them: what there is, what was done, or why not."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+Metadata = Mapping[str, str | int | float | bool]  # see `serving.metadata`
 
 
 class StoreError(Exception):
@@ -18,6 +17,25 @@ class KeyReused(ValueError):
 
 class SubjectUnknown(LookupError):
     """No subject of that id is enrolled."""
+
+
+class SampleUnknown(LookupError):
+    """The subject has no sample of that id."""
+
+
+class LastSample(ValueError):
+    """The subject would be left without a sample."""
+
+
+class RevisionConflict(ValueError):
+    """The subject was changed since the caller read it. `revision`: at which it is."""
+
+    def __init__(self, subject_id: str, revision: int, expected: int) -> None:
+        super().__init__(
+            f"subject '{subject_id}' is at revision {revision}, not {expected}: it was changed meanwhile; read it "
+            "again, and send the change with its new revision"
+        )
+        self.revision = revision
 
 
 class SubjectFull(ValueError):
@@ -39,19 +57,29 @@ class IdempotencyKey:
     request: bytes
 
 
-class Piece(NamedTuple):
-    """Samples: of each its subject's name, its UUID's 16 bytes, its vector, and its subject's number."""
+@dataclass(frozen=True)
+class Attached:
+    """What is enrolled along with vectors. Each sequence has one entry a vector, or none at all.
 
-    subject_ids: list[str]
-    sample_ids: list[bytes]
-    vectors_BD: NDArray[np.float32]
-    numbers_B: NDArray[np.int64]
+    Attributes:
+        metadata: the subject's, in place of what it has; None: leave that alone.
+        qualities: of the samples, any finite number or None; what they mean is the caller's.
+        samples: the samples' own metadata.
+        images: what the vectors were made of, as it was sent.
+    """
+
+    metadata: Metadata | None = None
+    qualities: Sequence[float | None] = ()
+    samples: Sequence[Metadata] = ()
+    images: Sequence[bytes | None] = ()
 
 
 @dataclass(frozen=True)
 class Enrolment:
-    """What an enrolment did. `gallery_size` counts subjects, right after it; `replayed`: it was done before, and the
-    subject's `number` is not known."""
+    """What an enrolment did. `gallery_size` counts subjects, right after it; `replayed`: it was done before.
+
+    `revision`: of the gallery, and so of the subject, right after it. `number`: the subject's, see `SubjectRow`.
+    """
 
     subject_id: str
     sample_ids: list[str]
@@ -59,6 +87,7 @@ class Enrolment:
     subject_samples: int
     gallery_size: int
     replayed: bool = False
+    revision: int = 0
     number: int = 0
 
 
@@ -69,6 +98,7 @@ class BulkEnrolment:
     results: tuple[Enrolment | SubjectFull, ...]
     gallery_size: int
     replayed: bool = False
+    revision: int = 0
 
     def to_remember(self) -> dict[str, Any]:
         """Without the subjects' names."""
@@ -76,17 +106,17 @@ class BulkEnrolment:
             one.numbers if isinstance(one, SubjectFull) else (one.sample_ids, one.subject_created, one.subject_samples)
             for one in self.results
         ]
-        return {"items": items, "gallery_size": self.gallery_size}
+        return {"items": items, "gallery_size": self.gallery_size, "revision": self.revision}
 
     @classmethod
     def remembered(cls, found: dict[str, Any], subject_ids: Sequence[str]) -> "BulkEnrolment":
-        results, size = list[Enrolment | SubjectFull](), found["gallery_size"]
+        results, size, revision = list[Enrolment | SubjectFull](), found["gallery_size"], found.get("revision", 0)
         for subject_id, (first, second, third) in zip(subject_ids, found["items"], strict=True):
             if isinstance(first, int):
                 results.append(SubjectFull(subject_id, first, second, third))
             else:
-                results.append(Enrolment(subject_id, first, second, third, size))
-        return cls(tuple(results), size, True)
+                results.append(Enrolment(subject_id, first, second, third, size, True, revision))
+        return cls(tuple(results), size, True, revision)
 
 
 @dataclass(frozen=True)
@@ -99,13 +129,51 @@ class Deletion:
 
 
 @dataclass(frozen=True)
+class Update:
+    """What a change of a subject did, or of one of its samples: how many it has then, and at which revision it is."""
+
+    subject_id: str
+    samples: int
+    revision: int
+    replayed: bool = False
+
+
+@dataclass(frozen=True)
 class SubjectRow:
-    """A line of the list of subjects. `position` orders the list and is where the next page starts after."""
+    """A line of the list of subjects.
+
+    Attributes:
+        position: the subject's number. Orders the list, and is where the next page starts after. Never given twice.
+        samples: how many.
+        revision: of the gallery, at the subject's last change.
+    """
 
     position: int
     subject_id: str
     samples: int
     created: str
+    updated: str
+    revision: int
+    metadata: Metadata
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """What is known of a sample but its vector. `image`: whether its image was kept."""
+
+    sample_id: str
+    created: str
+    quality: float | None
+    metadata: Metadata
+    image: bool
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A subject that was changed, or erased: then its name is None."""
+
+    number: int
+    subject_id: str | None
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from serving.mark import Mark, MarkDamaged, Reached, make_mark, mark_path, read_mark
-from serving.migrations import APPLICATION_ID, MIGRATIONS, Target, migrate
 from serving.rows import Damage, GalleryRow, layout, read_gallery
+from serving.schema import APPLICATION_ID, VERSION, Target, create
 from trainer.atomic import sync
 from trainer.errors import UserError
 
@@ -49,6 +49,7 @@ class Database:
             OSError: a file cannot be made or written.
         """
         path, mark = target.path, mark_path(target.path)
+        self._path = path
         self.write_lock, self.read_lock = threading.Lock(), threading.Lock()
         self.unfolded = True  # a kill may have come between a deletion and the folding of its log
         self.trusted = False  # found to be whole; only then is the log folded when it is closed
@@ -59,12 +60,10 @@ class Database:
                 self._guard = stack.enter_context(contextlib.closing(_connect(path, "ro")))
                 _refuse_unsafe(self._guard, target, restored)
             self.writer = stack.enter_context(_connected(path))
-            if migrate(self.writer, target):
-                self.writer.execute("VACUUM")  # without the pages of tables that a step dropped
-                self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            _bring_up_to_date(self.writer, target)
             self.reader = stack.enter_context(_connected(path))
             row = read_gallery(self.reader)
-            self.secret, reached = row.secret, Reached(row.uid, row.revision)
+            self.uid, self.secret, reached = row.uid, row.secret, Reached(row.uid, row.revision)
             if restored:
                 make_mark(mark, reached)
             self._mark = Mark(mark, reached)
@@ -104,6 +103,18 @@ class Database:
                     self.writer.execute("ROLLBACK")
             self._note()
             self.trusted = True
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """The reader, and nobody else's."""
+        with self.read_lock:
+            yield self.reader
+
+    @contextlib.contextmanager
+    def another(self) -> Iterator[sqlite3.Connection]:
+        """A reader for one who takes long."""
+        with contextlib.closing(_connect(self._path, "ro")) as connection:
+            yield connection
 
     def _note(self) -> None:
         (revision,) = self.writer.execute("SELECT revision FROM gallery").fetchone()
@@ -173,6 +184,19 @@ def _connected(real: Path) -> Iterator[sqlite3.Connection]:
         yield connection
 
 
+def _bring_up_to_date(connection: sqlite3.Connection, target: Target) -> None:
+    """Make the tables of a new store, or lead those of an earlier version to the newest one."""
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version == 0:
+        create(connection, target)
+    elif version < VERSION:
+        from serving.migrations import migrate
+
+        migrate(connection, target)
+        connection.execute("VACUUM")  # without the pages of tables that a step dropped
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+
+
 def _connect(real: Path, mode: str) -> sqlite3.Connection:
     return sqlite3.connect(  # waits for other programs, which at most copy the store, but not for long
         f"{real.as_uri()}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False, timeout=0.2
@@ -188,13 +212,13 @@ def _refuse_unsafe(connection: sqlite3.Connection, target: Target, restored: boo
         raise UserError(
             f"'{target.named}' is another program's database, not a gallery's store; give --store a new file"
         )
-    if not 0 <= version <= len(MIGRATIONS):
+    if not 0 <= version <= VERSION:
         raise UserError(
             f"the store '{target.named}' has schema {version}, but this version of Hypersphere knows only up to "
-            f"{len(MIGRATIONS)}; use the version that wrote it, or a newer one"
+            f"{VERSION}; use the version that wrote it, or a newer one"
         )
     row = read_gallery(connection) if version >= 2 else None
-    if version == len(MIGRATIONS) and row is not None and row.layout != layout(connection):
+    if version == VERSION and row is not None and row.layout != layout(connection):
         raise Damage("the definitions of its tables do not have their checksum")
     model = (row.model_id, row.dimension) if row else None
     if version == 1:
@@ -223,6 +247,8 @@ def _refuse_loss(target: Target, version: int, row: GalleryRow | None) -> None:
         if version > 2:
             raise UserError(f"{mark} is missing; {RESTORE}")
         return
+    if row is None and reached.revision == 0:
+        return  # a kill came between the mark of a new store and its tables; nothing was acknowledged
     state = f"'{log}' is {'damaged or of another time' if log.exists() and log.stat().st_size else 'missing'}"
     if row is None:
         raise UserError(

@@ -16,10 +16,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.batching import Batcher
-from serving.changes import BulkEnrolment, Deletion, Enrolment, IdempotencyKey, Piece, State, SubjectRow, SubjectUnknown
+from serving.changes import (
+    Attached,
+    BulkEnrolment,
+    Deletion,
+    Enrolment,
+    IdempotencyKey,
+    Metadata,
+    SampleRow,
+    State,
+    SubjectRow,
+    SubjectUnknown,
+    Update,
+)
+from serving.codes import Form
 from serving.index import Candidate
 from serving.projection import Projection, Status
-from serving.store import Store
+from serving.reading import Piece
+from serving.store import PLAIN, Store
 from serving.threshold import Rule
 from trainer.evaluation.normalise import Normaliser
 
@@ -74,12 +88,14 @@ class Gallery:
         threads: int = 1,
         max_samples: int = 100,
         normaliser: Normaliser | None = None,
+        form: Form = "exact",
     ) -> None:
-        """Nothing is read yet: see `load`. `threads`: cores of one search. `max_samples`: per subject."""
+        """Nothing is read yet: see `load`. `threads`: cores of one search. `max_samples`: per subject. `form`: see
+        `Index`."""
         self.verify_rule, self.identify_rule = verify_rule, identify_rule
         self.path, self.model_id, self.dimension = store.path, store.model_id, store.dimension
         self._store, self._max_samples = store, max_samples
-        self._projection = Projection(store, threads, normaliser)
+        self._projection = Projection(store, threads, normaliser, form)
         self._searches = Batcher(self._search)
         self.on_search: Callable[[int, float], object] = lambda size, seconds: None
 
@@ -123,7 +139,13 @@ class Gallery:
         self._searches.close()
         self._projection.close()
 
-    def enrol(self, subject_id: str, vectors_BD: NDArray[np.float32], key: IdempotencyKey | None = None) -> Enrolment:
+    def enrol(
+        self,
+        subject_id: str,
+        vectors_BD: NDArray[np.float32],
+        key: IdempotencyKey | None = None,
+        attached: Attached = PLAIN,
+    ) -> Enrolment:
         """Add samples to a subject, new or known. When this returns, they are on disk and found by the next search.
 
         Raises:
@@ -131,7 +153,7 @@ class Gallery:
         """
         with self._projection.changing(subject_id):
             self._projection.index.check(vectors_BD)  # before the store has them
-            done = self._store.enrol(subject_id, vectors_BD, self._max_samples, key)
+            done = self._store.enrol(subject_id, vectors_BD, self._max_samples, key, attached)
             if done.replayed:
                 self._projection.confirm()
             else:
@@ -139,13 +161,16 @@ class Gallery:
             return done
 
     def enrol_many(
-        self, items: Sequence[tuple[str, NDArray[np.float32]]], key: IdempotencyKey | None = None
+        self,
+        items: Sequence[tuple[str, NDArray[np.float32]]],
+        key: IdempotencyKey | None = None,
+        attached: Sequence[Attached] = (),
     ) -> BulkEnrolment:
         """`enrol` for many subjects at once, in one change; an item that is refused leaves the others alone."""
         with self._projection.changing(*(subject_id for subject_id, _ in items)):
             for _, vectors_BD in items:
                 self._projection.index.check(vectors_BD)
-            done = self._store.enrol_many(items, self._max_samples, key)
+            done = self._store.enrol_many(items, self._max_samples, key, attached)
             if done.replayed:
                 self._projection.confirm()
                 return done
@@ -161,22 +186,76 @@ class Gallery:
                 self._projection.confirm()
             return done
 
-    def delete(self, subject_id: str, key: IdempotencyKey | None = None) -> Deletion:
+    def delete(self, subject_id: str, key: IdempotencyKey | None = None, expected: int | None = None) -> Deletion:
         """Erase a subject. When this returns, it is off the disk and no later search finds it.
 
         Raises:
             SubjectUnknown: nobody of that id is enrolled.
         """
         with self._projection.changing(subject_id):
-            done = self._store.delete(subject_id, key)
+            done = self._store.delete(subject_id, key, expected)
             if not done.replayed:
                 self._projection.remove(subject_id)
             return done
 
-    def subjects(self, after: int, limit: int) -> list[SubjectRow]:
-        """A page of the subjects, in order of enrolment, behind position `after` (0: from the start)."""
+    def update(
+        self, subject_id: str, metadata: Metadata, key: IdempotencyKey | None = None, expected: int | None = None
+    ) -> Update:
+        """Give a subject this metadata in place of what it has. `expected`, and what is raised: see `Store`."""
+        with self._projection.changing(subject_id):
+            done = self._store.update(subject_id, metadata, key, expected)
+            self._projection.revision += not done.replayed
+            return done
+
+    def merge(self, into: str, other: str, key: IdempotencyKey | None = None, expected: int | None = None) -> Update:
+        """Make the samples of `other` those of `into`; see `Store.merge`. No later search finds `other`."""
+        with self._projection.changing(into, other):
+            done = self._store.merge(into, other, self._max_samples, key, expected)
+            if not done.replayed:
+                self._projection.merge(into, other)
+            return done
+
+    def delete_sample(
+        self, subject_id: str, sample_id: str, key: IdempotencyKey | None = None, expected: int | None = None
+    ) -> Update:
+        """Erase one sample, but not the last one; see `Store.delete_sample`. No later search finds it."""
+        with self._projection.changing(subject_id):
+            done = self._store.delete_sample(subject_id, sample_id, key, expected)
+            if not done.replayed:
+                self._projection.remove_sample(subject_id, sample_id)
+            return done
+
+    def subjects(self, after: int, limit: int, where: Metadata | None = None) -> list[SubjectRow]:
+        """A page of the subjects, in order of enrolment, behind position `after` (0: from the start).
+
+        `where`: only those whose metadata has all these keys with these values.
+        """
         self._projection.refuse_loading()
-        return self._store.subjects(after, limit)
+        return self._store.subjects(after, limit, where)
+
+    def subject(self, subject_id: str) -> tuple[SubjectRow, list[SampleRow]]:
+        """A subject and its samples. Raises SubjectUnknown."""
+        self._projection.refuse_loading()
+        return self._store.subject(subject_id)
+
+    def sample(self, subject_id: str, sample_id: str) -> tuple[SampleRow, NDArray[np.float32]]:
+        """One sample and its vector. Raises SubjectUnknown, SampleUnknown."""
+        self._projection.refuse_loading()
+        return self._store.sample(subject_id, sample_id)
+
+    def image(self, subject_id: str, sample_id: str) -> bytes | None:
+        """What a sample was made of, None where it was not kept. Raises SubjectUnknown, SampleUnknown."""
+        self._projection.refuse_loading()
+        return self._store.image(subject_id, sample_id)
+
+    def matching(self, where: Metadata) -> list[str]:
+        """The subjects whose metadata has all of this, for `Probe.among`."""
+        self._projection.refuse_loading()
+        return self._store.matching(where)
+
+    def sign(self, value: bytes) -> bytes:
+        """16 bytes that only this gallery can make of a value."""
+        return self._store.sign(value)
 
     def pieces(self) -> Iterator[Piece]:
         """Every sample, in pieces; what changes meanwhile may be in it or not."""

@@ -109,8 +109,8 @@ class Index:
         """The blocks, and how many rows of each there are now. No row that is there ever moves within its block."""
         return self._view.parts()
 
-    def take(self, parts: Sequence[tuple[Block, int]], named: Iterable[tuple[int, str]]) -> None:
-        """Hold these rows, which were another index's of the same width, and these subjects' names and numbers."""
+    def take(self, parts: Sequence[tuple[Block, int]], named: Iterable[tuple[int, str]], without: Find) -> None:
+        """Hold rows that were another index's of the same width, without some; and subjects' numbers and names."""
         with self._lock:
             for block, count in parts:
                 if self.form != "exact":
@@ -118,6 +118,7 @@ class Index:
             self._call(named)
             self._view = View.of(parts)
             self._gone = sum(int(np.count_nonzero(block.subject_N[:count] == GONE)) for block, count in parts)
+            self._erase(without)
 
     def share(self, mapped: Iterable[tuple[Block, Vectors]]) -> None:
         """Give up the memory of vectors that are now in a file, where a search reads few of them."""
@@ -147,14 +148,17 @@ class Index:
     def remove_sample(self, subject_id: str, sample_id: bytes) -> int:
         """Remove one sample of a subject that has others; 0 where it is not there."""
         with self._lock:
-            return self._erase(of_sample(self._numbers.get(subject_id, GONE), sample_id))
+            return self._erase(of_sample(self.numbers([subject_id]), sample_id))
 
     def merge(self, into: str, other: str) -> None:
-        """Let the samples of one subject be another's."""
+        """Make the samples of `other` those of `into`. A pass over the subjects' numbers."""
         with self._lock:
-            number, old = self._numbers[into], self._numbers[other]
+            number, old = self._numbers.get(into), self._numbers.get(other)
+            if number is None or old is None:  # the index lacks a change, and will be built anew
+                self._hide(other)
+                return
             for block, count in self._view.parts():
-                block.subject_N[:count][block.subject_N[:count] == old] = number
+                block.subject_N[of_subjects([old])(block, count)] = number
             self._forget(other)
 
     def search(self, queries_QD: Vectors, top_k: int, allowed_S: Numbers | None = None) -> list[list[Candidate]]:
@@ -248,7 +252,8 @@ class Index:
     def _call(self, named: Iterable[tuple[int, str]]) -> None:
         """Give numbers their names."""
         for number, subject_id in named:
-            if subject_id not in self._numbers:
+            if self._numbers.get(subject_id) != number:
+                self._hide(subject_id)  # whoever had the name before
                 self._names.extend([None] * (number + 1 - len(self._names)))
                 self._names[number], self._numbers[subject_id] = subject_id, number
 

@@ -5,6 +5,7 @@ built anew aside, while searches and changes go on with the old one. An erased s
 happened.
 """
 
+import logging
 import threading
 import time
 import uuid
@@ -15,16 +16,22 @@ from typing import Literal
 
 import numpy as np
 
-from serving.blocks import Vectors
-from serving.changes import Enrolment, Piece, State, StoreError
+from serving.blocks import Vectors, of_sample, of_subjects
+from serving.changes import Enrolment, State, StoreError
+from serving.codes import Form
 from serving.index import Index
+from serving.keeping import Keeper
+from serving.reading import Piece
 from serving.rows import NOBODY
 from serving.store import Store
 from trainer.errors import UserError
 from trainer.evaluation.normalise import Normaliser
 
 FAILURES = (StoreError, UserError, MemoryError, RuntimeError)  # the last is FAISS's
+PAUSE_S = 0.01  # between two pieces of a store that is verified beside the searches
+AGAIN_S = 30.0  # after which it is begun anew where changes came between
 RETRY_S = 60.0  # between two tries to build an index from a store that does not let itself be read
+log = logging.getLogger("hypersphere.serving")
 
 
 class GalleryLoading(Exception):
@@ -58,9 +65,11 @@ class Projection:
         status: how far it is; nothing is waited for.
     """
 
-    def __init__(self, store: Store, threads: int, normaliser: Normaliser | None = None) -> None:
-        """Nothing is read yet: see `load`. `threads`: cores that one search uses. `normaliser`: of the scores."""
-        self._store, self._threads, self._normaliser = store, threads, normaliser
+    def __init__(self, store: Store, threads: int, normaliser: Normaliser | None = None, form: Form = "exact") -> None:
+        """Nothing is read yet: see `load`. `threads`: cores that one search uses. `normaliser`: of the scores. `form`:
+        see `Index`."""
+        self._store, self._threads, self._normaliser, self._form = store, threads, normaliser, form
+        self._keeper = Keeper(store, normaliser)
         self.index = self._empty()
         self.revision, self.status = 0, Status("loading")
         self._lock = threading.Lock()  # held by a change from the store's commit to the index
@@ -68,11 +77,14 @@ class Projection:
         self._apart = True  # the index may lack what the store has
         self._loaded = False
         self._rebuilding: threading.Thread | None = None
+        self._examining: threading.Thread | None = None
         self._changed: set[str] = set()  # subjects that were changed while an index was being built
         self._failed_at = 0.0
 
     def load(self, stopping: Callable[[], bool] = lambda: False) -> None:
-        """Verify the store and build the index from it; `status` tells how far it is.
+        """Build the index from a snapshot, or from the store, which is verified; `status` tells how far it is.
+
+        After a start from a snapshot the store is verified in the background; damage is told by `check` then.
 
         Args:
             stopping: asked several times a second; true ends the loading.
@@ -88,9 +100,16 @@ class Projection:
         with self._lock:
             try:
                 self.status = Status("loading", 0, self._store.state().samples)
-                self._store.verify(ending)
-                self._install(self._build(ending, settled=True))
+                index = self._empty()
+                resumed = self._keeper.resume(index, self._put, self._threads)
+                if not resumed:
+                    self._store.verify(ending)
+                    index = self._build(ending, settled=True)
+                self._install(index)
                 self._loaded = True
+                if resumed:
+                    self._examining = threading.Thread(target=self._examine, name="examine", daemon=True)
+                    self._examining.start()
             except FAILURES as error:
                 if ending():
                     raise Stopped("loading was stopped") from error
@@ -98,11 +117,14 @@ class Projection:
                 raise UserError(self.status.reason) from error
 
     def close(self) -> None:
-        """End what is under way in the background, and close the store. Idempotent."""
+        """End what is under way in the background, take a last snapshot, and close the store. Idempotent."""
+        ended = self._closing.is_set()
         self._closing.set()
-        if rebuilding := self._rebuilding:
-            rebuilding.join()
+        for thread in (self._rebuilding, self._examining):
+            if thread:
+                thread.join()
         with self._lock:
+            self._keeper.close(None if ended or self._apart else self.index, self.revision)
             self._store.close()
 
     def check(self) -> State:
@@ -116,6 +138,8 @@ class Projection:
         if self._lock.acquire(blocking=False):
             try:
                 self._mend()
+                if not self._apart:
+                    self._keeper.tend(self.index, self.revision)
             finally:
                 self._lock.release()
         self._refuse_failed()
@@ -157,8 +181,25 @@ class Projection:
         self.revision += 1
 
     def remove(self, subject_id: str) -> None:
-        """Take over one change of the store, inside `changing`: a deletion."""
+        """Take over one change of the store, inside `changing`: a deletion. It is off the disk when this returns."""
+        numbers = self.index.numbers([subject_id])
         self.index.remove(subject_id)
+        self._keeper.erase(of_subjects(numbers))
+        self.revision += 1
+
+    def remove_sample(self, subject_id: str, sample_id: str) -> None:
+        """As `remove`, of one sample."""
+        numbers, sample = self.index.numbers([subject_id]), uuid.UUID(sample_id).bytes
+        self.index.remove_sample(subject_id, sample)
+        self._keeper.erase(of_sample(numbers, sample))
+        self.revision += 1
+
+    def merge(self, into: str, other: str) -> None:
+        """Take over one change of the store, inside `changing`: the samples of `other` are those of `into`."""
+        numbers = self.index.numbers([into, other])
+        self.index.merge(into, other)
+        if len(numbers) == 2:  # else the index lacks one, and is built anew
+            self._keeper.relabel(*numbers[::-1].tolist())
         self.revision += 1
 
     def confirm(self) -> None:
@@ -177,6 +218,8 @@ class Projection:
         self._apart = True
         for subject_id in erased:
             self.index.hide(subject_id)
+        if erased:
+            self._keeper.drop("a deletion ended in an error")
 
     def _mend(self) -> None:
         """Begin to build a new index where the old one is not in step. Called with the lock held."""
@@ -208,6 +251,26 @@ class Projection:
         finally:
             self._rebuilding = None
 
+    def _examine(self) -> None:
+        """Verify the store beside everything else. Where it changes while it is read, the sums are left alone."""
+        while not self._closing.is_set():
+            revision = self._store.state().revision
+            try:
+                self._store.verify(self._closing.is_set, beside=True)
+                for _ in self._store.samples(settled=True):
+                    if self._closing.wait(PAUSE_S):
+                        return
+                log.info("all of the store '%s' was read, and is sound", self._store.path)
+                return
+            except UserError as error:
+                if self._store.state().revision == revision or "checksum" in str(error):
+                    log.error("%s", error)
+                    self.status = Status("failed", reason=str(error))
+                    return
+            except StoreError:  # something was erased meanwhile
+                pass
+            self._closing.wait(AGAIN_S)
+
     def _build(self, ending: Callable[[], bool], settled: bool = False) -> Index:
         """A new index from the store; `status` counts. `settled`: nobody changes the store meanwhile."""
         index = self._empty()
@@ -219,7 +282,7 @@ class Projection:
         return index
 
     def _empty(self) -> Index:
-        return Index(self._store.dimension, self._threads, self._normaliser)
+        return Index(self._store.dimension, self._threads, self._normaliser, self._form)
 
     def _put(self, index: Index, piece: Piece) -> None:
         try:

@@ -29,6 +29,7 @@ import numpy as np
 
 from serving.blocks import Block, Find, Vectors, block_rows
 from trainer.atomic import sync, write_file
+from trainer.errors import UserError
 
 FORMAT, INDEX = 1, "index.json"
 CHUNK = 256  # rows, half a megabyte: what is hashed anew where one of them is erased
@@ -142,6 +143,9 @@ class Snapshot:
         """The blocks of the snapshot and their rows, mapped, every byte checked.
 
         Empty where there is none, or none that can be used: that one is dropped, and the log says why.
+
+        Raises:
+            UserError: nor can it be removed.
         """
         try:
             files, revision = self._read()
@@ -153,7 +157,12 @@ class Snapshot:
         except FileNotFoundError:
             self.drop("")
         except (OSError, Unusable, ValueError, KeyError, TypeError) as error:
-            self.drop(f"{type(error).__name__}: {error}")
+            try:
+                self.drop(f"{type(error).__name__}: {error}")
+            except OSError as refusal:
+                raise UserError(
+                    f"the snapshot '{self.folder}' can neither be used ({error}) nor removed ({refusal}); remove it"
+                ) from refusal
         else:
             self._files, self.revision = files, revision
             self._sweep()
@@ -232,7 +241,7 @@ class Snapshot:
         """Remove all files; the log tells the reason, if there is one. Raises OSError where the disk refuses."""
         with self._lock:
             self._files, self.revision = [], None
-            if self.folder.exists():
+            if self.folder.is_dir():
                 (self.folder / INDEX).unlink(missing_ok=True)
                 shutil.rmtree(self.folder)
         if reason:

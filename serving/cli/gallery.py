@@ -70,7 +70,7 @@ def restore(copy: Annotated[Path, typer.Argument(metavar="BACKUP")], store: Stor
 
 @app.command()
 def export(to: File, store: Store = GALLERY) -> None:
-    """Write all samples as Parquet: subject, time, embedding. The service may be running.
+    """Write all samples as Parquet: subject, time, embedding, and what came with them. The service may be running.
 
     Example: `hypersphere gallery export --store faces.sqlite --out faces.parquet`
     """
@@ -104,5 +104,6 @@ def import_(
 
 def _tell(found: "Stats", path: Path) -> None:
     out.print(f"{path}: {found.subjects} subjects with {found.samples} samples, {found.bytes / 1e6:.1f} MB")
-    out.print(f"samples of a subject: median {found.median:g}, most {found.most}; places of erased ones: {found.free}")
+    out.print(f"samples of a subject: median {found.median:g}, most {found.most}; with their image: {found.images}")
+    out.print(f"places of erased samples: {found.free}")
     out.print(f"model {found.model_id}, dimension {found.dimension}, {found.revision} changes")

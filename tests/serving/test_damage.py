@@ -56,7 +56,7 @@ def _opened_or_refused(path, dimension=32):
 def _content(gallery):
     """Everything that the service answers with."""
     samples = {}
-    for subject_ids, sample_ids, vectors_BD, _ in gallery._store.samples():
+    for subject_ids, sample_ids, vectors_BD, *_ in gallery._store.samples():
         for subject_id, sample_id, vector_D in zip(subject_ids, sample_ids, vectors_BD, strict=True):
             samples[sample_id] = (subject_id, vector_D.tobytes())
     return samples, gallery.subjects(0, 1000), gallery.check(), gallery.replay(KEY, "s0"), gallery.model_id

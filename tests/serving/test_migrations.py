@@ -3,17 +3,23 @@
 import hashlib
 import json
 import sqlite3
+import subprocess
+import sys
 import uuid
+from contextlib import closing
 from datetime import UTC, datetime
 
 import pytest
 
-from serving.changes import IdempotencyKey, KeyReused
+import serving.migrations
+from serving.changes import Attached, IdempotencyKey, KeyReused, State
 from serving.gallery import Gallery
 from serving.mark import read_mark
-from serving.migrations import MIGRATIONS, Target, m001_create_tables, migrate
+from serving.migrations import migrate
+from serving.schema import VERSION, Target
 from serving.store import Store
 from serving.threshold import Rule
+from tests.serving.galleries import third_schema
 from trainer.errors import UserError
 
 MODEL = "a" * 32
@@ -28,9 +34,7 @@ def _first_schema(path, x, stop=None):
     """A store as the first version wrote it: two subjects, one erased, two keys. Returns {subject: sample ids}."""
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("PRAGMA journal_mode=WAL")
-    m001_create_tables(connection, Target(path, path, MODEL, 32, 0))
-    connection.execute("PRAGMA application_id = 0x48595053")
-    connection.execute("PRAGMA user_version = 1")
+    migrate(connection, Target(path, path, MODEL, 32, 0), to=1)
     connection.execute(
         "INSERT INTO galleries (name, model_id, dimension, subjects, samples, revision, created) "
         "VALUES ('default', ?, 32, 2, 3, 4, ?)",
@@ -118,28 +122,98 @@ def test_a_damaged_store_of_the_first_schema_is_refused(tmp_path, vectors, damag
         Gallery(Store(path, MODEL, 32), Rule(0.5, ""), Rule(0.5, "")).load()
 
 
-@pytest.mark.parametrize("step", range(len(MIGRATIONS)))
-@pytest.mark.parametrize("done", [False, True])
-def test_a_migration_that_is_cut_off_goes_on(tmp_path, vectors, monkeypatch, step, done):
-    """Before a step is committed, and after its last act."""
-    path, x = tmp_path / "gallery.db", vectors(3)
+@pytest.mark.parametrize("step", range(2, VERSION + 1))
+@pytest.mark.parametrize("place", ["Operations.context", "commit"])
+def test_a_migration_that_is_cut_off_goes_on(tmp_path, vectors, monkeypatch, step, place):
+    """Before the first act of a step, and after its last one."""
+    path, x, left = tmp_path / "gallery.db", vectors(3), iter(range(2, step))
     _first_schema(path, x)
-    if step == 0:
-        path.unlink()
+    act = serving.migrations.commit if place == "commit" else serving.migrations.Operations.context
 
-    def cut(connection, target):
-        if done:
-            MIGRATIONS[step](connection, target)
+    def cut(*arguments):
+        if next(left, None) is None:
+            raise Killed
+        return act(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"serving.migrations.{place}", cut)
+        with pytest.raises(Killed):
+            Store(path, MODEL, 32)
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (step - 1,)
+    gallery = Gallery(Store(path, MODEL, 32), Rule(0.5, ""), Rule(0.5, ""))
+    gallery.load()
+    assert gallery.check().samples == 3
+    gallery.close()
+
+
+def test_a_new_store_that_is_cut_off_is_made_again(tmp_path, monkeypatch):
+    def cut(*_):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("serving.migrations.MIGRATIONS", (*MIGRATIONS[:step], cut, *MIGRATIONS[step + 1 :]))
+        patch.setattr("serving.schema.commit", cut)
         with pytest.raises(Killed):
-            Store(path, MODEL, 32)
+            Store(tmp_path / "gallery.db", MODEL, 32)
+    Store(tmp_path / "gallery.db", MODEL, 32).close()
+
+
+def _definitions(path):
+    with closing(sqlite3.connect(path)) as connection:
+        found = connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema").fetchall()
+    return sorted(str(row).split() for row in found)
+
+
+def test_the_steps_lead_to_the_schema_of_a_new_store(tmp_path, vectors):
+    _first_schema(tmp_path / "old.db", vectors(3))
+    for name in ("old.db", "new.db"):
+        Store(tmp_path / name, MODEL, 32).close()
+    assert _definitions(tmp_path / "old.db") == _definitions(tmp_path / "new.db")
+
+
+def test_a_store_without_metadata_is_brought_up_to_date(tmp_path, vectors):
+    """Written by the version before: alice with two samples, zoë and carol, and somebody who was erased."""
+    path, x = third_schema(tmp_path), vectors(5)
     gallery = Gallery(Store(path, MODEL, 32), Rule(0.5, ""), Rule(0.5, ""))
     gallery.load()
-    assert gallery.check().samples == (3 if step else 0)
+    assert [(row.subject_id, row.samples, row.revision) for row in gallery.subjects(0, 10)] == [
+        ("alice", 2, 4),
+        ("zoë", 1, 4),
+        ("carol", 1, 4),
+    ]
+    for row, subject_id in zip(x, ("alice", "alice", None, "zoë", "carol"), strict=True):
+        found = gallery.identify(row, 1)
+        assert (found.candidates[0].subject_id if found.decision == "match" else None) == subject_id
+    gallery.enrol("dave", x[2:3], attached=Attached({"site": "north"}, [0.5], [{"pose": 1}], [b"image"]))
+    gallery.delete("zoë")
     gallery.close()
+    gallery = Gallery(Store(path, MODEL, 32), Rule(0.5, ""), Rule(0.5, ""))
+    gallery.load()
+    assert gallery.identify(x[2], 1).candidates[0].subject_id == "dave"
+    assert gallery.check() == State(3, 4, 6)
+    gallery.close()
+    assert x[3].tobytes() not in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE samples SET vector = zeroblob(128) WHERE id = 2",
+        "UPDATE subjects SET created = created + 1 WHERE name = x'616c696365'",
+        "DELETE FROM samples WHERE id = 2",
+        "UPDATE gallery SET samples = 9",
+    ],
+)
+def test_a_damaged_store_without_metadata_is_refused(tmp_path, damage):
+    path = third_schema(tmp_path)
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute(damage)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"gallery\.db' cannot be opened"):
+        Store(path, MODEL, 32)
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (3,)
+    assert path.read_bytes() == before
 
 
 def test_an_older_schema_beside_a_mark_has_lost_what_came_after(tmp_path, vectors):
@@ -158,8 +232,11 @@ def test_an_older_schema_beside_a_mark_has_lost_what_came_after(tmp_path, vector
     Store(path, MODEL, 32).close()
 
 
-def test_nothing_is_done_where_nothing_is_to_do(tmp_path):
-    path = tmp_path / "gallery.db"
-    store = Store(path, MODEL, 32)
-    assert migrate(store._database.writer, Target(path, path, MODEL, 32, 0)) is False
-    store.close()
+def test_nothing_of_alembic_is_imported_where_nothing_is_to_do(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from serving.store import Store; "
+        f"Store(Path(sys.argv[1]), '{MODEL}', 32).close(); print('alembic' in sys.modules, 'sqlalchemy' in sys.modules)"
+    )
+    for _ in ("made", "opened"):
+        command = [sys.executable, "-c", code, tmp_path / "gallery.db"]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False False\n"

@@ -198,7 +198,7 @@ def test_an_index_that_does_not_fit_in_memory_is_told(tmp_path, vectors, monkeyp
 
 def _slow_pieces(store, monkeypatch):
     """Rows are read one by one; each read waits for a permit."""
-    monkeypatch.setattr("serving.store.ROWS_A_READ", 1)
+    monkeypatch.setattr("serving.reading.ROWS_A_READ", 1)
     permits, read = threading.Semaphore(0), type(store).samples
 
     def samples(settled=False):

@@ -46,7 +46,7 @@ def _written(tmp_path, index, revision=7):
 def _opened(tmp_path, named, source=SOURCE, form="exact"):
     snapshot, index = Snapshot(tmp_path / "gallery.db", source), Index(32, form=form)
     parts = snapshot.open(2)
-    index.take(parts, named)
+    index.take(parts, named, of_subjects([]))
     return snapshot, index
 
 

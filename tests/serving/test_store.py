@@ -9,7 +9,8 @@ import pytest
 
 from serving import database
 from serving.changes import IdempotencyKey, KeyReused, StoreError, SubjectFull, SubjectUnknown
-from serving.store import SAMPLES, Store
+from serving.reading import SAMPLES
+from serving.store import Store
 from trainer.errors import UserError
 
 MODEL, OTHER = "a" * 32, "b" * 32
@@ -25,7 +26,7 @@ def opened(tmp_path):
 def _all(store):
     """{subject: {sample: vector}}"""
     found = {}
-    for subject_ids, sample_ids, vectors_BD, _ in store.samples():
+    for subject_ids, sample_ids, vectors_BD, *_ in store.samples():
         for subject_id, sample_id, vector in zip(subject_ids, sample_ids, vectors_BD, strict=True):
             found.setdefault(subject_id, {})[str(uuid.UUID(bytes=sample_id))] = vector
     return found
@@ -160,7 +161,7 @@ def test_any_name_of_a_file_will_do(tmp_path, vectors, name):
 
 
 def test_a_verification_ends_when_it_is_told_to(tmp_path, vectors, monkeypatch):
-    monkeypatch.setattr("serving.rows.STEPS_A_QUESTION", 100)
+    monkeypatch.setattr("serving.verification.STEPS_A_QUESTION", 100)
     store = Store(tmp_path / "gallery.db", MODEL, 32)
     store.enrol("alice", vectors(90))
     asked = []
@@ -211,7 +212,7 @@ def _questions(store):
 
 def test_a_start_reads_every_row_once(tmp_path, vectors, monkeypatch):
     """The work grows as the gallery does, not as its square; a page of subjects and a change cost the same always."""
-    monkeypatch.setattr("serving.rows.STEPS_A_QUESTION", 100)
+    monkeypatch.setattr("serving.verification.STEPS_A_QUESTION", 100)
     x, costs = vectors(20, dimension=8), []
     store = Store(tmp_path / "gallery.db", MODEL, 8)
     for total in (50, 200):
@@ -229,7 +230,7 @@ def test_a_start_reads_every_row_once(tmp_path, vectors, monkeypatch):
     assert min(walk, check) > 100
     assert walk_4 < 4.5 * walk
     assert check_4 < 4.5 * check
-    assert page_4 <= page + 1
+    assert page_4 <= page + 2  # it takes two statements, each of which is counted in hundreds
     assert change_4 <= change + 1
     store.close()
 

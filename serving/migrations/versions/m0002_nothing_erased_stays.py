@@ -1,78 +1,27 @@
-"""The schema of a store, in steps. `PRAGMA user_version` holds the number of steps that a file has been through.
-
-A step that was released is never changed; a new one is added after it.
-
-Erasure rests on the layout. When SQLite rebalances a tree it copies rows between pages, and the old copy can stay in
-the unused part of a page, where `secure_delete` does not reach it. So nothing that must be erased ever moves: rows of
-`subjects` and `samples` are appended and never deleted, and an erased one is overwritten where it stands. Names are in
-one tree only; the index over them holds digests. A row of `samples` has one length for ever (its numbers are stored in
-eight and six bytes), so an erased one is a free place that the next sample takes without a page being rearranged.
-"""
+"""Rows that never move, checksums over whole rows, digests in place of names and keys."""
 
 import hashlib
 import json
 import secrets
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
+from alembic import op
+
 from serving import rows
-from serving.mark import Reached, make_mark, mark_path
+from serving.migrations import raw_connection, target
+from serving.schema import Target
 
-APPLICATION_ID = 0x48595053  # "HYPS", in the header of the SQLite file: tells a store from any other database
-
-
-@dataclass(frozen=True)
-class Target:
-    """The store that is opened: its file, as the operator calls it and where it is, and the model of its vectors."""
-
-    named: Path
-    path: Path
-    model_id: str
-    dimension: int
-    now: int
+revision, down_revision = "0002", "0001"
 
 
-def m001_create_tables(connection: sqlite3.Connection, target: Target) -> None:
-    for statement in (
-        """CREATE TABLE galleries (
-            id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, model_id TEXT NOT NULL,
-            dimension INTEGER NOT NULL CHECK (dimension > 0),
-            subjects INTEGER NOT NULL DEFAULT 0 CHECK (subjects >= 0),
-            samples INTEGER NOT NULL DEFAULT 0 CHECK (samples >= 0),
-            revision INTEGER NOT NULL DEFAULT 0, created TEXT NOT NULL
-        ) STRICT""",
-        """CREATE TABLE subjects (
-            id INTEGER PRIMARY KEY AUTOINCREMENT,
-            gallery_id INTEGER NOT NULL REFERENCES galleries (id) ON DELETE CASCADE,
-            external_id TEXT NOT NULL, created TEXT NOT NULL, UNIQUE (gallery_id, external_id)
-        ) STRICT""",
-        """CREATE TABLE samples (
-            id INTEGER PRIMARY KEY AUTOINCREMENT,
-            subject_id INTEGER NOT NULL REFERENCES subjects (id) ON DELETE CASCADE,
-            sample_id TEXT NOT NULL UNIQUE, vector BLOB NOT NULL, checksum BLOB NOT NULL, created TEXT NOT NULL
-        ) STRICT""",
-        "CREATE INDEX samples_of_subject ON samples (subject_id)",
-        """CREATE TABLE idempotency (
-            key TEXT PRIMARY KEY, request BLOB NOT NULL, outcome TEXT NOT NULL, created TEXT NOT NULL
-        ) STRICT, WITHOUT ROWID""",
-        "CREATE INDEX idempotency_by_age ON idempotency (created)",
-    ):
-        connection.execute(statement)
-
-
-def m002_nothing_erased_stays(connection: sqlite3.Connection, target: Target) -> None:
-    """Rows that never move, checksums over whole rows, digests in place of names and keys.
-
-    Raises:
-        Damage: a sample does not have the checksum that it was written with.
-    """
+def upgrade() -> None:
+    """Raises Damage where a sample does not have the checksum that it was written with."""
     for table in ("subjects", "samples", "idempotency"):
-        connection.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
+        op.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
     for statement in (
         """CREATE TABLE gallery (
             id INTEGER PRIMARY KEY CHECK (id = 1), uid BLOB NOT NULL, secret BLOB NOT NULL,
@@ -95,49 +44,15 @@ def m002_nothing_erased_stays(connection: sqlite3.Connection, target: Target) ->
             created INTEGER NOT NULL, checksum BLOB NOT NULL
         ) STRICT, WITHOUT ROWID""",
     ):
-        connection.execute(statement)
-    _carry_over(connection, target)
+        op.execute(statement)
+    _carry_over(raw_connection(), target())
     for statement in (
         *(f"DROP TABLE {table}" for table in ("old_samples", "old_subjects", "old_idempotency", "galleries")),
         "CREATE UNIQUE INDEX subjects_by_digest ON subjects (digest) WHERE digest IS NOT NULL",
         "CREATE INDEX samples_of_subject ON samples (subject_id)",
         "CREATE INDEX idempotency_by_age ON idempotency (created)",
     ):
-        connection.execute(statement)
-
-
-def m003_mark_acknowledged_changes(connection: sqlite3.Connection, target: Target) -> None:
-    """From here on a store has a mark: the file is there before this step is committed."""
-    row = rows.read_gallery(connection)
-    make_mark(mark_path(target.path), Reached(row.uid, row.revision))
-
-
-MIGRATIONS: tuple[Callable[[sqlite3.Connection, Target], None], ...] = (
-    m001_create_tables,
-    m002_nothing_erased_stays,
-    m003_mark_acknowledged_changes,
-)
-
-
-def migrate(connection: sqlite3.Connection, target: Target) -> bool:
-    """Bring the schema up to date, one transaction a step; whether there was anything to do.
-
-    Raises:
-        Damage: a row that a step reads is not as it was written.
-    """
-    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
-    for number, step in enumerate(MIGRATIONS[version:], version + 1):
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            step(connection, target)
-        except ValueError as error:  # a date, a UUID or a JSON text of the first schema, which had no checksums on them
-            raise rows.Damage(f"a row cannot be read ({error})") from error
-        if number >= 2:
-            rows.write_gallery(connection, replace(rows.read_gallery(connection), layout=rows.layout(connection)))
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        connection.execute(f"PRAGMA user_version = {number}")
-        connection.execute("COMMIT")
-    return version < len(MIGRATIONS)
+        op.execute(statement)
 
 
 def _carry_over(connection: sqlite3.Connection, target: Target) -> None:

@@ -33,12 +33,13 @@ def enrol(
     if sent.fields:
         parts = [*parts, json.dumps(sent.fields, sort_keys=True).encode()]
     once = idempotency_key(key, "PUT", subject_id, parts)  # for POST, too: both verbs are one request
-    done = gallery.replay(once, subject_id) if once else None  # spares embedding again
+    done = gallery.replay(once, subject_id) if once else None
     crops = list[Crop]()
+    if sent.document is None:  # also of a replay, which is answered alike
+        crops = model.crops(sent.files, "images", which=face_of(sent))
     if done is None:
         body, images = None, list[bytes]()
         if sent.document is None:
-            crops = model.crops(sent.files, "images", which=face_of(sent))
             vectors_BD = np.stack([crop.vector_D for crop in crops])
             images = sent.files["images"] if collection.settings.keep_images else []
         elif sent.kind == RAW:
@@ -58,7 +59,7 @@ def enrol(
         subject_samples=done.subject_samples,
         gallery_size=done.gallery_size,
         revision=done.revision,
-        images=[] if done.replayed else told(crops),
+        images=told(crops),
         **collection.signed(request_id),
     )
     return answer, done.replayed

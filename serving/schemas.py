@@ -200,7 +200,7 @@ class EnrolAnswer(Answer):
     subject_samples: int = Field(description="samples of the subject now")
     gallery_size: int = Field(description="enrolled subjects now")
     revision: int = Field(description="of the subject; its ETag")
-    images: list[ImageAnswer] = Field([], description="of an enrolment that is done now, and not answered once more")
+    images: list[ImageAnswer] = []
 
 
 class ErrorBody(BaseModel):

@@ -1,9 +1,7 @@
 import json
-import logging
-import logging.config
-from collections.abc import Callable, Iterator
-
-import pytest
+import subprocess
+import sys
+from collections.abc import Callable
 
 from serving import logs
 from tests.serving.conftest import Server
@@ -41,38 +39,30 @@ def test_lines_for_people_have_no_line_a_request(serve: Callable[..., Server]) -
     assert "answered" not in "".join(server.output)
 
 
-@pytest.fixture
-def configured() -> Iterator[None]:
-    before = logging.getLogger("hypersphere")
-    saved = before.handlers[:], before.level, before.propagate
-    logging.config.dictConfig(logs.config("json"))
-    yield
-    before.handlers[:], before.level, before.propagate = saved
-    for name in ("uvicorn", "asyncio", logs.ACCESS):
-        logging.getLogger(name).handlers.clear()
-        logging.getLogger(name).propagate = True
+def logged(program: str) -> list[str]:
+    """What a process writes to stderr that logs in JSON."""
+    start = "import logging, logging.config; from serving import logs; logging.config.dictConfig(logs.config('json'))\n"
+    line = [sys.executable, "-c", start + program]
+    return subprocess.run(line, capture_output=True, text=True, check=True).stderr.splitlines()
 
 
-def test_a_record_of_a_request_carries_its_id_and_a_traceback_stays_one_line(
-    configured: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    token = logs.REQUEST.set("abc")
-    try:
-        raise ValueError("a\nb")
-    except ValueError:
-        logging.getLogger("hypersphere.serving").exception("it failed: %s", "why\nso")
-    finally:
-        logs.REQUEST.reset(token)
-    (line,) = capsys.readouterr().err.splitlines()
+def test_a_record_of_a_request_carries_its_id_and_a_traceback_stays_one_line() -> None:
+    (line,) = logged(
+        """
+logs.REQUEST.set("abc")
+try:
+    raise ValueError("a\\nb")
+except ValueError:
+    logging.getLogger("hypersphere.serving").exception("it failed: %s", "why\\nso")
+"""
+    )
     told = json.loads(line)
     assert (told["request_id"], told["message"], told["level"]) == ("abc", "it failed: why\nso", "ERROR")
     assert "ValueError: a\nb" in told["exception"]
     assert told["time"].endswith("Z")
 
 
-def test_many_of_a_kind_are_left_out(configured: None, capsys: pytest.CaptureFixture[str]) -> None:
-    for number in range(100):
-        logging.getLogger("hypersphere.serving").warning("again %d", number)
-    lines = capsys.readouterr().err.splitlines()
+def test_many_of_a_kind_are_left_out() -> None:
+    lines = logged("for n in range(100): logging.getLogger('hypersphere.serving').warning('again %d', n)")
     assert len(lines) == logs.LINES_A_MINUTE + 1
     assert "left out until" in lines[-1]

@@ -113,7 +113,7 @@ def identified(
     for crop, face in zip(asked.crops, told(asked.crops), strict=True):
         one = {"candidates": [], "decision": None} if crop.faults else next(searched)
         of_it = {name: one[name] for name in ("candidates", "decision")}
-        faces.append(schemas.FaceAnswer(face=face, **of_it, faults=crop.faults))
+        faces.append(schemas.FaceAnswer(face=face, **of_it))
     images = [next(answer.face for answer in faces if answer.decision is not None)]
     return schemas.IdentifyAnswer(**every[0], images=images, faces=faces, **collection.signed(request_id))
 

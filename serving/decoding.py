@@ -44,7 +44,7 @@ log = logging.getLogger("hypersphere.serving")
 # command line, since a child runs the imports of the service's main script again.
 _LOADED = [__name__, "serving.cli", *(f"PIL.{reader}" for reader in PIL._plugins)]
 _GRACE_S = 5  # by the clock, on top: a child silent for longer does not compute, and is killed
-_MAX_NOTE = 64 * 2**10  # bytes of JSON in an answer: some 500 a face
+_MAX_NOTE = 128 * 2**10  # bytes of JSON in an answer: some 500 a face
 
 
 @dataclass(frozen=True)

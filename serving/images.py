@@ -158,7 +158,10 @@ class Images:
 
 def told(crops: Sequence[Crop]) -> list[schemas.ImageAnswer]:
     """What answers say of them."""
-    return [schemas.ImageAnswer(**dict(crop.seen), image=crop.image, warning=crop.warning) for crop in crops]
+    return [
+        schemas.ImageAnswer(**dict(crop.seen), image=crop.image, warning=crop.warning, faults=crop.faults)
+        for crop in crops
+    ]
 
 
 def poor(crop: Crop) -> ApiError:

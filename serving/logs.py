@@ -56,7 +56,7 @@ def answered(method: str, route: str, status: int, seconds: float) -> None:
 
 def config(kind: Literal["line", "json"]) -> dict[str, Any]:
     """For `logging.config.dictConfig`."""
-    levels = {"uvicorn": "INFO", "hypersphere": "INFO", "asyncio": "WARNING"}
+    levels = {"uvicorn": "INFO", "hypersphere": "INFO", "asyncio": "WARNING", "opentelemetry": "WARNING"}
     stderr = {"class": "logging.StreamHandler", "formatter": kind}
     loggers = {name: {"handlers": ["sparing"], "level": level, "propagate": False} for name, level in levels.items()}
     access = {"handlers": ["all"], "level": "INFO" if kind == "json" else "CRITICAL", "propagate": False}

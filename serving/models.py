@@ -15,6 +15,7 @@ from serving.settings import Settings
 from serving.threshold import rules
 from trainer.data.image import Preprocessing
 from trainer.embedder import Embedder, read_cohort
+from trainer.errors import UserError
 
 Vectors = NDArray[np.float32]
 
@@ -35,6 +36,10 @@ class Model:
         self.verify_rule, self.identify_rule = rules(manifest, settings.verify_threshold, settings.identify_threshold)
         self.normaliser = read_cohort(folder, manifest)
         form = self.embedder.preprocessing
+        if settings.detector is not None and not isinstance(form, Preprocessing):
+            raise UserError(
+                f"--detector finds faces in images, and the model '{folder}' reads {form.reads}; leave it out"
+            )
         self._images = Images(self.embedder, form, settings, metrics) if isinstance(form, Preprocessing) else None
 
     def close(self) -> None:

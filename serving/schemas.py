@@ -71,6 +71,7 @@ class ImageAnswer(Seen):
 
     image: str = Field(description="part of the form, and its number where there are several")
     warning: str | None = Field(None, description="why the image may not be what the model expects")
+    faults: list[str] = Field([], description="what of its quality is worse than the service asks for")
 
 
 class VerifyAnswer(Answer):
@@ -140,7 +141,6 @@ class FaceAnswer(BaseModel):
     face: ImageAnswer
     candidates: list[CandidateAnswer]
     decision: Literal["match", "unknown"] | None = Field(description="null: its quality is too low to be searched for")
-    faults: list[str] = Field([], description="what of its quality is worse than the service asks for")
 
 
 class IdentifyAnswer(Answer, Identified):

@@ -182,7 +182,7 @@ def test_a_face_of_too_little_quality_is_refused_with_the_measure(serve: Callabl
     answer = send(server, "identify", image=photo((2, 480, 120, 150, 80), (1, 150, 250, 140, 0))).json()
     (first, second) = answer["faces"]
     assert (first["decision"], first["candidates"]) == (None, [])
-    assert first["faults"][0].startswith("leaning too far")
+    assert first["face"]["faults"][0].startswith("leaning too far")
     assert second["decision"] == answer["decision"] == "match"
     assert answer["images"] == [second["face"]]
     assert error(send(server, "identify", image=small))[1] == "poor_quality"  # none is left

@@ -166,7 +166,9 @@ class Collections:
         settings = self._settings
         store = Store(path, model.model_id, model.dimension, settings.idempotency_hours, settings.restored)
         rules = model.verify_rule, model.identify_rule
-        gallery = Gallery(store, *rules, settings.threads, settings.max_samples, model.normaliser)
+        gallery = Gallery(
+            store, *rules, settings.threads, settings.max_samples, model.normaliser, template=settings.template
+        )
         gallery.on_search = self._metrics.searched
         drift = Drift(model.identify_rule.curve)
         self._metrics.opened(name, gallery, drift)

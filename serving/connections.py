@@ -10,8 +10,9 @@ import asyncio
 import json
 import uuid
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -44,15 +45,38 @@ class Room:
     most: int
     head_s: float
     body_s: float
-    idle: "OrderedDict[Connection, None]" = field(default_factory=OrderedDict)
+    idle: "OrderedDict[Guest, None]" = field(default_factory=OrderedDict)
+
+    def enter(self, guest: "Guest", count: int) -> bool:
+        """Whether a new connection may stay, now that there are `count`; the longest idle one goes for it."""
+        if count > self.most:
+            oldest = next(iter(self.idle), guest)
+            oldest.transport.abort()
+            if oldest is guest:  # all others are being served
+                return False
+            self.idle.pop(oldest)
+        self.idle[guest] = None
+        return True
+
+
+class Abortable(Protocol):
+    def abort(self) -> None: ...
+
+
+class Guest(Protocol):
+    """What takes room: a connection, or the handshake before it."""
+
+    @property
+    def transport(self) -> Abortable: ...
 
 
 class Connection(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 connection, with limits."""
 
-    def __init__(self, *arguments: Any, room: Room, **named: Any) -> None:
+    def __init__(self, *arguments: Any, room: Room, arrived: Callable[[], object] = lambda: None, **named: Any) -> None:
+        """`arrived`: called first when the connection is made."""
         super().__init__(*arguments, **named)
-        self._room = room
+        self._room, self._arrived = room, arrived
         self._timer: asyncio.TimerHandle | None = None
         self._drain: asyncio.TimerHandle | None = None
         self._in_head, self._head_bytes = False, 0
@@ -62,16 +86,11 @@ class Connection(HttpToolsProtocol):
     # The connection's life
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._arrived()
         super().connection_made(transport)
         self.transport = _Lingering(transport, self)  # type: ignore[assignment]
-        if len(self.connections) > self._room.most:
-            oldest = next(iter(self._room.idle), self)
-            oldest.transport.abort()
-            if oldest is self:  # all others are being served
-                return
-            self._room.idle.pop(oldest)
-        self._room.idle[self] = None
-        self._start_timer(self._room.head_s)
+        if self._room.enter(self, len(self.connections)):
+            self._start_timer(self._room.head_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._room.idle.pop(self, None)
@@ -153,7 +172,7 @@ class Connection(HttpToolsProtocol):
 
     def linger(self) -> bool:
         """Whether the client is still sending, and is given a moment to read its answer before the connection ends."""
-        if self._timer is None or not self.transport.can_write_eof():
+        if self._timer is None:
             return False
         self.lingers = True
         self.flow.resume_reading()
@@ -223,6 +242,7 @@ class _Lingering:
 
     def close(self) -> None:
         if not self.is_closing() and self._connection.linger():
-            self._transport.write_eof()
+            if self._transport.can_write_eof():  # TLS cannot; the client goes by the answer's length
+                self._transport.write_eof()
         elif not self._connection.lingers:
             self._transport.close()

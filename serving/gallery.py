@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.averages import Averages
 from serving.batching import Batcher
 from serving.changes import (
     Attached,
@@ -34,6 +35,7 @@ from serving.index import Candidate
 from serving.projection import Projection, Status
 from serving.reading import Piece
 from serving.store import PLAIN, Store
+from serving.templates import Template
 from serving.threshold import Rule
 from trainer.evaluation.normalise import Normaliser
 
@@ -89,13 +91,15 @@ class Gallery:
         max_samples: int = 100,
         normaliser: Normaliser | None = None,
         form: Form = "exact",
+        template: Template = "maximum",
     ) -> None:
         """Nothing is read yet: see `load`. `threads`: cores of one search. `max_samples`: per subject. `form`: see
-        `Index`."""
+        `Index`. `template`: what of a subject is searched."""
         self.verify_rule, self.identify_rule = verify_rule, identify_rule
         self.path, self.model_id, self.dimension = store.path, store.model_id, store.dimension
         self._store, self._max_samples = store, max_samples
-        self._projection = Projection(store, threads, normaliser, form)
+        kind = Projection if template == "maximum" else Averages
+        self._projection = kind(store, threads, normaliser, form, template)
         self._searches = Batcher(self._search)
         self.on_search: Callable[[int, float], object] = lambda size, seconds: None
 
@@ -111,7 +115,7 @@ class Gallery:
 
     @property
     def samples(self) -> int:
-        return self._projection.index.samples
+        return self._projection.samples
 
     @property
     def waiting(self) -> int:

@@ -155,22 +155,25 @@ class Reader:
         subjects = [Subject(*row).check() for row in found]
         return [Changed(one.number, None if one.digest is None else one.name.decode()) for one in subjects]
 
-    def samples(self, settled: bool = False) -> Iterator[Piece]:
+    def samples(self, settled: bool = False, by_subject: bool = False) -> Iterator[Piece]:
         """Every sample, in pieces.
 
         Args:
             settled: nobody writes meanwhile, so in the end all of it together must be what the gallery's row says.
+            by_subject: in the order of the subjects' numbers; else as they lie in the file.
 
         Raises:
             UserError: a sample does not have its checksum, or there are too few, too many, or other ones.
         """
-        position, count, content = 0, 0, self._other_seals() if settled else rows.NOTHING
-        while found := self._read(
-            SAMPLES + "WHERE samples.id > ? AND subject_id <> ? ORDER BY samples.id LIMIT ?",
-            (position, rows.NOBODY, ROWS_A_READ),
-        ):
+        which = "WHERE samples.id > ? AND subject_id <> ? ORDER BY samples.id LIMIT ?"
+        if by_subject:
+            which = "WHERE (subject_id, samples.id) > (?, ?) ORDER BY subject_id, samples.id LIMIT ?"
+        position = (rows.NOBODY + 1, 0) if by_subject else (0, rows.NOBODY)
+        count, content = 0, self._other_seals() if settled else rows.NOTHING
+        while found := self._read(SAMPLES + which, (*position, ROWS_A_READ)):
             yield self._piece(found)
-            position, count = found[-1][0], count + len(found)
+            last, count = found[-1], count + len(found)
+            position = (last[1], last[0]) if by_subject else (last[0], rows.NOBODY)
             content = rows.xor((content, *(row[-1] for row in found)))
         if settled:
             with self._database.read_lock, self._failures(UserError):

@@ -26,7 +26,7 @@ Embedding = Annotated[
     ),
 ]
 Embeddings = Annotated[list[Embedding], Field(min_length=1, max_length=1000, fail_fast=True)]
-Quality = Annotated[float, Field(allow_inf_nan=False)] | None
+Quality = Annotated[float, Field(allow_inf_nan=False, strict=True)] | None
 MAX_BULK = 10_000  # embeddings of one bulk enrolment
 TopK = Annotated[int, Field(ge=1, le=100, description="subjects to return")]
 
@@ -209,6 +209,10 @@ class DuplicatesRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     threshold: float | None = Field(
-        None, ge=-1, le=1, description="of the score of a pair; null: that of an identification in this gallery"
+        None,
+        ge=-1,
+        le=1,
+        strict=True,
+        description="of the score of a pair; null: that of an identification in this gallery",
     )
-    limit: int = Field(1000, ge=1, le=10_000, description="pairs, those with the highest scores")
+    limit: int = Field(1000, ge=1, le=10_000, strict=True, description="pairs, those with the highest scores")

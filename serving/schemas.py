@@ -94,11 +94,11 @@ class VerifyAnswer(Answer):
 
 
 class CandidateAnswer(BaseModel):
-    """A subject, by its best sample."""
+    """A subject, by its best sample, or by the template that was made of all of them."""
 
     subject_id: str
     score: float
-    sample_id: str
+    sample_id: str | None = Field(None, description="the sample that scored best; null where a template was searched")
     mate_probability: float | None = Field(
         None,
         description="that this is the probe's identity, by its score alone: the calibration's prior is taken for the "

@@ -1,5 +1,6 @@
 """The process around the app: who is served, the listening socket, connections and their limits, logs, signals."""
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -7,7 +8,7 @@ import resource
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -19,6 +20,7 @@ from serving.connections import Connection, Room
 from serving.keyring import asks_for_keys
 from serving.service import Service
 from serving.settings import Settings
+from serving.tls import Certificate, Handshake
 from trainer.errors import UserError
 
 log = logging.getLogger("hypersphere.serving")
@@ -35,7 +37,9 @@ def run(settings: Settings, host: str, port: int) -> None:
     Raises:
         UserError: as `create_app`; the address may not be served or cannot be listened on; the store is damaged.
     """
-    allowed = host_names(settings, host)
+    allowed, certificate = host_names(settings, host), None
+    if settings.tls_cert or settings.tls_key:
+        certificate = Certificate(settings.tls_cert, settings.tls_key)
     listener = _listen(host, port)
     with listener, contextlib.ExitStack() as opened:
         faults: list[UserError] = []
@@ -49,8 +53,9 @@ def run(settings: Settings, host: str, port: int) -> None:
         app = create_app(settings, allowed, on_fault)
         service: Service = app.state.service
         opened.callback(service.close)
-        server = _Server(_config(app, settings), service)
-        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        server = _Server(_config(app, settings, certificate), service)
+        scheme, named = "https" if certificate else "http", f"[{host}]" if ":" in host else host
+        address = f"{scheme}://{named}:{listener.getsockname()[1]}"
         for collection in service.collections.all():
             state = collection.gallery.enrolled()
             if settings.restored:
@@ -59,7 +64,7 @@ def run(settings: Settings, host: str, port: int) -> None:
             held = f"{state.subjects} subjects with {state.samples} samples in {collection.gallery.path}"
             print(f"Model {collection.model.model_id}: {held}")
         print(f"Serving on {address}; documentation: {address}/docs", flush=True)
-        with _signals_taken(server):
+        with _signals_taken(server, certificate):
             server.run(sockets=[listener])
     if faults:
         raise faults[0]
@@ -113,12 +118,16 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _config(app: Any, settings: Settings) -> uvicorn.Config:
+def _config(app: Any, settings: Settings, certificate: Certificate | None) -> uvicorn.Config:
     room = Room(_connections(settings), settings.head_timeout_s, settings.body_timeout_s)
-    connection: Any = functools.partial(Connection, room=room)  # uvicorn calls it as it would the class
+
+    def connection(**named: Any) -> asyncio.Protocol:  # uvicorn calls it as it would the class
+        make = functools.partial(Connection, room=room, **named)
+        return Handshake(certificate, room, make, named["server_state"].connections) if certificate else make()
+
     return uvicorn.Config(
         app,
-        http=connection,
+        http=connection,  # type: ignore[arg-type]
         access_log=False,  # paths name subjects
         server_header=False,
         ws="none",
@@ -166,7 +175,7 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def _signals_taken(server: uvicorn.Server) -> Iterator[None]:
+def _signals_taken(server: uvicorn.Server, certificate: Certificate | None = None) -> Iterator[None]:
     """uvicorn raises the signal that stopped it once more when it is done; here it has been obeyed by then.
 
     A signal that comes before uvicorn listens to signals stops it, too.
@@ -175,7 +184,10 @@ def _signals_taken(server: uvicorn.Server) -> Iterator[None]:
     def stop(*_: object) -> None:
         server.should_exit = True
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    taken: dict[signal.Signals, Callable[..., object]] = {signal.SIGINT: stop, signal.SIGTERM: stop}
+    if certificate is not None:
+        taken[signal.SIGHUP] = lambda *_: certificate.reload()
+    before = {number: signal.signal(number, handler) for number, handler in taken.items()}
     try:
         yield
     finally:

@@ -1,10 +1,14 @@
 """Everything that decides how the service behaves, in one frozen model. The command line fills it."""
 
+import difflib
 import ipaddress
 import re
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -85,12 +89,19 @@ class Settings(BaseModel):
     )
     audit: Path | None = Field(None, description="folder of the audit log; null: none is kept")
     audit_file_bytes: int = Field(64 * MiB, ge=4096, description="of a file of the audit log; then the next begins")
+    tls_cert: Path | None = Field(
+        None, description="certificate and those of its issuers, PEM; null: HTTP without encryption"
+    )
+    tls_key: Path | None = Field(None, description="key of the certificate, PEM; null: it is in the same file")
     anonymous: bool = Field(False, description="serve every network without a key")
     allowed_hosts: Annotated[str, AfterValidator(_host_patterns)] = Field(
         "", description="host names that clients call the service by, by commas; * for any"
     )
     trusted_proxies: Annotated[str, AfterValidator(_addresses)] = Field(
         "", description="addresses or networks whose X-Forwarded-For is believed, by commas"
+    )
+    template: Literal["maximum", "mean", "weighted"] = Field(
+        "maximum", description="what of a subject is searched: its best sample, their mean, or weighted by quality"
     )
     below_threshold: Literal["never", "on_request", "always"] = Field(
         "on_request", description="when identify shows candidates that are no match"
@@ -145,6 +156,35 @@ class Settings(BaseModel):
                 "a threshold given by hand is one model's, and several embedders are served; calibrate each of them"
             )
         return self
+
+
+def read_file(path: Path, known: Sequence[str]) -> dict[str, object]:
+    """The settings of a YAML or TOML file: names as in `known`, values not yet checked. Messages show no values.
+
+    Raises:
+        UserError: it cannot be read, or something in it is no setting.
+    """
+    try:
+        text = path.read_text()
+        found = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:  # as text it shows the line, which may be the key
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"the settings '{path}' cannot be read: line {line}: {error.problem}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"the settings '{path}' cannot be read: {error}") from error
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise UserError(f"the settings '{path}' are no names with values; write lines like 'max_images: 8'")
+    for name, value in found.items():
+        if name not in known:
+            nearest = difflib.get_close_matches(str(name).replace("-", "_"), known, 1)
+            told = f"; the nearest is '{nearest[0]}'" if nearest else ""
+            raise UserError(f"'{str(name)[:100]}' in '{path}' is no setting{told}")
+        several = name == "embedder" and isinstance(value, list)
+        if not all(isinstance(one, str | int | float) for one in (value if several else [value])):
+            raise UserError(f"'{name}' in '{path}' is neither a text nor a number nor true or false")
+    return found
 
 
 def from_values(values: dict[str, object]) -> Settings:

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.blocks import Block, Find, Vectors, block_rows
+from serving.blocks import GONE, Block, Find, Vectors, block_rows
 from trainer.atomic import sync, write_file
 from trainer.errors import UserError
 
@@ -48,7 +48,7 @@ class Source:
     uid: str
     model_id: str
     width: int
-    scores: str  # digest of the normaliser, or empty
+    scores: str  # digest of the normaliser, or empty; and the template, where one vector a subject is held
 
 
 def snapshot_path(store: Path) -> Path:
@@ -76,13 +76,19 @@ class _File:
 
     @classmethod
     def make(cls, path: Path, source: Source, block: Block, rows: int) -> "_File":
-        """A file of the block's first rows, not flushed yet."""
+        """A file of the block's first rows, not flushed yet.
+
+        Rows may be erased in the block meanwhile. Their numbers and ids are taken first: so either `erase` finds them
+        in the file, or they were GONE before their vectors were read.
+        """
+        subject_N, sample_N = block.subject_N[:rows].copy(), block.sample_N[:rows].copy()
         with open(path, "xb", opener=partial(os.open, mode=0o600)) as file:
-            for array in (block.vectors_NE, block.subject_N, block.sample_N):
-                file.write(np.ascontiguousarray(array[:rows]).data)
+            for array in (block.vectors_NE[:rows], subject_N, sample_N):
+                file.write(array.data)
             file.write(bytes(32 * -(-rows // CHUNK)))
         made = cls(path, rows, source)
         made.of = block
+        made.block.erase(np.flatnonzero(subject_N == GONE))
         made.seal(range(made._chunks))
         return made
 

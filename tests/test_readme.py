@@ -1,18 +1,23 @@
 """README.md: its commands are the command line's, its phrases are those of the files, and what it names is there."""
 
 import ast
+import os
 import re
 import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import typer
 
 from serving.cli import app
+from tests.serving.conftest import Server, onnx_model, photo, write_embedder
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "README.md").read_text()
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "docs/papers.md")}
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "docs/papers.md", "docs/api.md")}
 
 
 def blocks() -> str:
@@ -68,3 +73,33 @@ def test_links_and_paths_exist(page: str) -> None:
         assert ((ROOT / page).parent / target).exists(), target
     for name in re.findall(r"`((?:trainer|serving|deploy|configs|docs|benchmarks|tests)/[\w./-]+)`", PAGES[page]):
         assert (ROOT / name).exists(), name
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A running service of several collections, in whose folder there are images."""
+    folder = tmp_path_factory.mktemp("pages")
+    (folder / "collections").mkdir()
+    embedder = write_embedder(folder / "embedder", onnx_model())
+    running = Server(embedder=embedder, store=folder / "collections", keep_images=True)
+    for number, name in enumerate(("alice.png", "someone.png", "000000000.png", "000000001.png")):
+        (folder / name).write_bytes(photo(1, number))
+    yield running
+    running.kill()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/api.md"])
+def test_the_examples_of_the_api_run(service: Server, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(service.store).parent)
+    text = (ROOT / page).read_text()
+    commands = [line for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    asked = [line for line in commands if line.startswith("curl ")]
+    assert len(asked) >= 2
+    for line in asked:
+        words = shlex.split(line.replace("http://127.0.0.1:8000", service.url))
+        done = subprocess.run([*words, "--silent", "--fail-with-body"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{line}: {done.stdout}"
+    for program in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        if "serving.client" in program:
+            program = program.replace("http://127.0.0.1:8000", service.url)
+            subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

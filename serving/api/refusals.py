@@ -53,27 +53,18 @@ def _refusal(request: Request, error: Exception) -> ApiError:
             return stopping()
         case GalleryLoading():
             return loading(error.done, error.total)
-        case KeyReused():
-            return ApiError(409, "idempotency_key_reused", str(error))
-        case SubjectFull():
-            return ApiError(409, "too_many_samples", str(error))
-        case SubjectUnknown():
-            return ApiError(404, "no_subject", str(error))
-        case SampleUnknown():
-            return ApiError(404, "no_sample", str(error))
-        case LastSample():
-            return ApiError(409, "last_sample", str(error))
         case RevisionConflict():
             facts = {"revision": error.revision}
             return ApiError(412, "revision_conflict", str(error), facts, {"etag": f'"{error.revision}"'})
         case MetadataRefused():
             return invalid(("metadata", str(error)))
-        case UserError():
-            return ApiError(422, "invalid", str(error))
         case StoreError():
             log.error("request %s: %s", request_id, error)
             message = "the store cannot be read or written just now; what was answered before is safe: try again"
             return ApiError(503, "store_unavailable", message, headers={"retry-after": "5"})
+    for kind, (status, code) in _SAID.items():
+        if isinstance(error, kind):
+            return ApiError(status, code, str(error))
     # A fault of the program. The server logs the traceback right after this line; the client gets none of it.
     log.error("request %s failed: %s", request_id, type(error).__name__)
     message = "the service failed; its log has more under this request id"
@@ -98,9 +89,15 @@ def _methods(request: Request) -> set[str]:
     return set().union(*(getattr(route, "methods", None) or () for route in these))
 
 
-_HANDLED = (
-    *(ApiError, HTTPException, RequestValidationError, Closed, GalleryLoading),
-    *(KeyReused, SubjectFull, SubjectUnknown, SampleUnknown, LastSample, RevisionConflict, MetadataRefused),
-)
+# What says itself what was wrong.
+_SAID: dict[type[Exception], tuple[int, str]] = {
+    KeyReused: (409, "idempotency_key_reused"),
+    SubjectFull: (409, "too_many_samples"),
+    LastSample: (409, "last_sample"),
+    SubjectUnknown: (404, "no_subject"),
+    SampleUnknown: (404, "no_sample"),
+    UserError: (422, "invalid"),
+}
+_HANDLED = (ApiError, HTTPException, RequestValidationError, Closed, GalleryLoading, RevisionConflict, MetadataRefused)
 HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Any]]
-HANDLERS = dict.fromkeys((*_HANDLED, UserError, StoreError, Exception), on_error)
+HANDLERS = dict.fromkeys((*_HANDLED, *_SAID, StoreError, Exception), on_error)

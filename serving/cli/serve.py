@@ -1,4 +1,4 @@
-"""`hypersphere serve`: every setting of the service as an option and as a variable HYPERSPHERE_SETTING."""
+"""`hypersphere serve`: every setting of the service as an option, as a variable HYPERSPHERE_SETTING, and in a file."""
 
 import inspect
 import os
@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 # The panels of --help, and which settings they show; the others are in the first one.
 _PANELS = {
-    "Who is served": r"api_key|keys|audit\w*|anonymous|allowed_hosts|trusted_proxies|below_threshold",
+    "Who is served": r"api_key|keys|audit\w*|tls_\w+|anonymous|allowed_hosts|trusted_proxies|below_threshold",
     "Limits": r"(max|rate|wrong)_\w+",
     "Times": r"\w+_(s|hours)",
 }
+_FILE = "YAML or TOML file of settings, by their names."
 # For a command that reads its options itself.
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -24,8 +25,10 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 def serve(context: typer.Context) -> None:
     """Answer over HTTP: verify (1:1) and identify (1:N) against a gallery; documentation at /docs.
 
-    Each option can be set by a variable, too: --max-body-bytes by HYPERSPHERE_MAX_BODY_BYTES. Only --restored cannot,
-    since it is for one start. Several embedders are several --embedder, or in the variable with a : between them.
+    Each option can be set by a variable, too, --max-body-bytes by HYPERSPHERE_MAX_BODY_BYTES, and in the file that
+    --settings names, as max_body_bytes. An option goes before a variable, and a variable before the file. Only
+    --restored is an option alone, since it is for one start. Several embedders are several --embedder, a list in the
+    file, or in the variable with a : between them.
 
     Example: `hypersphere serve --embedder runs/faces/embedder --store faces.sqlite`
     """
@@ -36,7 +39,7 @@ def serve(context: typer.Context) -> None:
     line(context.args, prog_name=context.command_path, standalone_mode=False)
 
 
-def _start(*, host: str, port: int, **values: object) -> None:
+def _start(*, host: str, port: int, settings: Path | None, **values: object) -> None:
     from serving.server import run
     from serving.settings import from_values
     from trainer.errors import UserError
@@ -47,6 +50,18 @@ def _start(*, host: str, port: int, **values: object) -> None:
     run(from_values(values), host, port)
 
 
+def _from_file(context: typer.Context, path: Path | None) -> Path | None:
+    """What the file says stands in for options and variables that are not given."""
+    from serving.settings import read_file
+
+    if path is not None:
+        known = [parameter.name or "" for parameter in context.command.params]
+        found = read_file(path, [name for name in known if name not in ("settings", "restored", "help")])
+        one = found.get("embedder")
+        context.default_map = found | {"embedder": [one]} if isinstance(one, str) else found
+    return path
+
+
 def _parameters() -> list[inspect.Parameter]:
     """The settings in their order, and behind the store where to listen."""
     from serving.settings import Settings
@@ -54,6 +69,7 @@ def _parameters() -> list[inspect.Parameter]:
     parameters = [_of_setting(name, field) for name, field in Settings.model_fields.items()]
     at = 1 + next(place for place, parameter in enumerate(parameters) if parameter.name == "store")
     parameters[at:at] = [
+        _parameter("settings", Path | None, None, is_eager=True, callback=_from_file, help=_FILE),
         _parameter("host", str, "127.0.0.1", help="Address to listen on; 0.0.0.0 for every network."),
         _parameter("port", int, 8000, help="0 for a free one.", min=0, max=65535),
     ]

@@ -5,6 +5,7 @@ import json
 import os
 import queue
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -109,7 +110,9 @@ class Server:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.url = self._wait_for_url()
-        self.http = httpx.Client(base_url=self.url, timeout=30)
+        cert = settings.get("tls_cert")
+        self.trust: ssl.SSLContext | bool = ssl.create_default_context(cafile=str(cert)) if cert else True
+        self.http = self.client()
         self._wait_until_loaded()
 
     def _wait_until_loaded(self) -> None:
@@ -139,7 +142,7 @@ class Server:
         raise AssertionError(f"the server did not start:\n{''.join(self.output)}")
 
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=30)
+        return httpx.Client(base_url=self.url, timeout=30, verify=self.trust)
 
     def kill(self) -> None:
         """As a power cut would: no chance to tidy up."""

@@ -12,7 +12,7 @@ import pytest
 
 from serving.client import AsyncClient, Client, ServiceError
 from tests.serving.asking import identities
-from tests.serving.conftest import unit_vectors
+from tests.serving.conftest import Server, unit_vectors
 
 
 @pytest.fixture
@@ -50,6 +50,92 @@ def test_many_are_enrolled_in_several_requests(client, monkeypatch):
     assert [result.subject_id for result in results] == names
     assert told == [4, 8, 10]
     assert client.identify(embedding=x[7]).candidates[0].subject_id == names[7]
+
+
+@pytest.fixture(scope="module")
+def folder(embedder, tmp_path_factory):
+    """A server of several collections that keeps images."""
+    store = tmp_path_factory.mktemp("collections")
+    running = Server(embedder=embedder, store=store, keep_images=True)
+    yield running
+    running.kill()
+
+
+def test_a_collection_from_its_making_to_its_end(folder, photos):
+    with Client(folder.url) as service, Client(folder.url, collection="staff") as staff:
+        assert service.create_collection("staff").name == "staff"
+        assert [one.name for one in service.collections()] == ["default", "staff"]
+        done = staff.enrol("alice", images=[photos(1, 0), photos(1, 1)], metadata={"site": "north"})
+        assert [staff.image("alice", one.sample_id) for one in done.samples] == [photos(1, 0), photos(1, 1)]
+        x = unit_vectors(4, seed=next(identities))
+        many = [("bob", x[0], {"site": "south"}), ("carol", x[1:3])]
+        assert [one.status for one in staff.enrol_many(many)] == ["enrolled"] * 3
+        assert [one.subject_id for one in staff.subjects(where={"site": "south"})] == ["bob"]
+        assert staff.identify(images=[photos(1, 2), photos(1, 3)]).probe_samples == 2
+        assert staff.identify(embedding=x[0], where={"site": "north"}).gallery_size == 1
+        found = staff.identify_many(embeddings=np.concatenate([x] * 100), top_k=1)
+        assert [one.decision for one in found[:4]] == ["match", "match", "match", "unknown"]
+        assert len(found) == 400
+        assert [one.decision for one in staff.identify_many(images=[photos(1, 4), photos(2)])] == ["match", "unknown"]
+        subject = staff.subject("bob")
+        changed = staff.update("bob", {"site": None, "badge": 7}, revision=subject.revision)
+        with pytest.raises(ServiceError) as refusal:
+            staff.update("bob", {"badge": 8}, revision=subject.revision)
+        assert (refusal.value.code, refusal.value.details) == ("revision_conflict", {"revision": changed.revision})
+        assert staff.subject("bob").metadata == {"badge": 7}
+        assert staff.merge("bob", "carol").subject_samples == 3
+        sample = staff.sample("bob", staff.subject("bob").samples[1].sample_id, embedding=True)
+        np.testing.assert_allclose(sample.embedding, x[1], atol=1e-6)
+        staff.delete_sample("bob", sample.sample_id)
+        told = []
+        job = staff.duplicates(threshold=-1, progress=lambda done, total: told.append((done, total)))
+        assert (job.state, [sorted(pair.subject_ids) for pair in job.pairs]) == ("done", [["alice", "bob"]])
+        assert service.identify(embedding=x[0]).gallery_size == 0
+        service.drop_collection("staff")
+        with pytest.raises(ServiceError, match="no collection 'staff'"):
+            staff.subject("bob")
+
+
+def test_a_job_is_cancelled_where_its_progress_is_not_wanted(folder):
+    class Enough(Exception):
+        pass
+
+    def stop(done, total):
+        raise Enough
+
+    with Client(folder.url) as client:
+        client.enrol("alice", embeddings=unit_vectors(1))
+        with pytest.raises(Enough):
+            client.duplicates(progress=stop)
+
+
+def test_both_clients_have_the_same_methods():
+    both = [{name for name in vars(one) if not name.startswith("_")} for one in (Client, AsyncClient)]
+    assert both[0] == both[1]
+
+
+def test_all_of_it_awaited(folder, photos):
+    async def run():
+        x = unit_vectors(3, seed=next(identities))
+        async with AsyncClient(folder.url) as service, AsyncClient(folder.url, collection="awaited") as client:
+            await service.create_collection("awaited")
+            await client.enrol("alice", images=[photos(3)], metadata={"a": 1})
+            assert [one.status async for one in client.enrol_many([("bob", x)])] == ["enrolled"] * 3
+            assert [one.subject_id async for one in client.subjects(where={"a": 1})] == ["alice"]
+            await client.update("bob", {"b": 2}, revision=(await client.subject("bob")).revision)
+            assert (await client.identify(embedding=x[0], where={"b": 2})).gallery_size == 1
+            assert [one.decision for one in await client.identify_many(embeddings=x)] == ["match"] * 3
+            job = await client.duplicates(threshold=-1)
+            assert (job.state, len(job.pairs)) == ("done", 1)
+            assert (await client.merge("bob", "alice")).subject_samples == 4
+            samples = (await client.subject("bob")).samples
+            assert photos(3) in [await client.image("bob", one.sample_id) for one in samples if one.image]
+            await client.delete_sample("bob", samples[0].sample_id)
+            await client.delete("bob")
+            await service.drop_collection("awaited")
+            assert "awaited" not in [one.name for one in await service.collections()]
+
+    asyncio.run(run())
 
 
 def test_the_same_when_awaited(server):

@@ -1,6 +1,7 @@
 """Who is served at which address, and what the process around the app sees to."""
 
 import inspect
+import json
 import logging
 import os
 import re
@@ -125,6 +126,8 @@ OTHERS = {  # than the defaults; whole numbers are one more
         "api_key": KEY,
         "keys": "k",
         "audit": "a",
+        "tls_cert": "c",
+        "tls_key": "ck",
         "allowed_hosts": "a.example",
         "trusted_proxies": "10.0.0.1",
     },
@@ -142,8 +145,8 @@ OTHERS = {  # than the defaults; whole numbers are one more
 }
 
 
-@pytest.mark.parametrize("way", ["option", "variable"])
-def test_every_setting_is_an_option_and_a_variable(way, monkeypatch):
+@pytest.mark.parametrize("way", ["option", "variable", "settings.yaml", "settings.toml"])
+def test_every_setting_is_an_option_a_variable_and_in_a_file(way, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr("serving.server.run", lambda *taken: seen.append(taken))
     given = {name: OTHERS.get(name) or field.default + 1 for name, field in Settings.model_fields.items()}
@@ -152,12 +155,58 @@ def test_every_setting_is_an_option_and_a_variable(way, monkeypatch):
     for name, value in as_options.items():
         flag = f"--{name.replace('_', '-')}"
         line += [flag] if value is True else [flag, str(value)]
-    for name in given.keys() - as_options.keys():
-        monkeypatch.setenv(f"HYPERSPHERE_{name.upper()}", str(given[name]))
+    others = {name: value for name, value in given.items() if name not in as_options}
+    if way == "variable":
+        for name, value in others.items():
+            monkeypatch.setenv(f"HYPERSPHERE_{name.upper()}", str(value))
+    elif others:
+        sign = " =" if way.endswith("toml") else ":"  # JSON's values are YAML's and TOML's as well
+        (tmp_path / way).write_text("".join(f"{name}{sign} {json.dumps(value)}\n" for name, value in others.items()))
+        line += ["--settings", str(tmp_path / way)]
     CliRunner().invoke(app, line, catch_exceptions=False)
     ((taken, host, port),) = seen
     assert (host, port) == ("::1", 0)
     assert taken == from_values(given)
+
+
+def test_an_option_goes_before_a_variable_and_a_variable_before_the_file(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("serving.server.run", lambda *taken: seen.append(taken))
+    file = tmp_path / "s.yaml"
+    file.write_text("embedder: [a, b]\nport: 1\nhost: ::1\nmax_images: 3\nworkers: 3\nanonymous: true\n")
+    monkeypatch.setenv("HYPERSPHERE_SETTINGS", str(file))
+    monkeypatch.setenv("HYPERSPHERE_WORKERS", "4")
+    monkeypatch.setenv("HYPERSPHERE_PORT", "2")
+    CliRunner().invoke(app, ["serve", "--port", "3"], catch_exceptions=False)
+    ((taken, host, port),) = seen
+    assert (host, port, taken.workers, taken.max_images, taken.anonymous) == ("::1", 3, 4, 3, True)
+    assert [path.name for path in taken.embedder] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("max_imges: 3", "the nearest is 'max_images'"),
+        ("max-images: 3", "the nearest is 'max_images'"),
+        ("restored: true", "is no setting"),
+        ("settings: other.yaml", "is no setting"),
+        ("max_images: [3]", "neither a text nor a number"),
+        ("embedder: [{}]", "neither a text nor a number"),
+        ("- 3", "no names with values"),
+        ("api_key: 'hidden-and-secret\n", "line 2"),
+        ("api_key: {hidden-and-secret: 1}", "neither a text"),
+        ("embedder: !!python/object:os.system hidden-and-secret", "line 1"),
+        ("api_key: hidden", "api_key"),
+        ("\x00", "cannot be read"),
+    ],
+)
+def test_what_is_no_setting_in_a_file_is_said(text, told, tmp_path):
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(UserError, match=told) as refused:
+        CliRunner().invoke(app, ["serve", "-e", "e", "--settings", str(tmp_path / "s.yaml")], catch_exceptions=False)
+    assert "hidden" not in str(refused.value)
+    with pytest.raises(UserError, match="cannot be read"):
+        CliRunner().invoke(app, ["serve", "--settings", str(tmp_path / "none.toml")], catch_exceptions=False)
 
 
 def test_a_setting_that_is_not_given_has_its_default(monkeypatch):

@@ -5,11 +5,12 @@ import logging
 import os
 import threading
 import uuid
+from functools import partial
 
 import numpy as np
 import pytest
 
-from serving.blocks import of_subjects
+from serving.blocks import Block, of_sample, of_subjects
 from serving.index import Index
 from serving.snapshot import Snapshot, Source, snapshot_path
 
@@ -56,7 +57,7 @@ def _found(index, x):
 
 def _content(tmp_path):
     parts = []
-    for path in sorted(snapshot_path(tmp_path / "gallery.db").iterdir()):
+    for path in sorted(snapshot_path(tmp_path / "gallery.db").glob("*")):
         with contextlib.suppress(FileNotFoundError):  # replaced meanwhile
             parts.append(path.read_bytes())
     return b"".join(parts)
@@ -135,6 +136,36 @@ def test_what_is_erased_while_a_snapshot_is_written_is_not_in_it(tmp_path, vecto
     monkeypatch.setattr("serving.snapshot.os.fdatasync", flush)
     assert not any(x[number].tobytes() in _content(tmp_path) for number in (3, 60, 119))
     assert _opened(tmp_path, enumerate(_names(120)))[1].samples == 117
+
+
+class _Racing(Block):
+    """Does something as soon as its vectors have been read."""
+
+    then = None
+
+    @property
+    def vectors_NE(self):
+        vectors_NE = self.__dict__["vectors_NE"]
+        if self.then is not None:
+            (then, self.then), vectors_NE = (self.then, None), vectors_NE.copy()
+            then()
+        return vectors_NE
+
+
+@pytest.mark.parametrize("one_sample", [False, True])
+def test_what_is_erased_while_its_block_is_copied_is_not_in_the_file(tmp_path, vectors, one_sample):
+    """Between the copies of its number and of its vector."""
+    x = vectors(20)
+    index, ids = Index(32), [uuid.uuid4().bytes for _ in x]
+    index.add(["other"] + ["s"] * 19, ids, x, np.array([0] + [1] * 19))
+    (block,) = index._view.blocks
+    block.__class__ = _Racing
+    block.then = partial(index.remove_sample, "s", ids[5]) if one_sample else partial(index.remove, "s")
+    snapshot = Snapshot(tmp_path / "gallery.db", SOURCE)
+    snapshot.write([(block, 20)], 7, _never)
+    snapshot.erase(of_sample([1], ids[5]) if one_sample else of_subjects([1]))
+    assert x[5].tobytes() not in _content(tmp_path)
+    assert ids[5] not in _content(tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["flip", "cut", "missing", "index", "no json", "other file", "stray"])

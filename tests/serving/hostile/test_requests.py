@@ -7,6 +7,7 @@ import pytest
 
 from tests.serving.hostile.documents import DOCUMENTS, LARGE_DOCUMENTS
 from tests.serving.hostile.forms import FORMS, LARGE_FORMS
+from tests.serving.hostile.gallery import GALLERY, LARGE_GALLERY
 from tests.serving.hostile.heads import HEADS
 from tests.serving.hostile.names import NAMES
 from tests.serving.hostile.site import ENROL, LONG, ROWS, listed
@@ -16,8 +17,8 @@ BATCH = 1 if LONG else 40  # small requests that are measured together, and toge
 
 
 def _batches() -> dict[str, dict[str, Attack]]:
-    batches = {name: {name: attack} for name, attack in (LARGE_DOCUMENTS | LARGE_FORMS).items()}
-    small = list((DOCUMENTS | FORMS | HEADS | NAMES).items())
+    batches = {name: {name: attack} for name, attack in (LARGE_DOCUMENTS | LARGE_FORMS | LARGE_GALLERY).items()}
+    small = list((DOCUMENTS | FORMS | HEADS | NAMES | GALLERY).items())
     for start in range(0, len(small), BATCH):
         batch = dict(small[start : start + BATCH])
         batches[next(iter(batch)) + (f", and {len(batch) - 1} more" if len(batch) > 1 else "")] = batch

@@ -3,7 +3,7 @@
     python benchmarks/coverage.py --repetitions 300
 
 A repetition draws subjects from a population, computes the figures with their intervals, and compares these with the
-figures of 3,000 other subjects. *Below* and *above*: the population's figure lies there. Populations: subjects of
+figures of 8,000 other subjects. *Below* and *above*: the population's figure lies there. Populations: subjects of
 independent directions, and one where every tenth leans to what all have in common and is taken for many ("wolves").
 """
 
@@ -69,7 +69,7 @@ def intervals_of(
 
 def row(kind: str, subjects: int, samples: int, repetitions: int) -> str:
     """Of the table: coverage, and how often the truth lies above the interval."""
-    vectors, labels = population(kind, 3000, samples, np.random.default_rng(99))
+    vectors, labels = population(kind, 8000, samples, np.random.default_rng(99))
     curve = metrics.verification_curve(pair_counts(vectors, labels))
     thresholds = {far: float(curve.thresholds_T[np.argmax(curve.fmr_T <= far)]) for far in FARS}
     truth = figures(curve, thresholds)

@@ -23,7 +23,7 @@ from trainer.errors import UserError
 from trainer.evaluation.calibration import HeldOut, calibrate
 from trainer.evaluation.curve import LEAST_HITS
 from trainer.evaluation.listed import measure_lists, read_protocol
-from trainer.evaluation.normalise import Kind, Normaliser, set_aside
+from trainer.evaluation.normalise import Kind, Normaliser, apart_from, set_aside
 from trainer.evaluation.protocols import Measured, measure
 from trainer.evaluation.report import Calibration
 
@@ -59,6 +59,7 @@ def evaluate_split(
     by: Sequence[str] = (),
     quality: str | None = None,
     trained_on: Path | None = None,
+    normaliser: Normaliser | None = None,
     progress: Progress | None = None,
 ) -> Evaluated:
     """Verification, identification and retrieval on a split.
@@ -70,6 +71,7 @@ def evaluate_split(
         by: attributes of the set by which errors are told apart.
         quality: a numeric attribute of the samples, by which templates are weighted.
         trained_on: the data set that the Embedder was trained on, if it is another one.
+        normaliser: of the scores, as the service has them; subjects of its cohort are left out.
         progress: called with the stage "embed", what is done and what there is to do.
 
     Raises:
@@ -82,19 +84,35 @@ def evaluate_split(
     groups = {name: attribute_codes(part, name) for name in by}
     quality_N = None if quality is None else attribute_numbers(part, quality)
     vectors_ND, labels_N = embed_split(embedder, part, progress)
+    names: Sequence[str] = part.classes
+    rows, source = np.arange(len(labels_N)), f"{manifest.kind}, split '{split}'"
+    if normaliser is not None:
+        rows = apart_from(normaliser.cohort_KD, vectors_ND, labels_N)
+        kept, labels_N = np.unique(labels_N[rows], return_inverse=True)
+        source += _normalised(normaliser, part.identities - len(kept))
+        vectors_ND, names = vectors_ND[rows], [part.classes[label] for label in kept.tolist()]
+        groups = {name: (codes_N[rows], values) for name, (codes_N, values) in groups.items()}
+        quality_N = None if quality_N is None else quality_N[rows]
     measured = measure(
         vectors_ND,
         labels_N,
-        part.classes,
+        names,
         seed=seed,
         unenrolled_share=unenrolled,
-        source=f"{manifest.kind}, split '{split}'",
+        source=source,
         model_id=embedder.model_id,
         groups=groups,
         quality_N=quality_N,
         remarks=remarks,
+        normaliser=normaliser,
     )
-    return Evaluated(measured, vectors_ND, labels_N, part.classes, partial(_of_split, part, embedder.preprocessing))
+    return Evaluated(measured, vectors_ND, labels_N, names, partial(_of_keys, part, embedder.preprocessing, rows))
+
+
+def _normalised(normaliser: Normaliser, left_out: int) -> str:
+    """What the source of figures says of their scores."""
+    told = f", {normaliser.kind.upper()}-norm by a cohort of {len(normaliser.cohort_KD)}"
+    return told + (f", {left_out} identities of which are left out" if left_out else "")
 
 
 def evaluate_protocol(
@@ -105,6 +123,7 @@ def evaluate_protocol(
     data: Path | None = None,
     split: str = "val",
     seed: int = 0,
+    normaliser: Normaliser | None = None,
     progress: Progress | None = None,
 ) -> Evaluated:
     """What a protocol from a file asks for: see `evaluation.lists`.
@@ -113,7 +132,7 @@ def evaluate_protocol(
         images: folder that the file's names are in; None: the file's own, or the folder that it is.
         data: a data set whose samples the names are keys of, instead.
         split: of `data`.
-        seed, progress: as for `evaluate_split`.
+        seed, normaliser, progress: as for `evaluate_split`; all images are compared.
 
     Raises:
         UserError: the file is no protocol, an image is missing or cannot be read, or the lists give no rates.
@@ -133,8 +152,9 @@ def evaluate_protocol(
         if progress is not None:
             progress("embed", int(rows[-1]) + 1, len(lists.images))
     vectors_ND = np.concatenate(vectors)
+    source = f"protocol {protocol.name}" + ("" if normaliser is None else _normalised(normaliser, 0))
     measured = measure_lists(
-        vectors_ND, lists, seed=seed, source=f"protocol {protocol.name}", model_id=embedder.model_id
+        vectors_ND, lists, seed=seed, source=source, model_id=embedder.model_id, normaliser=normaliser
     )
     subjects_N = np.empty(len(lists.images), np.int64)
     subjects_N[lists.image_I] = lists.subject_T[lists.template_I]
@@ -203,9 +223,11 @@ def calibrate_on_split(
     prior: float = 0.5,
     normalise: Kind | None = None,
     seed: int = 0,
+    trained_on: Path | None = None,
     progress: Progress | None = None,
-) -> tuple[Calibration, Normaliser | None]:
-    """Thresholds for allowed error rates, from a split of identities that were not trained on, and what normalises.
+) -> tuple[Calibration, Normaliser | None, list[str]]:
+    """Thresholds for allowed error rates, from a split of identities that were not trained on; what normalises; and
+    what is doubtful about the data, which is also in the thresholds' source.
 
     Args:
         fpir, fmr: allowed error rates of identification and of verification.
@@ -215,12 +237,15 @@ def calibrate_on_split(
         prior: probability of a mate before a score is known.
         normalise: scores, by a cohort: a fifth of the subjects (a thousand at most), who are set aside.
         seed: chooses the samples that are enrolled, and those left out where there are too many.
+        trained_on: the data set that the Embedder was trained on, if it is another one.
 
     Raises:
-        UserError: as `embed_split`, or a rate that so few subjects cannot show.
+        UserError: as `embed_split`, a split that the Embedder was trained on, or a rate that so few subjects cannot
+            show.
     """
     manifest = Manifest.read(data)
     part = manifest.split(split)
+    remarks = _trained(embedder, part, Manifest.read(trained_on) if trained_on else manifest)
     vectors_ND, labels_N = embed_split(embedder, part, progress)
     source, normaliser = f"{manifest.kind}, split '{split}'", None
     if normalise is not None:
@@ -228,6 +253,7 @@ def calibrate_on_split(
         normaliser = Normaliser(normalise, vectors_ND[cohort])
         vectors_ND, labels_N = vectors_ND[rest], labels_N[rest]
         source += f", {normalise.upper()}-norm by {len(cohort)} of its subjects"
+    source = "; ".join([source, *remarks])
     subjects = len(np.unique(labels_N))
     found = calibrate(
         HeldOut(vectors_ND, labels_N, embedder.model_id, source, seed, normaliser),
@@ -238,7 +264,7 @@ def calibrate_on_split(
         least_hits=0.0 if extrapolate else LEAST_HITS,
         prior=prior,
     )
-    return found, normaliser
+    return found, normaliser, remarks
 
 
 def embed_split(

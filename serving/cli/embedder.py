@@ -30,6 +30,7 @@ Normalise = Annotated[
     Literal["z", "t", "s", "as"] | None,
     typer.Option(help="Normalise scores by the enrolled (z), the probe (t), both (s) or both's nearest (as)."),
 ]
+TrainedOn = Annotated[Path | None, typer.Option(help="The training's data set, for overlaps; default: --data.")]
 Threads = Annotated[int, typer.Option(help="CPU threads of the model.")]
 Weights = Literal["trained", "ema"]
 
@@ -159,6 +160,7 @@ def calibrate(
     ] = False,
     prior: Annotated[float, typer.Option(help="Probability of a mate before a score is known, for 1:1.")] = 0.5,
     normalise: Normalise = None,
+    trained_on: TrainedOn = None,
     seed: Annotated[int, typer.Option(help="Chooses the samples that are enrolled, and the cohort.")] = 0,
     threads: Threads = 2,
 ) -> None:
@@ -171,7 +173,7 @@ def calibrate(
 
     opened = Embedder.open(embedder, threads)
     with progress() as show:
-        found, normaliser = calibrate_on_split(
+        found, normaliser, remarks = calibrate_on_split(
             opened,
             data,
             split,
@@ -183,8 +185,11 @@ def calibrate(
             prior=prior,
             normalise=normalise,
             seed=seed,
+            trained_on=trained_on,
             progress=show,
         )
+    for remark in remarks:
+        warn(remark)
     _keep(embedder, opened.manifest, found, normaliser)
     print_table("thresholds", _threshold_rows(found, extrapolate))
     out.print(f"verify: {found.verify.source}\nidentify: {found.identify.source}")

@@ -215,14 +215,24 @@ def _falling(rates_RK: Numbers) -> Numbers:
     return np.maximum.accumulate(rates_RK[:, ::-1], axis=1)[:, ::-1]
 
 
-def of_all_pairs(vectors_ND: Vectors, labels_N: Labels, curve: ErrorCurve, at: float | None = None) -> Evidence:
-    """The evidence of all pairs of the samples, whose curve is known: at one threshold, or along the curve."""
+def of_all_pairs(
+    vectors_ND: Vectors,
+    labels_N: Labels,
+    curve: ErrorCurve,
+    at: float | None = None,
+    enrolled_ND: Vectors | None = None,
+) -> Evidence:
+    """The evidence of all pairs of the samples, whose curve is known: at one threshold, or along the curve.
+
+    `enrolled_ND`: as for `scores.pair_blocks`.
+    """
     order_N = np.argsort(labels_N, kind="stable")
     sorted_N = labels_N[order_N]
     _, subject_N, counts_S = np.unique(sorted_N, return_inverse=True, return_counts=True)
     thresholds_K = levels(curve) if at is None else np.array([at])
     counting = _Counting(curve, thresholds_K, counts_S * (counts_S - 1) // 2, counts_S * (len(labels_N) - counts_S))
-    for start, scores_bn, mated_bw, non_mated_bw in pair_blocks(vectors_ND[order_N], sorted_N):
+    others_ND = None if enrolled_ND is None else enrolled_ND[order_N]
+    for start, scores_bn, mated_bw, non_mated_bw in pair_blocks(vectors_ND[order_N], sorted_N, others_ND):
         row_e, column_e = np.nonzero(mated_bw)
         counting.mated(scores_bn[row_e, column_e], subject_N[start + row_e])
         wanted_bn = scores_bn >= counting.floor

@@ -44,22 +44,18 @@ def of_rate(
         independent: subjects, or pairs of them: trials that are known to be independent.
         influence_S: what each subject adds to the rate. Where few of them make it, as wolves do, their variance is
             itself not known well: the deviate is Student's, of as many degrees of freedom as their squares show
-            (Satterthwaite 1946), and the end that such subjects pull at allows for one more like the greatest, who was
-            not met (after Fay and Feuer 1997), as `curve.py` does it.
+            (Satterthwaite 1946), and both ends allow for one like the greatest who was met by chance, or was not (after
+            Fay and Feuer 1997), as `curve.py` does it.
     """
     spread = rate * (1 - rate)
     if spread <= 0:  # n clean trials show a rate of at most 3 / n (Hanley and Lippman-Hand, JAMA 1983)
         shown = min(1.0, SHOWN_ERRORS / independent)
         return (0.0, shown) if rate <= 0 else (1 - shown, 1.0)
-    if influence_S is None:
-        return wilson(rate, _worth(spread, variance, trials))
-    deviate, greatest = student(_freedom(influence_S)), np.square([influence_S.min(), influence_S.max()])
-    low, high = (wilson(rate, _worth(spread, variance + one, trials), deviate) for one in greatest.tolist())
-    return low[0], high[1]
-
-
-def _worth(spread: float, variance: float, trials: int) -> float:
-    return min(spread / variance if variance > 0 else trials, trials)
+    deviate = DEVIATE
+    if influence_S is not None:
+        deviate = student(_freedom(influence_S))
+        variance += float(np.square(influence_S).max())
+    return wilson(rate, min(spread / variance if variance > 0 else trials, trials), deviate)
 
 
 def _freedom(influence_S: Numbers) -> float:

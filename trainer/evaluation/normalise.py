@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from trainer.errors import UserError
-from trainer.evaluation.scores import Labels, Vectors, check
+from trainer.evaluation.scores import Labels, Roles, Vectors, check
 
 Kind = Literal["z", "t", "s", "as"]
 
@@ -75,6 +75,19 @@ class Normaliser:
             top = min(TOP, len(self.cohort_KD) // 2)
             scores_BK = np.partition(scores_BK, -top, axis=1)[:, -top:]
         return np.column_stack([scores_BK.mean(axis=1), np.maximum(scores_BK.std(axis=1), LEAST_DEVIATION)])
+
+
+def roles_of(vectors_ND: Vectors, normaliser: Normaliser | None) -> Roles:
+    """The samples as they search, and as they are enrolled: a score is a dot product of one of each."""
+    if normaliser is None:
+        return vectors_ND, vectors_ND
+    return normaliser.probes(vectors_ND), normaliser.enrolled(vectors_ND)
+
+
+def apart_from(cohort_KD: Vectors, vectors_ND: Vectors, labels_N: Labels) -> Labels:
+    """Rows of the subjects of whom no sample is in the cohort."""
+    copies_N = (vectors_ND @ cohort_KD.T).max(axis=1) >= 1 - 1e-6
+    return np.flatnonzero(~np.isin(labels_N, labels_N[copies_N]))
 
 
 def _with_one(x_BD: Vectors) -> Vectors:

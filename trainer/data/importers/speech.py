@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
@@ -42,11 +42,12 @@ _PARAMETERS = (
     f"{1000 * HOP:g} ms, mean 0 and deviation 1"
 )
 
-# Speakers of espeak-ng are its variants, each with accents and heights of voice; what varies within one is what is
-# said, how fast, and a little how high.
-ACCENTS = ("en-us", "en-gb-scotland")
-PITCHES = (30, 60)
+# Speakers of espeak-ng are its variants, each with heights of voice; what varies within one is what is said, how fast,
+# and a little how high.
+HEIGHTS = (10, 50, 90)
 UTTERANCES = 12
+_JITTER, _SPEEDS = 3, (140, 200)  # of the height; words a minute
+_ALIKE = 0.985  # correlation of two variants that say the same, above which they count as one
 _LEAST_VARIANTS = 20
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _VARIANT = re.compile(r"!v/([A-Za-z0-9_-]+)")
@@ -55,7 +56,7 @@ _VARIANT = re.compile(r"!v/([A-Za-z0-9_-]+)")
 def list_speech(source: str | None, options: ImportOptions, progress: Progress) -> Listing:
     """Every folder below `source` that holds files is a speaker; without `source` they are synthesised.
 
-    Of synthesised ones whole variants are held out: no held-out voice is one of the training's with another accent.
+    Of synthesised ones whole variants are held out: no held-out voice is one of the training's at another height.
 
     Raises:
         UserError: as `list_folder`; or espeak-ng is not installed, or knows too few variants.
@@ -148,7 +149,7 @@ def _sound(data: bytes) -> _Sound:
 
 
 def _synthesised(options: ImportOptions) -> Listing:
-    variants = sorted(set(_VARIANT.findall(_espeak("--voices=variant").decode())))
+    variants = _distinct(sorted(set(_VARIANT.findall(_espeak("--voices=variant").decode()))))
     if len(variants) < _LEAST_VARIANTS:
         raise UserError(f"espeak-ng knows {len(variants)} variants of voice; {_LEAST_VARIANTS} are needed: install all")
     return Listing(
@@ -160,27 +161,41 @@ def _synthesised(options: ImportOptions) -> Listing:
     )
 
 
+def _distinct(variants: list[str]) -> list[str]:
+    """Those that sound unlike all before them: some have two names, or differ in a few percent of one formant."""
+    kept: dict[str, NDArray[np.float32]] = {}
+    for variant in variants:
+        sound = log_mel(_say(variant, HEIGHTS[1], _SPEEDS[0], _WORDS[:5]))
+        if all(float((sound * other).mean()) < _ALIKE for other in kept.values()):
+            kept[variant] = sound
+    return list(kept)
+
+
 def _speakers(variants: list[str]) -> Iterator[Entry]:
-    for variant, accent, pitch in product(variants, ACCENTS, PITCHES):
-        speaker = f"{variant}/{accent}/{pitch}"
+    for variant, height in product(variants, HEIGHTS):
         for number in range(UTTERANCES):
-            yield Entry(speaker, place := f"{speaker}/{number:02d}", place)
+            place = f"{variant}/{height}/{number:02d}"
+            yield Entry(f"{variant}/{height}", place, place)
 
 
-def _whole_variants(choose: HeldOut, speakers: "list[str]") -> Iterator[int]:
+def _whole_variants(choose: HeldOut, speakers: Sequence[str]) -> list[int]:
     variant_of = [speaker.partition("/")[0] for speaker in speakers]
     variants = sorted(set(variant_of))
     chosen = {variants[number] for number in choose(variants)}
-    return (number for number, variant in enumerate(variant_of) if variant in chosen)
+    return [number for number, variant in enumerate(variant_of) if variant in chosen]
 
 
 def _speak(place: str, seed: int) -> bytes:
     """The WAV file of a place; what is said depends on it and the seed alone."""
-    variant, accent, pitch, _ = place.split("/")
+    variant, height, _ = place.split("/")
     generator = np.random.default_rng([seed, *place.encode()])
-    text = " ".join(generator.choice(_WORDS, size=5))
-    pitch_now, speed = int(pitch) + generator.integers(-6, 7), generator.integers(140, 200)
-    return _espeak("--stdout", "-v", f"{accent}+{variant}", "-p", str(pitch_now), "-s", str(speed), text)
+    words = generator.choice(_WORDS, size=5).tolist()
+    higher, speed = int(generator.integers(-_JITTER, _JITTER + 1)), int(generator.integers(*_SPEEDS))
+    return _say(variant, int(height) + higher, speed, words)
+
+
+def _say(variant: str, height: int, speed: int, words: Sequence[str]) -> bytes:
+    return _espeak("--stdout", "-v", f"en-us+{variant}", "-p", str(height), "-s", str(speed), " ".join(words))
 
 
 def _espeak(*options: str) -> bytes:

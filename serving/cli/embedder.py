@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -172,21 +172,11 @@ def calibrate(
     from trainer.embedder import Embedder
 
     opened = Embedder.open(embedder, threads)
+    how: dict[str, Any] = {"fpir": fpir, "fmr": fmr, "gallery_size": gallery_size, "extrapolate": extrapolate}
+    how |= {"samples_per_subject": samples_per_subject, "prior": prior, "normalise": normalise, "seed": seed}
     with progress() as show:
         found, normaliser, remarks = calibrate_on_split(
-            opened,
-            data,
-            split,
-            fpir=fpir,
-            fmr=fmr,
-            gallery_size=gallery_size,
-            samples_per_subject=samples_per_subject,
-            extrapolate=extrapolate,
-            prior=prior,
-            normalise=normalise,
-            seed=seed,
-            trained_on=trained_on,
-            progress=show,
+            opened, data, split, trained_on=trained_on, progress=show, **how
         )
     for remark in remarks:
         warn(remark)

@@ -175,6 +175,7 @@ def measure(
     closed, drawn = _drawn(roles, labels_N, seed)
     opened = open_set_searches(roles[0], labels_N, unenrolled_share, seed, enrolled_ND=roles[1])
     strangers = unenrolled_identities(labels_N, unenrolled_share, seed)
+    several = enrolments(vectors_ND, labels_N, strangers, ENROLMENT_FPIR, quality_N, seed, normaliser)
     rows = verification.whole_identities(labels_N, MOST_RETRIEVED, seed)
     written = report.Report(
         source=source,
@@ -187,9 +188,7 @@ def measure(
         one_shot=closed_set(closed, identities, drawn, class_names),
         open_set=open_set(opened, identities - len(strangers), len(strangers), unenrolled_share, seed),
         geometry=_geometry(vectors_ND, labels_N),
-        enrolments=enrolments(
-            vectors_ND, labels_N, strangers, ENROLMENT_FPIR, quality_N=quality_N, seed=seed, normaliser=normaliser
-        ),
+        enrolments=several,
         retrieval=retrieval(roles[0][rows], labels_N[rows], roles[1][rows]),
         growth=_growth(roles, labels_N, opened),
         groups=[differentials(roles, labels_N, *of, name, GROUP_FAR) for name, of in (groups or {}).items()],

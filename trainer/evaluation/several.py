@@ -25,9 +25,8 @@ def enrolments(
     labels_N: Labels,
     strangers: Labels,
     fpir: float,
-    *,
     quality_N: Floats | None = None,
-    seed: int,
+    seed: int = 0,
     normaliser: Normaliser | None = None,
 ) -> list[Enrolment]:
     """Rank-1 and FNIR at an FPIR of each way; empty where no identity has three samples.

@@ -36,6 +36,7 @@ BANDS, FRAMES = 40, 100
 WINDOW, HOP = 0.025, 0.010  # seconds
 LOWEST, HIGHEST = 60.0, 7600.0  # Hz
 FEWEST_RATE, MOST_RATE = 16_000, 192_000
+_WIDTHS = {1: "u1", 2: "<i2", 4: "<i4"}  # bytes of a sample; three are read, too
 _SILENT = 1e-8  # of the loudest power: silence between words is not minus infinity
 _PARAMETERS = (
     f"log of {BANDS} mel bands from {LOWEST:g} to {HIGHEST:g} Hz, {FRAMES} windows of {1000 * WINDOW:g} ms, one each "
@@ -134,6 +135,8 @@ def _sound(data: bytes) -> _Sound:
             raw = file.readframes(file.getnframes())
     except (wave.Error, EOFError, RuntimeError, ValueError) as error:
         raise UserError(f"it is no WAV file of whole numbers (PCM): {error or 'it is cut off'}; convert it") from error
+    if width not in (*_WIDTHS, 3):
+        raise UserError(f"it has {width} bytes a sample; allowed are 1 to 4: convert it")
     if not FEWEST_RATE <= rate <= MOST_RATE:
         raise UserError(f"it has {rate} samples a second; allowed are {FEWEST_RATE} to {MOST_RATE}: record it anew")
     if width == 3:  # 24 bits: numpy has no such type
@@ -141,7 +144,7 @@ def _sound(data: bytes) -> _Sound:
         bytes_T4[:, 1:] = np.frombuffer(raw[: len(raw) // 3 * 3], np.uint8).reshape(-1, 3)
         values = bytes_T4.reshape(-1).view("<i4").astype(np.float64)
     else:
-        values = np.frombuffer(raw[: len(raw) // width * width], {1: "u1", 2: "<i2", 4: "<i4"}[width]).astype(float)
+        values = np.frombuffer(raw[: len(raw) // width * width], _WIDTHS[width]).astype(float)
     whole = values[: len(values) // channels * channels].reshape(-1, channels).mean(axis=1)
     if not len(whole):
         raise UserError("it holds no sound; leave it out")

@@ -81,15 +81,13 @@ def evaluate_split(
     manifest = Manifest.read(data)
     part = manifest.split(split)
     remarks = _trained(embedder, part, Manifest.read(trained_on) if trained_on else manifest)
-    groups = {name: attribute_codes(part, name) for name in by}
-    quality_N = None if quality is None else attribute_numbers(part, quality)
+    groups, quality_N = _attributes(part, by, quality)
     vectors_ND, labels_N = embed_split(embedder, part, progress)
+    rows = np.arange(len(labels_N))
     names: Sequence[str] = part.classes
-    rows, source = np.arange(len(labels_N)), f"{manifest.kind}, split '{split}'"
     if normaliser is not None:
         rows = apart_from(normaliser.cohort_KD, vectors_ND, labels_N)
         kept, labels_N = np.unique(labels_N[rows], return_inverse=True)
-        source += _normalised(normaliser, part.identities - len(kept))
         vectors_ND, names = vectors_ND[rows], [part.classes[label] for label in kept.tolist()]
         groups = {name: (codes_N[rows], values) for name, (codes_N, values) in groups.items()}
         quality_N = None if quality_N is None else quality_N[rows]
@@ -99,7 +97,7 @@ def evaluate_split(
         names,
         seed=seed,
         unenrolled_share=unenrolled,
-        source=source,
+        source=f"{manifest.kind}, split '{split}'{_normalised(normaliser, part.identities - len(names))}",
         model_id=embedder.model_id,
         groups=groups,
         quality_N=quality_N,
@@ -109,8 +107,18 @@ def evaluate_split(
     return Evaluated(measured, vectors_ND, labels_N, names, partial(_of_keys, part, embedder.preprocessing, rows))
 
 
-def _normalised(normaliser: Normaliser, left_out: int) -> str:
+def _attributes(
+    part: Split, by: Sequence[str], quality: str | None
+) -> tuple[dict[str, tuple[NDArray[np.int64], list[str]]], NDArray[np.float64] | None]:
+    """The groups and the qualities of all samples, as far as they are asked for."""
+    groups = {name: attribute_codes(part, name) for name in by}
+    return groups, None if quality is None else attribute_numbers(part, quality)
+
+
+def _normalised(normaliser: Normaliser | None, left_out: int) -> str:
     """What the source of figures says of their scores."""
+    if normaliser is None:
+        return ""
     told = f", {normaliser.kind.upper()}-norm by a cohort of {len(normaliser.cohort_KD)}"
     return told + (f", {left_out} identities of which are left out" if left_out else "")
 
@@ -152,7 +160,7 @@ def evaluate_protocol(
         if progress is not None:
             progress("embed", int(rows[-1]) + 1, len(lists.images))
     vectors_ND = np.concatenate(vectors)
-    source = f"protocol {protocol.name}" + ("" if normaliser is None else _normalised(normaliser, 0))
+    source = f"protocol {protocol.name}{_normalised(normaliser, 0)}"
     measured = measure_lists(
         vectors_ND, lists, seed=seed, source=source, model_id=embedder.model_id, normaliser=normaliser
     )

@@ -27,8 +27,8 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and do
 EmbedderOption = Annotated[Path, typer.Option("--embedder", "-e", help="Folder that `export` wrote.")]
 DataOption = Annotated[Path, typer.Option("--data", "-d", help="Folder that `data import` wrote.")]
 Normalise = Annotated[
-    Literal["z", "t", "s", "as"] | None,
-    typer.Option(help="Normalise scores by the enrolled (z), the probe (t), both (s) or both's nearest (as)."),
+    Literal["z", "t", "s", "as", "csls"] | None,
+    typer.Option(help="Normalise scores by the enrolled (z), the probe (t), both (s) or both's nearest (as, csls)."),
 ]
 TrainedOn = Annotated[Path | None, typer.Option(help="The training's data set, for overlaps; default: --data.")]
 Threads = Annotated[int, typer.Option(help="CPU threads of the model.")]

@@ -81,7 +81,7 @@ def test_a_cohort_is_set_aside_to_normalise_by(data, embedder):
         calibrate_on_split(embedder, data, "val", fpir=0.1, fmr=0.01, normalise="s")
 
 
-@pytest.mark.parametrize("kind", ["z", "t", "s", "as"])
+@pytest.mark.parametrize("kind", ["z", "t", "s", "as", "csls"])
 def test_normalised_scores_are_measured_as_the_service_has_them(kind, data, embedder):
     """The oracle: rank-1 and open-set searches by a loop over the subjects that are not in the cohort."""
     vectors_ND, labels_N = embed_split(embedder, Manifest.read(data).split("val"))

@@ -7,10 +7,12 @@ import numpy as np
 
 from trainer.evaluation import evidence, metrics, report, verification
 from trainer.evaluation.comparison import Seen
+from trainer.evaluation.evidence import Evidence
 from trainer.evaluation.exhibits import of_pairs
 from trainer.evaluation.findings import Hardest
 from trainer.evaluation.identification import ClosedSearches, OpenSearches, closed_set, open_set
 from trainer.evaluation.lists import Lists, Search, read_pairs, read_runs
+from trainer.evaluation.metrics import ErrorCurve
 from trainer.evaluation.normalise import Normaliser, roles_of
 from trainer.evaluation.protocols import COPY, Measured
 from trainer.evaluation.scores import (
@@ -29,6 +31,7 @@ from trainer.evaluation.scores import (
 from trainer.evaluation.templates import read_templates
 
 _PAIRS_TOGETHER = 1 << 16
+_NOTHING = Hardest(matches=[], non_matches=[])
 
 
 def read_protocol(path: Path) -> Lists:
@@ -70,22 +73,7 @@ def measure_lists(
     """
     vectors_ND, _ = check(vectors_ND, np.arange(len(vectors_ND)))
     roles = roles_of(templates(vectors_ND, lists), normaliser)
-    pairs = curve = found = None
-    shown = Hardest(matches=[], non_matches=[])
-    if len(lists.pairs_P2):
-        scores_P = pair_scores(roles, lists.pairs_P2)
-        counts = PairCounts(
-            *(np.bincount(cell(s), minlength=CELLS) for s in (scores_P[lists.same_P], scores_P[~lists.same_P]))
-        )
-        curve = metrics.verification_curve(counts)
-        found = evidence.of_list(scores_P, lists.same_P, lists.subject_T[lists.pairs_P2], curve)
-        folds = _folds(scores_P, lists)
-        first_T = np.full(len(roles[0]), -1)
-        first_T[lists.template_I[::-1]] = lists.image_I[::-1]  # the first image of each template
-        subject_N = np.zeros(len(lists.images), np.int64)
-        subject_N[lists.image_I] = lists.subject_T[lists.template_I]
-        shown = of_pairs(scores_P, lists.same_P, first_T[lists.pairs_P2], subject_N)
-        pairs = verification.pairs_report(len(roles[0]), counts, curve, found, folds, seed)
+    pairs, of_pair, shown = _compared(roles, lists, seed) if len(lists.pairs_P2) else (None, None, _NOTHING)
     closed, opened, rates = _searched(roles, lists)
     gallery = len(np.unique(lists.subject_T[lists.searches[0].gallery_G])) if lists.searches else 0
     strangers = len(np.unique(opened.strangers_P)) if opened else 0
@@ -103,8 +91,24 @@ def measure_lists(
         geometry=None,
         remarks=[*remarks, *_doubts(lists, closed if normaliser is None else None)],
     )
-    seen = Seen(model_id, (curve, found) if curve is not None and found is not None else None, closed, opened)
-    return Measured(written, seen, shown)
+    return Measured(written, Seen(model_id, of_pair, closed, opened), shown)
+
+
+def _compared(roles: Roles, lists: Lists, seed: int) -> tuple[report.AllPairs, tuple[ErrorCurve, Evidence], Hardest]:
+    """The figures of the pairs, what a comparison needs of them, and the hardest ones."""
+    scores_P = pair_scores(roles, lists.pairs_P2)
+    counts = PairCounts(
+        *(np.bincount(cell(s), minlength=CELLS) for s in (scores_P[lists.same_P], scores_P[~lists.same_P]))
+    )
+    curve = metrics.verification_curve(counts)
+    found = evidence.of_list(scores_P, lists.same_P, lists.subject_T[lists.pairs_P2], curve)
+    first_T = np.full(len(roles[0]), -1)
+    first_T[lists.template_I[::-1]] = lists.image_I[::-1]  # the first image of each template
+    subject_N = np.zeros(len(lists.images), np.int64)
+    subject_N[lists.image_I] = lists.subject_T[lists.template_I]
+    shown = of_pairs(scores_P, lists.same_P, first_T[lists.pairs_P2], subject_N)
+    pairs = verification.pairs_report(len(roles[0]), counts, curve, found, _folds(scores_P, lists), seed)
+    return pairs, (curve, found), shown
 
 
 def pair_scores(roles: Roles, pairs_P2: Labels) -> Vectors:

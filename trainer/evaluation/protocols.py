@@ -15,7 +15,7 @@ from trainer.errors import UserError
 from trainer.evaluation import metrics, report, verification
 from trainer.evaluation.comparison import Seen
 from trainer.evaluation.exhibits import growth, hardest
-from trainer.evaluation.findings import Growth, Hardest, HardPair
+from trainer.evaluation.findings import Growth, Hardest, HardPair, Retrieval
 from trainer.evaluation.geometry import angles
 from trainer.evaluation.groups import differentials
 from trainer.evaluation.identification import FPIRS, ClosedSearches, OpenSearches, closed_set, open_set
@@ -176,7 +176,6 @@ def measure(
     opened = open_set_searches(roles[0], labels_N, unenrolled_share, seed, enrolled_ND=roles[1])
     strangers = unenrolled_identities(labels_N, unenrolled_share, seed)
     several = enrolments(vectors_ND, labels_N, strangers, ENROLMENT_FPIR, quality_N, seed, normaliser)
-    rows = verification.whole_identities(labels_N, MOST_RETRIEVED, seed)
     written = report.Report(
         source=source,
         model_id=model_id,
@@ -189,13 +188,12 @@ def measure(
         open_set=open_set(opened, identities - len(strangers), len(strangers), unenrolled_share, seed),
         geometry=_geometry(vectors_ND, labels_N),
         enrolments=several,
-        retrieval=retrieval(roles[0][rows], labels_N[rows], roles[1][rows]),
+        retrieval=_retrieved(roles, labels_N, seed),
         growth=_growth(roles, labels_N, opened),
         groups=[differentials(roles, labels_N, *of, name, GROUP_FAR) for name, of in (groups or {}).items()],
         remarks=[*remarks, *_doubts(labels_N, class_names, pairs, _copies(vectors_ND, labels_N))],
     )
-    seen = Seen(model_id or "", (curve, evidence), closed, opened)
-    return Measured(written, seen, _hardest(roles, labels_N, seed))
+    return Measured(written, Seen(model_id or "", (curve, evidence), closed, opened), _hardest(roles, labels_N, seed))
 
 
 def _drawn(roles: Roles, labels_N: Labels, seed: int) -> tuple[ClosedSearches, list[float]]:
@@ -214,6 +212,11 @@ def _check_names(labels_N: Labels, class_names: Sequence[str]) -> None:
         raise UserError(f"label {wrong[0]} has no name among {len(class_names)} classes; pass the same split's names")
     if len(identities := np.unique(labels_N)) < 2:
         raise UserError(f"{len(identities)} class cannot be told from others; evaluate on two classes or more")
+
+
+def _retrieved(roles: Roles, labels_N: Labels, seed: int) -> Retrieval:
+    rows = verification.whole_identities(labels_N, MOST_RETRIEVED, seed)
+    return retrieval(roles[0][rows], labels_N[rows], roles[1][rows])
 
 
 def _geometry(vectors_ND: Vectors, labels_N: Labels) -> report.Geometry:

@@ -230,6 +230,7 @@ def calibrate_on_split(
     extrapolate: bool = False,
     prior: float = 0.5,
     normalise: Kind | None = None,
+    cohort: str | None = None,
     seed: int = 0,
     trained_on: Path | None = None,
     progress: Progress | None = None,
@@ -244,6 +245,7 @@ def calibrate_on_split(
         extrapolate: below one expected false positive, too.
         prior: probability of a mate before a score is known.
         normalise: scores, by a cohort: a fifth of the subjects (a thousand at most), who are set aside.
+        cohort: the split that the cohort is of instead, one sample of each of a thousand subjects at most.
         seed: chooses the samples that are enrolled, and those left out where there are too many.
         trained_on: the data set that the Embedder was trained on, if it is another one.
 
@@ -257,17 +259,17 @@ def calibrate_on_split(
     vectors_ND, labels_N = embed_split(embedder, part, progress)
     source, normaliser = f"{manifest.kind}, split '{split}'", None
     if normalise is not None:
-        cohort, rest = set_aside(labels_N, COHORT_SHARE, MOST_COHORT, seed)
-        normaliser = Normaliser(normalise, vectors_ND[cohort])
+        other = None if cohort is None else manifest.split(cohort)
+        cohort_KD, rest, whose = _cohort(embedder, other, vectors_ND, labels_N, seed)
+        normaliser = Normaliser(normalise, cohort_KD)
         vectors_ND, labels_N = vectors_ND[rest], labels_N[rest]
-        source += f", {normalise.upper()}-norm by {len(cohort)} of its subjects"
-    source = "; ".join([source, *remarks])
-    subjects = len(np.unique(labels_N))
+        source += f", {normalise.upper()}-norm by {len(cohort_KD)} {whose}"
+    held = HeldOut(vectors_ND, labels_N, embedder.model_id, "; ".join([source, *remarks]), seed, normaliser)
     found = calibrate(
-        HeldOut(vectors_ND, labels_N, embedder.model_id, source, seed, normaliser),
+        held,
         fpir=fpir,
         fmr=fmr,
-        gallery_size=subjects if gallery_size is None else gallery_size,
+        gallery_size=len(np.unique(labels_N)) if gallery_size is None else gallery_size,
         samples_per_subject=samples_per_subject,
         least_hits=0.0 if extrapolate else LEAST_HITS,
         prior=prior,
@@ -275,22 +277,41 @@ def calibrate_on_split(
     return found, normaliser, remarks
 
 
+def _cohort(
+    embedder: Embedder, other: Split | None, vectors_ND: NDArray[np.float32], labels_N: NDArray[np.int64], seed: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64], str]:
+    """Vectors of a cohort, of another split or set aside from these; the rows that are left; and whose they are."""
+    if other is None:
+        rows, rest = set_aside(labels_N, COHORT_SHARE, MOST_COHORT, seed)
+        return vectors_ND[rows], rest, "of its subjects"
+    cohort_KD, _ = embed_split(embedder, other, rows=one_of_each(other, MOST_COHORT, seed))
+    return cohort_KD, np.arange(len(labels_N)), f"subjects of split '{other.name}'"
+
+
+def one_of_each(split: Split, most: int, seed: int) -> NDArray[np.int64]:
+    """Positions of one sample of each of so many identities, drawn by the seed, ascending."""
+    counts_C = split.classes.counts()
+    firsts_C = (np.cumsum(counts_C) - counts_C)[counts_C > 0]
+    chosen = np.random.default_rng([seed, 8]).permutation(len(firsts_C))[:most]
+    return np.sort(split.by_class[firsts_C[chosen]]).astype(np.int64)
+
+
 def embed_split(
-    embedder: Embedder, split: Split, progress: Progress | None = None
+    embedder: Embedder, split: Split, progress: Progress | None = None, rows: NDArray[np.int64] | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Unit vectors [N, D] and labels [N] of all samples of a split, in the order of its shards.
+    """Unit vectors [N, D] and labels [N] of all samples of a split, in the order of its shards; or of some `rows`.
 
     Raises:
         UserError: samples that the Embedder does not take, a damaged shard or sample, or one that has no embedding.
     """
     reader = Reader(split, embedder.preprocessing)
     vectors, labels = [], []
-    starts = range(0, split.samples, _BATCH)
+    rows = np.arange(split.samples) if rows is None else rows
     with reader.pool() as pool:
-        places = (np.arange(start, min(start + _BATCH, split.samples)) for start in starts)
-        for images_BCHW, labels_B, _ in ahead(lambda rows: reader.read(rows, pool), places, threads=1, most=_AHEAD):
+        places = (rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH))
+        for images_BCHW, labels_B, _ in ahead(lambda some: reader.read(some, pool), places, threads=1, most=_AHEAD):
             vectors.append(embedder.embed(images_BCHW))
             labels.append(labels_B)
             if progress is not None:
-                progress("embed", sum(map(len, labels)), split.samples)
+                progress("embed", sum(map(len, labels)), len(rows))
     return np.concatenate(vectors), np.concatenate(labels).astype(np.int64)

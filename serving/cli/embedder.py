@@ -160,6 +160,9 @@ def calibrate(
     ] = False,
     prior: Annotated[float, typer.Option(help="Probability of a mate before a score is known, for 1:1.")] = 0.5,
     normalise: Normalise = None,
+    cohort: Annotated[
+        str | None, typer.Option(help="Split of the cohort, such as train; default: a fifth of the subjects.")
+    ] = None,
     trained_on: TrainedOn = None,
     seed: Annotated[int, typer.Option(help="Chooses the samples that are enrolled, and the cohort.")] = 0,
     threads: Threads = 2,
@@ -174,10 +177,9 @@ def calibrate(
     opened = Embedder.open(embedder, threads)
     how: dict[str, Any] = {"fpir": fpir, "fmr": fmr, "gallery_size": gallery_size, "extrapolate": extrapolate}
     how |= {"samples_per_subject": samples_per_subject, "prior": prior, "normalise": normalise, "seed": seed}
+    how |= {"cohort": cohort, "trained_on": trained_on}
     with progress() as show:
-        found, normaliser, remarks = calibrate_on_split(
-            opened, data, split, trained_on=trained_on, progress=show, **how
-        )
+        found, normaliser, remarks = calibrate_on_split(opened, data, split, progress=show, **how)
     for remark in remarks:
         warn(remark)
     _keep(embedder, opened.manifest, found, normaliser)

@@ -108,6 +108,19 @@ def test_normalised_scores_are_measured_as_the_service_has_them(kind, data, embe
     np.testing.assert_allclose(embedder.embed(found.pixels(rows)), kept[rows], atol=1e-6)
 
 
+def test_the_cohort_may_be_of_another_split(images, embedder, tmp_path):
+    out = tmp_path / "two"
+    run_import("folder", images, out, ImportOptions(holdout_share=0.5, samples_per_shard=70))
+    found, normaliser, _ = calibrate_on_split(
+        embedder, out, "val", fpir=0.1, fmr=0.01, normalise="csls", cohort="train"
+    )
+    assert found.identify.subjects == 30  # nobody is set aside
+    assert "CSLS-norm by 30 subjects of split 'train'" in found.identify.source
+    vectors_ND, labels_N = embed_split(embedder, Manifest.read(out).split("train"))
+    nearest = (normaliser.cohort_KD @ vectors_ND.T).argmax(axis=1)
+    assert sorted(labels_N[nearest].tolist()) == list(range(30))
+
+
 def test_a_split_that_is_not_there_is_named(data, embedder):
     with pytest.raises(UserError, match="no split 'test'"):
         evaluate_split(embedder, data, "test")

@@ -52,7 +52,7 @@ def of_rate(
         shown = min(1.0, SHOWN_ERRORS / independent)
         return (0.0, shown) if rate <= 0 else (1 - shown, 1.0)
     deviate = DEVIATE
-    if influence_S is not None:
+    if influence_S is not None and influence_S.any():
         deviate = student(_freedom(influence_S))
         variance += float(np.square(influence_S).max())
     return wilson(rate, min(spread / variance if variance > 0 else trials, trials), deviate)
@@ -62,7 +62,7 @@ def _freedom(influence_S: Numbers) -> float:
     """Degrees of freedom of the sum of squares."""
     squares_S = np.square(influence_S)
     fourth = float(np.square(squares_S).sum() - squares_S.sum() ** 2 / len(squares_S))
-    return max(2 * float(squares_S.sum()) ** 2 / max(fourth, 1e-300), 1.0)
+    return min(max(2 * float(squares_S.sum()) ** 2 / max(fourth, 1e-300), 1.0), 1e6)
 
 
 def of_mean(errors_P: NDArray[np.floating], subjects_P: Labels) -> Interval:

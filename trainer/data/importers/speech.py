@@ -37,6 +37,7 @@ WINDOW, HOP = 0.025, 0.010  # seconds
 LOWEST, HIGHEST = 60.0, 7600.0  # Hz
 FEWEST_RATE, MOST_RATE = 16_000, 192_000
 _WIDTHS = {1: "u1", 2: "<i2", 4: "<i4"}  # bytes of a sample; three are read, too
+_TOGETHER = 1000  # windows that are transformed at a time
 _SILENT = 1e-8  # of the loudest power: silence between words is not minus infinity
 _PARAMETERS = (
     f"log of {BANDS} mel bands from {LOWEST:g} to {HIGHEST:g} Hz, {FRAMES} windows of {1000 * WINDOW:g} ms, one each "
@@ -91,13 +92,19 @@ def log_mel(data: bytes) -> NDArray[np.float32]:
     count = max(1, 1 + int((len(sound.pressure_T) - size) / (HOP * rate)))
     starts_F = np.round(np.arange(count) * HOP * rate).astype(np.int64)
     padded_T = np.pad(sound.pressure_T, (0, max(0, int(starts_F[-1]) + size - len(sound.pressure_T))))
-    frames_FT = padded_T[starts_F[:, None] + np.arange(size)] * np.hanning(size)
-    power_FK = np.square(np.abs(np.fft.rfft(frames_FT, n=1 << (size - 1).bit_length())))
-    power_FM = _loudest(power_FK @ _filters(rate, power_FK.shape[1]).T)
+    parts = range(0, count, _TOGETHER)
+    power_FM = _loudest(np.concatenate([_power(padded_T, starts_F[at : at + _TOGETHER], size, rate) for at in parts]))
     if not power_FM.max() > 0:
         raise UserError("it is silent in the bands of speech; leave it out")
     log_FM = np.log(power_FM + _SILENT * power_FM.max())
     return np.asarray(((log_FM - log_FM.mean()) / max(float(log_FM.std()), 1e-6)).T, np.float32)
+
+
+def _power(pressure_T: NDArray[np.float64], starts_f: NDArray[np.int64], size: int, rate: int) -> NDArray[np.float64]:
+    """Of some windows, in each band."""
+    frames_fT = pressure_T[starts_f[:, None] + np.arange(size)] * np.hanning(size)
+    power_fK = np.square(np.abs(np.fft.rfft(frames_fT, n=1 << (size - 1).bit_length())))
+    return np.asarray(power_fK @ _filters(rate, power_fK.shape[1]).T)
 
 
 def _loudest(power_FM: NDArray[np.float64]) -> NDArray[np.float64]:

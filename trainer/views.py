@@ -72,6 +72,8 @@ Views = Annotated[tuple[str, ...], AfterValidator(checked)]
 
 def seen(samples_BCHW: Pixels, view: str) -> Pixels:
     """The samples in a view, of the same shape and type."""
+    if view == "same":
+        return samples_BCHW
     height, width = samples_BCHW.shape[2:]
     flat_BCN = samples_BCHW.reshape(*samples_BCHW.shape[:2], height * width)
     index_4N, weight_4N = _corners(view, height, width)

@@ -26,6 +26,7 @@ KINDS = {
     "recordio": "trainer.data.importers.recordio",
     "list": "trainer.data.importers.lists",
     "arrays": "trainer.data.importers.arrays",
+    "speech": "trainer.data.importers.speech",
     "tars": "trainer.data.importers.tars",
 }
 _NOT_A_NUMBER = ("nan", "NaN", "NAN")  # as programs write it; "Nan" is a name

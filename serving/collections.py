@@ -16,6 +16,7 @@ from typing import Any
 
 from serving.changes import IdempotencyKey
 from serving.database import pinned
+from serving.drift import Drift
 from serving.errors import ApiError, invalid
 from serving.gallery import Gallery
 from serving.mark import mark_path
@@ -43,6 +44,7 @@ class Collection:
     model: Model
     settings: Settings
     metrics: Metrics
+    drift: Drift
 
     def signed(self, request_id: str) -> dict[str, Any]:
         """What every answer carries."""
@@ -193,8 +195,9 @@ class Collections:
             store, *rules, settings.threads, settings.max_samples, model.normaliser, settings.index, settings.template
         )
         gallery.on_search = self._metrics.searched
-        self._metrics.opened(name, gallery)
-        return Collection(name, gallery, model, settings, self._metrics)
+        drift = Drift(model.identify_rule.curve)
+        self._metrics.opened(name, gallery, drift)
+        return Collection(name, gallery, model, settings, self._metrics, drift)
 
     def _path(self, name: str) -> Path:
         return self._settings.store if self.folder is None else self.folder / f"{name}.db"

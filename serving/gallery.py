@@ -117,6 +117,11 @@ class Gallery:
     def samples(self) -> int:
         return self._projection.samples
 
+    @property
+    def waiting(self) -> int:
+        """Searches that wait for a pass over the gallery."""
+        return self._searches.waiting
+
     def enrolled(self) -> State:
         """The store's counts, which it knows before the gallery is loaded."""
         return self._store.state()

@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from serving.looking import Seen
+
 # Shown on the documentation page.
 _MODEL: dict[str, JsonValue] = {
     "collection": "default",
@@ -64,6 +66,14 @@ class Answer(BaseModel):
     request_id: str
 
 
+class ImageAnswer(Seen):
+    """What was found in an image: a face, or all of it where the service has no detector."""
+
+    image: str = Field(description="part of the form, and its number where there are several")
+    warning: str | None = Field(None, description="why the image may not be what the model expects")
+    faults: list[str] = Field([], description="what of its quality is worse than the service asks for")
+
+
 class VerifyAnswer(Answer):
     """Whether two samples are of the same identity, and why."""
 
@@ -80,6 +90,7 @@ class VerifyAnswer(Answer):
     )
     subject_id: str | None = Field(None, description="the enrolled subject that was compared")
     sample_id: str | None = Field(None, description="the subject's sample that scored best")
+    images: list[ImageAnswer] = []
 
 
 class CandidateAnswer(BaseModel):
@@ -121,12 +132,26 @@ class Identified(BaseModel):
     probe_samples: int = Field(
         description="images or embeddings of the probe; of several, their mean, brought to length 1, was searched for"
     )
+    images: list[ImageAnswer] = []
+
+
+class FaceAnswer(BaseModel):
+    """One of the faces of a photograph, and who it is by the same threshold."""
+
+    face: ImageAnswer
+    candidates: list[CandidateAnswer]
+    decision: Literal["match", "unknown"] | None = Field(description="null: its quality is too low to be searched for")
 
 
 class IdentifyAnswer(Answer, Identified):
     """Who it is, or that it is nobody we know."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [IDENTIFIED]})
+
+    faces: list[FaceAnswer] = Field(
+        [],
+        description="of a photograph, the largest first; the rest of the answer is of the first that was searched for",
+    )
 
 
 class IdentifyManyAnswer(Answer):
@@ -175,6 +200,7 @@ class EnrolAnswer(Answer):
     subject_samples: int = Field(description="samples of the subject now")
     gallery_size: int = Field(description="enrolled subjects now")
     revision: int = Field(description="of the subject; its ETag")
+    images: list[ImageAnswer] = []
 
 
 class ErrorBody(BaseModel):
@@ -239,6 +265,7 @@ class EmbedAnswer(Answer):
 
     embeddings: list[list[float]]
     dimension: int
+    images: list[ImageAnswer] = Field(description="where each embedding is from")
 
 
 class CollectionsAnswer(BaseModel):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from serving import schemas
 from serving.changes import StoreError
 from serving.collections import Collections
-from serving.errors import ApiError
+from serving.errors import ApiError, stopping
 from serving.gallery import Gallery
 from serving.jobs import Jobs
 from serving.metrics import Metrics
@@ -44,6 +44,7 @@ class Service:
         self.jobs = Jobs(settings.idempotency_hours)
         self._closing = threading.Event()
         self._watched, self._fault = time.monotonic(), ""
+        self.draining = False  # /readyz sends new clients elsewhere
 
     def close(self) -> None:
         """Stop what is under way, at once where it can be, and close the stores. Idempotent."""
@@ -90,8 +91,11 @@ class Service:
         """Whether the service can answer, from memory alone; counts only for those who may know them.
 
         Raises:
-            ApiError: 503 while a gallery loads, and when the store, or each of several, has failed.
+            ApiError: 503 while a gallery loads, while the service drains, and when the store, or each of several, has
+                failed.
         """
+        if self.draining:
+            raise stopping()
         galleries = {collection.name: collection.gallery for collection in self.collections.all()}
         states = [gallery.status() for gallery in galleries.values()]
         if any(state.state == "loading" for state in states):

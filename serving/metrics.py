@@ -50,6 +50,10 @@ class Metrics:
             waiting.labels(name).set_function(functools.partial(_sum, queues))
         self.decisions = Counter("hypersphere_decisions", "Decisions taken", ["operation", "decision"], registry=own)
         self.scores = Histogram("hypersphere_best_score", "Best score of a search", buckets=SCORES, registry=own)
+        self._gauges(own)
+
+    def _gauges(self, own: CollectorRegistry) -> None:
+        """What is told of each collection."""
         drift = ["collection"]
         self._stability = Gauge(
             "hypersphere_drift_stability", "Strangers' scores against the calibration: PSI", drift, registry=own

@@ -59,7 +59,7 @@ class Witness:
             at=time.time(),
             key_id=state["caller"].key_id,
             do=f"{scope['method']} {route.path}",
-            collection=named.get("collection", DEFAULT_COLLECTION),
+            collection=named.get("collection", DEFAULT_COLLECTION if route.needs.of == "collection" else ""),
             subjects=subjects,
             status=status,
             request_id=state["request_id"],

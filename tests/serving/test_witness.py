@@ -37,6 +37,8 @@ def test_who_did_what(serve, tmp_path, photos):
     )
     bulk = server.http.post("/v1/samples", content=body, headers={"Content-Type": "application/x-ndjson"})
     assert bulk.json()["enrolled"] == 3
+    merged = server.http.post("/v1/subjects/p0/merge", json={"subject_id": "p1"})
+    assert merged.status_code == 200
     server.http.post("/v1/verify", files=[file(photos(1), "probe")], data={"subject_id": "alice"})
     deleted = server.http.delete("/v1/subjects/alice", headers={"X-Request-ID": "the-end"})
     assert deleted.status_code == 204
@@ -68,6 +70,7 @@ def test_who_did_what(serve, tmp_path, photos):
         ("door", "POST /v1/identify", 200, 1),
         ("door", "POST /v1/subjects/{subject_id}/samples", 403, 1),
         ("desk", "POST /v1/samples", 200, 3),
+        ("desk", "POST /v1/subjects/{subject_id}/merge", 200, 2),
         ("desk", "POST /v1/verify", 200, 1),
         ("desk", "DELETE /v1/subjects/{subject_id}", 204, 1),
         ("desk", "DELETE /v1/subjects/{subject_id}", 404, 1),
@@ -76,7 +79,7 @@ def test_who_did_what(serve, tmp_path, photos):
     ]
     assert [line["request"] for line in found if line["status"] == 204] == ["the-end"]
     assert len(list(find(folder, "default", "alice"))) == 5
-    assert len(list(find(folder, "default", "p2"))) == 1
+    assert [len(list(find(folder, "default", name))) for name in ("p0", "p1", "p2")] == [2, 2, 1]
     everything = b"".join(path.read_bytes() for path in folder.iterdir()) + "".join(server.output).encode()
     for secret in ("alice", "p2", door[17:], desk[17:], "horse", "bbbb"):
         assert secret.encode() not in everything

@@ -22,6 +22,9 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from serving.client import Client
+from serving.schemas import IdentifyAnswer
+
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"
 DATA, RUN, EMBEDDER, STORE = DEMO / "data", DEMO / "run", DEMO / "embedder", DEMO / "gallery.sqlite"
@@ -170,10 +173,9 @@ def enrol_and_ask(url: str) -> None:
     stride = max(1, len(names) // STRANGERS)
     strangers = set(names[::stride][:STRANGERS])
     members = [name for name in names if name not in strangers]
-    with httpx.Client(base_url=url, timeout=30) as client:
+    with Client(url) as client:
         for name in members:
-            answer = client.post(f"/v1/subjects/{subject(name)}/samples", files={"images": ("a.png", images[name][0])})
-            answer.raise_for_status()
+            client.enrol(subject(name), images=[images[name][0]])
         console.print(f"enrolled {len(members)} identities with one image each; {len(strangers)} stay strangers")
         asked = [(name, identify(client, images[name][1])) for name in members]
         asked += [(name, identify(client, images[name][1])) for name in sorted(strangers)]
@@ -185,16 +187,12 @@ def subject(name: str) -> str:
     return name.replace("/", ".")
 
 
-def identify(client: httpx.Client, image: bytes) -> dict[str, Any]:
+def identify(client: Client, image: bytes) -> IdentifyAnswer:
     """Who is this, or is it nobody we know?"""
-    answer = client.post(
-        "/v1/identify", files={"image": ("probe.png", image)}, data={"top_k": "1", "below_threshold": "true"}
-    )
-    answer.raise_for_status()
-    return dict(answer.json())
+    return client.identify(image=image, top_k=1, below_threshold=True)
 
 
-def show(asked: list[tuple[str, dict[str, Any]]], strangers: set[str]) -> None:
+def show(asked: list[tuple[str, IdentifyAnswer]], strangers: set[str]) -> None:
     """The table of answers: a few of each kind, and the rates over all."""
     table = Table("probe", "is", "nearest", "score", "decision", "right")
     for column in (table.columns[0], table.columns[2]):
@@ -202,18 +200,18 @@ def show(asked: list[tuple[str, dict[str, Any]]], strangers: set[str]) -> None:
     right = {True: 0, False: 0}
     shown = {True: 0, False: 0}
     for name, answer in asked:
-        stranger, best = name in strangers, answer["candidates"][0]
-        found = answer["decision"] == "match"
-        correct = (not found) if stranger else (found and best["subject_id"] == subject(name))
+        stranger, best = name in strangers, answer.candidates[0]
+        found = answer.decision == "match"
+        correct = (not found) if stranger else (found and best.subject_id == subject(name))
         right[stranger] += correct
         shown[stranger] += 1
         if shown[stranger] <= SHOWN:
             kind = "never enrolled" if stranger else "enrolled"
             mark = "[green]yes[/]" if correct else "[red]no[/]"
-            table.add_row(name, kind, best["subject_id"], f"{best['score']:.3f}", answer["decision"], mark)
+            table.add_row(name, kind, best.subject_id, f"{best.score:.3f}", answer.decision, mark)
     console.print(table)
     first = asked[0][1]
-    console.print(f"threshold {first['threshold']:.4f}: {first['threshold_source']}", highlight=False)
+    console.print(f"threshold {first.threshold:.4f}: {first.threshold_source}", highlight=False)
     console.print(f"enrolled, and found as themselves: {right[False]} of {shown[False]}")
     console.print(f"strangers, and called unknown:     {right[True]} of {shown[True]}")
 

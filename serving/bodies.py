@@ -12,12 +12,11 @@ from starlette.requests import ClientDisconnect, Request
 
 from serving.errors import ApiError, invalid
 from serving.openapi import BULK_TYPES, Body
-from serving.parsing import Sent
+from serving.parsing import JSON, RAW, Sent
 
 MAX_FIELD_BYTES = 4096
 # A number in JSON: 17 digits with sign, point and exponent take 24 bytes; the rest is for separators and indentation.
 JSON_BYTES_A_NUMBER = 64
-JSON_BYTES_BESIDE = 4096
 
 
 class _MemoryParser(MultiPartParser):
@@ -26,26 +25,38 @@ class _MemoryParser(MultiPartParser):
     spool_max_size = sys.maxsize
 
 
-async def read(request: Request, body: Body, most: int, dimension: int) -> Sent:
-    """The body of a request: a multipart form, or a JSON document, unparsed.
+async def read(request: Request, body: Body, most: int, dimension: int, raw: int) -> Sent:
+    """The body of a request: a multipart form, or embeddings as JSON or bytes, unparsed.
 
     Args:
-        most: images of a part, and so vectors, of `dimension` numbers each.
+        most: images of a part, and so vectors in JSON, of `dimension` numbers each.
+        raw: vectors as bytes.
 
     Raises:
         ApiError: another content type, too large, incomplete, or not the parts that the route takes.
     """
     kind = _content_type(request)
     try:
-        if kind == "application/json" and body.model is not None:
-            return await _json(request, most * len(body.files), dimension)
+        if kind == JSON and body.model is not None:
+            return await _json(request, most * len(body.files), dimension, body.beside)
+        if kind == RAW and body.model is not None:
+            return await _raw(request, body, raw, dimension)
         if kind == "multipart/form-data":
             return await _form(request, body, most)
     except ClientDisconnect as error:
         raise ApiError(400, "body_incomplete", "the connection ended before the body did") from error
-    raise _unsupported(
-        kind, {"multipart/form-data": "images"} | ({"application/json": "embeddings"} if body.model else {})
-    )
+    embeddings = {JSON: "embeddings", RAW: "embeddings as float32"}
+    raise _unsupported(kind, {"multipart/form-data": "images"} | (embeddings if body.model else {}))
+
+
+async def read_document(request: Request, limit: int = 4096) -> bytes:
+    """A JSON document without embeddings, unparsed, of at most `limit` bytes. Raises ApiError."""
+    if (kind := _content_type(request)) != JSON:
+        raise _unsupported(kind, {JSON: "an object"})
+    try:
+        return (await _json(request, 0, 0, limit)).document or b""
+    except ClientDisconnect as error:
+        raise ApiError(400, "body_incomplete", "the connection ended before the body did") from error
 
 
 async def read_bulk(request: Request) -> Sent:
@@ -83,22 +94,38 @@ def _unsupported(kind: str, allowed: Mapping[str, str]) -> ApiError:
     return ApiError(415, "unsupported_type", message, {"sent": kind[:80], "allowed": list(allowed)})
 
 
-async def _json(request: Request, vectors: int, dimension: int) -> Sent:
-    limit = JSON_BYTES_BESIDE + JSON_BYTES_A_NUMBER * vectors * dimension
+async def _json(request: Request, vectors: int, dimension: int, beside: int) -> Sent:
+    limit = beside + JSON_BYTES_A_NUMBER * vectors * dimension
+    if (document := await _at_most(request, limit)) is not None:
+        return Sent(document=document)
+    room = f", room for {vectors} embeddings of {dimension} numbers; send fewer" if vectors else "; send less"
+    message = f"a JSON body of at most {limit} bytes is read here{room}"
+    raise ApiError(413, "json_too_large", message, {"max_bytes": limit}, {"connection": "close"})
+
+
+async def _raw(request: Request, body: Body, vectors: int, dimension: int) -> Sent:
+    fields = dict(request.query_params)
+    for name in fields:
+        if name not in body.query or len(request.query_params.getlist(name)) > 1:
+            raise invalid((name, f"no parameter of this name, or a second one; allowed once: {', '.join(body.query)}"))
+    limit = 4 * vectors * dimension
+    if (document := await _at_most(request, limit)) is not None:
+        return Sent(document=document, kind=RAW, fields=fields)
+    message = f"at most {vectors} embeddings of {dimension} float32, {limit} bytes, are read here; send fewer"
+    raise ApiError(413, "raw_too_large", message, {"max_bytes": limit}, {"connection": "close"})
+
+
+async def _at_most(request: Request, limit: int) -> bytes | None:
+    """The body; None, and unread from there on, where it has more bytes than `limit`."""
     announced = request.headers.get("content-length", "0")
     document = bytearray()
     if not announced.isdigit() or int(announced) <= limit:
         async for piece in request.stream():
             document += piece
             if len(document) > limit:
-                break
-        else:
-            return Sent(document=bytes(document))
-    message = (
-        f"a JSON body of at most {limit} bytes is read here, room for {vectors} embeddings of {dimension} numbers; "
-        "send fewer"
-    )
-    raise ApiError(413, "json_too_large", message, {"max_bytes": limit}, {"connection": "close"})
+                return None
+        return bytes(document)
+    return None
 
 
 async def _form(request: Request, body: Body, most: int) -> Sent:

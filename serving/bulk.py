@@ -10,11 +10,12 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from serving import schemas
+from serving import requests
+from serving.changes import Attached
 from serving.errors import ApiError, invalid
 from serving.parsing import Sent, read_json
 
-Model = TypeVar("Model", bound=schemas.Request)
+Model = TypeVar("Model", bound=requests.Request)
 MAX_LINE_BYTES = 4 * 2**20
 
 
@@ -25,6 +26,7 @@ class Item:
     subject_id: str
     embeddings: NDArray[np.float32] | Sequence[Sequence[float]]
     model_id: str | None
+    attached: Attached
 
 
 def items(sent: Sent, dimension: int) -> Iterator[Item]:
@@ -41,24 +43,34 @@ def items(sent: Sent, dimension: int) -> Iterator[Item]:
     for number, line in enumerate(document.split(b"\n"), 1):
         if not line.strip():
             continue
-        item = _line(schemas.BulkItem, line, number)
+        item = _line(requests.BulkItem, line, number)
         count += len(item.embeddings)
-        if count > schemas.MAX_BULK:
+        if count > requests.MAX_BULK:
             raise _too_many(count)
-        yield Item(item.subject_id, item.embeddings, item.model_id)
+        attached = Attached(item.metadata, item.qualities, item.sample_metadata)
+        yield Item(item.subject_id, item.embeddings, item.model_id, attached)
     if not count:
         raise invalid(("", "no item was sent; send one JSON object a line"))
 
 
 def _from_bytes(document: bytes, dimension: int) -> Iterator[Item]:
     line, _, rest = document.partition(b"\n")
-    header = _line(schemas.BulkHeader, line, 1)
+    header = _line(requests.BulkHeader, line, 1)
     expected = 4 * dimension * len(header.subject_ids)
     if len(rest) != expected:
         told = f"{len(rest)} bytes follow the first line; {len(header.subject_ids)} embeddings of {dimension} take "
         raise invalid(("", f"{told}{expected}"))
     rows = np.frombuffer(rest, "<f4").reshape(-1, 1, dimension)
-    yield from (Item(name, row, header.model_id) for name, row in zip(header.subject_ids, rows, strict=True))
+    for column in ("metadata", "qualities", "sample_metadata"):
+        if len(sent := getattr(header, column)) not in (0, len(rows)):
+            raise invalid((column, f"{len(sent)} were sent for {len(rows)} embeddings; send one for each, or none"))
+    for place, (name, row) in enumerate(zip(header.subject_ids, rows, strict=True)):
+        attached = Attached(
+            header.metadata[place] if header.metadata else None,
+            header.qualities[place : place + 1],
+            header.sample_metadata[place : place + 1],
+        )
+        yield Item(name, row, header.model_id, attached)
 
 
 def _line(model: type[Model], line: bytes, number: int) -> Model:
@@ -71,4 +83,4 @@ def _line(model: type[Model], line: bytes, number: int) -> Model:
 
 
 def _too_many(count: int) -> ApiError:
-    return invalid(("", f"{count} embeddings or more were sent; at most {schemas.MAX_BULK} fit one request"))
+    return invalid(("", f"{count} embeddings or more were sent; at most {requests.MAX_BULK} fit one request"))

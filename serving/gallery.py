@@ -7,7 +7,7 @@ the two steps does not see the change, which nobody has been told of yet.
 """
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.averages import Averages
 from serving.batching import Batcher
 from serving.changes import (
     Attached,
@@ -32,7 +33,9 @@ from serving.changes import (
 from serving.codes import Form
 from serving.index import Candidate
 from serving.projection import Projection, Status
+from serving.reading import Piece
 from serving.store import PLAIN, Store
+from serving.templates import Template
 from serving.threshold import Rule
 from trainer.evaluation.normalise import Normaliser
 
@@ -88,13 +91,15 @@ class Gallery:
         max_samples: int = 100,
         normaliser: Normaliser | None = None,
         form: Form = "exact",
+        template: Template = "maximum",
     ) -> None:
         """Nothing is read yet: see `load`. `threads`: cores of one search. `max_samples`: per subject. `form`: see
-        `Index`."""
+        `Index`. `template`: what of a subject is searched."""
         self.verify_rule, self.identify_rule = verify_rule, identify_rule
-        self.model_id, self.dimension = store.model_id, store.dimension
+        self.path, self.model_id, self.dimension = store.path, store.model_id, store.dimension
         self._store, self._max_samples = store, max_samples
-        self._projection = Projection(store, threads, normaliser, form)
+        kind = Projection if template == "maximum" else Averages
+        self._projection = kind(store, threads, normaliser, form, template)
         self._searches = Batcher(self._search)
         self.on_search: Callable[[int, float], object] = lambda size, seconds: None
 
@@ -110,7 +115,7 @@ class Gallery:
 
     @property
     def samples(self) -> int:
-        return self._projection.index.samples
+        return self._projection.samples
 
     def enrolled(self) -> State:
         """The store's counts, which it knows before the gallery is loaded."""
@@ -241,6 +246,24 @@ class Gallery:
         """What a sample was made of, None where it was not kept. Raises SubjectUnknown, SampleUnknown."""
         self._projection.refuse_loading()
         return self._store.image(subject_id, sample_id)
+
+    def matching(self, where: Metadata) -> list[str]:
+        """The subjects whose metadata has all of this, for `Probe.among`."""
+        self._projection.refuse_loading()
+        return self._store.matching(where)
+
+    def sign(self, value: bytes) -> bytes:
+        """16 bytes that only this gallery can make of a value."""
+        return self._store.sign(value)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every sample, in pieces; what changes meanwhile may be in it or not."""
+        self._projection.refuse_loading()
+        yield from self._store.samples()
+
+    def nearest(self, queries_QD: NDArray[np.float32], top_k: int) -> list[list[Candidate]]:
+        """The `top_k` nearest subjects of each query at once, beside the searches that wait for each other."""
+        return self._projection.index.search(queries_QD, top_k)
 
     def identify(
         self, probe_D: NDArray[np.float32], top_k: int, among: Collection[str] | None = None

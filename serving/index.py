@@ -31,11 +31,11 @@ MORE_CODED = 128  # the same where codes are scanned, and the last one has to be
 
 @dataclass(frozen=True)
 class Candidate:
-    """A subject, its best score (cosine similarity), and the sample that reached it."""
+    """A subject, its best score (cosine similarity), and the sample that reached it, where it was one sample."""
 
     subject_id: str
     score: float
-    sample_id: str
+    sample_id: str | None
 
 
 class Index:
@@ -104,6 +104,15 @@ class Index:
                     parts[place], done = (block, count + taken), done + taken
             self._call(zip(numbers_B.tolist(), subject_ids, strict=True))
             self._view = View.of(parts)
+
+    def replace(
+        self, subject_ids: Sequence[str], sample_ids: Sequence[bytes], vectors_BD: Vectors, numbers_B: Numbers
+    ) -> None:
+        """As `add`; what these subjects had before is removed. A search finds the new rows, the old ones, or both."""
+        before = {block: of_subjects(numbers_B)(block, count) for block, count in self._view.parts()}
+        self.add(subject_ids, sample_ids, vectors_BD, numbers_B)
+        with self._lock:
+            self._erase(lambda block, _: before.get(block, np.empty(0, np.int64)))
 
     def parts(self) -> list[tuple[Block, int]]:
         """The blocks, and how many rows of each there are now. No row that is there ever moves within its block."""
@@ -251,7 +260,8 @@ class Index:
     def _candidate(self, number: int, score: float, sample: bytes) -> Candidate | None:
         """None where nobody has the number any more."""
         name = self._names[number] if number != GONE else None
-        return None if name is None else Candidate(name, max(-1.0, min(1.0, score)), str(uuid.UUID(bytes=sample)))
+        sample_id = str(uuid.UUID(bytes=sample)) if any(sample) else None
+        return None if name is None else Candidate(name, max(-1.0, min(1.0, score)), sample_id)
 
     def _call(self, named: Iterable[tuple[int, str]]) -> None:
         """Give numbers their names."""

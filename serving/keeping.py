@@ -20,6 +20,7 @@ from serving.reading import Piece
 from serving.rows import NOBODY
 from serving.snapshot import Snapshot, Source
 from serving.store import Store
+from serving.templates import Template
 from trainer.evaluation.normalise import Normaliser
 
 LEAST_SAMPLES = 20_000  # fewer are read from the store in a second
@@ -33,12 +34,12 @@ log = logging.getLogger("hypersphere.serving")
 class Keeper:
     """The snapshots of one store's index."""
 
-    def __init__(self, store: Store, normaliser: Normaliser | None) -> None:
+    def __init__(self, store: Store, normaliser: Normaliser | None, template: Template = "maximum") -> None:
         width, scores = normaliser.width if normaliser else store.dimension, ""
         if normaliser:
             scores = hashlib.sha256(normaliser.kind.encode() + normaliser.cohort_KD.tobytes()).hexdigest()
-        source = Source(store.uid.hex(), store.model_id, width, scores)
-        self._store = store
+        source = Source(store.uid.hex(), store.model_id, width, scores + template.removeprefix("maximum"))
+        self._store, self._template = store, template
         self._snapshot = Snapshot(Path(os.path.realpath(store.path)), source)
         self._samples, self._tried = 0, -math.inf  # of the last snapshot; when one was last tried
         self._writing: threading.Thread | None = None
@@ -46,7 +47,7 @@ class Keeper:
 
     def resume(self, index: Index, put: Callable[[Index, Piece], None], threads: int) -> bool:
         """Fill the empty index from the snapshot and from what was changed since; whether that could be done."""
-        if self._store.restored:  # its history is another one from some revision on
+        if self._store.restored or self._store.encrypted:  # another history from some revision on; in plain text
             self._snapshot.drop("")
         parts = self._snapshot.open(threads)
         if not parts or self._snapshot.revision is None:
@@ -65,7 +66,8 @@ class Keeper:
         for one in changed:
             if one.subject_id is not None and (piece := self._store.samples_of(one.subject_id)):
                 put(index, piece)
-        if (index.subjects, index.samples) != (state.subjects, state.samples):
+        rows = state.samples if self._template == "maximum" else state.subjects
+        if (index.subjects, index.samples) != (state.subjects, rows):
             self._snapshot.drop("it does not go with the store")
             return False
         self._samples, self._tried = index.samples, time.monotonic()
@@ -105,6 +107,8 @@ class Keeper:
         self._snapshot.drop(reason)
 
     def _differs(self, index: Index, revision: int) -> bool:
+        if self._store.encrypted:  # a snapshot is not, since it is mapped
+            return False
         return index.samples >= LEAST_SAMPLES and revision != self._snapshot.revision
 
     def _write(self, index: Index, parts: list[tuple[Block, int]], revision: int) -> None:

@@ -34,9 +34,12 @@ def encode(metadata: Metadata) -> bytes:
     return content if metadata else b""
 
 
-def decode(content: bytes | None) -> dict[str, Value]:
-    """What `encode` was given."""
-    return json.loads(content) if content else {}
+def decode(content: bytes | str | None) -> dict[str, Value]:
+    """What `encode` was given. Raises ValueError where it is no JSON object."""
+    found = json.loads(content) if content else {}
+    if not isinstance(found, dict):
+        raise MetadataRefused(f"metadata is a {type(found).__name__}, not an object")
+    return found
 
 
 def _refuse_item(key: object, value: object) -> None:

@@ -16,7 +16,7 @@ SCORES = tuple(round(-0.2 + 0.05 * step, 2) for step in range(25))  # -0.2 ... 1
 class Metrics:
     """A registry of its own, so that two services in one process do not mix."""
 
-    def __init__(self, gallery: Gallery) -> None:
+    def __init__(self) -> None:
         self._registry = own = CollectorRegistry()
         self._text, self._written = b"", -TEXT_KEPT_S
         ProcessCollector(registry=own)
@@ -38,12 +38,21 @@ class Metrics:
         self.scores = Histogram(
             "hypersphere_best_score", "Best score of a search; its drift shows", buckets=SCORES, registry=own
         )
-        subjects = Gauge("hypersphere_gallery_subjects", "Enrolled subjects", registry=own)
-        subjects.set_function(lambda: gallery.size)
-        samples = Gauge("hypersphere_gallery_samples", "Enrolled samples", registry=own)
-        samples.set_function(lambda: gallery.samples)
-        model = Gauge("hypersphere_model_info", "The model that is served", ["model_id"], registry=own)
-        model.labels(gallery.model_id).set(1)
+        self._subjects = Gauge("hypersphere_gallery_subjects", "Enrolled subjects", ["collection"], registry=own)
+        self._samples = Gauge("hypersphere_gallery_samples", "Enrolled samples", ["collection"], registry=own)
+        self._models = Gauge(
+            "hypersphere_model_info", "The model of a collection", ["collection", "model_id"], registry=own
+        )
+
+    def opened(self, collection: str, gallery: Gallery) -> None:
+        """From now on the collection's size is told."""
+        self._subjects.labels(collection).set_function(lambda: gallery.size)
+        self._samples.labels(collection).set_function(lambda: gallery.samples)
+        self._models.labels(collection, gallery.model_id).set(1)
+
+    def dropped(self, collection: str) -> None:
+        for gauge in (self._subjects, self._samples, self._models):
+            gauge.remove_by_labels({"collection": collection})
 
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
         self._requests.labels(route, method if method in METHODS else "other", str(status)).inc()

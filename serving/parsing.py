@@ -1,10 +1,9 @@
-"""From what a client sent to values, or one sentence about what is wrong with it: JSON, fields, names, keys, cursors.
+"""From what a client sent to values, or one sentence about what is wrong with it: JSON, fields, names, keys.
 
 Two names that look alike must not be two people. New names are held to more than old ones: whatever an older version
 enrolled can still be verified and erased.
 """
 
-import base64
 import hashlib
 import re
 import unicodedata
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
 from serving.changes import IdempotencyKey
@@ -37,18 +36,19 @@ _ALIKE = {"LATIN", "GREEK", "CYRILLIC"}  # scripts that share the shapes of many
 _BLANK = re.compile(
     "[\\u034f\\u115f\\u1160\\u17b4\\u17b5\\u180b-\\u180f\\u2800\\u3164\\ufe00-\\ufe0f\\uffa0\\U0001d159\\U000e0100-\\U000e01ef]"
 )
-T = TypeVar("T")
+JSON, RAW = "application/json", "application/octet-stream"
 Model = TypeVar("Model", bound=BaseModel)
 
 
 @dataclass(frozen=True)
 class Sent:
-    """The body of a request: a form's files by part name and its other fields, or a document."""
+    """The body of a request: a form's files by part name, or a document; and the other fields of the form, or those of
+    the query where the document is bytes."""
 
     files: dict[str, list[bytes]] = field(default_factory=dict)
     fields: dict[str, str] = field(default_factory=dict)
     document: bytes | None = None
-    kind: str = "application/json"  # of the document
+    kind: str = JSON  # of the document
 
 
 def read_json(model: type[Model], document: bytes) -> Model:
@@ -63,21 +63,17 @@ def read_json(model: type[Model], document: bytes) -> Model:
         raise ApiError(400, "not_json", f"the body is not JSON ({error})") from error
     if isinstance(tree, dict) and len(tree) > MAX_KEYS:
         raise invalid(("", f"{len(tree)} keys were sent; at most {MAX_KEYS} are read"))
+    return as_request(model, tree)
+
+
+def as_request(model: type[Model], tree: object) -> Model:
+    """Raises ApiError 422 for what the schema does not allow."""
     try:
         return model.model_validate(tree)
     except ValidationError as error:
         faults = error.errors(include_input=False, include_url=False, include_context=False)
         told = [(".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")) for fault in faults]
         raise invalid(*told) from error
-
-
-def read_field(sent: Sent, name: str, kind: TypeAdapter[T], default: str, fault: str) -> T:
-    """A field of a form as a value; `fault` says what another value is."""
-    text = sent.fields.get(name, default)
-    try:
-        return kind.validate_python(text)
-    except ValidationError as error:
-        raise invalid((name, f"'{text[:20]}' is {fault}")) from error
 
 
 def known(subject_id: str) -> str:
@@ -127,19 +123,3 @@ def idempotency_key(key: str | None, method: str, subject_id: str, parts: Sequen
     for part in parts:
         digest.update(hashlib.sha256(part).digest())
     return IdempotencyKey(key, digest.digest())
-
-
-def write_cursor(position: int) -> str:
-    return base64.urlsafe_b64encode(b"p%d" % position).decode().rstrip("=")
-
-
-def read_cursor(cursor: str | None) -> int:
-    if cursor is None:
-        return 0
-    try:
-        text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
-    except ValueError:
-        text = b""
-    if not re.fullmatch(rb"p[0-9]{1,18}", text):
-        raise invalid(("cursor", "this is not a cursor; take next_cursor of the page before, or leave it out"))
-    return int(text[1:])

@@ -24,6 +24,7 @@ from serving.keeping import Keeper
 from serving.reading import Piece
 from serving.rows import NOBODY
 from serving.store import Store
+from serving.templates import Template
 from trainer.errors import UserError
 from trainer.evaluation.normalise import Normaliser
 
@@ -65,11 +66,18 @@ class Projection:
         status: how far it is; nothing is waited for.
     """
 
-    def __init__(self, store: Store, threads: int, normaliser: Normaliser | None = None, form: Form = "exact") -> None:
+    def __init__(
+        self,
+        store: Store,
+        threads: int,
+        normaliser: Normaliser | None = None,
+        form: Form = "exact",
+        template: Template = "maximum",
+    ) -> None:
         """Nothing is read yet: see `load`. `threads`: cores that one search uses. `normaliser`: of the scores. `form`:
-        see `Index`."""
+        see `Index`. `template`: that a snapshot is of."""
         self._store, self._threads, self._normaliser, self._form = store, threads, normaliser, form
-        self._keeper = Keeper(store, normaliser)
+        self._template, self._keeper = template, Keeper(store, normaliser, template)
         self.index = self._empty()
         self.revision, self.status = 0, Status("loading")
         self._lock = threading.Lock()  # held by a change from the store's commit to the index
@@ -115,6 +123,11 @@ class Projection:
                     raise Stopped("loading was stopped") from error
                 self.status = Status("failed", reason=_reason(error))
                 raise UserError(self.status.reason) from error
+
+    @property
+    def samples(self) -> int:
+        """Enrolled, as far as they can be found."""
+        return self.index.samples
 
     def close(self) -> None:
         """End what is under way in the background, take a last snapshot, and close the store. Idempotent."""
@@ -226,7 +239,8 @@ class Projection:
         if self._rebuilding is not None or self._closing.is_set():
             return
         state = self._store.state()
-        self._apart = self._apart or state != State(self.index.subjects, self.index.samples, self.revision)
+        held = self.revision, self.index.subjects, self.index.samples
+        self._apart = self._apart or (state.revision, *self._rows(state)) != held
         if not self._apart:
             self._changed.clear()
         elif self.status.state != "failed" or time.monotonic() >= self._failed_at + RETRY_S:
@@ -274,7 +288,7 @@ class Projection:
     def _build(self, ending: Callable[[], bool], settled: bool = False) -> Index:
         """A new index from the store; `status` counts. `settled`: nobody changes the store meanwhile."""
         index = self._empty()
-        for piece in self._store.samples(settled):
+        for piece in self._pieces(settled):
             if ending():
                 raise Stopped("the service is being stopped")
             self._put(index, piece)
@@ -283,6 +297,13 @@ class Projection:
 
     def _empty(self) -> Index:
         return Index(self._store.dimension, self._threads, self._normaliser, self._form)
+
+    def _rows(self, state: State) -> tuple[int, int]:
+        """The subjects and rows that an index of a store in this state has."""
+        return state.subjects, state.samples
+
+    def _pieces(self, settled: bool) -> Iterator[Piece]:
+        return self._store.samples(settled)
 
     def _put(self, index: Index, piece: Piece) -> None:
         try:
@@ -296,7 +317,7 @@ class Projection:
     def _install(self, index: Index) -> None:
         """Search in this one from now on. Called with the lock held."""
         state = self._store.state()
-        if (index.subjects, index.samples) != (state.subjects, state.samples):
+        if (index.subjects, index.samples) != self._rows(state):
             raise UserError(
                 f"the store '{self._store.path}' counts {state.subjects} subjects with {state.samples} samples but "
                 f"gave {index.subjects} with {index.samples}; it was damaged: restore it from a backup"

@@ -1,33 +1,15 @@
-"""The service's JSON: requests that carry embeddings, and all answers."""
+"""The service's JSON: all answers."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
-
-from serving.parsing import PATTERN
-
-SubjectId = Annotated[
-    str,
-    Field(
-        description="1 to 128 characters, without slashes, control characters, or space at the ends; of spellings that "
-        "look the same only the NFKC form is enrolled",
-        json_schema_extra={"pattern": PATTERN},
-    ),
-]
-Embedding = Annotated[
-    list[Annotated[float, Field(allow_inf_nan=False)]],
-    Field(
-        min_length=1,
-        max_length=8192,
-        fail_fast=True,  # an object for every fault of a long list would take more memory than the list
-        description="unit vector of the model's dimension, as POST /v1/embed gives",
-    ),
-]
-MAX_BULK = 10_000  # embeddings of one bulk enrolment
-TopK = Annotated[int, Field(ge=1, le=100, description="subjects to return")]
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 # Shown on the documentation page.
-_MODEL: dict[str, JsonValue] = {"model_id": "803e48540b005d3ce4213a2d2cecdf57", "request_id": "0f1e2d3c4b5a"}
+_MODEL: dict[str, JsonValue] = {
+    "collection": "default",
+    "model_id": "803e48540b005d3ce4213a2d2cecdf57",
+    "request_id": "0f1e2d3c4b5a",
+}
 _SAMPLE = "9e910adc-e37c-47c4-94fe-b0e8e129a5fc"
 VERIFIED: dict[str, JsonValue] = _MODEL | {
     "score": 0.71,
@@ -41,7 +23,7 @@ VERIFIED: dict[str, JsonValue] = _MODEL | {
     "sample_id": _SAMPLE,
 }
 IDENTIFIED: dict[str, JsonValue] = _MODEL | {
-    "candidates": [{"subject_id": "alice", "score": 0.71, "sample_id": _SAMPLE}],
+    "candidates": [{"subject_id": "alice", "score": 0.71, "sample_id": _SAMPLE, "mate_probability": 0.97}],
     "decision": "match",
     "threshold": 0.52,
     "threshold_source": "calibrated for FPIR 0.01: held-out identities of faces; by its curve for FPIR 0.01 at 1200 "
@@ -51,65 +33,33 @@ IDENTIFIED: dict[str, JsonValue] = _MODEL | {
     "fpir_expected": 0.01,
     "gallery_size": 1200,
     "calibrated_gallery_size": 1200,
+    "extrapolated": False,
+    "probe_samples": 1,
 }
 
 
-class Request(BaseModel):
-    """JSON that a client sends: unknown keys are errors, and faults do not repeat the values."""
+class CollectionFacts(BaseModel):
+    """A collection: a gallery of its own, pinned to a model."""
 
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-
-    model_id: str | None = Field(
-        None, max_length=64, description="the model that made the embeddings; checked against the service's if given"
-    )
-
-
-class VerifyRequest(Request):
-    """Two embeddings, or one and an enrolled subject."""
-
-    probe: Embedding
-    reference: Embedding | None = None
-    subject_id: SubjectId | None = None
-
-    @model_validator(mode="after")
-    def _one_reference(self) -> "VerifyRequest":
-        if (self.reference is None) == (self.subject_id is None):
-            raise ValueError("give either reference or subject_id")
-        return self
+    name: str
+    model_id: str
+    dimension: int
+    state: Literal["loading", "ready", "rebuilding", "failed"]
+    subjects: int
+    samples: int
+    revision: int = Field(description="changes that it has been through")
 
 
-class IdentifyRequest(Request):
-    """The embedding of somebody unknown."""
+class CollectionAnswer(CollectionFacts):
+    """A collection."""
 
-    embedding: Embedding
-    top_k: TopK = 5
-    below_threshold: bool = Field(
-        False, description="return candidates below the threshold too, where the service allows it"
-    )
-
-
-class EnrolRequest(Request):
-    """Embeddings of one subject."""
-
-    embeddings: Annotated[list[Embedding], Field(min_length=1, max_length=1000, fail_fast=True)]
-
-
-class BulkItem(Request):
-    """One line of a bulk enrolment: embeddings of one subject."""
-
-    subject_id: SubjectId
-    embeddings: Annotated[list[Embedding], Field(min_length=1, max_length=1000, fail_fast=True)]
-
-
-class BulkHeader(Request):
-    """The first line of a bulk enrolment whose embeddings follow as bytes."""
-
-    subject_ids: list[SubjectId] = Field(min_length=1, max_length=MAX_BULK, description="of each embedding, in order")
+    request_id: str
 
 
 class Answer(BaseModel):
     """What every answer carries."""
 
+    collection: str
     model_id: str = Field(description="digest of the model that made the vectors")
     request_id: str
 
@@ -133,17 +83,20 @@ class VerifyAnswer(Answer):
 
 
 class CandidateAnswer(BaseModel):
-    """A subject, by its best sample."""
+    """A subject, by its best sample, or by the template that was made of all of them."""
 
     subject_id: str
     score: float
-    sample_id: str
+    sample_id: str | None = Field(None, description="the sample that scored best; null where a template was searched")
+    mate_probability: float | None = Field(
+        None,
+        description="that this is the probe's identity, by its score alone: the calibration's prior is taken for the "
+        "chance that the probe is enrolled, and shared out evenly among the gallery_size subjects",
+    )
 
 
-class IdentifyAnswer(Answer):
-    """The nearest subjects, and whether the first of them is the one."""
-
-    model_config = ConfigDict(json_schema_extra={"examples": [IDENTIFIED]})
+class Identified(BaseModel):
+    """The nearest subjects, whether the first of them is the one, and what that rests on."""
 
     candidates: list[CandidateAnswer] = Field(
         description="best first; those below the threshold only where asked for and allowed"
@@ -151,19 +104,66 @@ class IdentifyAnswer(Answer):
     decision: Literal["match", "unknown"] = Field(description="match: the first candidate's score >= threshold")
     threshold: float
     threshold_source: str
+    extrapolated: bool = Field(
+        description="the threshold rests on the model of the scores' tail alone: fewer than one false positive is "
+        "expected among the samples that it was calibrated with"
+    )
     fpir_target: float | None = Field(
-        description="share of searches for strangers that return a match, for which the threshold was calibrated"
+        description="share of searches by strangers that return a match, for which the threshold is made"
     )
     fpir_interval: tuple[float, float] | None = Field(description="bounds of the rate that the calibration reached")
-    fpir_expected: float | None = Field(description="fpir_target carried over to this gallery_size: at most about this")
+    fpir_expected: float | None = Field(
+        description="fpir_target carried over to this gallery_size as 1 - (1 - FPIR)^(N / N0): an upper bound in a "
+        "gallery larger than the calibrated one, a lower bound in a smaller one"
+    )
     gallery_size: int = Field(description="enrolled subjects that were searched")
     calibrated_gallery_size: int | None = Field(description="gallery size that the threshold was calibrated for")
+    probe_samples: int = Field(
+        description="images or embeddings of the probe; of several, their mean, brought to length 1, was searched for"
+    )
+
+
+class IdentifyAnswer(Answer, Identified):
+    """Who it is, or that it is nobody we know."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [IDENTIFIED]})
+
+
+class IdentifyManyAnswer(Answer):
+    """An answer for each probe, in the order they were sent."""
+
+    results: list[Identified]
 
 
 class SampleAnswer(BaseModel):
     """A stored sample."""
 
     sample_id: str
+
+
+class SampleFacts(BaseModel):
+    """What is known of a sample."""
+
+    sample_id: str
+    created: str = Field(description="UTC, ISO 8601")
+    quality: float | None
+    metadata: dict[str, str | int | float | bool]
+    image: bool = Field(description="the image that it was made of was kept")
+
+
+class SampleDetail(Answer, SampleFacts):
+    """A sample."""
+
+    subject_id: str
+    embedding: list[float] | None = Field(description="where it was asked for")
+
+
+class ChangeAnswer(Answer):
+    """A subject after a change of it, or of one of its samples."""
+
+    subject_id: str
+    subject_samples: int = Field(description="samples of the subject now")
+    revision: int = Field(description="of the subject; its ETag")
 
 
 class EnrolAnswer(Answer):
@@ -174,6 +174,7 @@ class EnrolAnswer(Answer):
     subject_created: bool = Field(description="the subject was new")
     subject_samples: int = Field(description="samples of the subject now")
     gallery_size: int = Field(description="enrolled subjects now")
+    revision: int = Field(description="of the subject; its ETag")
 
 
 class ErrorBody(BaseModel):
@@ -203,12 +204,26 @@ class BulkAnswer(Answer):
     gallery_size: int = Field(description="enrolled subjects now")
 
 
-class SubjectAnswer(BaseModel):
-    """An enrolled subject."""
+class SubjectFacts(BaseModel):
+    """What is known of a subject beside its samples."""
 
     subject_id: str
-    samples: int
     created: str = Field(description="UTC, ISO 8601")
+    updated: str = Field(description="UTC, ISO 8601")
+    revision: int = Field(description="of the gallery, at the subject's last change; its ETag")
+    metadata: dict[str, str | int | float | bool]
+
+
+class SubjectAnswer(SubjectFacts):
+    """An enrolled subject."""
+
+    samples: int
+
+
+class SubjectDetail(Answer, SubjectFacts):
+    """A subject with its samples."""
+
+    samples: list[SampleFacts]
 
 
 class SubjectsAnswer(Answer):
@@ -226,6 +241,48 @@ class EmbedAnswer(Answer):
     dimension: int
 
 
+class CollectionsAnswer(BaseModel):
+    """The collections, by name."""
+
+    collections: list[CollectionFacts]
+    request_id: str
+
+
+class DuplicateAnswer(BaseModel):
+    """Two subjects, and the best score of a sample of the one and a sample of the other."""
+
+    subject_ids: tuple[str, str]
+    score: float
+
+
+class JobFacts(BaseModel):
+    """A job, and how far it is."""
+
+    job_id: str
+    collection: str
+    state: Literal["waiting", "running", "done", "failed", "cancelled"]
+    done: int = Field(description="samples that have been searched for")
+    total: int
+    threshold: float
+    created: str = Field(description="UTC, ISO 8601")
+    error: str | None = Field(description="why it failed")
+
+
+class JobAnswer(JobFacts):
+    """A job with what it has found so far."""
+
+    pairs: list[DuplicateAnswer] = Field(description="highest score first")
+    truncated: bool = Field(description="there are more pairs than were asked for")
+    request_id: str
+
+
+class JobsAnswer(BaseModel):
+    """Jobs in the order in which they were asked for."""
+
+    jobs: list[JobFacts]
+    request_id: str
+
+
 class ReadyAnswer(BaseModel):
     """The service can answer. What it holds is told to those who have the key."""
 
@@ -234,6 +291,7 @@ class ReadyAnswer(BaseModel):
     samples: int | None = None
     revision: int | None = Field(None, description="changes that the gallery has been through")
     model_id: str | None = None
+    collections: int | None = Field(None, description="the other numbers are of the collection `default`")
     request_id: str
 
 
@@ -247,4 +305,26 @@ class ErrorAnswer(BaseModel):
     """The shape of every error."""
 
     error: ErrorBody
+    request_id: str
+
+
+class AuditLine(BaseModel):
+    """What one request did, and the hash that chains it to the line before."""
+
+    n: int = Field(description="number of the line, counted from the beginning of the log")
+    at: str = Field(description="UTC, ISO 8601")
+    key: str = Field(description="id of the key; 'operator', 'anonymous', or 'service' for the service itself")
+    do: str = Field(description="method and route")
+    collection: str
+    subjects: list[str] = Field(description="pseudonyms; `hypersphere audit find` knows whose")
+    status: int = Field(description="of the answer")
+    request: str
+    prev: str = Field(description="SHA-256 of the line before")
+
+
+class AuditAnswer(BaseModel):
+    """A page of the audit log, the oldest line first."""
+
+    lines: list[AuditLine]
+    next_cursor: str = Field(description="send it as cursor for what comes after; there may be nothing yet")
     request_id: str

@@ -4,107 +4,32 @@ All of it happens before a body is parsed, and most of it before a body is read.
 """
 
 import asyncio
-import hashlib
-import hmac
-import ipaddress
-import logging
 import re
-import secrets
 import time
 import uuid
-from collections import OrderedDict
-from collections.abc import Callable
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.errors import ApiError, stopping
+from serving.keyring import Keyring, sent_key
+from serving.limits import RateLimit
 from serving.metrics import Metrics
+from serving.openapi import OPEN_PATHS
+from serving.scopes import ANONYMOUS, Caller
 from serving.settings import Settings
 
-log = logging.getLogger("hypersphere.serving")
 ASSETS = "/docs-assets"  # the script and the style sheet of /docs
-# Neither key nor limits: they cost nothing and say nothing about anybody. With a key, /readyz says more; the others do
-# not look at it, so that an orchestrator with a wrong key does not take a living service for a dead one.
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
 REQUEST_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 UNANSWERED: int = 0  # in place of a status
-CLIENTS_REMEMBERED = 10_000
 HEADERS = ((b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff"))  # answers are about people
-
-
-class KeyCheck:
-    """Compares keys in constant time, as HMAC-SHA-256 under a secret of this process; the key itself is not kept.
-
-    Wrong keys are logged with their address and limited for each address. The right key passes all the same: a key of
-    16 characters is not guessed at any rate that a server can answer, and otherwise whoever shares an address with
-    honest clients could lock them out.
-    """
-
-    def __init__(self, key: str, wrong_a_minute: int) -> None:
-        self._secret = secrets.token_bytes(32)
-        self._digest = self._hash(key.encode())
-        self._wrong = RateLimit(wrong_a_minute / 60, wrong_a_minute, of="wrong keys")
-
-    def _hash(self, key: bytes) -> bytes:
-        return hmac.digest(self._secret, key, hashlib.sha256)
-
-    def check(self, headers: dict[bytes, bytes], client: str) -> None:
-        """Raises ApiError 401 without a key or with a wrong one, 429 after many wrong ones from one address."""
-        key = sent_key(headers)
-        if not key:
-            raise self._refusal("key_missing", "this service asks for a key")
-        if hmac.compare_digest(self._hash(key), self._digest):
-            return
-        self._wrong.check(client)
-        log.warning("a wrong key came from %s", client)
-        raise self._refusal("key_wrong", "the key is not one of this service's; ask its operator for one")
-
-    def _refusal(self, code: str, problem: str) -> ApiError:
-        message = f"{problem}; send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
-        return ApiError(401, code, message, headers={"www-authenticate": "Bearer"})
-
-
-def sent_key(headers: dict[bytes, bytes]) -> bytes:
-    """The key of a request; empty without one."""
-    scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
-    return bearer.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"").strip()
-
-
-class RateLimit:
-    """A token bucket per client address: `burst` requests at once, then `rate` a second. `of`: what they are called."""
-
-    def __init__(
-        self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic, of: str = "requests"
-    ) -> None:
-        self._rate, self._burst, self._clock, self._of = rate, burst, clock, of
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tokens, and when they were counted
-
-    def check(self, client: str) -> None:
-        """Raises ApiError 429, with the time to wait, when the client's bucket is empty."""
-        now = self._clock()
-        client = _network(client)
-        tokens, then = self._buckets.pop(client, (float(self._burst), now))
-        tokens = min(self._burst, tokens + (now - then) * self._rate)
-        allowed = tokens >= 1
-        self._buckets[client] = (tokens - 1 if allowed else tokens, now)
-        if len(self._buckets) > CLIENTS_REMEMBERED:
-            self._buckets.popitem(last=False)  # the one that has been quiet for longest
-        if not allowed:
-            wait = max(1, round((1 - tokens) / self._rate + 0.5))
-            many = f"more than {self._burst} {self._of} at once, or {self._rate:.3g} a second"
-            facts = {"limit_per_second": self._rate}
-            told = f"{many}, came from this address; wait {wait} s"
-            raise ApiError(429, "too_many_requests", told, facts, {"retry-after": str(wait)})
 
 
 class Guard:
     """ASGI middleware: gives each request its id, refuses what is not allowed, and counts what was answered."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
-        self._app, self._settings, self._metrics = app, settings, metrics
-        key = settings.api_key.get_secret_value() if settings.api_key else None
-        self._key = KeyCheck(key, settings.wrong_keys_a_minute) if key else None
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, keyring: Keyring) -> None:
+        self._app, self._settings, self._metrics, self._keyring = app, settings, metrics, keyring
         self._rate = RateLimit(settings.rate_limit, settings.rate_burst) if settings.rate_limit else None
         self._under_way, self._buffered = 0, 0  # requests; bytes of their bodies
 
@@ -131,7 +56,8 @@ class Guard:
         counts = not _is_open(scope["path"])
         self._under_way += counts
         try:
-            scope["state"]["trusted"] = self._admit(scope, headers)
+            caller = self._admit(scope, headers)
+            scope["state"]["trusted"], scope["state"]["caller"] = caller is not None, caller or ANONYMOUS
             await self._app(scope, lambda: self._receive(body), answer)
         except ApiError as error:
             await as_response(error, request_id)(scope, receive, answer)
@@ -144,19 +70,19 @@ class Guard:
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.answered(route, scope["method"], status or 500, time.perf_counter() - start)
 
-    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> bool:
-        """Whether whoever asks may know about the gallery. Raises ApiError where a request is refused unread."""
-        client = scope["client"][0] if scope.get("client") else ""
+    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> Caller | None:
+        """Who is asking; None for nobody known. Raises ApiError where a request is refused unread."""
+        client, asked = scope["client"][0] if scope.get("client") else "", self._keyring.asked
         if _is_open(scope["path"]):
-            if self._key is not None and scope["path"] == "/readyz" and sent_key(headers):
-                self._key.check(headers, client)
-                return True
-            return self._key is None
+            if asked and scope["path"] == "/readyz" and sent_key(headers):
+                return self._keyring.check(headers, client)
+            return None if asked else ANONYMOUS
         if self._rate is not None:
             self._rate.check(client)
-        if self._key is not None:
-            self._key.check(headers, client)
+        if asked:
+            caller = self._keyring.check(headers, client)
         else:
+            caller = ANONYMOUS
             _refuse_other_sites(headers)
         if self._under_way > self._settings.max_requests:
             message = f"{self._settings.max_requests} requests are under way, as many as are allowed; try again"
@@ -164,7 +90,7 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self._settings.max_body_bytes:
             raise self._too_large()
-        return True
+        return caller
 
     async def _receive(self, body: "_Body") -> Message:
         """The next piece of a body, counted, whatever the client said in its headers."""
@@ -227,16 +153,6 @@ def _refuse_other_sites(headers: dict[bytes, bytes]) -> None:
 
 def _host_name(origin: bytes) -> bytes:
     return re.sub(rb":\d+$", b"", origin.rpartition(b"//")[2]).lower()
-
-
-def _network(client: str) -> str:
-    """What one client has to itself: an IPv4 address, or 64 bits of IPv6."""
-    if ":" not in client or "%" in client:
-        return client
-    try:
-        return str(ipaddress.IPv6Interface(f"{client}/64").network)
-    except ValueError:  # what a trusted proxy calls an address need not be one
-        return client
 
 
 def as_response(error: ApiError, request_id: str) -> JSONResponse:

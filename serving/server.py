@@ -14,14 +14,16 @@ import uvicorn
 
 from serving.api import create_app
 from serving.connections import Connection, Room
+from serving.keyring import asks_for_keys
 from serving.service import Service
 from serving.settings import Settings
 from trainer.errors import UserError
 
 log = logging.getLogger("hypersphere.serving")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-SPARE_FILES = 64  # descriptors for all but connections and decoders: store, logs, libraries
+SPARE_FILES = 64  # descriptors for all but connections, decoders and further collections: store, logs, libraries
 FILES_A_WORKER = 4  # its decoder's pipes: three, and one while it is started
+FILES_A_COLLECTION = 10  # its store's: the file, its log and their index thrice, the mark
 LINES_A_MINUTE = 20  # of one kind
 SECONDS_TO_CLOSE = 2  # of `shutdown_s`, kept for closing the store after the last answer
 
@@ -46,12 +48,13 @@ def run(settings: Settings, host: str, port: int) -> None:
         opened.callback(service.close)
         server = uvicorn.Server(_config(app, settings))
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        state = service.gallery.enrolled()
-        if settings.restored:
-            told = "the store is taken as it is, at change %d; the next start goes without --restored"
-            log.warning(told, state.revision)
-        held = f"{state.subjects} subjects with {state.samples} samples in {settings.store}"
-        print(f"Model {service.gallery.model_id}: {held}")
+        for collection in service.collections.all():
+            state = collection.gallery.enrolled()
+            if settings.restored:
+                told = "the store is taken as it is, at change %d; the next start goes without --restored"
+                log.warning(told, state.revision)
+            held = f"{state.subjects} subjects with {state.samples} samples in {collection.gallery.path}"
+            print(f"Model {collection.model.model_id}: {held}")
         print(f"Serving on {address}; documentation: {address}/docs", flush=True)
         with _signals_taken(server):
             server.run(sockets=[listener])
@@ -71,16 +74,17 @@ def host_names(settings: Settings, host: str) -> list[str]:
         UserError: `host` reaches beyond this machine and there is neither a key nor `anonymous`.
     """
     named = [name.strip() for name in settings.allowed_hosts.split(",") if name.strip()]
-    alone = host in LOOPBACK and not settings.trusted_proxies
-    if host in LOOPBACK and (alone or settings.api_key is not None):
+    alone, keys = host in LOOPBACK and not settings.trusted_proxies, asks_for_keys(settings)
+    if host in LOOPBACK and (alone or keys):
         return named or [*LOOPBACK, "[::1]"]
-    if settings.api_key is not None:
+    if keys:
         return named or ["*"]
     if not settings.anonymous:
         at = f"{host} behind a proxy" if settings.trusted_proxies else host
         raise UserError(
-            f"serving at {at} without a key would let whoever reaches it search and erase the gallery; "
-            "set HYPERSPHERE_API_KEY, serve at 127.0.0.1, or add --anonymous to serve everybody"
+            f"serving at {at} without a key would let whoever reaches it search and erase the gallery; make one with "
+            "`hypersphere keys create` or set HYPERSPHERE_API_KEY, serve at 127.0.0.1, or add --anonymous to serve "
+            "everybody"
         )
     if not named:
         raise UserError(
@@ -127,7 +131,9 @@ def _config(app: Any, settings: Settings) -> uvicorn.Config:
 def _connections(settings: Settings) -> int:
     """As many connections as asked for, or as the process may have descriptors for; the soft limit is raised."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most, spare = settings.max_connections, SPARE_FILES + FILES_A_WORKER * settings.workers
+    collections = settings.max_collections if settings.store.is_dir() else 0
+    spare = SPARE_FILES + FILES_A_WORKER * settings.workers * len(settings.embedder) + FILES_A_COLLECTION * collections
+    most = settings.max_connections
     wanted = most + spare
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)

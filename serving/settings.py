@@ -5,7 +5,16 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 
 from trainer.data.image import MAX_BYTES
 from trainer.errors import UserError
@@ -41,13 +50,21 @@ def _named(path: Path) -> Path:
     return path
 
 
+def _several(embedders: object) -> object:
+    return (embedders,) if isinstance(embedders, str | Path) else embedders
+
+
 class Settings(BaseModel):
     """Options of `hypersphere serve`. `from_values` makes one with readable errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
 
-    embedder: Path = Field(description="folder that `export` wrote")
-    store: Annotated[Path, AfterValidator(_named)] = Field(description="SQLite file of the gallery; made if missing")
+    embedder: Annotated[tuple[Path, ...], BeforeValidator(_several)] = Field(
+        min_length=1, description="folder that `export` wrote; several may be served, each with collections of its own"
+    )
+    store: Annotated[Path, AfterValidator(_named)] = Field(
+        description="SQLite file of the gallery, made if missing; or a folder of collections, NAME.db each"
+    )
     restored: bool = Field(False, description="the store comes from a backup: take it as it is")
     verify_threshold: Similarity = Field(None, description="from which two images are a match; null: as calibrated")
     identify_threshold: Similarity = Field(None, description="from which a candidate is a match; null: as calibrated")
@@ -57,12 +74,20 @@ class Settings(BaseModel):
         max_length=256,
         description="key that requests must carry, better given as the variable; null: only this machine is served",
     )
+    keys: Path | None = Field(
+        None, description="file of keys that `hypersphere keys` made; null: STORE-keys, where there is one"
+    )
+    audit: Path | None = Field(None, description="folder of the audit log; null: none is kept")
+    audit_file_bytes: int = Field(64 * MiB, ge=4096, description="of a file of the audit log; then the next begins")
     anonymous: bool = Field(False, description="serve every network without a key")
     allowed_hosts: Annotated[str, AfterValidator(_host_patterns)] = Field(
         "", description="host names that clients call the service by, by commas; * for any"
     )
     trusted_proxies: Annotated[str, AfterValidator(_addresses)] = Field(
         "", description="addresses or networks whose X-Forwarded-For is believed, by commas"
+    )
+    template: Literal["maximum", "mean", "weighted"] = Field(
+        "maximum", description="what of a subject is searched: its best sample, their mean, or weighted by quality"
     )
     below_threshold: Literal["never", "on_request", "always"] = Field(
         "on_request", description="when identify shows candidates that are no match"
@@ -83,7 +108,14 @@ class Settings(BaseModel):
     max_buffered_bytes: int = Field(256 * MiB, ge=1024, description="of all bodies in memory; more get a 503")
     max_image_bytes: int = Field(MAX_BYTES, ge=1024, le=MAX_BYTES, description="of one image file")
     max_images: int = Field(32, ge=1, le=1000, description="images or embeddings in one request")
+    max_probes: int = Field(256, ge=1, le=10_000, description="embeddings, as bytes, in one batch of identifications")
     max_pixels: int = Field(16_000_000, ge=1, description="in all images of one request")
+    max_collections: int = Field(64, ge=1, le=10_000, description="in a folder; each keeps some ten files open")
+    encryption_key_file: Path | None = Field(
+        None,
+        description="file of the key that stores are encrypted under, which `gallery key` makes; null: they are not",
+    )
+    keep_images: bool = Field(False, description="keep the images that samples are made of, to be read and moved")
     max_samples: int = Field(100, ge=1, le=10_000, description="of one subject")
     decode_cpu_s: float = Field(1.8, gt=0, le=3600, description="seconds of CPU to decode the images of a request")
     head_timeout_s: float = Field(10, gt=0, le=3600, description="a request's head must have arrived whole by then")
@@ -91,6 +123,14 @@ class Settings(BaseModel):
     keep_alive_s: int = Field(75, ge=1, le=86_400, description="an idle connection is kept open for the next request")
     shutdown_s: int = Field(30, ge=3, le=86_400, description="after SIGTERM the service has ended by then")
     idempotency_hours: float = Field(24, gt=0, le=8784, description="how long an Idempotency-Key is remembered")
+
+    @model_validator(mode="after")
+    def _thresholds_of_one_model(self) -> "Settings":
+        if len(self.embedder) > 1 and not self.verify_threshold is self.identify_threshold is None:
+            raise ValueError(
+                "a threshold given by hand is one model's, and several embedders are served; calibrate each of them"
+            )
+        return self
 
 
 def from_values(values: dict[str, object]) -> Settings:

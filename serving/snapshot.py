@@ -48,7 +48,7 @@ class Source:
     uid: str
     model_id: str
     width: int
-    scores: str  # digest of the normaliser, or empty
+    scores: str  # digest of the normaliser, or empty; and the template, where one vector a subject is held
 
 
 def snapshot_path(store: Path) -> Path:

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from trainer.embedder import EmbedderManifest
 from trainer.errors import UserError
-from trainer.evaluation.curve import LEAST_HITS, Curve, Reached
+from trainer.evaluation.curve import HIGHEST_RATE, LEAST_HITS, Curve, Reached
 from trainer.evaluation.report import Threshold
 
 
@@ -22,6 +22,7 @@ class Rule:
         interval: bounds of the rate that the calibration reached.
         gallery_size: subjects in the gallery it was calibrated for (identify).
         curve: the thresholds of galleries of other sizes; None: there is only the one.
+        extrapolated: fewer than one false positive is expected among the samples that the value rests on.
     """
 
     value: float
@@ -30,6 +31,7 @@ class Rule:
     interval: tuple[float, float] | None = None
     gallery_size: int | None = None
     curve: Curve | None = None
+    extrapolated: bool = False
 
     def matches(self, score: float) -> bool:
         return score >= self.value
@@ -56,13 +58,30 @@ class Rule:
             return self
         found = _reached(self.curve, size, rate)
         source = f"{self.source}; by its curve for FPIR {rate:g} at {size} enrolled"
-        if found.expected_hits < LEAST_HITS:
+        if extrapolated := found.expected_hits < LEAST_HITS:
             source += (
                 f", extrapolated: {found.expected_hits:.2g} false positives expected among the samples it rests on"
             )
         return replace(
-            self, value=found.value, source=source, rate=rate, interval=(found.low, found.high), gallery_size=size
+            self,
+            value=found.value,
+            source=source,
+            rate=rate,
+            interval=(found.low, found.high),
+            gallery_size=size,
+            extrapolated=extrapolated,
         )
+
+    def lowest(self, gallery_size: int) -> float | None:
+        """The lowest FPIR that `at` takes in a gallery of this size; None where it takes none but the calibrated."""
+        if self.curve is None or self.curve.expected_hits(max(gallery_size, 1), HIGHEST_RATE) < LEAST_HITS:
+            return None
+        low, high = 0.0, HIGHEST_RATE
+        for _ in range(40):
+            middle = (low + high) / 2
+            enough = self.curve.expected_hits(max(gallery_size, 1), middle) >= LEAST_HITS
+            low, high = (low, middle) if enough else (middle, high)
+        return high
 
     def rate_at(self, gallery_size: int) -> float | None:
         """FPIR to expect in a gallery of another size where there is no curve: 1 - (1 - FPIR)^(N / N0).
@@ -80,10 +99,10 @@ class Rule:
         expected = self.rate_at(gallery_size)
         if expected is None or max(gallery_size, 1) == self.gallery_size:
             return self.source
-        bound = "less" if gallery_size > (self.gallery_size or 0) else "more"
+        bound = "at most" if gallery_size > (self.gallery_size or 0) else "at least"
         return (
             f"{self.source}; it was calibrated for {self.gallery_size} subjects and the gallery holds {gallery_size}, "
-            f"where FPIR is about {expected:.2g} or {bound}: calibrate for this size"
+            f"where FPIR is {bound} about {expected:.2g}: calibrate for this size"
         )
 
 

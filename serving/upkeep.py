@@ -16,9 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from serving import rows
-from serving.changes import SubjectFull
-from serving.reading import SAMPLES
-from serving.schema import APPLICATION_ID
+from serving.changes import Attached, SubjectFull
+from serving.documents import IMAGES, METADATA, OF_SAMPLE
+from serving.metadata import decode
+from serving.reading import SAMPLES, Sample
+from serving.schema import APPLICATION_ID, VERSION
+from serving.sealing import Vault
 from serving.store import Store
 from serving.verification import verify as verify_rows
 from trainer.atomic import fresh_file, room_for
@@ -27,12 +30,23 @@ from trainer.errors import UserError
 Progress = Callable[[int, int], object]  # done, total
 PAGES = 1000  # of a backup, 16 MB, copied at once; the service writes between them
 A_CHANGE = 1000  # samples
-MODEL, COLUMNS = b"hypersphere.model_id", ("subject_id", "created_ms", "embedding")
+PIECE_BYTES = 32 * 2**20  # of images, from which a piece of an export has enough
+MODEL, OLDER = b"hypersphere.model_id", 3  # an older export has only the first columns
+KINDS = {
+    "subject_id": pa.string(),
+    "created_ms": pa.int64(),
+    "embedding": None,  # as many numbers as the gallery's vectors have
+    "quality": pa.float64(),
+    "metadata": pa.string(),
+    "subject_metadata": pa.string(),
+    "image": pa.binary(),
+}
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What a store holds. `most` and `median`: samples of a subject; `free`: places of erased samples."""
+    """What a store holds. `most` and `median`: samples of a subject; `free`: places of erased samples; `images`: how
+    many samples have theirs."""
 
     model_id: str
     dimension: int
@@ -43,27 +57,29 @@ class Stats:
     median: float
     most: int
     free: int
+    images: int
 
 
 def stats(path: Path) -> Stats:
     """Raises UserError where it is no store."""
     with _reading(path) as (connection, row):
         found = connection.execute("SELECT subject_id, count(*) FROM samples GROUP BY subject_id").fetchall()
+        images = IMAGES.count(connection) if _version(connection) == VERSION else 0
     counts = dict(found)
     free, held = counts.pop(rows.NOBODY, 0), list(counts.values()) or [0]
     size = sum(file.stat().st_size for file in (path, Path(f"{path}-wal")) if file.exists())
     numbers = row.model_id, row.dimension, row.subjects, row.samples, row.revision
-    return Stats(*numbers, size, float(np.median(held)), max(held), free)
+    return Stats(*numbers, size, float(np.median(held)), max(held), free, images)
 
 
-def verify(path: Path, progress: Progress) -> Stats:
+def verify(path: Path, progress: Progress, key: bytes | None = None) -> Stats:
     """Read everything, as a start of the service does.
 
     Raises:
         UserError: it is damaged, or in use.
     """
     found = stats(path)
-    with contextlib.closing(Store(path, found.model_id, found.dimension)) as store:
+    with contextlib.closing(Store(path, found.model_id, found.dimension, key=key)) as store:
         store.verify()
         done = 0
         for piece in store.samples(settled=True):
@@ -84,11 +100,12 @@ def backup(path: Path, out: Path, progress: Progress) -> Stats:
         with contextlib.closing(sqlite3.connect(copy)) as target, _as_full(out):
             connection.backup(target, pages=PAGES, progress=lambda _, left, total: progress(total - left, total))
             target.execute("PRAGMA journal_mode=DELETE").fetchone()
-            verify_rows(target, lambda: False)
+            if _version(target) == VERSION:  # an older one is read row by row when it is brought up to date
+                verify_rows(target, lambda: False)
     return stats(out)
 
 
-def restore(copy: Path, path: Path, progress: Progress) -> Stats:
+def restore(copy: Path, path: Path, progress: Progress, key: bytes | None = None) -> Stats:
     """Make a store of a backup, which stays as it is.
 
     Raises:
@@ -96,14 +113,16 @@ def restore(copy: Path, path: Path, progress: Progress) -> Stats:
     """
     for file in (path, *(Path(f"{path}{end}") for end in ("-wal", "-shm", "-mark", "-index"))):
         _refuse_existing(file, "--store")
+    with _reading(copy) as (_, row):
+        Vault(key).secret(row.secret, copy)
     found = backup(copy, path, progress)
-    with contextlib.closing(Store(path, found.model_id, found.dimension, restored=True)) as store:
+    with contextlib.closing(Store(path, found.model_id, found.dimension, restored=True, key=key)) as store:
         store.verify()
     return found
 
 
-def export(path: Path, out: Path, progress: Progress) -> int:
-    """Write all samples as Parquet: subject_id, created_ms, embedding; the model_id among the file's metadata.
+def export(path: Path, out: Path, progress: Progress, key: bytes | None = None) -> int:
+    """Write all samples, decrypted, as Parquet: the columns of KINDS, and the model_id among the file's metadata.
 
     Returns:
         The samples written.
@@ -114,26 +133,77 @@ def export(path: Path, out: Path, progress: Progress) -> int:
     _refuse_existing(out, "--out")
     with _reading(path) as (connection, row), fresh_file(out) as file:
         os.fchmod(file.fileno(), 0o600)
-        embedding = pa.list_(pa.float32(), row.dimension)
-        schema = pa.schema(
-            [("subject_id", pa.string()), ("created_ms", pa.int64()), ("embedding", embedding)],
-            metadata={MODEL: row.model_id.encode()},
-        )
-        done, found = 0, connection.execute(SAMPLES + "WHERE subject_id <> ? ORDER BY samples.id", (rows.NOBODY,))
+        if _version(connection) != VERSION:
+            raise UserError(
+                f"'{path}' was written by an earlier version; `hypersphere gallery verify` brings it up to date"
+            )
+        schema, vault, done = _schema(row), Vault(key), 0
+        vault.secret(row.secret, path)
         with pq.ParquetWriter(file, schema) as writer:
-            while some := found.fetchmany(A_CHANGE):
-                for place, *values in some:
-                    rows.check(f"sample number {place}", *values)
-                names = pa.array([values[5].decode() for values in some])
-                numbers = pa.array(np.frombuffer(b"".join(values[6] for values in some), "<f4"))
-                created = pa.array([values[2] for values in some], pa.int64())
-                vectors = pa.FixedSizeListArray.from_arrays(numbers, row.dimension)
-                writer.write_batch(pa.record_batch([names, created, vectors], schema=schema))
-                progress(done := done + len(some), row.samples)
+            for piece in _pieces(connection, vault):
+                writer.write_batch(_batch(piece, schema))
+                progress(done := done + len(piece), row.samples)
     return done
 
 
-def import_(file: Path, path: Path, max_samples: int, progress: Progress) -> tuple[Stats, list[str]]:
+@dataclass(frozen=True)
+class _Line:
+    """A sample as it is exported, decrypted; metadata as JSON."""
+
+    sample: Sample
+    name: bytes
+    vector: bytes
+    metadata: bytes | None
+    subject_metadata: bytes | None
+    image: bytes | None
+
+
+def _pieces(connection: sqlite3.Connection, vault: Vault) -> Iterator[list[_Line]]:
+    """All samples, in pieces that fit into memory whatever their images are."""
+    piece, size = list[_Line](), 0
+    for row in connection.execute(SAMPLES + "WHERE subject_id <> ? ORDER BY samples.id", (rows.NOBODY,)):
+        rows.check(f"sample number {row[0]}", *row[2:])
+        sample = Sample(*row)
+        box = vault.box(sample.key)
+        owners = (METADATA, OF_SAMPLE + sample.place), (METADATA, sample.number), (IMAGES, OF_SAMPLE + sample.place)
+        metadata, of_subject, image = (documents.get(connection, owner, box) for documents, owner in owners)
+        values = box.open(b"name", sample.name), box.open(b"vector", sample.vector)
+        piece.append(_Line(sample, *values, metadata, of_subject, image))
+        size += len(image or b"")
+        if len(piece) == A_CHANGE or size >= PIECE_BYTES:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece
+
+
+def _schema(row: rows.GalleryRow) -> pa.Schema:
+    columns = [(name, kind or pa.list_(pa.float32(), row.dimension)) for name, kind in KINDS.items()]
+    return pa.schema(columns, metadata={MODEL: row.model_id.encode()})
+
+
+def _batch(piece: list[_Line], schema: pa.Schema) -> pa.RecordBatch:
+    numbers = pa.array(np.frombuffer(b"".join(line.vector for line in piece), "<f4"))
+    qualities = np.frombuffer(b"".join(line.sample.quality for line in piece), "<f8")
+    columns = (
+        [line.name.decode() for line in piece],
+        [line.sample.created for line in piece],
+        pa.FixedSizeListArray.from_arrays(numbers, schema.field("embedding").type.list_size),
+        pa.array(qualities, from_pandas=True),  # NaN is none
+        [line.metadata and line.metadata.decode() for line in piece],
+        [line.subject_metadata and line.subject_metadata.decode() for line in piece],
+        [line.image for line in piece],
+    )
+    arrays = [
+        column if isinstance(column, pa.Array) else pa.array(column, field.type)
+        for column, field in zip(columns, schema, strict=True)
+    ]
+    return pa.record_batch(arrays, schema=schema)
+
+
+def import_(
+    file: Path, path: Path, max_samples: int, progress: Progress, key: bytes | None = None
+) -> tuple[Stats, list[str]]:
     """Add the samples of an export to a store, which is made where there is none; they get new ids.
 
     Returns:
@@ -151,7 +221,7 @@ def import_(file: Path, path: Path, max_samples: int, progress: Progress) -> tup
     if model is None or kind is None:
         raise UserError(f"'{file}' is not an export of a gallery; it has the columns {', '.join(schema.names[:9])}")
     done, refused = 0, list[str]()
-    with contextlib.closing(Store(path, model.decode(), kind.list_size)) as store:
+    with contextlib.closing(Store(path, model.decode(), kind.list_size, key=key)) as store:
         for batch in source.iter_batches(A_CHANGE):
             vectors = batch.column("embedding").flatten().to_numpy().reshape(-1, kind.list_size)
             lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
@@ -159,14 +229,52 @@ def import_(file: Path, path: Path, max_samples: int, progress: Progress) -> tup
                 raise UserError(f"'{file}' holds an embedding that has not length 1; export the gallery again")
             names = batch.column("subject_id").to_pylist()
             items = [(name, row[None]) for name, row in zip(names, vectors, strict=True)]
-            results = store.enrol_many(items, max_samples).results
+            try:
+                results = store.enrol_many(items, max_samples, attached=_attached(batch)).results
+            except ValueError as error:  # of metadata too
+                raise UserError(
+                    f"'{file}' holds what cannot be enrolled ({error}); export the gallery again"
+                ) from error
             refused += [str(one) for one in results if isinstance(one, SubjectFull)]
             progress(done := done + len(names), total)
     return stats(path), refused
 
 
+def change_key(path: Path, old: bytes, new: bytes) -> int:
+    """Wrap the data keys of a store anew, under another master key: all of them or none.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        UserError: it is no store, in use, or `old` is not its key.
+    """
+    found = stats(path)
+    with contextlib.closing(Store(path, found.model_id, found.dimension, key=old)) as store:
+        return store.change_key(new)
+
+
 def _fits(schema: pa.Schema) -> bool:
-    return bool(schema.names == list(COLUMNS) and pa.types.is_fixed_size_list(schema.field("embedding").type))
+    """Whether it is an export's, or that of an older one."""
+    known = schema.names in (list(KINDS)[:OLDER], list(KINDS))
+    kinds = [(field.type, KINDS[field.name]) for field in schema] if known else [(None, pa.null())]
+    return all(kind == right if right else pa.types.is_fixed_size_list(kind) for kind, right in kinds)
+
+
+def _attached(batch: pa.RecordBatch) -> list[Attached]:
+    """What comes with each sample. Raises ValueError where metadata is no JSON."""
+    if len(batch.schema.names) == OLDER:
+        return []
+    columns = (column.to_pylist() for column in batch.columns[OLDER:])
+    return [
+        Attached(decode(of_subject) if of_subject else None, [quality], [decode(metadata)], [image])
+        for quality, metadata, of_subject, image in zip(*columns, strict=True)
+    ]
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    """Of the schema."""
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
 
 @contextlib.contextmanager

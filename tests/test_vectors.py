@@ -1,7 +1,7 @@
 """An identity need not be an image: made-up voices, as vectors and as spectrograms, from an import to an answer."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,9 @@ from PIL import Image
 
 from serving.cli import embedder as commands
 from serving.cli.evaluate import evaluate
+from serving.collections import Collection
+from serving.deciding import asked, embed
+from serving.enrolling import enrol
 from serving.errors import ApiError
 from serving.parsing import Sent
 from serving.service import Service
@@ -110,30 +113,27 @@ def test_batches_hold_the_values_as_they_were_given(content: str, sets: Path) ->
 
 
 @pytest.fixture
-def service(embedders: Callable[[str], Path], tmp_path: Path) -> Service:
+def collection(embedders: Callable[[str], Path], tmp_path: Path) -> Iterator[Collection]:
     service = Service(from_values({"embedder": embedders("vector"), "store": tmp_path / "gallery.db"}))
-    service.gallery.load(stopping=lambda: False)
-    return service
+    collection = service.collections.get("default")
+    collection.gallery.load(stopping=lambda: False)
+    yield collection
+    service.close()
 
 
 def test_a_service_takes_embeddings_of_vectors_and_no_images(
-    service: Service, sets: Path, embedders: Callable[[str], Path]
+    collection: Collection, sets: Path, embedders: Callable[[str], Path]
 ) -> None:
     x_ND, labels_N = embed_split(Embedder.open(embedders("vector")), Manifest.read(sets / "vector").split("val"))
     one, another = x_ND[labels_N == 3][:2].tolist()
-    try:
-        service.enrol("ada", Sent(document=json.dumps({"embeddings": [one]}).encode()), None, "r")
-        asked = Sent(document=json.dumps({"embedding": another, "below_threshold": True}).encode())
-        found = service.gallery.submit(service.probe(asked)[0]).result()
-        assert found.candidates[0].subject_id == "ada"
-        with pytest.raises(ApiError, match="reads vectors") as refused:
-            service.embed(Sent(files={"images": [b"a picture"]}), "r")
-        assert (refused.value.status, refused.value.code) == (415, "no_images")
-        assert refused.value.message.startswith(
-            "the model of this service reads vectors of shape [12], not images; send"
-        )
-    finally:
-        service.close()
+    enrol(collection, "ada", Sent(document=json.dumps({"embeddings": [one]}).encode()), None, "r")
+    sent = Sent(document=json.dumps({"embedding": another, "below_threshold": True}).encode())
+    found = collection.gallery.submit(asked(collection, sent).probes[0]).result()
+    assert found.candidates[0].subject_id == "ada"
+    with pytest.raises(ApiError, match="reads vectors") as refused:
+        embed(collection, Sent(files={"images": [b"a picture"]}))
+    assert (refused.value.status, refused.value.code) == (415, "no_images")
+    assert refused.value.message.startswith("the model of this service reads vectors of shape [12], not images; send")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from serving.cli import data, embedder, gallery, losses
+from serving.cli import audit, data, embedder, gallery, keys, losses
 from serving.cli.evaluate import evaluate
 from serving.cli.serve import PASSED_ON, serve
 from serving.cli.terminal import fail
@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.add_typer(gallery.app, name="gallery")
+app.add_typer(keys.app, name="keys")
+app.add_typer(audit.app, name="audit")
 for command in (embedder.train, embedder.submit, embedder.export, evaluate, embedder.calibrate):
     app.command()(command)
 app.command(context_settings=PASSED_ON, add_help_option=False)(serve)

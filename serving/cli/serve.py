@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # The panels of --help, and which settings they show; the others are in the first one.
 _PANELS = {
-    "Who is served": r"api_key|anonymous|allowed_hosts|trusted_proxies|below_threshold",
+    "Who is served": r"api_key|keys|audit\w*|anonymous|allowed_hosts|trusted_proxies|below_threshold",
     "Limits": r"(max|rate|wrong)_\w+",
     "Times": r"\w+_(s|hours)",
 }
@@ -25,7 +25,7 @@ def serve(context: typer.Context) -> None:
     """Answer over HTTP: verify (1:1) and identify (1:N) against a gallery; documentation at /docs.
 
     Each option can be set by a variable, too: --max-body-bytes by HYPERSPHERE_MAX_BODY_BYTES. Only --restored cannot,
-    since it is for one start.
+    since it is for one start. Several embedders are several --embedder, or in the variable with a : between them.
 
     Example: `hypersphere serve --embedder runs/faces/embedder --store faces.sqlite`
     """
@@ -62,7 +62,8 @@ def _parameters() -> list[inspect.Parameter]:
 
 def _of_setting(name: str, field: "FieldInfo") -> inspect.Parameter:
     """A field as an option; its bounds are checked with all the others, when the Settings are made."""
-    kind = str | None if name == "api_key" else field.annotation  # read as text, kept as a secret
+    # A key is read as text, and kept as a secret.
+    kind = {"api_key": str | None, "embedder": list[Path]}.get(name, field.annotation)
     default = inspect.Parameter.empty if field.is_required() else field.default
     help_ = (field.description or "").replace("null:", "unset:").replace("`export`", "export")
     panel = next((title for title, names in _PANELS.items() if re.fullmatch(names, name)), None)

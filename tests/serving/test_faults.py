@@ -41,7 +41,7 @@ def test_a_fault_is_a_500_in_the_same_shape_without_a_traceback(app, monkeypatch
         async with asking(app) as http:
             await until_loaded(http)
             with monkeypatch.context() as broken:
-                broken.setattr(app.state.service.gallery, "submit", fail)
+                broken.setattr(app.state.service.collections.get("default").gallery, "submit", fail)
                 answer = await http.post("/v1/identify", json=body, headers={"X-Request-ID": "job-1"})
             return answer, await http.post("/v1/identify", json=body), (await http.get("/metrics")).text
 
@@ -60,7 +60,7 @@ def test_a_fault_is_a_500_in_the_same_shape_without_a_traceback(app, monkeypatch
 def test_while_the_gallery_loads_the_service_says_so(app, monkeypatch, vectors):
     """The load waits here until it is told to go on, and is half done meanwhile."""
     goes_on = threading.Event()
-    gallery = app.state.service.gallery
+    gallery = app.state.service.collections.get("default").gallery
     load = gallery.load
 
     def waiting(**options):
@@ -94,7 +94,7 @@ def test_stopping_while_the_gallery_loads_does_not_wait_for_it(app, monkeypatch)
             time.sleep(0.001)
         raise Stopped
 
-    monkeypatch.setattr(app.state.service.gallery, "load", endless)
+    monkeypatch.setattr(app.state.service.collections.get("default").gallery, "load", endless)
 
     async def run():
         async with asyncio.timeout(30), asking(app):
@@ -111,7 +111,7 @@ def test_a_store_that_turns_out_damaged_is_told_to_whoever_started_the_app(embed
     def damaged(**_):
         raise UserError("the store is damaged")
 
-    monkeypatch.setattr(app.state.service.gallery, "load", damaged)
+    monkeypatch.setattr(app.state.service.collections.get("default").gallery, "load", damaged)
 
     async def run():
         async with asyncio.timeout(30), asking(app):

@@ -1,6 +1,5 @@
 """Stores that earlier versions wrote open, keep everything, and get what later versions promise."""
 
-import gzip
 import hashlib
 import json
 import sqlite3
@@ -9,7 +8,6 @@ import sys
 import uuid
 from contextlib import closing
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 
@@ -21,10 +19,10 @@ from serving.migrations import migrate
 from serving.schema import VERSION, Target
 from serving.store import Store
 from serving.threshold import Rule
+from tests.serving.galleries import third_schema
 from trainer.errors import UserError
 
 MODEL = "a" * 32
-STORES = Path(__file__).parent / "stores"
 NOW = datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
@@ -66,14 +64,6 @@ def _first_schema(path, x, stop=None):
         connection.execute("INSERT INTO idempotency VALUES (?, ?, ?, ?)", (key, b"digest", json.dumps(outcome), NOW))
     connection.close()
     return ids
-
-
-def _third_schema(folder):
-    """The files of a store that the version before metadata wrote."""
-    for name in ("gallery.db", "gallery.db-mark"):
-        packed = STORES / f"{name.replace('gallery', 'schema3')}.gz"
-        (folder / name).write_bytes(gzip.decompress(packed.read_bytes()))
-    return folder / "gallery.db"
 
 
 def test_a_store_of_the_first_schema_is_brought_up_to_date(tmp_path, vectors):
@@ -183,7 +173,7 @@ def test_the_steps_lead_to_the_schema_of_a_new_store(tmp_path, vectors):
 
 def test_a_store_without_metadata_is_brought_up_to_date(tmp_path, vectors):
     """Written by the version before: alice with two samples, zoë and carol, and somebody who was erased."""
-    path, x = _third_schema(tmp_path), vectors(5)
+    path, x = third_schema(tmp_path), vectors(5)
     gallery = Gallery(Store(path, MODEL, 32), Rule(0.5, ""), Rule(0.5, ""))
     gallery.load()
     assert [(row.subject_id, row.samples, row.revision) for row in gallery.subjects(0, 10)] == [
@@ -215,7 +205,7 @@ def test_a_store_without_metadata_is_brought_up_to_date(tmp_path, vectors):
     ],
 )
 def test_a_damaged_store_without_metadata_is_refused(tmp_path, damage):
-    path = _third_schema(tmp_path)
+    path = third_schema(tmp_path)
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute(damage)
     before = path.read_bytes()

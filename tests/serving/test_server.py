@@ -122,6 +122,8 @@ OTHERS = {  # than the defaults; whole numbers are one more
         "embedder": "e",
         "store": "s.sqlite",
         "api_key": KEY,
+        "keys": "k",
+        "audit": "a",
         "allowed_hosts": "a.example",
         "trusted_proxies": "10.0.0.1",
     },

@@ -24,7 +24,7 @@ def test_another_gallery_size_is_said(embedder):
     assert identify.explain(4) == "calibrated for FPIR 0.01: a test"
     assert "calibrated for 4 subjects and the gallery holds 400" in identify.explain(400)
     assert "calibrate for this size" in identify.explain(400)
-    assert "FPIR is about 0.005 or more" in identify.explain(2)
+    assert "FPIR is at least about 0.005" in identify.explain(2)
     # Independent comparisons: FMR from 0.01 = 1 - (1 - FMR)^4, and FPIR at 400 from it.
     fmr = 1 - 0.99 ** (1 / 4)
     assert identify.rate_at(400) == pytest.approx(1 - (1 - fmr) ** 400)
@@ -142,5 +142,5 @@ def test_without_a_curve_no_rate_can_be_chosen(embedder):
 
 def test_the_power_is_a_lower_bound_in_a_smaller_gallery(embedder):
     _, rule = rules(Embedder.open(embedder).manifest, None, None)
-    assert "or less: calibrate" in rule.explain(5)
-    assert "or more: calibrate" in rule.explain(3)
+    assert "at most about" in rule.explain(5)
+    assert "at least about" in rule.explain(3)

@@ -8,10 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 from serving import upkeep
-from serving.changes import State
+from serving.changes import Attached, State
 from serving.cli import app
 from serving.store import Store
 from tests.disk import small_disk
+from tests.serving.galleries import third_schema
 from trainer.errors import UserError
 
 MODEL = "a" * 32
@@ -82,6 +83,86 @@ def test_what_is_exported_comes_back(store, path, tmp_path):
     assert content(other) == content(path)
     found, refused = upkeep.import_(file, other, 4, quiet)  # once more: most do not fit
     assert (found.samples, len(refused)) == (36, 18)
+
+
+def attached(path):
+    with opened_again(path) as opened:
+        listed = [opened.subject(row.subject_id) for row in opened.subjects(0, 100)]
+        return [
+            (
+                row.subject_id,
+                row.metadata,
+                [(one.quality, one.metadata, opened.image(row.subject_id, one.sample_id)) for one in samples],
+            )
+            for row, samples in listed
+        ]
+
+
+def test_what_was_attached_is_copied_and_exported_too(tmp_path, vectors, monkeypatch):
+    monkeypatch.setattr("serving.upkeep.PIECE_BYTES", 8000)
+    path, x = tmp_path / "gallery.sqlite", vectors(30)
+    items = [(f"s{number // 3}", row[None]) for number, row in enumerate(x)]
+    more = [
+        Attached({"n": number // 3}, [number / 2 if number % 2 else None], [{"ä": number}], [bytes(number * 100)])
+        for number in range(30)
+    ]
+    with opened_again(path) as store:
+        store.enrol_many(items, attached=more)
+        store.enrol("plain", x[:1])
+    upkeep.export(path, tmp_path / "out.parquet", quiet)
+    upkeep.import_(tmp_path / "out.parquet", tmp_path / "other.sqlite", 100, quiet)
+    upkeep.backup(path, tmp_path / "copy.sqlite", quiet)
+    upkeep.restore(tmp_path / "copy.sqlite", tmp_path / "again.sqlite", quiet)
+    assert upkeep.stats(path).images == 29  # the first one's is empty
+    before = attached(path)
+    assert before[5] == (
+        "s5",
+        {"n": 5},
+        [(7.5, {"ä": 15}, bytes(1500)), (None, {"ä": 16}, bytes(1600)), (8.5, {"ä": 17}, bytes(1700))],
+    )
+    for copy in ("other.sqlite", "again.sqlite"):
+        assert attached(tmp_path / copy) == before
+        assert upkeep.verify(tmp_path / copy, quiet).samples == 31
+
+
+def test_files_of_the_version_before_are_copied_and_brought_up_to_date(tmp_path):
+    old = third_schema(tmp_path)
+    assert upkeep.stats(old).samples == 4
+    with pytest.raises(UserError, match="gallery verify"):
+        upkeep.export(old, tmp_path / "out.parquet", quiet)
+    upkeep.backup(old, tmp_path / "copy", quiet)
+    upkeep.restore(tmp_path / "copy", tmp_path / "again", quiet)
+    upkeep.verify(old, quiet)
+    assert attached(old) == attached(tmp_path / "again")
+    assert [row[0] for row in attached(old)] == ["alice", "zoë", "carol"]
+
+
+@pytest.mark.parametrize("metadata", ["[1]", "{", '{"k": null}'])
+def test_metadata_that_is_none_is_refused(store, path, tmp_path, metadata):
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "out.parquet"
+    upkeep.export(path, file, quiet)
+    table = pq.read_table(file)
+    place = table.schema.get_field_index("metadata")
+    column = [metadata, *[None] * (len(table) - 1)]
+    pq.write_table(table.set_column(place, "metadata", [column]), file)
+    with pytest.raises(UserError, match="cannot be enrolled"):
+        upkeep.import_(file, tmp_path / "new.sqlite", 100, quiet)
+
+
+def test_an_export_of_the_version_before_comes_back(store, path, tmp_path):
+    import pyarrow.parquet as pq
+
+    upkeep.export(path, tmp_path / "out.parquet", quiet)
+    table = pq.read_table(tmp_path / "out.parquet")
+    pq.write_table(table.select(["subject_id", "created_ms", "embedding"]), tmp_path / "old.parquet")
+    upkeep.import_(tmp_path / "old.parquet", tmp_path / "new.sqlite", 100, quiet)
+    store.close()
+    assert content(tmp_path / "new.sqlite") == content(path)
+    pq.write_table(table.select(["subject_id", "embedding", "created_ms"]), tmp_path / "mixed.parquet")
+    with pytest.raises(UserError, match="not an export"):
+        upkeep.import_(tmp_path / "mixed.parquet", tmp_path / "new2.sqlite", 100, quiet)
 
 
 def test_verify_finds_a_flipped_byte(store, path):

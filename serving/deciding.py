@@ -1,0 +1,196 @@
+"""Identify, verify, embed, without the web framework: from what was sent to vectors, the gallery, and the answer.
+
+What embeds images, or takes long to read, is called by the API in a thread of its pool.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from serving import requests, schemas
+from serving.changes import Metadata
+from serving.collections import Collection
+from serving.errors import ApiError, invalid
+from serving.gallery import Identification, Probe
+from serving.models import Vectors, mean
+from serving.parsing import RAW, Sent, as_request, known, read_json
+from serving.threshold import Rule
+from trainer.errors import UserError
+from trainer.evaluation.curve import HIGHEST_RATE
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request for identification asks: whom to search for, and of how many samples each is the mean."""
+
+    probes: list[Probe]
+    samples: list[int]
+    below: bool
+    fpir: float | None
+    where: Metadata | None
+
+
+def asked(collection: Collection, sent: Sent) -> Asked:
+    """One probe: an image or embedding, or several of the same person."""
+    model, most = collection.model, collection.settings.max_images
+    if sent.document is None or sent.kind == RAW:
+        options = as_request(requests.FormOptions, sent.fields)
+        if sent.document is None:
+            rows_BD = model.embed(sent.files, "image")
+        else:
+            rows_BD = model.raw(sent.document, sent.fields.get("model_id"), "embeddings", most)
+        return _asked(collection, options, rows_BD, [len(rows_BD)])
+    body = read_json(requests.IdentifyRequest, sent.document)
+    rows_BD = model.vectors(body.rows, body.model_id, "embedding")
+    return _asked(collection, body, rows_BD, [len(rows_BD)])
+
+
+def asked_many(collection: Collection, sent: Sent) -> Asked:
+    """Many probes: an image or embedding each, or in JSON several."""
+    model, settings = collection.model, collection.settings
+    if sent.document is None or sent.kind == RAW:
+        options = as_request(requests.FormOptions, sent.fields)
+        if sent.document is None:
+            rows_BD = model.embed(sent.files, "images")
+        else:
+            rows_BD = model.raw(sent.document, sent.fields.get("model_id"), "embeddings", settings.max_probes)
+        return _asked(collection, options, rows_BD, [1] * len(rows_BD))
+    body = read_json(requests.IdentifyManyRequest, sent.document)
+    rows = [row for probe in body.probes for row in probe.rows]
+    return _asked(
+        collection, body, model.vectors(rows, body.model_id, "probes"), [len(probe.rows) for probe in body.probes]
+    )
+
+
+def _asked(collection: Collection, options: requests.Options, rows_BD: Vectors, samples: list[int]) -> Asked:
+    probes = np.split(rows_BD, np.cumsum(samples[:-1])) if len(samples) > 1 else [rows_BD]
+    found = [Probe(mean(one_BD, "embeddings"), options.top_k) for one_BD in probes]
+    return Asked(found, samples, _may_see_below(collection, options.below_threshold), options.fpir, options.where)
+
+
+def narrowed(collection: Collection, asked: Asked) -> Asked:
+    """The same, to be searched for among the subjects of its filter only. Waits for the disk."""
+    if asked.where is None:
+        return asked
+    among = collection.gallery.matching(asked.where)
+    return replace(asked, probes=[replace(probe, among=among) for probe in asked.probes])
+
+
+def identified(
+    collection: Collection, asked: Asked, found: Sequence[Identification], request_id: str
+) -> schemas.IdentifyAnswer:
+    """The answer to an identification of one probe."""
+    one = _identified(collection, asked, found[0], asked.samples[0])
+    return schemas.IdentifyAnswer(**one, **collection.signed(request_id))
+
+
+def identified_many(
+    collection: Collection, asked: Asked, found: Sequence[Identification], request_id: str
+) -> schemas.IdentifyManyAnswer:
+    """The answer to an identification of many."""
+    results = [
+        schemas.Identified(**_identified(collection, asked, one, samples))
+        for one, samples in zip(found, asked.samples, strict=True)
+    ]
+    return schemas.IdentifyManyAnswer(results=results, **collection.signed(request_id))
+
+
+def _identified(collection: Collection, asked: Asked, found: Identification, samples: int) -> dict[str, Any]:
+    rule, size, best = found.rule, found.gallery_size, found.candidates[0] if found.candidates else None
+    if asked.fpir is not None:
+        rule = _rule_for(collection.gallery.identify_rule, size, asked.fpir)
+    decision = "match" if best is not None and rule.matches(best.score) else "unknown"
+    collection.metrics.decisions.labels("identify", decision).inc()
+    if best is not None:
+        collection.metrics.scores.observe(best.score)
+    shown = [one for one in found.candidates if asked.below or rule.matches(one.score)]
+    return {
+        "candidates": [
+            schemas.CandidateAnswer(**vars(one), mate_probability=collection.model.mate_probability(one.score, size))
+            for one in shown
+        ],
+        "decision": decision,
+        "threshold": rule.value,
+        "threshold_source": rule.explain(size),
+        "extrapolated": rule.extrapolated,
+        "fpir_target": rule.rate,
+        "fpir_interval": rule.interval,
+        "fpir_expected": rule.rate_at(size),
+        "gallery_size": size,
+        "calibrated_gallery_size": rule.gallery_size,
+        "probe_samples": samples,
+    }
+
+
+def _rule_for(rule: Rule, size: int, fpir: float) -> Rule:
+    """The rule for an FPIR that a request chooses. Raises ApiError 422 with what the calibration knows."""
+    try:
+        return rule.at(size, fpir)
+    except UserError as error:
+        lowest = rule.lowest(size)
+        known = f"{lowest:.2g} to {HIGHEST_RATE:g}" if lowest else f"{rule.rate:g}" if rule.rate else "none"
+        told = f"FPIR {fpir:g} is not known with {size} enrolled; the calibration knows {known}: choose one of these"
+        facts = {"sent": fpir, "lowest": lowest, "highest": HIGHEST_RATE if lowest else None, "calibrated": rule.rate}
+        raise ApiError(422, "fpir_not_known", told, facts) from error
+
+
+def verify(collection: Collection, sent: Sent, request_id: str) -> schemas.VerifyAnswer:
+    """Compare a probe with a reference, or with an enrolled subject."""
+    model, gallery = collection.model, collection.gallery
+    if sent.document is None or sent.kind == RAW:
+        subject_id = sent.fields.get("subject_id")
+        if sent.document is None:
+            if (subject_id is None) != ("reference" in sent.files):
+                raise invalid(("reference", "give either a 'reference' image or a 'subject_id'"))
+            vectors = model.embed(sent.files, "probe", "reference")
+        elif len(vectors := model.raw(sent.document, sent.fields.get("model_id"), "probe and reference", 2)) != 1 + (
+            subject_id is None
+        ):
+            raise invalid(("", "send a probe and a reference, or a probe alone and ?subject_id="))
+    else:
+        body = read_json(requests.VerifyRequest, sent.document)
+        subject_id = body.subject_id
+        both = [body.probe] if body.reference is None else [body.probe, body.reference]
+        vectors = model.vectors(both, body.model_id, "probe and reference")
+    if subject_id is None:
+        found = gallery.verify(vectors[0], vectors[1])
+    else:
+        subject_id = known(subject_id)
+        found = gallery.verify_subject(vectors[0], subject_id)
+    collection.metrics.decisions.labels("verify", found.decision).inc()
+    rule = gallery.verify_rule
+    return schemas.VerifyAnswer(
+        score=found.score,
+        decision=found.decision,
+        threshold=rule.value,
+        threshold_source=rule.source,
+        fmr_target=rule.rate,
+        fmr_interval=rule.interval,
+        mate_probability=model.mate_probability(found.score),
+        subject_id=subject_id,
+        sample_id=found.sample_id,
+        **collection.signed(request_id),
+    )
+
+
+def embed(collection: Collection, sent: Sent) -> Vectors:
+    """Unit vectors of images."""
+    return collection.model.embed(sent.files, "images")
+
+
+def embedded(collection: Collection, rows_BD: Vectors, request_id: str) -> schemas.EmbedAnswer:
+    """The answer as JSON."""
+    return schemas.EmbedAnswer(
+        embeddings=rows_BD.tolist(), dimension=collection.model.dimension, **collection.signed(request_id)
+    )
+
+
+def _may_see_below(collection: Collection, asked: bool) -> bool:
+    """Whether an answer shows candidates below the threshold."""
+    rule = collection.settings.below_threshold
+    if asked and rule == "never":
+        message = "this service does not show candidates below the threshold; leave below_threshold out"
+        raise ApiError(403, "below_threshold_hidden", message)
+    return asked or rule == "always"

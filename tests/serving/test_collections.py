@@ -1,0 +1,155 @@
+"""Several collections of one service: apart from each other, pinned to their models, made and dropped whole."""
+
+import signal
+import threading
+
+import pytest
+
+from serving.service import Service
+from serving.settings import from_values
+from tests.serving.asking import enrol, file, identify, refused
+from trainer.embedder import Embedder
+from trainer.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = tmp_path / "collections"
+    made.mkdir()
+    return made
+
+
+def _names(server):
+    return [one["name"] for one in server.http.get("/v1/collections").json()["collections"]]
+
+
+def test_collections_are_apart(serve, folder, embedder, photos):
+    server = serve(store=folder)
+    assert _names(server) == ["default"]
+    made = server.http.post("/v1/collections", json={"name": "staff"})
+    assert made.status_code == 201
+    assert made.json() | {"request_id": ""} == {
+        **{"name": "staff", "model_id": Embedder.open(embedder).model_id, "dimension": 32, "state": "ready"},
+        **{"subjects": 0, "samples": 0, "revision": 0, "request_id": ""},
+    }
+    assert enrol(server, "alice", photos(1)).status_code == 201
+    below = "/v1/collections/staff"
+    answer = server.http.post(f"{below}/subjects/bob/samples", files=[file(photos(2), "images")])
+    assert answer.status_code == 201
+    found = {
+        (where, person): server.http.post(f"{where}/identify", files=[file(photos(person, 1))]).json()["decision"]
+        for where in ("/v1", "/v1/collections/default", below)
+        for person in (1, 2)
+    }
+    assert [place for place, decision in found.items() if decision == "match"] == [
+        *(("/v1", 1), ("/v1/collections/default", 1), (below, 2)),
+    ]
+    assert server.http.get(below).json()["subjects"] == 1
+    text = server.http.get("/metrics").text
+    assert 'hypersphere_gallery_subjects{collection="staff"} 1.0' in text
+    assert 'route="/v1/collections/{collection}/identify"' in text
+    assert server.http.delete(below).status_code == 204
+    refused(server.http.get(below), 404, "no_collection")
+    refused(server.http.post(f"{below}/identify", files=[file(photos(2, 1))]), 404, "no_collection")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"default.db{end}" for end in ("", "-mark", "-shm", "-wal")
+    ]
+    assert 'collection="staff"' not in server.http.get("/metrics").text
+    assert identify(server, photos(1, 1)).json()["decision"] == "match"
+
+
+def test_collections_come_back_and_each_has_its_model(serve, folder, embedder, make_embedder, photos):
+    other = make_embedder(seed=1)
+    server = serve(store=folder, embedder=[str(embedder), str(other)])
+    model = Embedder.open(other).model_id
+    assert server.http.post("/v1/collections", json={"name": "other", "model_id": model}).status_code == 201
+    for path in ("/v1", "/v1/collections/other"):
+        assert server.http.post(f"{path}/subjects/a/samples", files=[file(photos(1), "images")]).status_code == 201
+    vector = server.http.post("/v1/collections/other/embed", files=[file(photos(1), "images")]).json()
+    assert vector["model_id"] == model
+    wrong = server.http.post("/v1/identify", json={"embedding": vector["embeddings"][0], "model_id": model})
+    refused(wrong, 409, "wrong_model")
+    server.kill()
+    server = serve(store=folder, embedder=[str(embedder), str(other)])
+    assert _names(server) == ["default", "other"]
+    answer = server.http.post("/v1/collections/other/identify", files=[file(photos(1, 1))]).json()
+    assert (answer["decision"], answer["model_id"]) == ("match", model)
+    server.end(signal.SIGTERM)
+    with pytest.raises(UserError, match=f"holds vectors of model {model} .*serve the embedder that"):
+        Service(from_values({"store": folder, "embedder": embedder}))
+
+
+def test_a_name_is_a_file_in_the_folder_and_nothing_else(serve, folder):
+    server = serve(store=folder, max_collections=3)
+    for name in ("..", ".", "", "a/b", "A", "-a", "_a", "a" * 64, "ä", "a\n", "a.db", "a\x00", "default ", "%2e%2e"):
+        refused(server.http.post("/v1/collections", json={"name": name}), 422, "invalid")
+    refused(server.http.post("/v1/collections", json={"name": "a", "more": 1}), 422, "invalid")
+    refused(
+        server.http.post("/v1/collections", content=b"[" * 5000, headers={"content-type": "application/json"}),
+        413,
+        "json_too_large",
+    )
+    refused(server.http.post("/v1/collections", json={"name": "a", "model_id": "0" * 32}), 409, "wrong_model")
+    refused(server.http.post("/v1/collections", json={"name": "default"}), 409, "collection_exists")
+    for path in (
+        "/v1/collections/..%2f..",
+        "/v1/collections/%2e%2e/subjects",
+        "/v1/collections/a%00b",
+        "/v1/collections/nobody",
+    ):
+        assert server.http.get(path).status_code == 404, path
+    assert [server.http.post("/v1/collections", json={"name": n}).status_code for n in "abc"] == [201, 201, 409]
+    assert _names(server) == ["a", "b", "default"]
+
+
+def test_of_two_who_create_a_collection_at_once_one_does(serve, folder):
+    server, answers = serve(store=folder), []
+
+    def create():
+        with server.client() as http:
+            answers.append(http.post("/v1/collections", json={"name": "staff"}).status_code)
+
+    threads = [threading.Thread(target=create) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(answers) == [201, *[409] * 7]
+
+
+def test_one_file_is_one_collection(server):
+    assert _names(server) == ["default"]
+    refused(server.http.post("/v1/collections", json={"name": "staff"}), 409, "one_collection")
+    refused(server.http.delete("/v1/collections/default"), 409, "one_collection")
+
+
+def test_what_a_kill_left_of_a_drop_goes_with_the_next_start(serve, folder, photos):
+    server = serve(store=folder)
+    server.http.post("/v1/collections", json={"name": "staff"})
+    server.http.post("/v1/collections/staff/subjects/a/samples", files=[file(photos(1), "images")])
+    server.kill()
+    (folder / "staff.db").rename(folder / "staff.db.dropped")  # the first step of a drop
+    server = serve(store=folder)
+    assert _names(server) == ["default"]
+    assert not list(folder.glob("staff*"))
+
+
+def test_a_damaged_collection_is_left_out_and_said(serve, folder, photos):
+    server = serve(store=folder)
+    server.http.post("/v1/collections", json={"name": "staff"})
+    server.http.post("/v1/collections/staff/subjects/somebody/samples", files=[file(photos(1), "images")])
+    server.end(signal.SIGTERM)
+    path = folder / "staff.db"
+    path.write_bytes(path.read_bytes().replace(b"somebody", b"somebodY"))
+    server = serve(store=folder)
+    states = {one["name"]: one["state"] for one in server.http.get("/v1/collections").json()["collections"]}
+    assert states == {"default": "ready", "staff": "failed"}
+    assert server.http.get("/readyz").status_code == 200
+    refused(server.http.post("/v1/collections/staff/identify", files=[file(photos(1))]), 503, "store_unavailable")
+    assert identify(server, photos(1)).status_code == 200
+    assert "the collection 'staff' is not served" in "".join(server.output)
+
+
+def test_thresholds_by_hand_are_of_one_model(embedder, make_embedder, folder):
+    with pytest.raises(UserError, match="a threshold given by hand is one model's"):
+        from_values({"store": folder, "embedder": [embedder, make_embedder(seed=1)], "verify_threshold": 0.5})

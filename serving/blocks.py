@@ -30,6 +30,12 @@ def block_rows(width: int, held: int | None = None) -> int:
     return most if held is None else min(most, max(FIRST_ROWS, held))
 
 
+def digest(subject_N: Numbers, sample_N: NDArray[np.uint8]) -> int:
+    """Of samples and whose they are, in any order; those of parts add up, modulo 2^64. GONE rows count nothing."""
+    low_N, high_N = np.ascontiguousarray(sample_N).view("<u8").T
+    return int((low_N * (2 * subject_N.astype(np.uint64) + np.uint64(1)) + high_N).sum()) % 2**64
+
+
 class Block:
     """Rows in one piece of memory: vectors, subjects' numbers (or GONE), the 16 bytes of the samples' UUIDs.
 

@@ -191,9 +191,8 @@ class Collections:
         hours, key = settings.idempotency_hours, read_key(settings.encryption_key_file)
         store = Store(path, model.model_id, model.dimension, hours, settings.restored, key)
         rules = model.verify_rule, model.identify_rule
-        gallery = Gallery(
-            store, *rules, settings.threads, settings.max_samples, model.normaliser, settings.index, settings.template
-        )
+        limits, forms = (settings.threads, settings.max_samples), (settings.index, settings.template)
+        gallery = Gallery(store, *rules, *limits, model.normaliser, *forms)
         gallery.on_search = self._metrics.searched
         drift = Drift(model.identify_rule.curve)
         self._metrics.opened(name, gallery, drift)

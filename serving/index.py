@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.blocks import GONE, Block, Find, Numbers, Vectors, View, block_rows, of_sample, of_subjects
+from serving.blocks import GONE, Block, Find, Numbers, Vectors, View, block_rows, digest, of_sample, of_subjects
 from serving.codes import Codes, Form
 from serving.scan import Found, Scan
 from trainer.evaluation.normalise import Normaliser
@@ -134,6 +134,10 @@ class Index:
         with self._lock:
             for block, vectors_NE in mapped if self.form != "exact" else ():
                 block.vectors_NE = vectors_NE
+
+    def digest(self) -> int:
+        """See `blocks.digest`. A pass over the rows' numbers and ids."""
+        return sum(digest(block.subject_N[:count], block.sample_N[:count]) for block, count in self.parts()) % 2**64
 
     def hide(self, subject_id: str) -> None:
         """Let no search find the subject from now on. It needs no memory; its rows go with the next `remove`."""

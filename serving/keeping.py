@@ -47,7 +47,7 @@ class Keeper:
 
     def resume(self, index: Index, put: Callable[[Index, Piece], None], threads: int) -> bool:
         """Fill the empty index from the snapshot and from what was changed since; whether that could be done."""
-        if self._store.restored:  # its history is another one from some revision on
+        if self._store.restored or self._store.encrypted:  # another history from some revision on; in plain text
             self._snapshot.drop("")
         parts = self._snapshot.open(threads)
         if not parts or self._snapshot.revision is None:

@@ -127,7 +127,8 @@ class Reader:
         last, sql = 0, "SELECT id, key, name FROM subjects WHERE id > ? AND digest IS NOT NULL ORDER BY id LIMIT ?"
         while found := self._read(sql, (last, ROWS_A_READ)):
             with self._failures():
-                yield from [(number, self._name(*row)) for number, *row in found]
+                named = [(number, self._name(*row)) for number, *row in found]
+            yield from named
             last = found[-1][0]
 
     def subject(self, subject_id: str) -> tuple[SubjectRow, list[SampleRow]]:

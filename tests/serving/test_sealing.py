@@ -5,6 +5,7 @@ import sqlite3
 import stat
 from contextlib import closing
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -12,7 +13,7 @@ from serving import rows, upkeep
 from serving.changes import Attached, IdempotencyKey, StoreError
 from serving.cli import app
 from serving.gallery import Gallery
-from serving.sealing import read_key
+from serving.sealing import make_key, read_key
 from serving.store import Store
 from serving.threshold import Rule
 from tests.serving.galleries import MODEL
@@ -215,3 +216,27 @@ def test_the_command_line(path, tmp_path, content, vectors):
     assert "nothing is wrong" in told.output
     assert run.invoke(app, ["gallery", "rekey", str(new), "--store", str(path)]).exit_code != 0
     assert read_key(new) != read_key(key)
+
+
+def test_the_service_serves_an_encrypted_store_by_templates(serve, tmp_path, vectors):
+    x, key = vectors(2), tmp_path / "key"
+    make_key(key)
+    for _ in ("made", "opened again"):
+        server = serve(template="mean", encryption_key_file=key)
+        if not server.http.get("/readyz").json()["gallery_size"]:
+            body = {"embeddings": x.tolist(), "metadata": {"site": "north of here"}}
+            assert server.http.post("/v1/subjects/Zebedee/samples", json=body).status_code == 201
+        (found,) = server.http.post("/v1/identify", json={"embedding": x[0].tolist(), "below_threshold": True}).json()[
+            "candidates"
+        ]
+        mean = x.mean(axis=0) / np.linalg.norm(x.mean(axis=0))
+        assert (found["subject_id"], found["sample_id"]) == ("Zebedee", None)
+        assert found["score"] == pytest.approx(float(mean @ x[0]), abs=1e-5)
+        assert server.http.get("/readyz").json()["samples"] == 2
+        assert server.http.get("/v1/subjects/Zebedee").json()["metadata"] == {"site": "north of here"}
+        server.end()
+    content = b"".join(file.read_bytes() for file in tmp_path.glob("gallery.db*"))
+    assert b"Zebedee" not in content
+    assert b"north of here" not in content
+    with pytest.raises(AssertionError, match="is encrypted; give the file of its key with --encryption-key-file"):
+        serve()

@@ -102,8 +102,7 @@ def export_run(
     path = data or config.data.path
     manifest = Manifest.read(path, config.data.remote_cache)
     form = preprocessing(manifest, config.data)
-    backbone = _backbone(config, form, weights)
-    if backbone is None:
+    if (backbone := _backbone(config, form, weights)) is None:
         raise UserError(
             f"the model in '{found.folder}' does not read the {manifest.holds} at '{shown(path)}'; "
             "give a data set like the one that it was trained on"
@@ -111,8 +110,7 @@ def export_run(
     note = RunNote.read(config.run.out)
     provenance = _provenance(found, manifest.kind, note, which)
     model = embedder_of(config, found, backbone)
-    place = Folder.at(out)
-    check_free(place, overwrite)
+    check_free(place := Folder.at(out), overwrite)
     with written_here(place, MANIFEST_FILE) as here:
         samples = _samples(manifest, config)
         # Behind a learned projection the length is another.

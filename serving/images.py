@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from serving import schemas
 from serving.batching import Closed
 from serving.decoding import Decoders, DecodersClosed, ImageRefused, Limits
 from serving.embedding import Embedding
 from serving.errors import ApiError, stopping
-from serving.looking import Picture, Seen, unlike_a_crop
+from serving.looking import ImageAnswer, Picture, Seen, unlike_a_crop
 from serving.metrics import Metrics
 from serving.parsing import Which
 from serving.settings import Settings
@@ -156,11 +155,10 @@ class Images:
         return None
 
 
-def told(crops: Sequence[Crop]) -> list[schemas.ImageAnswer]:
+def told(crops: Sequence[Crop]) -> list[ImageAnswer]:
     """What answers say of them."""
     return [
-        schemas.ImageAnswer(**dict(crop.seen), image=crop.image, warning=crop.warning, faults=crop.faults)
-        for crop in crops
+        ImageAnswer(**dict(crop.seen), image=crop.image, warning=crop.warning, faults=crop.faults) for crop in crops
     ]
 
 

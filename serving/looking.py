@@ -34,6 +34,14 @@ class Seen(Strict):
     quality: Quality
 
 
+class ImageAnswer(Seen):
+    """What was found in an image: a face, or all of it where the service has no detector."""
+
+    image: str = Field(description="part of the form, and its number where there are several")
+    warning: str | None = Field(None, description="why the image may not be what the model expects")
+    faults: list[str] = Field([], description="what of its quality is worse than the service asks for")
+
+
 @dataclass(frozen=True)
 class Picture:
     """An image as the model sees it.

@@ -14,6 +14,7 @@ from serving.gallery import Gallery
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 TEXT_KEPT_S = 0.1  # writing takes some milliseconds of the event loop, and any number of clients may ask
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_BY = ["collection"]
 QUEUES = ("decode", "embed", "search")
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SCORES = tuple(round(-0.2 + 0.05 * step, 2) for step in range(25))  # -0.2 ... 1.0
@@ -50,18 +51,13 @@ class Metrics:
             waiting.labels(name).set_function(functools.partial(_sum, queues))
         self.decisions = Counter("hypersphere_decisions", "Decisions taken", ["operation", "decision"], registry=own)
         self.scores = Histogram("hypersphere_best_score", "Best score of a search", buckets=SCORES, registry=own)
-        self._gauges(own)
-
-    def _gauges(self, own: CollectorRegistry) -> None:
-        """What is told of each collection."""
-        drift = ["collection"]
         self._stability = Gauge(
-            "hypersphere_drift_stability", "Strangers' scores against the calibration: PSI", drift, registry=own
+            "hypersphere_drift_stability", "Strangers' scores against the calibration: PSI", _BY, registry=own
         )
         self._shift = Gauge(
-            "hypersphere_drift_shift", "The same: Kolmogorov-Smirnov, below 0 if they are higher", drift, registry=own
+            "hypersphere_drift_shift", "The same: Kolmogorov-Smirnov, below 0 if they are higher", _BY, registry=own
         )
-        self._compared = Gauge("hypersphere_drift_searches", "Searches that drift rests on", drift, registry=own)
+        self._compared = Gauge("hypersphere_drift_searches", "Searches that drift rests on", _BY, registry=own)
         self._subjects = Gauge("hypersphere_gallery_subjects", "Enrolled subjects", ["collection"], registry=own)
         self._samples = Gauge("hypersphere_gallery_samples", "Enrolled samples", ["collection"], registry=own)
         self._models = Gauge(

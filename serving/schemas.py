@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from serving.looking import Seen
+from serving.looking import ImageAnswer
 
 # Shown on the documentation page.
 _MODEL: dict[str, JsonValue] = {
@@ -46,14 +46,6 @@ class Answer(BaseModel):
     collection: str
     model_id: str = Field(description="digest of the model that made the vectors")
     request_id: str
-
-
-class ImageAnswer(Seen):
-    """What was found in an image: a face, or all of it where the service has no detector."""
-
-    image: str = Field(description="part of the form, and its number where there are several")
-    warning: str | None = Field(None, description="why the image may not be what the model expects")
-    faults: list[str] = Field([], description="what of its quality is worse than the service asks for")
 
 
 class VerifyAnswer(Answer):

@@ -102,19 +102,15 @@ def export_run(
     path = data or config.data.path
     manifest = Manifest.read(path, config.data.remote_cache)
     form = preprocessing(manifest, config.data)
-    backbone = build(config.backbone, *form.shape_CHW)
-    try:
-        backbone.load_state_dict(weights)
-    except RuntimeError as error:  # with a list of all shapes
+    if (backbone := _backbone(config, form, weights)) is None:
         raise UserError(
             f"the model in '{found.folder}' does not read the {manifest.holds} at '{shown(path)}'; "
             "give a data set like the one that it was trained on"
-        ) from error
+        )
     note = RunNote.read(config.run.out)
     provenance = _provenance(found, manifest.kind, note, which)
     model = embedder_of(config, found, backbone)
-    place = Folder.at(out)
-    check_free(place, overwrite)
+    check_free(place := Folder.at(out), overwrite)
     with written_here(place, MANIFEST_FILE) as here:
         samples = _samples(manifest, config)
         # Behind a learned projection the length is another.
@@ -126,6 +122,16 @@ def export_run(
             with contextlib.closing(Tracker(config.tracking, on_trouble, note.mlflow_run_id)) as tracker:
                 tracker.register(here, written.model_id)
     return written
+
+
+def _backbone(config: Config, form: Form, weights: Mapping[str, torch.Tensor]) -> nn.Module | None:
+    """The network with its weights; None where they are of other shapes than what reads this form."""
+    backbone = build(config.backbone, *form.shape_CHW)
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError:  # with a list of all shapes
+        return None
+    return backbone
 
 
 def _provenance(found: Checkpoint, data: str, note: RunNote, which: Which) -> dict[str, str]:

@@ -50,8 +50,7 @@ def make_plan(folder: Path, kind: str, listing: Listing, options: ImportOptions,
     Raises:
         UserError: there are no samples, an identity is in two splits, or a split has fewer than two identities.
     """
-    detector = _detector(listing, options)
-    digest = _digest(kind, listing, options, detector)
+    digest = _digest(kind, listing, options, detector := _detector(listing, options))
     total = _write_entries(folder / ENTRIES_FILE, listing, digest, show)
     if listing.prepare is not None:
         listing.source = listing.prepare(folder)

@@ -10,11 +10,13 @@ it. The peak is that of the whole process, the embeddings included.
 import argparse
 import math
 import resource
+import sys
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
-from trainer.evaluation import verification
+from trainer.evaluation import evidence, scores, verification
 from trainer.evaluation.scores import check
 
 
@@ -28,6 +30,20 @@ def made_up(samples: int, dimension: int, each: int, spread: float) -> tuple[np.
     return vectors, labels
 
 
+def telling() -> None:
+    """From here on, every pass over all pairs tells on stderr how far it is."""
+    blocks = scores.pair_blocks
+
+    def told(vectors: np.ndarray, *others: np.ndarray | None) -> Iterator[tuple]:
+        for block in blocks(vectors, *others):  # type: ignore[arg-type]
+            left = 1 - block[0] / len(vectors)
+            print(f"\r{1 - left * left:.0%} of the pairs", end="", file=sys.stderr, flush=True)
+            yield block
+        print(file=sys.stderr)
+
+    scores.pair_blocks = evidence.pair_blocks = told  # type: ignore[assignment]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--scores", type=float, default=4e8, help="different pairs; their samples follow from it")
@@ -39,6 +55,7 @@ def main() -> None:
     samples = options.samples or math.ceil((1 + math.sqrt(1 + 8 * options.scores)) / 2)
     vectors, labels = check(*made_up(samples, options.dimension, options.each, options.spread))
     verification.MOST_PAIR_SAMPLES = samples
+    telling()
     started, before = time.perf_counter(), time.process_time()
     report, curve, _ = verification.verification(vectors, labels, seed=0)
     seconds, cpu = time.perf_counter() - started, time.process_time() - before

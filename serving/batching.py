@@ -33,6 +33,11 @@ class Batcher(Generic[Item, Result]):
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
         self._thread.start()
 
+    @property
+    def waiting(self) -> int:
+        """Items that nobody works on yet."""
+        return self._waiting.qsize()
+
     def submit(self, item: Item) -> Future[Result]:
         """The result to come.
 

@@ -134,7 +134,7 @@ async def _form(request: Request, body: Body, most: int) -> Sent:
         request.headers,
         request.stream(),
         max_files=in_all,
-        max_fields=len(body.fields) + 1,  # one more, to name one that does not belong here
+        max_fields=len(body.form) + 1,  # one more, to name one that does not belong here
         max_part_size=MAX_FIELD_BYTES,
     )
     try:
@@ -152,8 +152,8 @@ async def _form(request: Request, body: Body, most: int) -> Sent:
             await value.close()
         elif name in body.files:
             raise invalid((name, "this must be a file with a file name, as curl -F name=@file sends it"))
-        elif name not in body.fields or name in sent.fields:
-            allowed = ", ".join(body.fields) or "no fields"
+        elif name not in body.form or name in sent.fields:
+            allowed = ", ".join(body.form)
             raise invalid((name, f"no field of this name, or a second one; allowed once: {allowed}"))
         else:
             sent.fields[name] = value

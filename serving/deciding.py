@@ -14,8 +14,9 @@ from serving.changes import Metadata
 from serving.collections import Collection
 from serving.errors import ApiError, invalid
 from serving.gallery import Identification, Probe
+from serving.images import Crop, told
 from serving.models import Vectors, mean
-from serving.parsing import RAW, Sent, as_request, known, read_json
+from serving.parsing import RAW, Sent, as_request, face_of, known, read_json
 from serving.threshold import Rule
 from trainer.errors import UserError
 from trainer.evaluation.curve import HIGHEST_RATE
@@ -30,6 +31,8 @@ class Asked:
     below: bool
     fpir: float | None
     where: Metadata | None
+    crops: Sequence[Crop] = ()  # of the images, in order
+    faces: bool = False  # each crop is a probe of its own, unless its quality is too low
 
 
 def asked(collection: Collection, sent: Sent) -> Asked:
@@ -38,13 +41,24 @@ def asked(collection: Collection, sent: Sent) -> Asked:
     if sent.document is None or sent.kind == RAW:
         options = as_request(requests.FormOptions, sent.fields)
         if sent.document is None:
-            rows_BD = model.embed(sent.files, "image")
-        else:
-            rows_BD = model.raw(sent.document, sent.fields.get("model_id"), "embeddings", most)
+            return _of_images(collection, options, sent)
+        rows_BD = model.raw(sent.document, sent.fields.get("model_id"), "embeddings", most)
         return _asked(collection, options, rows_BD, [len(rows_BD)])
     body = read_json(requests.IdentifyRequest, sent.document)
     rows_BD = model.vectors(body.rows, body.model_id, "embedding")
     return _asked(collection, body, rows_BD, [len(rows_BD)])
+
+
+def _of_images(collection: Collection, options: requests.FormOptions, sent: Sent) -> Asked:
+    """The faces of a photograph, each a probe; or several images of one person."""
+    which = options.face or ("all" if len(sent.files["image"]) == 1 else "only")
+    crops = collection.model.crops(sent.files, "image", which=which)
+    if which == "all":
+        if len(sent.files["image"]) > 1:
+            raise invalid(("face", "several images are of one person; send face=only, face=largest, or one image"))
+        rows_BD = np.stack([crop.vector_D for crop in crops if not crop.faults])
+        return _asked(collection, options, rows_BD, [1] * len(rows_BD), crops, faces=True)
+    return _asked(collection, options, np.stack([crop.vector_D for crop in crops]), [len(crops)], crops)
 
 
 def asked_many(collection: Collection, sent: Sent) -> Asked:
@@ -52,11 +66,13 @@ def asked_many(collection: Collection, sent: Sent) -> Asked:
     model, settings = collection.model, collection.settings
     if sent.document is None or sent.kind == RAW:
         options = as_request(requests.FormOptions, sent.fields)
+        crops = list[Crop]()
         if sent.document is None:
-            rows_BD = model.embed(sent.files, "images")
+            crops = model.crops(sent.files, "images", which=face_of(sent))
+            rows_BD = np.stack([crop.vector_D for crop in crops])
         else:
             rows_BD = model.raw(sent.document, sent.fields.get("model_id"), "embeddings", settings.max_probes)
-        return _asked(collection, options, rows_BD, [1] * len(rows_BD))
+        return _asked(collection, options, rows_BD, [1] * len(rows_BD), crops)
     body = read_json(requests.IdentifyManyRequest, sent.document)
     rows = [row for probe in body.probes for row in probe.rows]
     return _asked(
@@ -64,10 +80,18 @@ def asked_many(collection: Collection, sent: Sent) -> Asked:
     )
 
 
-def _asked(collection: Collection, options: requests.Options, rows_BD: Vectors, samples: list[int]) -> Asked:
+def _asked(
+    collection: Collection,
+    options: requests.Options,
+    rows_BD: Vectors,
+    samples: list[int],
+    crops: Sequence[Crop] = (),
+    faces: bool = False,
+) -> Asked:
     probes = np.split(rows_BD, np.cumsum(samples[:-1])) if len(samples) > 1 else [rows_BD]
     found = [Probe(mean(one_BD, "embeddings"), options.top_k) for one_BD in probes]
-    return Asked(found, samples, _may_see_below(collection, options.below_threshold), options.fpir, options.where)
+    below = _may_see_below(collection, options.below_threshold)
+    return Asked(found, samples, below, options.fpir, options.where, crops, faces)
 
 
 def narrowed(collection: Collection, asked: Asked) -> Asked:
@@ -81,18 +105,27 @@ def narrowed(collection: Collection, asked: Asked) -> Asked:
 def identified(
     collection: Collection, asked: Asked, found: Sequence[Identification], request_id: str
 ) -> schemas.IdentifyAnswer:
-    """The answer to an identification of one probe."""
-    one = _identified(collection, asked, found[0], asked.samples[0])
-    return schemas.IdentifyAnswer(**one, **collection.signed(request_id))
+    """The answer to an identification of one probe, or of each face in a photograph."""
+    every = [_identified(collection, asked, one, samples) for one, samples in zip(found, asked.samples, strict=True)]
+    if not asked.faces:
+        return schemas.IdentifyAnswer(**every[0], images=told(asked.crops), **collection.signed(request_id))
+    searched, faces = iter(every), []
+    for crop, face in zip(asked.crops, told(asked.crops), strict=True):
+        one = {"candidates": [], "decision": None} if crop.faults else next(searched)
+        of_it = {name: one[name] for name in ("candidates", "decision")}
+        faces.append(schemas.FaceAnswer(face=face, **of_it))
+    images = [next(answer.face for answer in faces if answer.decision is not None)]
+    return schemas.IdentifyAnswer(**every[0], images=images, faces=faces, **collection.signed(request_id))
 
 
 def identified_many(
     collection: Collection, asked: Asked, found: Sequence[Identification], request_id: str
 ) -> schemas.IdentifyManyAnswer:
     """The answer to an identification of many."""
+    images = [[image] for image in told(asked.crops)] or [[]] * len(found)
     results = [
-        schemas.Identified(**_identified(collection, asked, one, samples))
-        for one, samples in zip(found, asked.samples, strict=True)
+        schemas.Identified(**_identified(collection, asked, one, samples), images=of_it)
+        for one, samples, of_it in zip(found, asked.samples, images, strict=True)
     ]
     return schemas.IdentifyManyAnswer(results=results, **collection.signed(request_id))
 
@@ -105,6 +138,7 @@ def _identified(collection: Collection, asked: Asked, found: Identification, sam
     collection.metrics.decisions.labels("identify", decision).inc()
     if best is not None:
         collection.metrics.scores.observe(best.score)
+        collection.drift.observe(best.score, rule.value, size)
     shown = [one for one in found.candidates if asked.below or rule.matches(one.score)]
     return {
         "candidates": [
@@ -131,29 +165,15 @@ def _rule_for(rule: Rule, size: int, fpir: float) -> Rule:
     except UserError as error:
         lowest = rule.lowest(size)
         known = f"{lowest:.2g} to {HIGHEST_RATE:g}" if lowest else f"{rule.rate:g}" if rule.rate else "none"
-        told = f"FPIR {fpir:g} is not known with {size} enrolled; the calibration knows {known}: choose one of these"
+        message = f"FPIR {fpir:g} is not known with {size} enrolled; the calibration knows {known}: choose one of these"
         facts = {"sent": fpir, "lowest": lowest, "highest": HIGHEST_RATE if lowest else None, "calibrated": rule.rate}
-        raise ApiError(422, "fpir_not_known", told, facts) from error
+        raise ApiError(422, "fpir_not_known", message, facts) from error
 
 
 def verify(collection: Collection, sent: Sent, request_id: str) -> schemas.VerifyAnswer:
     """Compare a probe with a reference, or with an enrolled subject."""
     model, gallery = collection.model, collection.gallery
-    if sent.document is None or sent.kind == RAW:
-        subject_id = sent.fields.get("subject_id")
-        if sent.document is None:
-            if (subject_id is None) != ("reference" in sent.files):
-                raise invalid(("reference", "give either a 'reference' image or a 'subject_id'"))
-            vectors = model.embed(sent.files, "probe", "reference")
-        elif len(vectors := model.raw(sent.document, sent.fields.get("model_id"), "probe and reference", 2)) != 1 + (
-            subject_id is None
-        ):
-            raise invalid(("", "send a probe and a reference, or a probe alone and ?subject_id="))
-    else:
-        body = read_json(requests.VerifyRequest, sent.document)
-        subject_id = body.subject_id
-        both = [body.probe] if body.reference is None else [body.probe, body.reference]
-        vectors = model.vectors(both, body.model_id, "probe and reference")
+    vectors, subject_id, crops = _compared(collection, sent)
     if subject_id is None:
         found = gallery.verify(vectors[0], vectors[1])
     else:
@@ -171,19 +191,42 @@ def verify(collection: Collection, sent: Sent, request_id: str) -> schemas.Verif
         mate_probability=model.mate_probability(found.score),
         subject_id=subject_id,
         sample_id=found.sample_id,
+        images=told(crops),
         **collection.signed(request_id),
     )
 
 
-def embed(collection: Collection, sent: Sent) -> Vectors:
-    """Unit vectors of images."""
-    return collection.model.embed(sent.files, "images")
+def _compared(collection: Collection, sent: Sent) -> tuple[Vectors, str | None, list[Crop]]:
+    """The probe's vector and the reference's, or the probe's alone and the subject that it is compared with; and the
+    images that they were made of."""
+    model = collection.model
+    if sent.document is None:
+        subject_id = sent.fields.get("subject_id")
+        if (subject_id is None) != ("reference" in sent.files):
+            raise invalid(("reference", "give either a 'reference' image or a 'subject_id'"))
+        crops = model.crops(sent.files, "probe", "reference", which=face_of(sent))
+        return np.stack([crop.vector_D for crop in crops]), subject_id, crops
+    if sent.kind == RAW:
+        subject_id = sent.fields.get("subject_id")
+        vectors = model.raw(sent.document, sent.fields.get("model_id"), "probe and reference", 2)
+        if (len(vectors) == 1) != (subject_id is not None):
+            raise invalid(("", "send a probe and a reference, or a probe alone and ?subject_id="))
+        return vectors, subject_id, []
+    body = read_json(requests.VerifyRequest, sent.document)
+    both = [body.probe] if body.reference is None else [body.probe, body.reference]
+    return model.vectors(both, body.model_id, "probe and reference"), body.subject_id, []
 
 
-def embedded(collection: Collection, rows_BD: Vectors, request_id: str) -> schemas.EmbedAnswer:
+def embed(collection: Collection, sent: Sent) -> list[Crop]:
+    """Unit vectors of images, or of the faces in them."""
+    return collection.model.crops(sent.files, "images", which=face_of(sent, "all"))
+
+
+def embedded(collection: Collection, crops: Sequence[Crop], request_id: str) -> schemas.EmbedAnswer:
     """The answer as JSON."""
+    rows, dimension = [crop.vector_D.tolist() for crop in crops], collection.model.dimension
     return schemas.EmbedAnswer(
-        embeddings=rows_BD.tolist(), dimension=collection.model.dimension, **collection.signed(request_id)
+        embeddings=rows, dimension=dimension, images=told(crops), **collection.signed(request_id)
     )
 
 

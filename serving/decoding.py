@@ -1,4 +1,4 @@
-"""Decodes the images of a request in a child process, which can be stopped.
+"""Decodes the images of a request in a child process, which can be stopped, and finds the faces in them there.
 
 A crafted image of a few kilobytes can keep a decoder busy for minutes or fill the memory, and a thread inside a decoder
 cannot be stopped. So a few children decode, one request at a time each, under limits that the kernel keeps: a timer of
@@ -6,7 +6,8 @@ its CPU ends a child that takes too long, and no child gets more memory than its
 request it was busy with. The next one is forked, in milliseconds, from a server process that has the libraries loaded
 and was started clean: no child has the service's sockets or files. Children end with the service, however it ends.
 
-Over the pipe go JSON and raw bytes, one image at a time. Nothing that a child sends is unpickled.
+Over the pipe go JSON and raw bytes, one image at a time: of a photograph only its faces, in the model's size. Nothing
+that a child sends is unpickled.
 """
 
 import atexit
@@ -32,10 +33,10 @@ from typing import Any
 
 import numpy as np
 import PIL
-from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 
-from trainer.data.image import OutOfMemory, Preprocessing, TooManyPixels, as_pixels, decode
+from serving.looking import Looker, Picture, Seen
+from trainer.data.image import OutOfMemory, Preprocessing, TooManyPixels, decode
 from trainer.errors import UserError
 
 log = logging.getLogger("hypersphere.serving")
@@ -43,7 +44,7 @@ log = logging.getLogger("hypersphere.serving")
 # command line, since a child runs the imports of the service's main script again.
 _LOADED = [__name__, "serving.cli", *(f"PIL.{reader}" for reader in PIL._plugins)]
 _GRACE_S = 5  # by the clock, on top: a child silent for longer does not compute, and is killed
-_MAX_NOTE = 64 * 2**10  # bytes of JSON in an answer
+_MAX_NOTE = 128 * 2**10  # bytes of JSON in an answer: some 500 a face
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,15 @@ class Limits:
         seconds: of CPU, all its images together, so that a busy machine refuses no honest image.
         pixels: width x height, all its images together.
         memory_bytes: by which a child may grow.
+        detect_seconds: of CPU, on top, to find the faces of one image and judge them.
+        faces: of one image, the largest; more are left out.
     """
 
     seconds: float = 1.8  # with all that a request costs besides, less than two seconds
     pixels: int = 16_000_000
     memory_bytes: int = 172 * 2**20  # and the file, twice in the service: less than 200 MB
+    detect_seconds: float = 1.0
+    faces: int = 16
 
 
 @dataclass
@@ -86,22 +91,31 @@ class DecodersClosed(RuntimeError):
 class Decoders:
     """The children. `decode` may be called from several threads; as many as there are children work at a time."""
 
-    def __init__(self, preprocessing: Preprocessing, processes: int, limits: Limits) -> None:
+    def __init__(
+        self, preprocessing: Preprocessing, processes: int, limits: Limits, detector: Path | None = None
+    ) -> None:
         """Start the children in the background; the first request waits for one.
 
         Args:
             preprocessing: how the model wants its pixels.
             processes: requests that are decoded at the same time.
+            detector: folder of the one that finds faces; None: images are taken whole.
         """
-        self._children = [_Child(preprocessing, limits) for _ in range(processes)]
+        self._children = [_Child(preprocessing, limits, detector) for _ in range(processes)]
         self._free: queue.SimpleQueue[_Child] = queue.SimpleQueue()
+        self._wanted, self._counting = 0, threading.Lock()
         for child in self._children:
             self._free.put(child)
         atexit.register(self.close)  # multiprocessing waits for its children before the interpreter ends
         threading.Thread(target=self._warm, name="decoders", daemon=True).start()
 
-    def decode(self, images: Sequence[bytes], names: Sequence[str]) -> NDArray[np.uint8]:
-        """The pixels of a request's images, as the model sees them: uint8 [B, C, H, W].
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a child."""
+        return self._wanted
+
+    def decode(self, images: Sequence[bytes], names: Sequence[str]) -> list[Picture]:
+        """A request's images as the model sees them.
 
         Args:
             images: files.
@@ -122,7 +136,11 @@ class Decoders:
 
     @contextlib.contextmanager
     def _one(self) -> Iterator["_Child"]:
+        with self._counting:
+            self._wanted += 1
         child = self._free.get()
+        with self._counting:
+            self._wanted -= 1
         try:
             child.start()
             yield child
@@ -147,9 +165,8 @@ class _Child:
 
     _pipe: Connection
 
-    def __init__(self, preprocessing: Preprocessing, limits: Limits) -> None:
-        self._preprocessing, self._limits = preprocessing, limits
-        self._shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
+    def __init__(self, preprocessing: Preprocessing, limits: Limits, detector: Path | None) -> None:
+        self._preprocessing, self._limits, self._detector = preprocessing, limits, detector
         self._lock, self._closed = threading.Lock(), False
         self._process: BaseProcess | None = None
         self.reusable = True
@@ -164,9 +181,11 @@ class _Child:
                 raise DecodersClosed
             if self._process is None:
                 context = multiprocessing.get_context("forkserver")
-                context.set_forkserver_preload(_LOADED)
+                finder = [] if self._detector is None else ["trainer.detection.detector"]
+                context.set_forkserver_preload(_LOADED + finder)
                 self._pipe, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, self._preprocessing, self._limits), daemon=True)
+                arguments = theirs, self._preprocessing, self._limits, self._detector
+                process = context.Process(target=_serve, args=arguments, daemon=True)
                 with theirs:
                     process.start()
                 self._process, self.reusable = process, True
@@ -188,31 +207,35 @@ class _Child:
         if self._process is not None and self._process.is_alive():
             self._process.kill()
 
-    def decode(self, images: Sequence[bytes], names: Sequence[str]) -> NDArray[np.uint8]:
+    def decode(self, images: Sequence[bytes], names: Sequence[str]) -> list[Picture]:
         """As `Decoders.decode`. Afterwards, `reusable` says whether the process can have another request."""
         seconds, pixels = self._limits.seconds, self._limits.pixels
-        pixels_BCHW = np.empty((len(images), *self._shape), np.uint8)
+        pictures = []
         for number, (image, name) in enumerate(zip(images, names, strict=True)):
             started = time.monotonic()
             try:
                 note, raw = self._ask({"name": name, "seconds": seconds, "pixels": pixels}, image)
             except (EOFError, OSError) as error:
-                raise self._ended(number, name, time.monotonic() - started >= seconds) from error
+                least = seconds if self._detector is None else min(seconds, self._limits.detect_seconds)
+                raise self._ended(number, name, time.monotonic() - started >= least) from error
             if "code" in note:
                 raise ImageRefused(number, note["code"], note["message"])
-            pixels_BCHW[number] = np.frombuffer(raw, np.uint8).reshape(self._shape)
+            seen = [Seen.model_validate(one) for one in note["seen"]]
+            pixels_FCHW = np.frombuffer(raw, np.uint8).reshape(len(seen), *self._preprocessing.shape_CHW)
+            pictures.append(Picture(seen, pixels_FCHW, note["left_out"], tuple(note["size"]), note["detect_s"]))
             seconds, pixels = note["seconds"], note["pixels"]
-        return pixels_BCHW
+        return pictures
 
     def _ask(self, task: dict[str, Any], image: bytes) -> tuple[dict[str, Any], bytes]:
         """Have one image decoded: what the child says of it, and its pixels if there is no "code" of a fault."""
         self.reusable = False
         self._pipe.send_bytes(json.dumps(task).encode())
         self._pipe.send_bytes(image)
-        if not self._pipe.poll(task["seconds"] + _GRACE_S):
+        if not self._pipe.poll(task["seconds"] + self._limits.detect_seconds + _GRACE_S):
             raise EOFError
         note: dict[str, Any] = json.loads(self._pipe.recv_bytes(_MAX_NOTE))
-        raw = b"" if "code" in note else self._pipe.recv_bytes(math.prod(self._shape))
+        most = max(1, self._limits.faces) * math.prod(self._preprocessing.shape_CHW)
+        raw = b"" if "code" in note else self._pipe.recv_bytes(most)
         # What the libraries keep for themselves, or lose, would be missing from the next image's share.
         self.reusable = note["grown"] < self._limits.memory_bytes // 4
         return note, raw
@@ -224,17 +247,19 @@ class _Child:
             message = f"image '{name}' is damaged: its decoder broke down over it; replace the file"
             return ImageRefused(number, "bad_image", message)
         told = f"image '{name}' was not decoded in time: the images of a request may take {self._limits.seconds:g} s"
+        faces = "" if self._detector is None else f", and the faces of one {self._limits.detect_seconds:g} s"
         advice = "send it smaller, as PNG or as JPEG without progressive coding"
-        return ImageRefused(number, "decoding_too_long", f"{told} together; {advice}")
+        return ImageRefused(number, "decoding_too_long", f"{told} together{faces}; {advice}")
 
 
-def _serve(pipe: Connection, preprocessing: Preprocessing, limits: Limits) -> None:
+def _serve(pipe: Connection, preprocessing: Preprocessing, limits: Limits, detector: Path | None) -> None:
     """The life of a child: decode what comes, until the pipe ends."""
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or an init system sends them to the whole group
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out, better this than the service
+    looker = Looker(preprocessing, detector, limits.faces)
     _hush()
     before = _memory()
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -244,7 +269,7 @@ def _serve(pipe: Connection, preprocessing: Preprocessing, limits: Limits) -> No
         while True:
             task, image = json.loads(pipe.recv_bytes()), pipe.recv_bytes()
             signal.setitimer(signal.ITIMER_PROF, max(task["seconds"], 0.001))  # nobody handles SIGPROF: it kills
-            note, raw = _decode(image, task, preprocessing, limits)
+            note, raw = _look(image, task, looker, limits)
             left, _ = signal.setitimer(signal.ITIMER_PROF, 0)
             del image
             pipe.send_bytes(json.dumps({"seconds": left, "grown": _memory() - before, **note}).encode())
@@ -268,13 +293,17 @@ def _memory() -> int:
         return 0
 
 
-def _decode(
-    image: bytes, task: dict[str, Any], preprocessing: Preprocessing, limits: Limits
-) -> tuple[dict[str, Any], bytes]:
+def _look(image: bytes, task: dict[str, Any], looker: Looker, limits: Limits) -> tuple[dict[str, Any], bytes]:
     name, pixels = task["name"], task["pixels"]
     try:
         found = decode(image, name, pixels).image
-        return {"pixels": pixels - found.width * found.height}, as_pixels(found, preprocessing).tobytes()
+        note: dict[str, Any] = {"pixels": pixels - found.width * found.height}
+        if looker.finds_faces:
+            note["seconds"], _ = signal.setitimer(signal.ITIMER_PROF, limits.detect_seconds)
+        picture = looker.look(found)
+        seen = [one.model_dump(exclude_none=True) for one in picture.seen]
+        note |= {"seen": seen, "left_out": picture.left_out, "size": picture.size, "detect_s": picture.detect_s}
+        return note, picture.pixels_FCHW.tobytes()
     except TooManyPixels as error:
         if error.pixels > limits.pixels:
             message = str(TooManyPixels(error.label, error.found, error.pixels, limits.pixels))

@@ -6,6 +6,7 @@ also give whether it is the answer of an earlier request with the same idempoten
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,9 @@ from serving.bulk import items
 from serving.changes import Attached, Enrolment, SubjectFull
 from serving.collections import Collection
 from serving.errors import ApiError, invalid
+from serving.images import Crop, told
 from serving.metadata import MetadataRefused, encode
-from serving.parsing import RAW, Sent, as_request, enrollable, idempotency_key, read_json
+from serving.parsing import RAW, Sent, as_request, enrollable, face_of, idempotency_key, read_json
 
 Vectors = NDArray[np.float32]
 
@@ -31,18 +33,25 @@ def enrol(
     if sent.fields:
         parts = [*parts, json.dumps(sent.fields, sort_keys=True).encode()]
     once = idempotency_key(key, "PUT", subject_id, parts)  # for POST, too: both verbs are one request
-    done = gallery.replay(once, subject_id) if once else None  # spares embedding again
+    done = gallery.replay(once, subject_id) if once else None
+    crops = list[Crop]()
+    if sent.document is None:  # also of a replay, which is answered alike
+        crops = model.crops(sent.files, "images", which=face_of(sent))
     if done is None:
         body, images = None, list[bytes]()
         if sent.document is None:
-            vectors_BD = model.embed(sent.files, "images")
+            vectors_BD = np.stack([crop.vector_D for crop in crops])
             images = sent.files["images"] if collection.settings.keep_images else []
         elif sent.kind == RAW:
             vectors_BD = model.raw(sent.document, sent.fields.get("model_id"), "embeddings", most)
         else:
             body = read_json(requests.EnrolRequest, sent.document)
             vectors_BD = model.vectors(body.embeddings, body.model_id, "embeddings")
-        done = gallery.enrol(subject_id, vectors_BD, once, _attached(sent, body, images, len(vectors_BD)))
+        attached = _attached(sent, body, images, len(vectors_BD))
+        if crops:
+            attached = replace(attached, qualities=[crop.worth for crop in crops])
+        with collection.metrics.stage("store"):
+            done = gallery.enrol(subject_id, vectors_BD, once, attached)
     answer = schemas.EnrolAnswer(
         subject_id=done.subject_id,
         samples=[schemas.SampleAnswer(sample_id=sample_id) for sample_id in done.sample_ids],
@@ -50,6 +59,7 @@ def enrol(
         subject_samples=done.subject_samples,
         gallery_size=done.gallery_size,
         revision=done.revision,
+        images=told(crops),
         **collection.signed(request_id),
     )
     return answer, done.replayed
@@ -70,7 +80,8 @@ def enrol_many(collection: Collection, sent: Sent, key: str | None, request_id: 
             attached.append(more)
         except ApiError as error:
             refused[len(names) - 1] = error
-    done = gallery.enrol_many(good, once, attached)
+    with collection.metrics.stage("store"):
+        done = gallery.enrol_many(good, once, attached)
     outcomes = iter(done.results)
     results = [_bulk_result(name, refused.get(place) or next(outcomes)) for place, name in enumerate(names)]
     answer = schemas.BulkAnswer(

@@ -117,6 +117,11 @@ class Gallery:
     def samples(self) -> int:
         return self._projection.samples
 
+    @property
+    def waiting(self) -> int:
+        """Searches that wait for a pass over the gallery."""
+        return self._searches.waiting
+
     def enrolled(self) -> State:
         """The store's counts, which it knows before the gallery is loaded."""
         return self._store.state()
@@ -255,6 +260,10 @@ class Gallery:
     def sign(self, value: bytes) -> bytes:
         """16 bytes that only this gallery can make of a value."""
         return self._store.sign(value)
+
+    def holds(self, subject_id: str) -> bool:
+        """Whether a search can find the subject; known from memory."""
+        return len(self._projection.index.numbers((subject_id,))) > 0
 
     def pieces(self) -> Iterator[Piece]:
         """Every sample, in pieces; what changes meanwhile may be in it or not."""

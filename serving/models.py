@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.decoding import Decoders, DecodersClosed, ImageRefused, Limits
-from serving.errors import ApiError, invalid, stopping
+from serving.errors import ApiError, invalid
+from serving.images import Crop, Images
 from serving.index import NORM_TOLERANCE
 from serving.metrics import Metrics
+from serving.parsing import Which
 from serving.settings import Settings
 from serving.threshold import rules
 from trainer.data.image import Preprocessing
@@ -20,27 +21,31 @@ Vectors = NDArray[np.float32]
 
 
 class Model:
-    """An opened embedder, the processes that decode its images, and the rules that its scores are decided by.
+    """An opened embedder, what turns images into its vectors, and the rules that its scores are decided by.
 
-    `embed` and `vectors` may be called from several threads.
+    `crops` and `vectors` may be called from several threads.
     """
 
     def __init__(self, folder: Path, settings: Settings, metrics: Metrics) -> None:
         """Raises UserError where it cannot be used, or there is no threshold."""
-        self._settings, self._metrics = settings, metrics
-        self.embedder = Embedder.open(folder, settings.threads)
+        self._settings = settings
+        # One call at a time embeds for all requests: see `embedding`.
+        self.embedder = Embedder.open(folder, settings.threads * settings.workers)
         manifest = self.embedder.manifest
         self.model_id, self.dimension = manifest.model_id, manifest.dimension
         self.verify_rule, self.identify_rule = rules(manifest, settings.verify_threshold, settings.identify_threshold)
         self.normaliser = read_cohort(folder, manifest)
-        limits = Limits(seconds=settings.decode_cpu_s, pixels=settings.max_pixels)
         form = self.embedder.preprocessing
-        self._decoders = Decoders(form, settings.workers, limits) if isinstance(form, Preprocessing) else None
+        if settings.detector is not None and not isinstance(form, Preprocessing):
+            raise UserError(
+                f"--detector finds faces in images, and the model '{folder}' reads {form.reads}; leave it out"
+            )
+        self._images = Images(self.embedder, form, settings, metrics) if isinstance(form, Preprocessing) else None
 
     def close(self) -> None:
         """End decoding; requests that wait for it are refused. Idempotent."""
-        if self._decoders is not None:
-            self._decoders.close()
+        if self._images is not None:
+            self._images.close()
 
     def mate_probability(self, score: float, gallery_size: int = 1) -> float | None:
         """That two samples with this score are of one identity; None where it was not calibrated.
@@ -51,35 +56,13 @@ class Model:
         model = calibration.probability if calibration else None
         return model.probability(score, model.prior / max(1, gallery_size)) if model else None
 
-    def embed(self, files: Mapping[str, Sequence[bytes]], *parts: str) -> Vectors:
-        """Unit vectors of the image files in these parts, in order; the message of a fault says which file."""
-        if self._decoders is None:
+    def crops(self, files: Mapping[str, Sequence[bytes]], *parts: str, which: Which = "only") -> list[Crop]:
+        """See `Images.crops`; raises ApiError 415 where the model reads no images."""
+        if self._images is None:
             reads = self.embedder.preprocessing.reads
             message = f"the model of this service reads {reads}, not images; send embeddings, as application/json"
             raise ApiError(415, "no_images", message, {"reads": reads})
-        limit = self._settings.max_image_bytes
-        images = [(part, number, image) for part in parts for number, image in enumerate(files.get(part, ()), 1)]
-        names = [part if len(files[part]) == 1 else f"{part} {number}" for part, number, _ in images]
-        for (part, number, image), name in zip(images, names, strict=True):
-            if len(image) > limit:
-                message = f"image '{name}' has {len(image)} bytes; at most {limit} are allowed: send it smaller"
-                facts = {"part": part, "number": number, "max_bytes": limit}
-                raise ApiError(413, "image_too_large", message, facts)
-        try:
-            pixels_BCHW = self._decoders.decode([image for _, _, image in images], names)
-        except ImageRefused as error:
-            part, number, _ = images[error.number]
-            status = 415 if error.code == "not_an_image" else 422
-            raise ApiError(status, error.code, error.message, {"part": part, "number": number}) from error
-        except DecodersClosed as error:
-            raise stopping() from error
-        try:
-            with self._metrics.embedding.time():
-                vectors_BD = self.embedder.embed(pixels_BCHW)
-        except UserError as error:
-            raise ApiError(422, "bad_image", str(error), {"parts": list(parts)}) from error
-        self._metrics.images.inc(len(images))
-        return vectors_BD
+        return self._images.crops(files, parts, which)
 
     def raw(self, document: bytes, model_id: str | None, part: str, most: int) -> Vectors:
         """Embeddings that a client sent as little-endian float32, one behind the other, checked as in `vectors`."""

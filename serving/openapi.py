@@ -75,6 +75,7 @@ class Body:
         example: of the JSON.
         many: as many images or embeddings as the service allows; otherwise one a part.
         batch: as many embeddings as bytes as it allows in a batch.
+        faces: what the form's field `face` may be: which faces of a photograph are meant; the first is the default.
         beside: bytes of JSON beside the embeddings.
     """
 
@@ -84,7 +85,14 @@ class Body:
     example: dict[str, Any] | None = None
     many: bool = False
     batch: bool = False
+    faces: tuple[str, ...] = ("only", "largest")
     beside: int = 4096
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """The form's fields."""
+        told = "which face of a photograph, where the service has a detector"
+        return self.fields | {"face": {"enum": list(self.faces), "default": self.faces[0], "description": told}}
 
     @property
     def query(self) -> dict[str, Any]:
@@ -94,7 +102,7 @@ class Body:
     def openapi(self) -> dict[str, Any]:
         """What the OpenAPI page shows of it."""
         image = {"type": "array", "items": _IMAGE, "minItems": 1} if self.many else _IMAGE
-        form = {"type": "object", "properties": dict.fromkeys(self.files, image) | self.fields}
+        form = {"type": "object", "properties": dict.fromkeys(self.files, image) | self.form}
         content: dict[str, Any] = {"multipart/form-data": {"schema": form | {"required": [self.files[0]]}}}
         if self.model is None:
             return {"requestBody": {"required": True, "content": content}}
@@ -137,7 +145,14 @@ VERIFY = Body(
     requests.VerifyRequest,
     {"probe": _SHORT, "subject_id": "alice"},
 )
-IDENTIFY = Body(("image",), _OPTIONS, requests.IdentifyRequest, {"embedding": _SHORT, "top_k": 5}, many=True)
+IDENTIFY = Body(
+    ("image",),
+    _OPTIONS,
+    requests.IdentifyRequest,
+    {"embedding": _SHORT, "top_k": 5},
+    many=True,
+    faces=("all", "only", "largest"),
+)
 IDENTIFY_MANY = Body(
     ("images",),
     _OPTIONS,
@@ -156,7 +171,7 @@ ENROL = Body(
 )
 PATCH = json_body(requests.SubjectPatch, {"metadata": {"site": "south", "note": None}})
 MERGE = json_body(requests.MergeRequest, {"subject_id": "alice-2"})
-EMBED = Body(("images",), many=True)
+EMBED = Body(("images",), many=True, faces=("all", "only", "largest"))
 EMBEDDED: dict[int | str, dict[str, Any]] = {
     200: {"content": {RAW: {"schema": {"type": "string", "format": "binary", "description": _FLOATS}}}}
 }

@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
@@ -37,6 +37,7 @@ _BLANK = re.compile(
     "[\\u034f\\u115f\\u1160\\u17b4\\u17b5\\u180b-\\u180f\\u2800\\u3164\\ufe00-\\ufe0f\\uffa0\\U0001d159\\U000e0100-\\U000e01ef]"
 )
 JSON, RAW = "application/json", "application/octet-stream"
+Which = Literal["only", "largest", "all"]  # of the faces in a photograph
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -74,6 +75,20 @@ def as_request(model: type[Model], tree: object) -> Model:
         faults = error.errors(include_input=False, include_url=False, include_context=False)
         told = [(".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")) for fault in faults]
         raise invalid(*told) from error
+
+
+def face_of(sent: Sent, default: Which = "only") -> Which:
+    """Which face of a photograph is meant: a form's field `face`."""
+    match sent.fields.get("face", default):
+        case "only":
+            return "only"
+        case "largest":
+            return "largest"
+        case "all" if default == "all":
+            return "all"
+        case other:
+            also = ", all" if default == "all" else ""
+            raise invalid(("face", f"'{other[:20]}' is no choice here; allowed: only, largest{also}"))
 
 
 def known(subject_id: str) -> str:

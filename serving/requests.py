@@ -1,6 +1,6 @@
 """The service's JSON: what requests carry. Unknown keys are errors, and faults do not repeat the values."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import from_json
@@ -100,6 +100,8 @@ class Options(BaseModel):
 class FormOptions(Options, Request):
     """The same as texts: fields of a form, or the query of a body of bytes."""
 
+    face: Literal["all", "only", "largest"] | None = None
+
 
 class Sampled(BaseModel):
     """Somebody unknown: one embedding, or several, whose mean, brought to length 1, is searched for."""
@@ -145,6 +147,8 @@ class EnrolRequest(Enrolled):
 
 class EnrolFields(Request):
     """What comes with images in a form, or in the query with embeddings as bytes."""
+
+    face: Literal["only", "largest"] = "only"
 
     metadata: Annotated[Metadata | None, BeforeValidator(_parsed)] = Field(
         None, description="of the subject, in place of what it has; as JSON"

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.errors import ApiError, stopping
 from serving.keyring import Keyring, sent_key
 from serving.limits import RateLimit
+from serving.logs import REQUEST
 from serving.metrics import Metrics
 from serving.openapi import OPEN_PATHS
 from serving.scopes import ANONYMOUS, Caller
@@ -41,6 +42,7 @@ class Guard:
         sent_id = headers.get(b"x-request-id", b"")
         request_id = sent_id.decode() if REQUEST_ID.fullmatch(sent_id) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
+        REQUEST.set(request_id)
         start, status = time.perf_counter(), UNANSWERED
 
         async def answer(message: Message) -> None:

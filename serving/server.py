@@ -7,12 +7,14 @@ import logging
 import resource
 import signal
 import socket
-import time
+import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import uvicorn
 
+from serving import logs, tracing
 from serving.api import create_app
 from serving.connections import Connection, Room
 from serving.keyring import asks_for_keys
@@ -26,7 +28,6 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 SPARE_FILES = 64  # descriptors for all but connections, decoders and further collections: store, logs, libraries
 FILES_A_WORKER = 4  # its decoder's pipes: three, and one while it is started
 FILES_A_COLLECTION = 10  # its store's: the file, its log and their index thrice, the mark
-LINES_A_MINUTE = 20  # of one kind
 SECONDS_TO_CLOSE = 2  # of `shutdown_s`, kept for closing the store after the last answer
 
 
@@ -47,10 +48,12 @@ def run(settings: Settings, host: str, port: int) -> None:
             faults.append(error)
             server.should_exit = True
 
+        if settings.traces:
+            opened.enter_context(tracing.start(settings.traces))
         app = create_app(settings, allowed, on_fault)
         service: Service = app.state.service
         opened.callback(service.close)
-        server = uvicorn.Server(_config(app, settings, certificate))
+        server = _Server(_config(app, settings, certificate), service)
         scheme, named = "https" if certificate else "http", f"[{host}]" if ":" in host else host
         address = f"{scheme}://{named}:{listener.getsockname()[1]}"
         for collection in service.collections.all():
@@ -129,9 +132,9 @@ def _config(app: Any, settings: Settings, certificate: Certificate | None) -> uv
         server_header=False,
         ws="none",
         lifespan="on",
-        log_config=_logs(),
+        log_config=logs.config(settings.log_format),
         timeout_keep_alive=settings.keep_alive_s,
-        timeout_graceful_shutdown=max(1, settings.shutdown_s - SECONDS_TO_CLOSE),
+        timeout_graceful_shutdown=max(1, settings.shutdown_s - settings.drain_seconds - SECONDS_TO_CLOSE),
         proxy_headers=bool(settings.trusted_proxies),
         forwarded_allow_ips=settings.trusted_proxies or None,
     )
@@ -151,38 +154,24 @@ def _connections(settings: Settings) -> int:
     return most
 
 
-class Sparing(logging.Filter):
-    """Lets through a few lines of a kind a minute, so that no client fills the disk with them."""
+class _Server(uvicorn.Server):
+    """Before it stops, /readyz says for a while that it will, so that no load balancer sends more; a second signal
+    stops it at once."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._kinds: dict[str, tuple[float, int]] = {}  # since when, how many
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        since, count = self._kinds.get(kind := f"{record.name}:{record.msg}"[:200], (record.created, 0))
-        if record.created - since >= 60:
-            since, count = record.created, 0
-        if len(self._kinds) > 1000:
-            self._kinds.clear()
-        self._kinds[kind] = since, count + 1
-        if count == LINES_A_MINUTE:
-            until = time.strftime("%H:%M:%S", time.localtime(since + 60))
-            record.msg, record.args = f"{record.getMessage()} (more lines like this are left out until {until})", None
-        return count <= LINES_A_MINUTE
-
-
-def _logs() -> dict[str, Any]:
-    levels = {"uvicorn": "INFO", "hypersphere": "INFO", "asyncio": "WARNING"}
-    return {
-        "version": 1,
-        "disable_existing_loggers": False,
-        "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(message)s"}},
-        "filters": {"sparing": {"()": Sparing}},
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line", "filters": ["sparing"]}},
-        "loggers": {
-            name: {"handlers": ["stderr"], "level": level, "propagate": False} for name, level in levels.items()
-        },
-    }
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        seconds = self._service.settings.drain_seconds
+        if not seconds or self._service.draining:
+            super().handle_exit(sig, frame)
+            return
+        self._service.draining = True
+        log.info("/readyz says 503 from now on; connections are closed in %d s", seconds)
+        timer = threading.Timer(seconds, super().handle_exit, (sig, frame))
+        timer.daemon = True
+        timer.start()
 
 
 @contextlib.contextmanager

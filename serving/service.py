@@ -5,10 +5,10 @@ import threading
 import time
 from collections.abc import Callable
 
-from serving import schemas
+from serving import operations
 from serving.changes import StoreError
 from serving.collections import Collections
-from serving.errors import ApiError
+from serving.errors import ApiError, stopping
 from serving.gallery import Gallery
 from serving.jobs import Jobs
 from serving.metrics import Metrics
@@ -35,10 +35,16 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.models = [Model(folder, settings, self.metrics) for folder in settings.embedder]
-        self.collections = Collections(settings, self.models, self.metrics)
+        try:
+            self.collections = Collections(settings, self.models, self.metrics)
+        except BaseException:
+            for model in self.models:
+                model.close()
+            raise
         self.jobs = Jobs(settings.idempotency_hours)
         self._closing = threading.Event()
         self._watched, self._fault = time.monotonic(), ""
+        self.draining = False  # /readyz sends new clients elsewhere
 
     def close(self) -> None:
         """Stop what is under way, at once where it can be, and close the stores. Idempotent."""
@@ -81,12 +87,15 @@ class Service:
         self._fault = faults[0][1] if faults and len(faults) == len(self.collections.all()) else ""
         self._watched = time.monotonic()
 
-    def ready(self, trusted: bool, request_id: str) -> schemas.ReadyAnswer:
+    def ready(self, trusted: bool, request_id: str) -> operations.ReadyAnswer:
         """Whether the service can answer, from memory alone; counts only for those who may know them.
 
         Raises:
-            ApiError: 503 while a gallery loads, and when the store, or each of several, has failed.
+            ApiError: 503 while a gallery loads, while the service drains, and when the store, or each of several, has
+                failed.
         """
+        if self.draining:
+            raise stopping()
         galleries = {collection.name: collection.gallery for collection in self.collections.all()}
         states = [gallery.status() for gallery in galleries.values()]
         if any(state.state == "loading" for state in states):
@@ -97,9 +106,9 @@ class Service:
             told = fault if trusted and fault else "the store does not answer"
             raise ApiError(503, "store_unavailable", f"{told}; the log says more", headers={"retry-after": "5"})
         if not trusted:
-            return schemas.ReadyAnswer(request_id=request_id)
+            return operations.ReadyAnswer(request_id=request_id)
         gallery: Gallery | None = galleries.get(DEFAULT_COLLECTION)
-        return schemas.ReadyAnswer(
+        return operations.ReadyAnswer(
             gallery_size=gallery.size if gallery else None,
             samples=gallery.samples if gallery else None,
             revision=gallery.revision if gallery else None,

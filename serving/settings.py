@@ -69,6 +69,12 @@ class Settings(BaseModel):
     store: Annotated[Path, AfterValidator(_named)] = Field(
         description="SQLite file of the gallery, made if missing; or a folder of collections, NAME.db each"
     )
+    detector: Path | None = Field(
+        None, description="folder of a detector: images are photographs, whose faces are found and aligned; null: crops"
+    )
+    min_quality: str = Field(
+        "", description="least quality of an image, as size=60,yaw=40; manifest for what embedder and detector ask for"
+    )
     restored: bool = Field(False, description="the store comes from a backup: take it as it is")
     verify_threshold: Similarity = Field(None, description="from which two images are a match; null: as calibrated")
     identify_threshold: Similarity = Field(None, description="from which a candidate is a match; null: as calibrated")
@@ -104,25 +110,52 @@ class Settings(BaseModel):
     rate_burst: int = Field(20, ge=1, description="requests that may come at once before the limit counts")
     wrong_keys_a_minute: int = Field(10, ge=1, description="wrong keys from one address before it has to wait")
 
+    log_format: Literal["line", "json"] = Field(
+        "line", description="json: an object a line, and one for each request; neither names subjects"
+    )
+    traces: str = Field(
+        "", description="URL of an OpenTelemetry collector (OTLP over HTTP) that gets spans; empty: none"
+    )
+
     workers: int = Field(2, ge=1, le=256, description="requests that compute at the same time")
     threads: int = Field(1, ge=1, le=256, description="cores that one of them uses")
+    index: Literal["exact", "fp16", "int8"] = Field(
+        "exact",
+        description="what a search reads of each vector: fp32, or half or a quarter of it, with the same result",
+    )
     max_requests: int = Field(64, ge=1, description="requests under way at the same time; more get a 503")
     max_connections: int = Field(512, ge=8, description="open connections; the longest idle makes room for a new one")
     max_body_bytes: int = Field(32 * MiB, ge=1024, description="of a request")
     max_buffered_bytes: int = Field(256 * MiB, ge=1024, description="of all bodies in memory; more get a 503")
     max_image_bytes: int = Field(MAX_BYTES, ge=1024, le=MAX_BYTES, description="of one image file")
     max_images: int = Field(32, ge=1, le=1000, description="images or embeddings in one request")
+    max_faces: int = Field(16, ge=1, le=100, description="of one photograph that are looked at, the largest first")
     max_probes: int = Field(256, ge=1, le=10_000, description="embeddings, as bytes, in one batch of identifications")
     max_pixels: int = Field(16_000_000, ge=1, description="in all images of one request")
     max_collections: int = Field(64, ge=1, le=10_000, description="in a folder; each keeps some ten files open")
+    encryption_key_file: Path | None = Field(
+        None,
+        description="file of the key that stores are encrypted under, which `gallery key` makes; null: they are not",
+    )
     keep_images: bool = Field(False, description="keep the images that samples are made of, to be read and moved")
     max_samples: int = Field(100, ge=1, le=10_000, description="of one subject")
     decode_cpu_s: float = Field(1.8, gt=0, le=3600, description="seconds of CPU to decode the images of a request")
+    detect_cpu_s: float = Field(1, gt=0, le=3600, description="seconds of CPU to find the faces of one image")
     head_timeout_s: float = Field(10, gt=0, le=3600, description="a request's head must have arrived whole by then")
     body_timeout_s: float = Field(30, gt=0, le=3600, description="its body must have arrived whole by then")
     keep_alive_s: int = Field(75, ge=1, le=86_400, description="an idle connection is kept open for the next request")
+    drain_seconds: int = Field(
+        0, ge=0, le=3600, description="after SIGTERM /readyz says 503 for so long before connections are closed"
+    )
     shutdown_s: int = Field(30, ge=3, le=86_400, description="after SIGTERM the service has ended by then")
     idempotency_hours: float = Field(24, gt=0, le=8784, description="how long an Idempotency-Key is remembered")
+
+    @model_validator(mode="after")
+    def _drains_in_time(self) -> "Settings":
+        if self.drain_seconds and self.drain_seconds > self.shutdown_s - 3:
+            told = f"a drain of {self.drain_seconds} s leaves less than 3 of shutdown_s={self.shutdown_s} to finish"
+            raise ValueError(f"{told}; raise --shutdown-s, and what the supervisor waits for")
+        return self
 
     @model_validator(mode="after")
     def _thresholds_of_one_model(self) -> "Settings":

@@ -23,7 +23,7 @@ from trainer.errors import UserError
 from trainer.evaluation.calibration import HeldOut, calibrate
 from trainer.evaluation.curve import LEAST_HITS
 from trainer.evaluation.listed import measure_lists, read_protocol
-from trainer.evaluation.normalise import Kind, Normaliser, set_aside
+from trainer.evaluation.normalise import Kind, Normaliser, apart_from, set_aside
 from trainer.evaluation.protocols import Measured, measure
 from trainer.evaluation.report import Calibration
 
@@ -59,6 +59,7 @@ def evaluate_split(
     by: Sequence[str] = (),
     quality: str | None = None,
     trained_on: Path | None = None,
+    normaliser: Normaliser | None = None,
     progress: Progress | None = None,
 ) -> Evaluated:
     """Verification, identification and retrieval on a split.
@@ -70,6 +71,7 @@ def evaluate_split(
         by: attributes of the set by which errors are told apart.
         quality: a numeric attribute of the samples, by which templates are weighted.
         trained_on: the data set that the Embedder was trained on, if it is another one.
+        normaliser: of the scores, as the service has them; subjects of its cohort are left out.
         progress: called with the stage "embed", what is done and what there is to do.
 
     Raises:
@@ -79,22 +81,46 @@ def evaluate_split(
     manifest = Manifest.read(data)
     part = manifest.split(split)
     remarks = _trained(embedder, part, Manifest.read(trained_on) if trained_on else manifest)
-    groups = {name: attribute_codes(part, name) for name in by}
-    quality_N = None if quality is None else attribute_numbers(part, quality)
+    groups, quality_N = _attributes(part, by, quality)
     vectors_ND, labels_N = embed_split(embedder, part, progress)
+    rows = np.arange(len(labels_N))
+    names: Sequence[str] = part.classes
+    if normaliser is not None:
+        rows = apart_from(normaliser.cohort_KD, vectors_ND, labels_N)
+        kept, labels_N = np.unique(labels_N[rows], return_inverse=True)
+        vectors_ND, names = vectors_ND[rows], [part.classes[label] for label in kept.tolist()]
+        groups = {name: (codes_N[rows], values) for name, (codes_N, values) in groups.items()}
+        quality_N = None if quality_N is None else quality_N[rows]
     measured = measure(
         vectors_ND,
         labels_N,
-        part.classes,
+        names,
         seed=seed,
         unenrolled_share=unenrolled,
-        source=f"{manifest.kind}, split '{split}'",
+        source=f"{manifest.kind}, split '{split}'{_normalised(normaliser, part.identities - len(names))}",
         model_id=embedder.model_id,
         groups=groups,
         quality_N=quality_N,
         remarks=remarks,
+        normaliser=normaliser,
     )
-    return Evaluated(measured, vectors_ND, labels_N, part.classes, partial(_of_split, part, embedder.preprocessing))
+    return Evaluated(measured, vectors_ND, labels_N, names, partial(_of_keys, part, embedder.preprocessing, rows))
+
+
+def _attributes(
+    part: Split, by: Sequence[str], quality: str | None
+) -> tuple[dict[str, tuple[NDArray[np.int64], list[str]]], NDArray[np.float64] | None]:
+    """The groups and the qualities of all samples, as far as they are asked for."""
+    groups = {name: attribute_codes(part, name) for name in by}
+    return groups, None if quality is None else attribute_numbers(part, quality)
+
+
+def _normalised(normaliser: Normaliser | None, left_out: int) -> str:
+    """What the source of figures says of their scores."""
+    if normaliser is None:
+        return ""
+    told = f", {normaliser.kind.upper()}-norm by a cohort of {len(normaliser.cohort_KD)}"
+    return told + (f", {left_out} identities of which are left out" if left_out else "")
 
 
 def evaluate_protocol(
@@ -105,6 +131,7 @@ def evaluate_protocol(
     data: Path | None = None,
     split: str = "val",
     seed: int = 0,
+    normaliser: Normaliser | None = None,
     progress: Progress | None = None,
 ) -> Evaluated:
     """What a protocol from a file asks for: see `evaluation.lists`.
@@ -113,7 +140,7 @@ def evaluate_protocol(
         images: folder that the file's names are in; None: the file's own, or the folder that it is.
         data: a data set whose samples the names are keys of, instead.
         split: of `data`.
-        seed, progress: as for `evaluate_split`.
+        seed, normaliser, progress: as for `evaluate_split`; all images are compared.
 
     Raises:
         UserError: the file is no protocol, an image is missing or cannot be read, or the lists give no rates.
@@ -133,8 +160,9 @@ def evaluate_protocol(
         if progress is not None:
             progress("embed", int(rows[-1]) + 1, len(lists.images))
     vectors_ND = np.concatenate(vectors)
+    source = f"protocol {protocol.name}{_normalised(normaliser, 0)}"
     measured = measure_lists(
-        vectors_ND, lists, seed=seed, source=f"protocol {protocol.name}", model_id=embedder.model_id
+        vectors_ND, lists, seed=seed, source=source, model_id=embedder.model_id, normaliser=normaliser
     )
     subjects_N = np.empty(len(lists.images), np.int64)
     subjects_N[lists.image_I] = lists.subject_T[lists.template_I]
@@ -202,10 +230,13 @@ def calibrate_on_split(
     extrapolate: bool = False,
     prior: float = 0.5,
     normalise: Kind | None = None,
+    cohort: str | None = None,
     seed: int = 0,
+    trained_on: Path | None = None,
     progress: Progress | None = None,
-) -> tuple[Calibration, Normaliser | None]:
-    """Thresholds for allowed error rates, from a split of identities that were not trained on, and what normalises.
+) -> tuple[Calibration, Normaliser | None, list[str]]:
+    """Thresholds for allowed error rates, from a split of identities that were not trained on; what normalises; and
+    what is doubtful about the data, which is also in the thresholds' source.
 
     Args:
         fpir, fmr: allowed error rates of identification and of verification.
@@ -214,49 +245,73 @@ def calibrate_on_split(
         extrapolate: below one expected false positive, too.
         prior: probability of a mate before a score is known.
         normalise: scores, by a cohort: a fifth of the subjects (a thousand at most), who are set aside.
+        cohort: the split that the cohort is of instead, one sample of each of a thousand subjects at most.
         seed: chooses the samples that are enrolled, and those left out where there are too many.
+        trained_on: the data set that the Embedder was trained on, if it is another one.
 
     Raises:
-        UserError: as `embed_split`, or a rate that so few subjects cannot show.
+        UserError: as `embed_split`, a split that the Embedder was trained on, or a rate that so few subjects cannot
+            show.
     """
     manifest = Manifest.read(data)
     part = manifest.split(split)
+    remarks = _trained(embedder, part, Manifest.read(trained_on) if trained_on else manifest)
     vectors_ND, labels_N = embed_split(embedder, part, progress)
     source, normaliser = f"{manifest.kind}, split '{split}'", None
     if normalise is not None:
-        cohort, rest = set_aside(labels_N, COHORT_SHARE, MOST_COHORT, seed)
-        normaliser = Normaliser(normalise, vectors_ND[cohort])
+        other = None if cohort is None else manifest.split(cohort)
+        cohort_KD, rest, whose = _cohort(embedder, other, vectors_ND, labels_N, seed)
+        normaliser = Normaliser(normalise, cohort_KD)
         vectors_ND, labels_N = vectors_ND[rest], labels_N[rest]
-        source += f", {normalise.upper()}-norm by {len(cohort)} of its subjects"
-    subjects = len(np.unique(labels_N))
+        source += f", {normalise.upper()}-norm by {len(cohort_KD)} {whose}"
+    held = HeldOut(vectors_ND, labels_N, embedder.model_id, "; ".join([source, *remarks]), seed, normaliser)
     found = calibrate(
-        HeldOut(vectors_ND, labels_N, embedder.model_id, source, seed, normaliser),
+        held,
         fpir=fpir,
         fmr=fmr,
-        gallery_size=subjects if gallery_size is None else gallery_size,
+        gallery_size=len(np.unique(labels_N)) if gallery_size is None else gallery_size,
         samples_per_subject=samples_per_subject,
         least_hits=0.0 if extrapolate else LEAST_HITS,
         prior=prior,
     )
-    return found, normaliser
+    return found, normaliser, remarks
+
+
+def _cohort(
+    embedder: Embedder, other: Split | None, vectors_ND: NDArray[np.float32], labels_N: NDArray[np.int64], seed: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64], str]:
+    """Vectors of a cohort, of another split or set aside from these; the rows that are left; and whose they are."""
+    if other is None:
+        rows, rest = set_aside(labels_N, COHORT_SHARE, MOST_COHORT, seed)
+        return vectors_ND[rows], rest, "of its subjects"
+    cohort_KD, _ = embed_split(embedder, other, rows=one_of_each(other, MOST_COHORT, seed))
+    return cohort_KD, np.arange(len(labels_N)), f"subjects of split '{other.name}'"
+
+
+def one_of_each(split: Split, most: int, seed: int) -> NDArray[np.int64]:
+    """Positions of one sample of each of so many identities, drawn by the seed, ascending."""
+    counts_C = split.classes.counts()
+    firsts_C = (np.cumsum(counts_C) - counts_C)[counts_C > 0]
+    chosen = np.random.default_rng([seed, 8]).permutation(len(firsts_C))[:most]
+    return np.sort(split.by_class[firsts_C[chosen]]).astype(np.int64)
 
 
 def embed_split(
-    embedder: Embedder, split: Split, progress: Progress | None = None
+    embedder: Embedder, split: Split, progress: Progress | None = None, rows: NDArray[np.int64] | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Unit vectors [N, D] and labels [N] of all samples of a split, in the order of its shards.
+    """Unit vectors [N, D] and labels [N] of all samples of a split, in the order of its shards; or of some `rows`.
 
     Raises:
         UserError: samples that the Embedder does not take, a damaged shard or sample, or one that has no embedding.
     """
     reader = Reader(split, embedder.preprocessing)
     vectors, labels = [], []
-    starts = range(0, split.samples, _BATCH)
+    rows = np.arange(split.samples) if rows is None else rows
     with reader.pool() as pool:
-        places = (np.arange(start, min(start + _BATCH, split.samples)) for start in starts)
-        for images_BCHW, labels_B, _ in ahead(lambda rows: reader.read(rows, pool), places, threads=1, most=_AHEAD):
+        places = (rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH))
+        for images_BCHW, labels_B, _ in ahead(lambda some: reader.read(some, pool), places, threads=1, most=_AHEAD):
             vectors.append(embedder.embed(images_BCHW))
             labels.append(labels_B)
             if progress is not None:
-                progress("embed", sum(map(len, labels)), split.samples)
+                progress("embed", sum(map(len, labels)), len(rows))
     return np.concatenate(vectors), np.concatenate(labels).astype(np.int64)

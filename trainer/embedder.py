@@ -6,39 +6,39 @@ Axes: B samples, C channels, H and W pixels, D dimensions of the embedding.
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as state
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
+from trainer.atomic import Kind, fresh_folder
 from trainer.data.arrays import Form, Pixels
+from trainer.detection.quality import Bounds
 from trainer.errors import UserError
-from trainer.evaluation.normalise import Kind, Normaliser
+from trainer.evaluation import normalise
+from trainer.evaluation.normalise import Normaliser
 from trainer.evaluation.report import Calibration
-from trainer.storage import Folder
+from trainer.onnx import RUNTIME_ERRORS, VERSION, Session, first_line, open_session
+from trainer.storage import Folder, written_here
 from trainer.strict import Strict
+from trainer.views import Views, seen
 
 MODEL_FILE = "model.onnx"
 MANIFEST_FILE = "manifest.json"
 MOST_COHORT_BYTES = 1 << 26
-OUTPUT = "embeddings"
+OUTPUT, NORMS = "embeddings", "norms"
+EMBEDDER = Kind("an embedder", MODEL_FILE)
 NORM_TOLERANCE = 1e-3  # of a unit vector; float32 and bfloat16 exports stay within it
-
-# ONNX Runtime's exceptions have no common base but Exception.
-RUNTIME_ERRORS = (
-    *(state.EPFail, state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoModel),
-    *(state.NotImplemented, state.RuntimeException),
-)
+_OPPOSED = 1e-3  # length of a sum of unit vectors below which it is rounding
 
 
 class Normalisation(Strict):
     """How scores are normalised: see `evaluation/normalise.py`."""
 
-    kind: Kind
+    kind: normalise.Kind
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="of the cohort's file, float32 [K, D]")
 
     @property
@@ -48,21 +48,35 @@ class Normalisation(Strict):
 
 
 class EmbedderManifest(Strict):
-    """`manifest.json` of an Embedder. `model_id` is the digest of the ONNX bytes and the preprocessing."""
+    """`manifest.json` of an Embedder. `model_id` is the digest of the ONNX bytes, the preprocessing and the views."""
 
     format: Literal[1] = 1
     model_id: str
     dimension: int = Field(ge=2)
     preprocessing: Form = Field(description="what it takes: images in this form, or vectors or spectrograms")
+    views: Views = Field((), description="an embedding is the normalised mean over them; none: of the sample itself")
     calibration: Calibration | None = None
     normalisation: Normalisation | None = None
+    norms: str | None = Field(
+        None, description="the loss by which the length of a vector, before it is 1, tells an image's quality"
+    )
+    quality: Bounds = Field(Bounds(), description="what `--min-quality manifest` asks of an image")
     provenance: dict[str, str] = Field(default_factory=dict, description="config digest, step, MLflow run, versions")
 
+    @model_validator(mode="after")
+    def _can_be_viewed(self) -> "EmbedderManifest":
+        if self.views and self.preprocessing.reads.startswith("vectors"):
+            raise ValueError(f"views are of images and spectrograms, and the model reads {self.preprocessing.reads}")
+        return self
 
-def model_id(onnx: bytes, preprocessing: Form) -> str:
-    """First 32 hexadecimal digits of SHA-256 over the preprocessing (canonical JSON), a zero byte and the ONNX file."""
-    canonical = json.dumps(preprocessing.model_dump(), sort_keys=True).encode()
-    return hashlib.sha256(canonical + b"\0" + onnx).hexdigest()[:32]
+
+def model_id(onnx: bytes, preprocessing: Form, views: tuple[str, ...] = ()) -> str:
+    """First 32 hexadecimal digits of SHA-256 over preprocessing and views (canonical JSON), a zero byte, the ONNX file.
+
+    The views count only where there are some: without, the digest is that of the preprocessing alone.
+    """
+    told = preprocessing.model_dump() | ({"views": views} if views else {})
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode() + b"\0" + onnx).hexdigest()[:32]
 
 
 def input_of(form: Form) -> str:
@@ -97,7 +111,7 @@ def read_cohort(folder: Path | str, manifest: EmbedderManifest) -> Normaliser | 
     try:
         cohort_KD = np.load(io.BytesIO(content), allow_pickle=False)
     except ValueError as error:
-        raise UserError(f"'{path}' is no array of numbers: {_first_line(error)}{again}") from error
+        raise UserError(f"'{path}' is no array of numbers: {first_line(error)}{again}") from error
     if cohort_KD.ndim != 2 or cohort_KD.shape[1] != manifest.dimension:
         raise UserError(f"'{path}' has shape {cohort_KD.shape}, and the model {manifest.dimension} dimensions{again}")
     return Normaliser(told.kind, np.asarray(cohort_KD, np.float32))
@@ -122,7 +136,7 @@ def _read(folder: Folder) -> tuple[EmbedderManifest, bytes]:
         fault = error.errors()[0]
         what = f"{fault['msg']} at '{'.'.join(map(str, fault['loc']))}'"
         raise _spoilt(folder / MANIFEST_FILE, f"is not an embedder's manifest: {what}") from error
-    if (found := model_id(onnx, manifest.preprocessing)) != manifest.model_id:
+    if (found := model_id(onnx, manifest.preprocessing, manifest.views)) != manifest.model_id:
         what = f"has digest {found}, but its manifest names {manifest.model_id}: the file was changed after export"
         raise _spoilt(folder / MODEL_FILE, what)
     return manifest, onnx
@@ -132,23 +146,48 @@ def _spoilt(path: Folder, what: str) -> UserError:
     return UserError(f"'{path}' {what}; export the embedder again")
 
 
-def open_session(onnx: bytes, threads: int) -> onnxruntime.InferenceSession:
-    """The model in ONNX Runtime, on the CPU; raises one of `RUNTIME_ERRORS` where it cannot run it.
+def check_free(out: Folder, overwrite: bool) -> None:
+    """As `fresh_folder` does it on a disk, of an address.
 
-    From bytes, not from a path: a graph that points to weights in other files, which the digest does not cover, then
-    does not load.
+    Raises:
+        UserError: something else is there, or an Embedder that is not to be replaced.
     """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors; they come as exceptions too
-    return onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+    names = {} if isinstance(out.address, Path) else out.sizes()
+    if names and MODEL_FILE not in names:
+        raise UserError(f"'{out}' holds other files and is not an embedder; choose a new address with --out")
+    if names and not overwrite:
+        raise UserError(f"'{out}' is an embedder already; choose another --out, or replace it with --overwrite")
+
+
+def write_with_views(source: Path | str, out: Path | str, views: Sequence[str], overwrite: bool) -> EmbedderManifest:
+    """Another Embedder of the same model, whose vectors are means over views; without thresholds: those were of others.
+
+    Raises:
+        UserError: `source` is no Embedder, what it reads has no such views, or `out` exists.
+    """
+    place, target = Folder.at(source), Folder.at(out)
+    manifest, onnx = _read(place)
+    told = manifest.model_dump(exclude={"calibration", "normalisation"})
+    try:
+        made = EmbedderManifest.model_validate(
+            told | {"views": views, "model_id": model_id(onnx, manifest.preprocessing, tuple(views))}
+        )
+    except ValidationError as error:
+        raise UserError(f"--views: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+    check_free(target, overwrite)
+    with written_here(target, MANIFEST_FILE) as here, fresh_folder(here, EMBEDDER, overwrite) as folder:
+        for name in place.sizes():
+            if name.endswith(".safetensors"):  # the weights, for a later training
+                (folder / name).write_bytes(place.read(name))
+        (folder / MODEL_FILE).write_bytes(onnx)
+        write_manifest(folder, made)
+    return made
 
 
 class Embedder:
     """An opened Embedder folder. `embed` may be called from several threads at once."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, manifest: EmbedderManifest, batch_size: int) -> None:
+    def __init__(self, session: Session, manifest: EmbedderManifest, batch_size: int) -> None:
         self._session, self._batch_size = session, batch_size
         self.manifest, self.model_id, self.preprocessing = manifest, manifest.model_id, manifest.preprocessing
 
@@ -169,7 +208,7 @@ class Embedder:
         try:
             session = open_session(onnx, threads)
         except RUNTIME_ERRORS as error:
-            what = f"is not a model that ONNX Runtime {onnxruntime.__version__} can run: {_first_line(error)}"
+            what = f"is not a model that ONNX Runtime {VERSION} can run: {first_line(error)}"
             raise _spoilt(place / MODEL_FILE, what) from error
         embedder = cls(session, manifest, batch_size)
         embedder._check(place / MODEL_FILE)
@@ -184,6 +223,10 @@ class Embedder:
             UserError: the samples do not have the model's shape or type, or one has no direction (the model gave it a
                 vector that is not of length 1).
         """
+        return self.embed_measured(images_BCHW)[0]
+
+    def embed_measured(self, images_BCHW: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """As `embed`, and the length [B] of each vector before it was brought to 1; None where it tells nothing."""
         form = self.preprocessing
         if images_BCHW.shape[1:] != form.shape_CHW or images_BCHW.dtype != form.dtype:
             raise UserError(
@@ -191,22 +234,43 @@ class Embedder:
                 f" {form.dtype} [B, {', '.join(map(str, form.shape_CHW))}]; load them with the embedder's preprocessing"
             )
         if not len(images_BCHW):
-            return np.empty((0, self.manifest.dimension), np.float32)
+            return np.empty((0, self.manifest.dimension), np.float32), None
         starts = range(0, len(images_BCHW), self._batch_size)
-        x_BD = np.concatenate([self._run(images_BCHW[start : start + self._batch_size]) for start in starts])
-        norms_B = np.linalg.norm(x_BD, axis=1)
-        wrong_B = ~(np.abs(norms_B - 1) <= NORM_TOLERANCE)  # written so that NaN is wrong
-        if wrong_B.any():
-            first = int(np.flatnonzero(wrong_B)[0])
-            raise UserError(
-                f"the model gave sample {first} a vector of length {norms_B[first]:.4g} instead of 1; "
-                "it has nothing to go by (one flat colour?): take another one"
-            )
-        return x_BD
+        parts = [self._mean(images_BCHW[start : start + self._batch_size], start) for start in starts]
+        x_BD, *lengths = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return x_BD, lengths[0] if lengths else None
 
-    def _run(self, images_BCHW: Pixels) -> NDArray[np.float32]:
-        (x_BD,) = self._session.run([OUTPUT], {input_of(self.preprocessing): np.ascontiguousarray(images_BCHW)})
-        return np.asarray(x_BD, np.float32)
+    def _mean(self, images_BCHW: Pixels, start: int) -> list[NDArray[np.float32]]:
+        """Of one batch, which begins with sample `start`: the normalised means of the unit vectors over the views, and
+        the mean lengths before where the manifest says that they tell something."""
+        views = self.manifest.views or ("same",)
+        x_BD, lengths = np.zeros((len(images_BCHW), self.manifest.dimension), np.float32), []
+        for view in views:
+            view_BD, *further = self._run(seen(images_BCHW, view))
+            norms_B = np.linalg.norm(view_BD, axis=1)
+            wrong_B = ~(np.abs(norms_B - 1) <= NORM_TOLERANCE)  # written so that NaN is wrong
+            if wrong_B.any():
+                first = int(np.flatnonzero(wrong_B)[0])
+                raise UserError(
+                    f"the model gave sample {start + first} a vector of length {norms_B[first]:.4g} instead of 1; "
+                    "it has nothing to go by (one flat colour?): take another one"
+                )
+            x_BD += view_BD
+            lengths += further
+        told = [np.asarray(np.mean(lengths, axis=0), np.float32)] if lengths else []
+        if len(views) == 1:
+            return [x_BD, *told]
+        lengths_B1 = np.linalg.norm(x_BD, axis=1, keepdims=True)
+        if (opposed_B := lengths_B1[:, 0] < _OPPOSED).any():
+            first = start + int(np.flatnonzero(opposed_B)[0])
+            raise UserError(f"the views of sample {first} have opposite vectors and no mean; take another sample")
+        return [np.asarray(x_BD / lengths_B1, np.float32), *told]
+
+    def _run(self, images_BCHW: Pixels) -> list[NDArray[np.float32]]:
+        """Vectors, and their lengths before where the manifest says that they tell something."""
+        names = [OUTPUT] if self.manifest.norms is None else [OUTPUT, NORMS]
+        outputs = self._session.run(names, {input_of(self.preprocessing): np.ascontiguousarray(images_BCHW)})
+        return [np.asarray(output, np.float32) for output in outputs]
 
     def _check(self, path: Folder) -> None:
         """The model's signature, and one run of two samples; a fault here is an export that went wrong."""
@@ -214,23 +278,23 @@ class Embedder:
         outputs = [(item.name, item.type) for item in self._session.get_outputs()]
         form, dimension = self.preprocessing, self.manifest.dimension
         kind = "tensor(uint8)" if form.dtype == np.uint8 else "tensor(float)"
-        if inputs != [(input_of(form), kind)] or (OUTPUT, "tensor(float)") not in outputs:
-            wanted = f"an embedder of {form.reads} takes {form.dtype} '{input_of(form)}' and gives float32 '{OUTPUT}'"
+        needed = [OUTPUT] if self.manifest.norms is None else [OUTPUT, NORMS]
+        if inputs != [(input_of(form), kind)] or any((name, "tensor(float)") not in outputs for name in needed):
+            gives = "' and '".join(needed)
+            wanted = f"an embedder of {form.reads} takes {form.dtype} '{input_of(form)}' and gives float32 '{gives}'"
             raise _spoilt(path, f"takes {inputs} and gives {outputs}; {wanted}")
         shape = (2, *form.shape_CHW)
         images_BCHW: Pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8).astype(form.dtype)
         try:
-            x_BD = self._run(images_BCHW)
+            x_BD, *lengths = self._run(images_BCHW)
         except RUNTIME_ERRORS as error:
-            what = f"does not run on samples of shape {shape}, as its manifest says it should: {_first_line(error)}"
+            what = f"does not run on samples of shape {shape}, as its manifest says it should: {first_line(error)}"
             raise _spoilt(path, what) from error
         if x_BD.shape != (2, dimension):
             raise _spoilt(path, f"gives {x_BD.shape} for two samples, but its manifest names dimension {dimension}")
+        if any(found.shape != (2,) for found in lengths):
+            raise _spoilt(path, f"gives lengths of shape {lengths[0].shape} for two samples")
         length = float(np.linalg.norm(x_BD[0]))
         if not abs(length - 1) <= NORM_TOLERANCE:
             what = f"gives vectors of length {length:.4g}; an embedder normalises them to 1 inside the model"
             raise _spoilt(path, what)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:300]

@@ -18,7 +18,7 @@ from onnx import ModelProto
 from safetensors.torch import save_file
 from torch import nn
 
-from trainer.atomic import Kind, fresh_folder
+from trainer.atomic import fresh_folder
 from trainer.backbones import build
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config, from_tree
@@ -27,23 +27,25 @@ from trainer.data.manifest import Manifest
 from trainer.data.remote import shown
 from trainer.data.stream import Stream, preprocessing
 from trainer.embedder import (
+    EMBEDDER,
     MANIFEST_FILE,
     MODEL_FILE,
+    NORMS,
     OUTPUT,
     EmbedderManifest,
+    check_free,
     input_of,
     model_id,
-    open_session,
     write_manifest,
 )
 from trainer.errors import UserError
 from trainer.objective import embedder_of
+from trainer.onnx import open_session
 from trainer.run import RunNote
 from trainer.storage import Folder, written_here
 from trainer.tracking import Tracker
 from trainer.weights import DIGEST, WEIGHTS_FILE, Which, find
 
-_EMBEDDER = Kind("an embedder", MODEL_FILE)
 _COMPARED = 16  # samples
 TOLERANCE = 1e-4  # of a component of a unit vector, ONNX Runtime against torch
 LARGEST = 2_000_000_000  # bytes; protobuf ends at 2 GiB
@@ -52,16 +54,18 @@ LARGEST = 2_000_000_000  # bytes; protobuf ends at 2 GiB
 class UnitVectors(nn.Module):
     """uint8 images_BCHW to unit vectors float32 [B, D]: F.normalize(backbone(images / 127.5 - 1)).
 
-    Of float32 samples, which are no images, F.normalize(backbone(samples)).
+    Of float32 samples, which are no images, F.normalize(backbone(samples)). With `norms` also |backbone(...)|, [B].
     """
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, norms: bool = False) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.norms = backbone, norms
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         scaled = images if images.is_floating_point() else images.float() / 127.5 - 1.0
-        return F.normalize(self.backbone(scaled), dim=1)
+        x_BD = self.backbone(scaled)
+        unit_BD = F.normalize(x_BD, dim=1)
+        return (unit_BD, torch.linalg.vector_norm(x_BD, dim=1)) if self.norms else (unit_BD,)
 
 
 def export_run(
@@ -73,6 +77,7 @@ def export_run(
     register: bool,
     on_trouble: Callable[[str], None],
     which: Which = "trained",
+    views: tuple[str, ...] = (),
 ) -> EmbedderManifest:
     """Export the newest checkpoint of a run, compare it with torch on the set's samples, and register it in MLflow.
 
@@ -81,6 +86,7 @@ def export_run(
         out: a folder or an address.
         data: a data set to take the samples from; None: the one that the run was trained on.
         which: the weights as they were trained, or their moving average.
+        views: over which an embedding is the mean (see `views.py`).
         on_trouble: called with one sentence when MLflow cannot be used, and for a damaged checkpoint that is passed
             over.
 
@@ -96,26 +102,36 @@ def export_run(
     path = data or config.data.path
     manifest = Manifest.read(path, config.data.remote_cache)
     form = preprocessing(manifest, config.data)
-    backbone = build(config.backbone, *form.shape_CHW)
-    try:
-        backbone.load_state_dict(weights)
-    except RuntimeError as error:  # with a list of all shapes
+    if (backbone := _backbone(config, form, weights)) is None:
         raise UserError(
             f"the model in '{found.folder}' does not read the {manifest.holds} at '{shown(path)}'; "
             "give a data set like the one that it was trained on"
-        ) from error
+        )
     note = RunNote.read(config.run.out)
     provenance = _provenance(found, manifest.kind, note, which)
     model = embedder_of(config, found, backbone)
-    place = Folder.at(out)
-    _check_free(place, overwrite)
+    check_free(place := Folder.at(out), overwrite)
     with written_here(place, MANIFEST_FILE) as here:
         samples = _samples(manifest, config)
-        written = export(model, form, here, samples, provenance, overwrite=overwrite, weights=weights)
+        # Behind a learned projection the length is another.
+        norms = config.loss.name if config.loss.norm_tells and model is backbone else None
+        written = export(
+            model, form, here, samples, provenance, overwrite=overwrite, weights=weights, views=views, norms=norms
+        )
         if register and note.mlflow_run_id:
             with contextlib.closing(Tracker(config.tracking, on_trouble, note.mlflow_run_id)) as tracker:
                 tracker.register(here, written.model_id)
     return written
+
+
+def _backbone(config: Config, form: Form, weights: Mapping[str, torch.Tensor]) -> nn.Module | None:
+    """The network with its weights; None where they are of other shapes than what reads this form."""
+    backbone = build(config.backbone, *form.shape_CHW)
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError:  # with a list of all shapes
+        return None
+    return backbone
 
 
 def _provenance(found: Checkpoint, data: str, note: RunNote, which: Which) -> dict[str, str]:
@@ -128,15 +144,6 @@ def _provenance(found: Checkpoint, data: str, note: RunNote, which: Which) -> di
         "data": data,
         "weights": which,
     }
-
-
-def _check_free(out: Folder, overwrite: bool) -> None:
-    """As `fresh_folder` does it on a disk."""
-    names = {} if isinstance(out.address, Path) else out.sizes()
-    if names and MODEL_FILE not in names:
-        raise UserError(f"'{out}' holds other files and is not an embedder; choose a new address with --out")
-    if names and not overwrite:
-        raise UserError(f"'{out}' is an embedder already; choose another --out, or replace it with --overwrite")
 
 
 def _samples(manifest: Manifest, config: Config) -> torch.Tensor:
@@ -155,6 +162,8 @@ def export(
     *,
     overwrite: bool = False,
     weights: Mapping[str, torch.Tensor] | None = None,
+    norms: str | None = None,
+    views: tuple[str, ...] = (),
 ) -> EmbedderManifest:
     """Write the Embedder folder `out`, whole or not at all, after comparing ONNX Runtime with torch on real samples.
 
@@ -168,23 +177,27 @@ def export(
         overwrite: replace an Embedder that is already in `out`.
         weights: what `init.weights` of a later training reads; kept beside the ONNX file, which has them folded into
             each other, with their digest in the provenance.
+        norms: the loss by which the length of the backbone's vectors tells an image's quality.
+        views: of the manifest.
 
     Raises:
         UserError: `out` exists, the samples do not fit the form, or the backbone has no ONNX form.
         RuntimeError: ONNX Runtime and torch differ by more than 1e-4.
     """
     _check_samples(images_BCHW, form)
-    with fresh_folder(out, _EMBEDDER, overwrite) as folder:
-        model = UnitVectors(copy.deepcopy(backbone)).float().cpu().eval()
+    with fresh_folder(out, EMBEDDER, overwrite) as folder:
+        model = UnitVectors(copy.deepcopy(backbone), norms is not None).float().cpu().eval()
         onnx = _to_onnx(model, form)
         if weights is not None:
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
             provenance = provenance | {DIGEST: hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()}
         manifest = EmbedderManifest(
-            model_id=model_id(onnx, form),
+            model_id=model_id(onnx, form, views),
             dimension=_check(onnx, model, form, images_BCHW.cpu()),
             preprocessing=form,
+            views=views,
             provenance=provenance,
+            norms=norms,
         )
         (folder / MODEL_FILE).write_bytes(onnx)
         write_manifest(folder, manifest)
@@ -212,7 +225,7 @@ def _to_onnx(model: UnitVectors, form: Form) -> bytes:
                 dynamo=True,
                 verbose=False,
                 input_names=[input_of(form)],
-                output_names=[OUTPUT],
+                output_names=[OUTPUT, NORMS] if model.norms else [OUTPUT],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
     except torch.onnx.OnnxExporterError as error:
@@ -242,11 +255,13 @@ def _check(onnx: bytes, model: UnitVectors, form: Form, images_BCHW: torch.Tenso
     session = open_session(onnx, torch.get_num_threads())
     for part_BCHW in (images_BCHW, images_BCHW[:1]):
         with torch.no_grad():
-            wanted_BD = model(part_BCHW).numpy()
-        (got_BD,) = session.run([OUTPUT], {input_of(form): part_BCHW.numpy()})
+            wanted_BD, *lengths = (output.numpy() for output in model(part_BCHW))
+        got_BD, *given = session.run(None, {input_of(form): part_BCHW.numpy()})
         if got_BD.shape != wanted_BD.shape or got_BD.dtype != np.float32:
             raise RuntimeError(f"the exported model gives {got_BD.dtype} {got_BD.shape}, torch {wanted_BD.shape}")
         difference = float(np.abs(got_BD - wanted_BD).max())
+        for wanted_B, got_B in zip(lengths, given, strict=True):
+            difference = max(difference, float((np.abs(got_B - wanted_B) / wanted_B).max()))
         if not difference <= TOLERANCE:  # also true of NaN
             raise RuntimeError(
                 f"the exported model differs from torch by {difference:.2e} on {len(part_BCHW)} samples; "

@@ -18,7 +18,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving import openapi
+from serving import openapi, tracing
 from serving.api.collections import collections
 from serving.api.decide import decide
 from serving.api.enrol import enrolment
@@ -37,6 +37,7 @@ from serving.service import Service
 from serving.settings import Settings
 from trainer.errors import UserError
 
+WAITING = 14  # threads of requests that wait for a decoder or the model: so many images are embedded in one call
 ROUTERS = (decide, enrolment, subjects, samples, operating, collections, starting, jobs)
 
 
@@ -72,6 +73,8 @@ def create_app(
     if audit is not None:
         keyring.on_change = audit.happened
         app.add_middleware(Witness, audit=audit)
+    if settings.traces:
+        app.add_middleware(tracing.Traced)
     app.add_middleware(host_check, allowed_hosts=allowed_hosts)
     app.add_middleware(Guard, settings=settings, metrics=service.metrics, keyring=keyring)
     return app
@@ -111,7 +114,9 @@ async def _life(
     service: Service, keyring: Keyring, audit: AuditLog | None, on_fault: Callable[[UserError], object], app: FastAPI
 ) -> AsyncIterator[None]:
     """Threads for the requests, and one that loads the gallery and watches the store; all end with the app."""
-    app.state.pool = pool = ThreadPoolExecutor(service.settings.workers, thread_name_prefix="serving")
+    # What computes is bounded behind them: decoders, the one that embeds, the one that searches, the store's writer.
+    threads = service.settings.workers + WAITING
+    app.state.pool = pool = ThreadPoolExecutor(threads, thread_name_prefix="serving")
     keeper = threading.Thread(target=service.keep, args=(on_fault,), name="keeper")
     keeper.start()
     try:

@@ -4,7 +4,7 @@ import asyncio
 
 from fastapi import Request, Response
 
-from serving import deciding, openapi, schemas
+from serving import deciding, openapi, schemas, tracing
 from serving.api.requests import Routes, as_json, body_of, collection_of, compute
 from serving.parsing import RAW
 from serving.scopes import needs
@@ -18,7 +18,8 @@ decide = Routes("decide")
 async def identify(request: Request) -> Response:
     """Who is this, or is it nobody we know? `unknown` means that the best candidate stays below the threshold.
 
-    Several images or embeddings are of one person: their mean, brought to length 1, is searched for.
+    Several images or embeddings are of one person: their mean, brought to length 1, is searched for. Where the service
+    has a detector, an image is a photograph, and each of its faces is searched for.
     """
     collection = collection_of(request)
     sent = await body_of(request, openapi.IDENTIFY, collection)
@@ -28,9 +29,12 @@ async def identify(request: Request) -> Response:
         asked = deciding.asked(collection, sent)
     if asked.where is not None:
         asked = await compute(request, lambda: deciding.narrowed(collection, asked))
-    found = await asyncio.wrap_future(collection.gallery.submit(asked.probes[0]))
-    answer = deciding.identified(collection, asked, [found], request.state.request_id)
-    request.state.subjects = [candidate.subject_id for candidate in answer.candidates]
+    waiting = [asyncio.wrap_future(collection.gallery.submit(probe)) for probe in asked.probes]
+    with tracing.span("search"):
+        found = [await one for one in waiting]
+    answer = deciding.identified(collection, asked, found, request.state.request_id)
+    faces = [candidate.subject_id for face in answer.faces for candidate in face.candidates]
+    request.state.subjects = faces or [candidate.subject_id for candidate in answer.candidates]
     return as_json(answer)
 
 
@@ -44,7 +48,8 @@ async def identify_many(request: Request) -> Response:
     sent = await body_of(request, openapi.IDENTIFY_MANY, collection)
     asked = await compute(request, lambda: deciding.narrowed(collection, deciding.asked_many(collection, sent)))
     waiting = [asyncio.wrap_future(collection.gallery.submit(probe)) for probe in asked.probes]
-    found = await asyncio.gather(*waiting)
+    with tracing.span("search"):
+        found = await asyncio.gather(*waiting)
     answer = await compute(request, lambda: deciding.identified_many(collection, asked, found, request_id))
     request.state.subjects = [one.subject_id for result in answer.results for one in result.candidates]
     return await compute(request, lambda: as_json(answer))
@@ -71,11 +76,14 @@ async def verify(request: Request) -> schemas.VerifyAnswer:
 async def embed(request: Request) -> Response:
     """Unit vectors of images, to be kept by the client or sent to the other routes. Nothing is stored.
 
-    With `Accept: application/octet-stream` they come as little-endian float32, one after the other.
+    With `Accept: application/octet-stream` they come as little-endian float32, one after the other, and the model's id
+    in the header X-Model-Id.
     """
     collection = collection_of(request)
     sent = await body_of(request, openapi.EMBED, collection)
-    rows_BD = await compute(request, lambda: deciding.embed(collection, sent))
+    crops = await compute(request, lambda: deciding.embed(collection, sent))
     if RAW in request.headers.get("accept", ""):
-        return Response(rows_BD.astype("<f4").tobytes(), media_type=RAW)
-    return as_json(deciding.embedded(collection, rows_BD, request.state.request_id))
+        headers = {"x-model-id": collection.model.model_id}
+        content = b"".join(crop.vector_D.astype("<f4").tobytes() for crop in crops)
+        return Response(content, media_type=RAW, headers=headers)
+    return as_json(deciding.embedded(collection, crops, request.state.request_id))

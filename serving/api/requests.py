@@ -1,6 +1,7 @@
 """What routes share: the collection that a request names, its body, threads to compute in, and typed parameters."""
 
 import asyncio
+import contextvars
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
@@ -22,8 +23,6 @@ SubjectPath = Annotated[str, Path(description=_NAME, examples=["alice"], json_sc
 Key = Annotated[
     str | None, Header(alias="Idempotency-Key", description=_KEY, json_schema_extra={"pattern": KEY_PATTERN})
 ]
-
-
 IfMatch = Annotated[
     str | None,
     Header(
@@ -76,7 +75,8 @@ async def body_of(request: Request, body: openapi.Body, collection: Collection) 
     settings = collection.settings
     most = settings.max_images if body.many else 1
     raw = settings.max_probes if body.batch else most * len(body.files)
-    return await read(request, body, most, collection.model.dimension, raw)
+    with collection.metrics.stage("read"):
+        return await read(request, body, most, collection.model.dimension, raw)
 
 
 def expected(if_match: str | None) -> int | None:
@@ -95,8 +95,9 @@ def tagged(response: Response, answer: Revised) -> Revised:
 
 
 async def compute(request: Request, work: Callable[[], T]) -> T:
-    """Run `work` in the pool, off the event loop."""
-    return await asyncio.get_running_loop().run_in_executor(request.app.state.pool, work)
+    """Run `work` in the pool, off the event loop; what it logs and traces is the request's."""
+    within = contextvars.copy_context().run
+    return await asyncio.get_running_loop().run_in_executor(request.app.state.pool, within, work)
 
 
 async def change(request: Request, response: Response, work: Callable[[], tuple[T, bool]]) -> T:

@@ -23,9 +23,9 @@ def _source_is_an_argument(value: str | None) -> None:
 
 @app.command("import")
 def import_(
-    source: Annotated[str | None, typer.Argument(help="Folder, file or address; glyphs need none.")] = None,
+    source: Annotated[str | None, typer.Argument(help="Folder, file or address; glyphs and speech need none.")] = None,
     *,
-    kind: Annotated[str, typer.Option(help="folder, list, tars, recordio, arrays, omniglot or glyphs.")],
+    kind: Annotated[str, typer.Option(help="folder, list, tars, recordio, arrays, speech, omniglot or glyphs.")],
     to: Annotated[str, typer.Option("--out", help="New folder on this machine for shards and manifest.json.")],
     holdout_alphabets: Annotated[int | None, typer.Option(help="omniglot: whole alphabets held out.")] = None,
     holdout_share: Annotated[float, typer.Option(help="Share of the identities held out (not of omniglot).")] = 0.1,
@@ -39,6 +39,7 @@ def import_(
     jobs: Annotated[int | None, typer.Option(help="Processes that write shards; by default one a core.")] = None,
     label_field: Annotated[str, typer.Option(help="tars: the field of .json with the label, instead of .cls.")] = "cls",
     labels: Annotated[str | None, typer.Option(help="arrays: file with a label for each row, .npy or .csv.")] = None,
+    detector: Annotated[str | None, typer.Option(help="Folder: store the largest face of each image, aligned.")] = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="tars: index them where they lie, copy none.")] = False,
     seed: Annotated[int, typer.Option(help="Chooses what is held out, and the order.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
@@ -50,7 +51,8 @@ def import_(
     folder, from `$OMNIGLOT_ZIP`, or downloaded; identity = character. **glyphs**: rendered from installed fonts.
     **list**: a CSV or Parquet file with the columns path or url, and label. **tars**: WebDataset tars of others, from
     here or an address. **recordio**: InsightFace's train.rec. **arrays**: vectors or spectrograms in a .npy file (with
-    `--labels`) or a Parquet file.
+    `--labels`) or a Parquet file. **speech**: WAV files in a folder per speaker, as spectrograms; without a source the
+    speakers are synthesised by espeak-ng.
 
     An import that was interrupted goes on where it was when the same command is given again.
 
@@ -62,6 +64,7 @@ def import_(
     options = ImportOptions(
         holdout_alphabets, holdout_share, max_bad, min_samples, seed, samples_per_shard, overwrite,
         jobs=jobs, check=check, max_side=max_side, label_field=label_field, labels=labels, in_place=in_place,
+        detector=detector,
     )  # fmt: skip
     with progress() as show:
         manifest = run_import(kind, source, to, options, show)

@@ -3,12 +3,13 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
 
 from serving.cli.terminal import TrainingView, fail, out, progress, warn
+from trainer.errors import UserError
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -26,9 +27,10 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and do
 EmbedderOption = Annotated[Path, typer.Option("--embedder", "-e", help="Folder that `export` wrote.")]
 DataOption = Annotated[Path, typer.Option("--data", "-d", help="Folder that `data import` wrote.")]
 Normalise = Annotated[
-    Literal["z", "t", "s", "as"] | None,
-    typer.Option(help="Normalise scores by the enrolled (z), the probe (t), both (s) or both's nearest (as)."),
+    Literal["z", "t", "s", "as", "csls"] | None,
+    typer.Option(help="Normalise scores by the enrolled (z), the probe (t), both (s) or both's nearest (as, csls)."),
 ]
+TrainedOn = Annotated[Path | None, typer.Option(help="The training's data set, for overlaps; default: --data.")]
 Threads = Annotated[int, typer.Option(help="CPU threads of the model.")]
 Weights = Literal["trained", "ema"]
 
@@ -102,20 +104,46 @@ def submit(
 
 
 def export(
-    run: Annotated[Path, typer.Option("--run", "-r", help="The run's folder (run.out), or one checkpoint's.")],
+    *,
+    run: Annotated[
+        Path | None, typer.Option("--run", "-r", help="The run's folder (run.out), or one checkpoint's.")
+    ] = None,
+    embedder: Annotated[
+        Path | None, typer.Option("--embedder", "-e", help="Instead of a run: an Embedder that gets other --views.")
+    ] = None,
     to: Annotated[Path | None, typer.Option("--out", "-o", help="New folder; default RUN/embedder.")] = None,
     data: Annotated[Path | None, typer.Option(help="Data set for the parity check; default: the run's.")] = None,
     register: Annotated[bool, typer.Option(help="Register it in MLflow with the alias champion.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     weights: Annotated[Weights, typer.Option(help="As they were trained, or their moving average.")] = "trained",
+    views: Annotated[
+        str, typer.Option(metavar="V,V,...", help="Embeddings are means over views, as `same,left2,right2,turn5`.")
+    ] = "",
 ) -> None:
-    """Write the Embedder (ONNX and manifest) of a checkpoint, and check it against torch on real samples."""
-    from trainer.export import export_run
-    from trainer.storage import Folder
+    """Write the Embedder (ONNX and manifest) of a checkpoint, and check it against torch on real samples.
 
-    to = to or run / "embedder"
-    manifest = export_run(run, to, data=data, overwrite=overwrite, register=register, on_trouble=warn, which=weights)
-    out.print(f"embedder {manifest.model_id}: {manifest.dimension} dimensions, in {Folder.at(to)}")
+    Views take as many times as long to embed. With `--embedder E --out NEW` the model of an Embedder gets others; it is
+    to be calibrated then.
+    """
+    from trainer.storage import Folder
+    from trainer.views import checked
+
+    wanted = checked(views.replace(" ", "").split(",") if views else ())
+    if embedder is not None and run is None and to is not None:
+        from trainer.embedder import write_with_views
+
+        manifest = write_with_views(embedder, to, wanted, overwrite)
+    elif run is not None and embedder is None:
+        from trainer.export import export_run
+
+        to = to or run / "embedder"
+        manifest = export_run(
+            run, to, data=data, overwrite=overwrite, register=register, on_trouble=warn, which=weights, views=wanted
+        )
+    else:
+        raise UserError("export takes --run FOLDER, or --embedder FOLDER with --out NEW")
+    seen = f", means over {', '.join(wanted)}" if wanted else ""
+    out.print(f"embedder {manifest.model_id}: {manifest.dimension} dimensions{seen}, in {Folder.at(to)}")
 
 
 def calibrate(
@@ -132,6 +160,10 @@ def calibrate(
     ] = False,
     prior: Annotated[float, typer.Option(help="Probability of a mate before a score is known, for 1:1.")] = 0.5,
     normalise: Normalise = None,
+    cohort: Annotated[
+        str | None, typer.Option(help="Split of the cohort, such as train; default: a fifth of the subjects.")
+    ] = None,
+    trained_on: TrainedOn = None,
     seed: Annotated[int, typer.Option(help="Chooses the samples that are enrolled, and the cohort.")] = 0,
     threads: Threads = 2,
 ) -> None:
@@ -143,21 +175,13 @@ def calibrate(
     from trainer.embedder import Embedder
 
     opened = Embedder.open(embedder, threads)
+    how: dict[str, Any] = {"fpir": fpir, "fmr": fmr, "gallery_size": gallery_size, "extrapolate": extrapolate}
+    how |= {"samples_per_subject": samples_per_subject, "prior": prior, "normalise": normalise, "seed": seed}
+    how |= {"cohort": cohort, "trained_on": trained_on}
     with progress() as show:
-        found, normaliser = calibrate_on_split(
-            opened,
-            data,
-            split,
-            fpir=fpir,
-            fmr=fmr,
-            gallery_size=gallery_size,
-            samples_per_subject=samples_per_subject,
-            extrapolate=extrapolate,
-            prior=prior,
-            normalise=normalise,
-            seed=seed,
-            progress=show,
-        )
+        found, normaliser, remarks = calibrate_on_split(opened, data, split, progress=show, **how)
+    for remark in remarks:
+        warn(remark)
     _keep(embedder, opened.manifest, found, normaliser)
     print_table("thresholds", _threshold_rows(found, extrapolate))
     out.print(f"verify: {found.verify.source}\nidentify: {found.identify.source}")
@@ -176,8 +200,6 @@ def _keep(folder: Path, manifest: "EmbedderManifest", found: "Calibration", norm
 
 def _threshold_rows(found: "Calibration", extrapolate: bool) -> list[tuple[str, str]]:
     """Each threshold with the interval of its rate: for 1:1, and for galleries of N, 2 N and 10 N."""
-    from trainer.errors import UserError
-
     verify, identify, curve = found.verify, found.identify, found.curve
     assert curve is not None, "calibrate makes one"
     rows = [(f"verify (FMR {verify.rate:g})", _reached(verify.value, verify.low, verify.high))]

@@ -3,11 +3,11 @@
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serving.cli.embedder import Threads, print_table
+from serving.cli.embedder import Threads, TrainedOn, print_table
 from serving.cli.terminal import out, progress, warn
 from trainer.errors import UserError
 
@@ -28,7 +28,6 @@ _Protocol = Annotated[
 _Images = Annotated[Path | None, typer.Option(help="Folder of the protocol's images; default: the protocol's own.")]
 _By = Annotated[list[str] | None, typer.Option(help="Attribute of the set: errors of each of its groups. Repeatable.")]
 _Quality = Annotated[str | None, typer.Option(help="Numeric attribute by which templates are weighted.")]
-_TrainedOn = Annotated[Path | None, typer.Option(help="The training's data set, for overlaps; default: --data.")]
 _To = Annotated[
     Path | None, typer.Option("--report", "--out", "-o", help="Folder of the report; default EMBEDDER/evaluation.")
 ]
@@ -45,7 +44,7 @@ def evaluate(
     to: _To = None,
     by: _By = None,
     quality: _Quality = None,
-    trained_on: _TrainedOn = None,
+    trained_on: TrainedOn = None,
     unenrolled: Annotated[float, typer.Option(help="Share of the identities not enrolled, for open-set errors.")] = 0.5,
     seed: Annotated[int, typer.Option(help="Chooses who is not enrolled.")] = 0,
     threads: Threads = 2,
@@ -53,10 +52,11 @@ def evaluate(
     """Measure an Embedder: verification, identification, open-set errors; as text, JSON, pictures and one HTML page.
 
     With `--protocol FILE` the comparisons are those of the file, else all of a split. With `--compare A B` two are
-    measured on the same, and their differences told with paired intervals.
+    measured on the same, and their differences told with paired intervals. Scores are normalised as the service
+    does it, where `calibrate --normalise` has written a cohort.
     """
     from trainer.assess import evaluate_protocol, evaluate_split
-    from trainer.embedder import Embedder
+    from trainer.embedder import Embedder, read_cohort
 
     folders: list[Path] = [*(compare or ()), *([embedder] if embedder is not None else [])]
     _check(embedder, compare, data, protocol, to, by or quality or trained_on)
@@ -64,11 +64,12 @@ def evaluate(
     for folder in folders:
         opened = Embedder.open(folder, threads)
         with progress() as show:
+            how: dict[str, Any] = {"seed": seed, "normaliser": read_cohort(folder, opened.manifest), "progress": show}
             if protocol is not None:
-                one = evaluate_protocol(opened, protocol, images, data=data, split=split, seed=seed, progress=show)
+                one = evaluate_protocol(opened, protocol, images, data=data, split=split, **how)
             else:
-                how = {"unenrolled": unenrolled, "seed": seed, "by": by or (), "quality": quality}
-                one = evaluate_split(opened, data, split, **how, trained_on=trained_on, progress=show)  # type: ignore[arg-type]
+                how |= {"unenrolled": unenrolled, "by": by or (), "quality": quality, "trained_on": trained_on}
+                one = evaluate_split(opened, data, split, **how)  # type: ignore[arg-type]
         found.append((folder, opened, one))
     _write(found, to or folders[0] / "evaluation")
 

@@ -49,8 +49,8 @@ def test_metrics_count(serve, photos):
     assert _metric(server, "hypersphere_decisions_total", operation="identify", decision="unknown") == 1
     assert _metric(server, "hypersphere_decisions_total", operation="verify", decision="no_match") == 1
     assert _metric(server, "hypersphere_embedded_images_total") == 7
-    assert _metric(server, "hypersphere_embed_seconds_count") == 5
-    assert _metric(server, "hypersphere_search_seconds_count") == 3
+    assert _metric(server, "hypersphere_stage_seconds_count", stage="embed") == 5
+    assert _metric(server, "hypersphere_stage_seconds_count", stage="search") == 3
     assert _metric(server, "hypersphere_request_seconds_count", route="/v1/identify") == 3
     assert _metric(server, "hypersphere_gallery_subjects", collection="default") == 0
     text = server.http.get("/metrics").text

@@ -50,9 +50,13 @@ def decoders(open_decoders: Callable[..., Decoders]) -> Decoders:
     return open_decoders()
 
 
+def pixels_of(decoders: Decoders, images: list[bytes], names: list[str]) -> np.ndarray:
+    return np.concatenate([picture.pixels_FCHW for picture in decoders.decode(images, names)])
+
+
 def children(decoders: Decoders) -> list[int]:
     """Process numbers; starts a child if none has been started."""
-    decoders.decode([good("PNG")], ["good"])
+    pixels_of(decoders, [good("PNG")], ["good"])
     return [child._process.pid for child in decoders._children if child._process is not None]
 
 
@@ -116,13 +120,13 @@ def wait_for_end(*processes: int) -> None:
 
 def refusal(decoders: Decoders, *images: bytes) -> ImageRefused:
     with pytest.raises(ImageRefused) as caught:
-        decoders.decode(images, [f"images {number}" for number in range(1, len(images) + 1)])
+        pixels_of(decoders, images, [f"images {number}" for number in range(1, len(images) + 1)])
     return caught.value
 
 
 def test_pixels_are_those_that_training_sees(decoders: Decoders):
     images = [good(format, side) for format in FORMATS for side in (3, 24, 90)]
-    pixels_BCHW = decoders.decode(images, ["image"] * len(images))
+    pixels_BCHW = pixels_of(decoders, images, ["image"] * len(images))
     assert pixels_BCHW.dtype == np.uint8
     np.testing.assert_array_equal(pixels_BCHW, np.stack([load_image(image, FORM) for image in images]))
 
@@ -131,7 +135,7 @@ def test_many_threads_get_their_own_pixels(open_decoders: Callable[..., Decoders
     decoders = open_decoders(processes=2)
     images = [encode(Image.new("RGB", (8, 8), (shade, 0, 0)), "PNG") for shade in range(64)]
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda image: decoders.decode([image], ["image"]), images))
+        answers = list(pool.map(lambda image: pixels_of(decoders, [image], ["image"]), images))
     assert [int(pixels_BCHW[0, 0, 0, 0]) for pixels_BCHW in answers] == list(range(64))
 
 
@@ -150,13 +154,13 @@ def test_refusal_names_the_image_and_the_reason(decoders: Decoders, make: Callab
     error = refusal(decoders, good("PNG"), make(), good("PNG"))
     assert (error.number, error.code) == (1, code)
     assert re.match(f"image 'images 2' .*{words}", error.message)
-    assert decoders.decode([good("JPEG")], ["good"]).shape == (1, 3, 24, 20)
+    assert pixels_of(decoders, [good("JPEG")], ["good"]).shape == (1, 3, 24, 20)
 
 
 def test_pixels_of_a_request_are_counted_together(open_decoders: Callable[..., Decoders]):
     decoders = open_decoders(pixels=1000)
     image = good("PNG", 20)
-    assert decoders.decode([image] * 2, ["image"] * 2).shape[0] == 2
+    assert pixels_of(decoders, [image] * 2, ["image"] * 2).shape[0] == 2
     error = refusal(decoders, image, image, image)
     assert (error.number, error.code) == (2, "too_many_pixels")
     assert "20 x 20 pixels, which with the images before it" in error.message
@@ -169,7 +173,7 @@ def test_time_of_a_request_is_counted_together(open_decoders: Callable[..., Deco
     error = refusal(decoders, *[image] * 100)
     assert (error.code, "may take 1 s together" in error.message) == ("decoding_too_long", True)
     assert 1 <= error.number < 99
-    assert decoders.decode([good("PNG")], ["good"]).shape[0] == 1
+    assert pixels_of(decoders, [good("PNG")], ["good"]).shape[0] == 1
 
 
 def test_a_child_that_dies_costs_its_own_request_only(open_decoders: Callable[..., Decoders]):
@@ -179,14 +183,14 @@ def test_a_child_that_dies_costs_its_own_request_only(open_decoders: Callable[..
         before = cpu_s(both)
         answer = pool.submit(refusal, decoders, SLOW)
         at_work = busy(both, before)
-        assert decoders.decode([good("PNG")], ["good"]).shape[0] == 1
+        assert pixels_of(decoders, [good("PNG")], ["good"]).shape[0] == 1
         os.kill(at_work, signal.SIGKILL)
         error = answer.result(timeout=60)
     assert (error.code, error.message) == (
         "bad_image",
         "image 'images 1' is damaged: its decoder broke down over it; replace the file",
     )
-    assert decoders.decode([good("PNG")], ["good"]).shape[0] == 1
+    assert pixels_of(decoders, [good("PNG")], ["good"]).shape[0] == 1
 
 
 def test_a_child_that_died_while_it_waited_costs_nothing(decoders: Decoders):
@@ -209,7 +213,7 @@ def test_close_ends_what_is_under_way_and_what_waits(open_decoders: Callable[...
         for answer in answers:
             assert isinstance(answer.exception(timeout=60), DecodersClosed)
     with pytest.raises(DecodersClosed):
-        decoders.decode([good("PNG")], ["late"])
+        pixels_of(decoders, [good("PNG")], ["late"])
     wait_for_end(child)
 
 
@@ -225,7 +229,7 @@ def test_large_images_of_every_usual_kind_fit_one_after_the_other(open_decoders:
         encode(clear.convert("RGB"), "JPEG", progressive=True),
     ]
     for image in images:
-        assert decoders.decode([image], ["large"]).shape[0] == 1
+        assert pixels_of(decoders, [image], ["large"]).shape[0] == 1
 
 
 HOST = """
@@ -282,14 +286,14 @@ def test_an_attack_costs_little_and_the_next_image_is_decoded(decoders: Decoders
     (child,) = children(decoders)
     with Cost(child) as cost:
         try:
-            assert decoders.decode([image], ["crafted"]).shape == (1, 3, 24, 20)
+            assert pixels_of(decoders, [image], ["crafted"]).shape == (1, 3, 24, 20)
             answer = "pixels"
         except ImageRefused as error:
             answer = error.code
     assert cost.cpu_s <= 2
     assert cost.grown <= 200e6
     assert answer == "too_many_pixels" or name not in MANY_PIXELS
-    assert decoders.decode([good("PNG")], ["good"]).shape[0] == 1
+    assert pixels_of(decoders, [good("PNG")], ["good"]).shape[0] == 1
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -302,5 +306,5 @@ def test_mutated_images_give_pixels_or_a_refusal(decoders: Decoders, format: str
             image[random.integers(len(image))] = random.integers(256)
         cut = random.integers(1, len(image)) if random.random() < 0.3 else len(image)
         with contextlib.suppress(ImageRefused):
-            assert decoders.decode([bytes(image[:cut])], ["mutated"]).shape == (1, 3, 24, 20)
-    assert decoders.decode([bytes(whole)], ["good"]).shape == (1, 3, 24, 20)
+            assert pixels_of(decoders, [bytes(image[:cut])], ["mutated"]).shape == (1, 3, 24, 20)
+    assert pixels_of(decoders, [bytes(whole)], ["good"]).shape == (1, 3, 24, 20)

@@ -85,6 +85,7 @@ def test_bytes_do_what_numbers_do(server, people, photos):
     )
     assert raw.headers["content-type"] == "application/octet-stream"
     np.testing.assert_array_equal(np.frombuffer(raw.content, "<f4"), x_BD[0])
+    assert raw.headers["x-model-id"] == server.http.get("/readyz").json()["model_id"]
     pairs = [x_BD[[0, 1]], x_BD[[0, 2]]]
     by_bytes = [server.http.post("/v1/verify", content=pair.tobytes(), headers=RAW).json() for pair in pairs]
     assert [one["decision"] for one in by_bytes] == ["match", "no_match"]

@@ -92,7 +92,7 @@ def test_search_is_the_definition(small_blocks, seed, subjects, samples, top_k, 
             assert index.compare(query, subject_id).score == pytest.approx(candidate.score, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["z", "t", "s", "as"])
+@pytest.mark.parametrize("kind", ["z", "t", "s", "as", "csls"])
 def test_normalised_scores_are_searched_exactly(kind):
     rng = np.random.default_rng(4)
     rows, cohort, query = _rows(rng, 30, 90), _rows(rng, 1, 40), _rows(rng, 1, 1)[0][2]

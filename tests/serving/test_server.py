@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from serving.cli import app
 from serving.cli.serve import serve
-from serving.server import LINES_A_MINUTE, Sparing, _connections, _listen, _signals_taken, host_names, run
+from serving.logs import LINES_A_MINUTE, Sparing
+from serving.server import _connections, _listen, _signals_taken, host_names, run
 from serving.settings import Settings, from_values
 from trainer.errors import UserError
 
@@ -132,6 +133,14 @@ OTHERS = {  # than the defaults; whole numbers are one more
     },
     **{"below_threshold": "always", "verify_threshold": 0.25, "identify_threshold": 0.5, "rate_limit": 4.0},
     **{"decode_cpu_s": 2.5, "head_timeout_s": 3.5, "body_timeout_s": 4.5, "idempotency_hours": 5.5},
+    **{
+        "detector": "d",
+        "min_quality": "size=9",
+        "keep_images": True,
+        "log_format": "json",
+        "traces": "http://t",
+        "detect_cpu_s": 1.5,
+    },
     **{"anonymous": True, "restored": True, "max_image_bytes": 2048},
 }
 

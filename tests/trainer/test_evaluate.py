@@ -294,6 +294,28 @@ def test_identities_and_samples_of_the_training_are_told(
     assert Report.model_validate_json((tmp_path / "clean" / "report.json").read_text()).remarks == []
 
 
+def test_calibration_tells_the_same_of_the_training(
+    embedders: list[Path], images: Path, data: Path, tmp_path: Path
+) -> None:
+    """A threshold from identities that were trained on is too low for strangers."""
+    train, val = (Manifest.read(data).split(name) for name in ("train", "val"))
+    embedder = trained_on(embedders[0], tmp_path / "e", train.class_digest)
+    for name in [*train.classes.names()[:2], *val.classes.names()[:20]]:
+        shutil.copytree(images / name, tmp_path / "faces" / name)
+    run_import("folder", tmp_path / "faces", tmp_path / "set", ImportOptions(holdout_share=1))
+    options = ["--data", tmp_path / "set", "--trained-on", data, "--fpir", "0.1", "--gallery-size", "10"]
+    done = CliRunner().invoke(app, ["calibrate", "--embedder", str(embedder), *map(str, options)])
+    assert done.exit_code == 0, done.output
+    told = "2 of 22 identities, such as"
+    assert told in " ".join(done.output.split())
+    calibration = Embedder.open(embedder).manifest.calibration
+    assert calibration is not None
+    assert told in calibration.identify.source
+    itself = trained_on(embedders[0], tmp_path / "itself", val.class_digest)
+    with pytest.raises(UserError, match="was trained on the identities of split 'val' themselves"):
+        commands.calibrate(embedder=itself, data=data)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

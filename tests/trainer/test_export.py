@@ -17,7 +17,7 @@ from torch import nn
 from trainer.backbones import build, networks
 from trainer.config import BackboneConfig
 from trainer.data.image import Preprocessing
-from trainer.embedder import MANIFEST_FILE, MODEL_FILE, Embedder
+from trainer.embedder import MANIFEST_FILE, MODEL_FILE, Embedder, write_manifest
 from trainer.errors import UserError
 from trainer.export import export
 
@@ -194,3 +194,27 @@ def test_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         export(Flat(), GREY, tmp_path / "embedder", drawings(2)[:, :, 1:], {})
     with pytest.raises(UserError, match=r"shape \(0, 1, 28, 28\); give one real sample or more"):
         export(Flat(), GREY, tmp_path / "embedder", drawings(2)[:0], {})
+
+
+def test_the_length_of_the_vectors_is_given_where_it_tells_quality(tmp_path: Path) -> None:
+    backbone = Flat()
+    manifest = export(backbone, GREY, tmp_path / "with", drawings(4), {}, norms="magface")
+    plain = export(backbone, GREY, tmp_path / "without", drawings(4), {})
+    assert (manifest.norms, plain.norms) == ("magface", None)
+    images_BCHW = drawings(5)
+    with torch.no_grad():
+        wanted_B = backbone(images_BCHW.float() / 127.5 - 1).norm(dim=1).numpy()
+    x_BD, norms_B = Embedder.open(tmp_path / "with", batch_size=2).embed_measured(images_BCHW.numpy())
+    np.testing.assert_allclose(norms_B, wanted_B, rtol=1e-4)
+    assert wanted_B.std() > 0
+    again_BD, nothing = Embedder.open(tmp_path / "without").embed_measured(images_BCHW.numpy())
+    assert nothing is None
+    np.testing.assert_allclose(x_BD, again_BD, atol=1e-6)
+
+
+def test_a_manifest_that_promises_lengths_which_the_model_does_not_give_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "embedder"
+    manifest = export(Flat(), GREY, folder, drawings(4), {})
+    write_manifest(folder, manifest.model_copy(update={"norms": "magface"}))
+    with pytest.raises(UserError, match="gives float32 'embeddings' and 'norms'"):
+        Embedder.open(folder)

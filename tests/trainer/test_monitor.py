@@ -259,7 +259,7 @@ def of_few(rank: int, out: Path) -> None:
 
 @pytest.mark.parametrize(
     ("every", "epochs", "trained", "most"),
-    [(4, 16, 15_400, 3080), (1, 16, 15_400, 2048), (4, 1, 1_000_000, 50_000), (1, 9, 50, 2048)],
+    [(4, 16, 15_400, 2464), (1, 16, 20_000, 800), (4, 1, 1_000_000, 40_000), (1, 9, 50, 640)],
 )
 def test_what_is_measured_grows_with_what_is_trained(
     data: Path, every: int, epochs: int, trained: int, most: int

@@ -19,10 +19,10 @@ from trainer.errors import UserError
 from trainer.evaluation.curve import CONFIDENCE, HIGHEST_RATE, LEAST_HITS, Curve, Reached
 from trainer.evaluation.metrics import SHOWN_ERRORS
 from trainer.evaluation.nonmated import Hits, highest, shuffled
-from trainer.evaluation.normalise import Normaliser
+from trainer.evaluation.normalise import Normaliser, roles_of
 from trainer.evaluation.probability import mate_probability
 from trainer.evaluation.report import Calibration, Threshold
-from trainer.evaluation.scores import Labels, Vectors, check
+from trainer.evaluation.scores import Labels, Roles, Vectors, check
 from trainer.evaluation.tails import Tail, fit
 
 FEWEST_SUBJECTS = 10
@@ -55,11 +55,9 @@ class HeldOut:
     seed: int = 0
     normaliser: Normaliser | None = None
 
-    def roles(self) -> tuple[Vectors, Vectors]:
-        """The samples as they search, and as they are enrolled: a score is a dot product of one of each."""
-        if self.normaliser is None:
-            return self.vectors_ND, self.vectors_ND
-        return self.normaliser.probes(self.vectors_ND), self.normaliser.enrolled(self.vectors_ND)
+    def roles(self) -> Roles:
+        """As `normalise.roles_of`."""
+        return roles_of(self.vectors_ND, self.normaliser)
 
     def capped(self, most: int) -> "HeldOut":
         """At most so many samples: as many of every subject as fit, then fewer subjects, drawn by the seed."""

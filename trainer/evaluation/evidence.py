@@ -6,7 +6,8 @@ FNMR is a mean over subjects' own pairs. FMR is one over pairs of subjects, each
 sum of (hit - FMR) over all pairs that subject s is in, and d_ij over those of subjects i and j,
 Var FMR = (sum_s r_s^2 - sum_ij d_ij^2) / n^2 (Fafchamps and Gubert, J. Development Economics 2007, for pairs of one
 sample each: that of a U-statistic). EER, TAR at a FAR, AUC and costs follow from FMR and FNMR at all thresholds; their
-replicates are linear in the subjects' weights, with the threshold chosen anew in each.
+replicates are linear in the subjects' weights, with the threshold chosen anew in each, and so is what one subject more
+of a kind adds to them.
 """
 
 import sys
@@ -24,6 +25,8 @@ from trainer.evaluation.scores import CELLS, STEPS, Labels, Vectors, cell, pair_
 
 LEVELS_A_DECADE = 8
 COUNTED_FMR = 0.1  # false matches are counted by subject up to this rate, or four times the EER
+COUNTED_PAIRS = 20_000_000  # of so many pairs or fewer all are: AUC is made by high rates, too, and subjects are few
+_TOGETHER = 1 << 20  # rates computed at a time
 SPARSE = 1e-2  # up to this rate the pairs of each two subjects are counted, too
 
 
@@ -38,6 +41,8 @@ def levels(curve: ErrorCurve) -> Numbers:
 
 def _counted_to(curve: ErrorCurve) -> float:
     """The FMR up to which false matches are counted by subject; beyond it, it is taken as known."""
+    if curve.non_mated <= COUNTED_PAIRS:
+        return 1.0
     return min(1.0, max(COUNTED_FMR, 4 * equal_error_rate(curve)))
 
 
@@ -113,14 +118,15 @@ class Evidence:
 
     def fmr_interval(self, k: int) -> Interval:
         """Interval of FMR at the k-th threshold."""
-        variance = float(np.square(self.fmr_parts_SK[:, k]).sum())
-        return intervals.of_rate(float(self.fmr_K[k]), variance, self._non_mated, self._dyads)
+        part_S = self.fmr_parts_SK[:, k]
+        variance = float(np.square(part_S).sum())
+        return intervals.of_rate(float(self.fmr_K[k]), variance, self._non_mated, self._dyads, part_S)
 
     def fnmr_interval(self, k: int) -> Interval:
         """Interval of FNMR at the k-th threshold."""
-        subjects = self.mated_subjects
-        variance = float(np.square(self.fnmr_parts_SK[:, k]).sum()) * subjects / max(subjects - 1, 1)
-        return intervals.of_rate(float(self.fnmr_K[k]), variance, self.mated, subjects)
+        subjects, part_S = self.mated_subjects, self.fnmr_parts_SK[:, k]
+        variance = float(np.square(part_S).sum()) * subjects / max(subjects - 1, 1)
+        return intervals.of_rate(float(self.fnmr_K[k]), variance, self.mated, subjects, part_S)
 
     @property
     def _dyads(self) -> int:
@@ -136,29 +142,53 @@ class Evidence:
             found.append(statistic(_falling(fmr_rK), np.maximum.accumulate(fnmr_rK, axis=1)))
         return np.concatenate(found)
 
+    def added(self, statistic: "Statistic") -> Numbers:
+        """What one more subject like each adds to a statistic: [S, ...]."""
+        found, rows = [], max(1, _TOGETHER // len(self.thresholds_K))
+        for start in range(0, self.subjects, rows):
+            fmr_sK = np.clip(self.fmr_K + self.fmr_parts_SK[start : start + rows], 0, 1)
+            fnmr_sK = np.clip(self.fnmr_K + self.fnmr_parts_SK[start : start + rows], 0, 1)
+            found.append(statistic(_falling(fmr_sK), np.maximum.accumulate(fnmr_sK, axis=1)))
+        return np.concatenate(found) - statistic(self.fmr_K[None], self.fnmr_K[None])
+
     def interval(self, value: float, statistic: "Statistic", seed: int, count: int) -> Interval:
         """Interval of a statistic between 0 and 1, whose value at all thresholds is given.
 
         Wilson's, of the variance of the replicates: they themselves are too narrow towards 1/2 where errors are few.
         """
-        variance = float(self.replicates(statistic, seed, count).var())
-        return intervals.of_rate(value, variance, sys.maxsize, self.mated_subjects)
+        variance = float(self.replicates(statistic, seed, count).var()) * self._few
+        return intervals.of_rate(value, variance, sys.maxsize, self.mated_subjects, self.added(statistic))
 
     def band(self, fmrs_T: Numbers, seed: int, count: int) -> list[Interval]:
         """Interval of FNMR at each FMR, the threshold chosen anew in each replicate."""
-        fnmr_T = fnmr_at(self.fmr_K[None], self.fnmr_K[None], fmrs_T)[0]
-        variance_T = self.replicates(lambda fmr, fnmr: fnmr_at(fmr, fnmr, fmrs_T), seed, count).var(axis=0)
-        found = zip(fnmr_T.tolist(), variance_T.tolist(), strict=True)
-        return [intervals.of_rate(*one, self.mated, self.mated_subjects) for one in found]
+
+        def missed(fmr_RK: Numbers, fnmr_RK: Numbers) -> Numbers:
+            return fnmr_at(fmr_RK, fnmr_RK, fmrs_T)
+
+        fnmr_T = missed(self.fmr_K[None], self.fnmr_K[None])[0]
+        variance_T, added_ST = self.replicates(missed, seed, count).var(axis=0) * self._few, self.added(missed)
+        found = zip(fnmr_T.tolist(), variance_T.tolist(), added_ST.T, strict=True)
+        return [intervals.of_rate(rate, of, self.mated, self.mated_subjects, added) for rate, of, added in found]
+
+    @property
+    def _few(self) -> float:
+        """The variance of a bootstrap is too small by this factor."""
+        return self.subjects / max(self.subjects - 1, 1)
 
 
 Statistic = Callable[[Numbers, Numbers], Numbers]  # of fmr_RK and fnmr_RK: [R], or [R, ...]
 
 
 def fnmr_at(fmr_RK: Numbers, fnmr_RK: Numbers, fmrs_T: Numbers) -> Numbers:
-    """FNMR at the lowest threshold whose FMR is at most each of `fmrs_T`: [R, T]."""
-    place_RT = np.stack([np.argmax(fmr_RK <= fmr, axis=1) for fmr in fmrs_T], axis=1)
-    return np.take_along_axis(fnmr_RK, place_RT, axis=1)
+    """FNMR at the threshold where FMR is each of `fmrs_T`, on the straight line between the two about it: [R, T]."""
+    found_RT = []
+    for fmr in fmrs_T:
+        after_R1 = np.argmax(fmr_RK <= fmr, axis=1)[:, None]
+        before, after = (np.take_along_axis(fmr_RK, at, axis=1) for at in (np.maximum(after_R1 - 1, 0), after_R1))
+        low, high = (np.take_along_axis(fnmr_RK, at, axis=1) for at in (np.maximum(after_R1 - 1, 0), after_R1))
+        share = np.where(before > after, (before - fmr) / np.where(before > after, before - after, 1), 1)
+        found_RT.append((low + share * (high - low))[:, 0])
+    return np.stack(found_RT, axis=1)
 
 
 def equal_errors(fmr_RK: Numbers, fnmr_RK: Numbers) -> Numbers:
@@ -185,14 +215,24 @@ def _falling(rates_RK: Numbers) -> Numbers:
     return np.maximum.accumulate(rates_RK[:, ::-1], axis=1)[:, ::-1]
 
 
-def of_all_pairs(vectors_ND: Vectors, labels_N: Labels, curve: ErrorCurve, at: float | None = None) -> Evidence:
-    """The evidence of all pairs of the samples, whose curve is known: at one threshold, or along the curve."""
+def of_all_pairs(
+    vectors_ND: Vectors,
+    labels_N: Labels,
+    curve: ErrorCurve,
+    at: float | None = None,
+    enrolled_ND: Vectors | None = None,
+) -> Evidence:
+    """The evidence of all pairs of the samples, whose curve is known: at one threshold, or along the curve.
+
+    `enrolled_ND`: as for `scores.pair_blocks`.
+    """
     order_N = np.argsort(labels_N, kind="stable")
     sorted_N = labels_N[order_N]
     _, subject_N, counts_S = np.unique(sorted_N, return_inverse=True, return_counts=True)
     thresholds_K = levels(curve) if at is None else np.array([at])
     counting = _Counting(curve, thresholds_K, counts_S * (counts_S - 1) // 2, counts_S * (len(labels_N) - counts_S))
-    for start, scores_bn, mated_bw, non_mated_bw in pair_blocks(vectors_ND[order_N], sorted_N):
+    others_ND = None if enrolled_ND is None else enrolled_ND[order_N]
+    for start, scores_bn, mated_bw, non_mated_bw in pair_blocks(vectors_ND[order_N], sorted_N, others_ND):
         row_e, column_e = np.nonzero(mated_bw)
         counting.mated(scores_bn[row_e, column_e], subject_N[start + row_e])
         wanted_bn = scores_bn >= counting.floor

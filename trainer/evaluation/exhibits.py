@@ -7,19 +7,19 @@ from numpy.typing import NDArray
 
 from trainer.evaluation import intervals
 from trainer.evaluation.findings import Growth, Hardest, HardPair
-from trainer.evaluation.scores import Labels, Vectors, identity_scores, pair_blocks
+from trainer.evaluation.scores import Labels, Roles, Vectors, identity_scores, pair_blocks
 
 SHOWN = 8  # pairs of each kind
 _KEPT = 256  # candidates of a block
 SIZES = 25  # of the gallery
 
 
-def hardest(vectors_ND: Vectors, labels_N: Labels) -> Hardest:
+def hardest(vectors_ND: Vectors, labels_N: Labels, enrolled_ND: Vectors) -> Hardest:
     """The pairs of all samples that are hardest to tell apart, or to bring together."""
     order_N = np.argsort(labels_N, kind="stable")
     sorted_N = labels_N[order_N]
     matches, non_matches = [], []
-    for start, scores_bn, mated_bw, non_mated_bw in pair_blocks(vectors_ND[order_N], sorted_N):
+    for start, scores_bn, mated_bw, non_mated_bw in pair_blocks(vectors_ND[order_N], sorted_N, enrolled_ND[order_N]):
         width = mated_bw.shape[1]
         row_e, column_e = np.nonzero(mated_bw)
         non_matches.append(_lowest(scores_bn[row_e, column_e], order_N[start + row_e], order_N[start + column_e]))
@@ -58,7 +58,7 @@ def _chosen(parts: Iterable[tuple[Vectors, Labels, Labels]], labels_N: Labels, s
     return found
 
 
-def growth(vectors_ND: Vectors, labels_N: Labels, enrolled_C: Labels, threshold: float) -> Growth:
+def growth(roles: Roles, labels_N: Labels, enrolled_C: Labels, threshold: float) -> Growth:
     """FPIR(N, T) of every sample as a stranger to galleries of N of the other subjects.
 
     With k of the M others at or above T, a gallery of N of them returns somebody with chance 1 - C(M - k, N) / C(M, N).
@@ -68,7 +68,7 @@ def growth(vectors_ND: Vectors, labels_N: Labels, enrolled_C: Labels, threshold:
     """
     others, reached_N = len(enrolled_C) - 1, np.empty(len(labels_N), np.int64)
     column_N = np.searchsorted(labels_N[enrolled_C], labels_N)
-    for part, scores_bC in identity_scores(vectors_ND, vectors_ND[enrolled_C], labels_N[enrolled_C]):
+    for part, scores_bC in identity_scores(roles[0], roles[1][enrolled_C], labels_N[enrolled_C]):
         scores_bC[np.arange(len(scores_bC)), column_N[part]] = -np.inf
         reached_N[part] = np.count_nonzero(scores_bC >= threshold, axis=1)
     sizes = np.unique(np.geomspace(1, others, SIZES).round().astype(np.int64))

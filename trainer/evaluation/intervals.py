@@ -12,6 +12,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.evaluation.curve import student
 from trainer.evaluation.metrics import CONFIDENCE, SHOWN_ERRORS, fnir_replicates, subject_weights
 from trainer.evaluation.report import FnirAtFpir
 from trainer.evaluation.scores import Labels
@@ -24,27 +25,44 @@ TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
 _TOGETHER = 1 << 22  # weights drawn at a time
 
 
-def wilson(rate: float, trials: float) -> Interval:
+def wilson(rate: float, trials: float, deviate: float = DEVIATE) -> Interval:
     """Wilson's score interval of a rate of so many independent trials (JASA 1927); they need not be a whole number."""
-    square = DEVIATE**2 / trials
+    square = deviate**2 / trials
     centre = (rate + square / 2) / (1 + square)
-    width = DEVIATE / (1 + square) * sqrt(rate * (1 - rate) / trials + square / (4 * trials))
+    width = deviate / (1 + square) * sqrt(rate * (1 - rate) / trials + square / (4 * trials))
     return max(0.0, centre - width), min(1.0, centre + width)
 
 
-def of_rate(rate: float, variance: float, trials: int, independent: int) -> Interval:
+def of_rate(
+    rate: float, variance: float, trials: int, independent: int, influence_S: Numbers | None = None
+) -> Interval:
     """The interval of a rate: Wilson's by the trials that its variance is worth; the rule of three without any error.
 
     Args:
         variance: of the rate, between subjects.
         trials: counted; the variance is never taken to be worth more.
         independent: subjects, or pairs of them: trials that are known to be independent.
+        influence_S: what each subject adds to the rate. Where few of them make it, as wolves do, their variance is
+            itself not known well: the deviate is Student's, of as many degrees of freedom as their squares show
+            (Satterthwaite 1946), and both ends allow for one like the greatest who was met by chance, or was not (after
+            Fay and Feuer 1997), as `curve.py` does it.
     """
     spread = rate * (1 - rate)
     if spread <= 0:  # n clean trials show a rate of at most 3 / n (Hanley and Lippman-Hand, JAMA 1983)
         shown = min(1.0, SHOWN_ERRORS / independent)
         return (0.0, shown) if rate <= 0 else (1 - shown, 1.0)
-    return wilson(rate, min(spread / variance if variance > 0 else trials, trials))
+    deviate = DEVIATE
+    if influence_S is not None and influence_S.any():
+        deviate = student(_freedom(influence_S))
+        variance += float(np.square(influence_S).max())
+    return wilson(rate, min(spread / variance if variance > 0 else trials, trials), deviate)
+
+
+def _freedom(influence_S: Numbers) -> float:
+    """Degrees of freedom of the sum of squares."""
+    squares_S = np.square(influence_S)
+    fourth = float(np.square(squares_S).sum() - squares_S.sum() ** 2 / len(squares_S))
+    return min(max(2 * float(squares_S.sum()) ** 2 / max(fourth, 1e-300), 1.0), 1e6)
 
 
 def of_mean(errors_P: NDArray[np.floating], subjects_P: Labels) -> Interval:

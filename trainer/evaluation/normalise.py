@@ -7,6 +7,7 @@ deviation of the scores of a probe p with the cohort, and mu_g, sigma_g those of
     t   (s - mu_p) / sigma_p                T-norm (Auckenthaler et al. 2000): the same for the probe
     s   the mean of both                    S-norm (Kenny 2010)
     as  s, with each one's `top` nearest    adaptive S-norm (Cumani et al. 2011; Matejka et al. 2017)
+    csls   s, with the means of each one's nearest, and without dividing    CSLS (Conneau et al. 2018, eq. 3, halved)
 
 Each is a dot product of two longer vectors, so that an exact index searches normalised scores as it does cosines:
 s / sigma_g - mu_g / sigma_g = (p, 1) . (g / sigma_g, -mu_g / sigma_g), and likewise for the probe. The result is scaled
@@ -19,12 +20,12 @@ from typing import Literal
 import numpy as np
 
 from trainer.errors import UserError
-from trainer.evaluation.scores import Labels, Vectors, check
+from trainer.evaluation.scores import Labels, Roles, Vectors, check
 
-Kind = Literal["z", "t", "s", "as"]
+Kind = Literal["z", "t", "s", "as", "csls"]
 
 FEWEST = 20  # vectors of a cohort
-TOP = 100  # nearest of the cohort, for `as`; at most half of it
+TOP = {"as": 100, "csls": 50}  # nearest of the cohort; at most half of it
 LEAST_DEVIATION = 1e-3  # of a vector's scores with the cohort; less is a cohort of copies
 
 
@@ -47,7 +48,7 @@ class Normaliser:
     @property
     def width(self) -> int:
         """Length of the vectors that `probes` and `enrolled` give for those of length D."""
-        return (2 if self.kind in ("s", "as") else 1) * (int(self.cohort_KD.shape[1]) + 1)
+        return (1 if self.kind in ("z", "t") else 2) * (int(self.cohort_KD.shape[1]) + 1)
 
     def probes(self, x_BD: Vectors) -> Vectors:
         """[B, width] of unit vectors [B, D] that search."""
@@ -56,7 +57,7 @@ class Normaliser:
     def enrolled(self, x_BD: Vectors) -> Vectors:
         """[B, width] of unit vectors [B, D] that are searched."""
         joined = self._joined(_with_one(x_BD), self._normalised(x_BD))
-        return np.asarray(joined / 2 if self.kind in ("s", "as") else joined, np.float32)
+        return np.asarray(joined if self.kind in ("z", "t") else joined / 2, np.float32)
 
     def _joined(self, by_probe: Vectors, by_enrolled: Vectors) -> Vectors:
         parts = {"t": [by_probe], "z": [by_enrolled]}.get(self.kind, [by_probe, by_enrolled])
@@ -71,10 +72,24 @@ class Normaliser:
     def _statistics(self, x_BD: Vectors) -> Vectors:
         """Mean and standard deviation of each vector's scores with the cohort, or with the nearest of it: [B, 2]."""
         scores_BK = np.asarray(x_BD, np.float32) @ self.cohort_KD.T
-        if self.kind == "as":
-            top = min(TOP, len(self.cohort_KD) // 2)
+        if self.kind in TOP:
+            top = min(TOP[self.kind], len(self.cohort_KD) // 2)
             scores_BK = np.partition(scores_BK, -top, axis=1)[:, -top:]
-        return np.column_stack([scores_BK.mean(axis=1), np.maximum(scores_BK.std(axis=1), LEAST_DEVIATION)])
+        deviation_B = np.full(len(scores_BK), self.place[1]) if self.kind == "csls" else scores_BK.std(axis=1)
+        return np.column_stack([scores_BK.mean(axis=1), np.maximum(deviation_B, LEAST_DEVIATION)])
+
+
+def roles_of(vectors_ND: Vectors, normaliser: Normaliser | None) -> Roles:
+    """The samples as they search, and as they are enrolled: a score is a dot product of one of each."""
+    if normaliser is None:
+        return vectors_ND, vectors_ND
+    return normaliser.probes(vectors_ND), normaliser.enrolled(vectors_ND)
+
+
+def apart_from(cohort_KD: Vectors, vectors_ND: Vectors, labels_N: Labels) -> Labels:
+    """Rows of the subjects of whom no sample is in the cohort."""
+    copies_N = (vectors_ND @ cohort_KD.T).max(axis=1) >= 1 - 1e-6
+    return np.flatnonzero(~np.isin(labels_N, labels_N[copies_N]))
 
 
 def _with_one(x_BD: Vectors) -> Vectors:

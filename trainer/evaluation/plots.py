@@ -210,20 +210,23 @@ def draw_open_set(axes: Axes, found: OpenSet) -> None:
     """FNIR over FPIR, both logarithmic, with the operating points and their intervals."""
     fpir, fnir = np.array(found.fpir), np.array(found.fnir)
     low_x, low_y = 1 / found.non_mated_probes, 1 / found.mated_probes
+    marks = iter("os^")
     axes.plot(np.maximum(fpir, low_x), np.maximum(fnir, low_y), color=BLACK, drawstyle="steps-post", zorder=3)
     for point in found.points:
         if point.fnir is None or point.low is None or point.high is None:
             continue
         at = max(point.fnir, low_y)
         bars = [[max(at - max(point.low, low_y), 0.0)], [max(point.high - at, 0.0)]]
-        axes.errorbar([point.fpir], [at], yerr=bars, fmt="o", capsize=2, **POINT)
-        _note(axes, f"{percent(point.fnir)} at {percent(point.fpir)}", (point.fpir, at), (-5, -9), "right")
+        label = f"{percent(point.fnir)} at {percent(point.fpir)}"
+        axes.errorbar([point.fpir], [at], yerr=bars, fmt=next(marks), capsize=2, label=label, **POINT)
     _unresolved(axes, "x", low_x, SHOWN_ERRORS / found.non_mated_probes)
     floor = min([point.low for point in found.points if point.low is not None], default=1.0) / 3
     axes.set(xscale="log", yscale="log", xlim=(low_x, 1), ylim=(max(low_y, floor), 1.05))
     axes.set(xlabel="false positive identification rate (FPIR)", ylabel="false negative identification rate (FNIR)")
     percent_axis(axes, "x")
     percent_axis(axes, "y")
+    if axes.get_legend_handles_labels()[1]:  # beside the points they would lie upon each other where FNIR is high
+        axes.legend(title="FNIR at FPIR", alignment="left")
     axes.set_title(f"Open set: {found.gallery_size} enrolled, {found.unenrolled} not", loc="left")
 
 

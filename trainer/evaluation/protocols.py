@@ -15,12 +15,21 @@ from trainer.errors import UserError
 from trainer.evaluation import metrics, report, verification
 from trainer.evaluation.comparison import Seen
 from trainer.evaluation.exhibits import growth, hardest
-from trainer.evaluation.findings import Growth, Hardest, HardPair
+from trainer.evaluation.findings import Growth, Hardest, HardPair, Retrieval
 from trainer.evaluation.geometry import angles
 from trainer.evaluation.groups import differentials
 from trainer.evaluation.identification import FPIRS, ClosedSearches, OpenSearches, closed_set, open_set
+from trainer.evaluation.normalise import Normaliser, roles_of
 from trainer.evaluation.retrieval import retrieval
-from trainer.evaluation.scores import Floats, Labels, MatedSearches, Vectors, check, search_mated, search_non_mated
+from trainer.evaluation.scores import (
+    Floats,
+    Labels,
+    Roles,
+    Vectors,
+    check,
+    search_mated,
+    search_non_mated,
+)
 from trainer.evaluation.several import enrolments
 
 DRAWS = 5  # other choices of the enrolled samples, for the spread of rank-1
@@ -58,9 +67,16 @@ def unenrolled_identities(labels_N: Labels, share: float, seed: int) -> Labels:
 
 
 def one_shot_searches(
-    vectors_ND: Vectors, labels_N: Labels, enrolled_C: NDArray[np.int64], part: slice = slice(None)
+    vectors_ND: Vectors,
+    labels_N: Labels,
+    enrolled_C: NDArray[np.int64],
+    part: slice = slice(None),
+    enrolled_ND: Vectors | None = None,
 ) -> ClosedSearches:
-    """What the searches of all samples that are not enrolled found; or of a part of them."""
+    """What the searches of all samples that are not enrolled found; or of a part of them.
+
+    `enrolled_ND`: the samples as they are enrolled, where that is not as they search (see `normalise.py`).
+    """
     probes_P = np.delete(np.arange(len(labels_N)), enrolled_C)
     if not len(probes_P):
         raise UserError(
@@ -68,23 +84,31 @@ def one_shot_searches(
             "one-shot identification takes a second sample of at least one identity"
         )
     probes_P = probes_P[part]
-    searches = search_mated(vectors_ND[enrolled_C], labels_N[enrolled_C], vectors_ND[probes_P], labels_N[probes_P])
+    gallery_CD = (vectors_ND if enrolled_ND is None else enrolled_ND)[enrolled_C]
+    searches = search_mated(gallery_CD, labels_N[enrolled_C], vectors_ND[probes_P], labels_N[probes_P])
     return ClosedSearches(labels_N[probes_P], searches)
 
 
 def open_set_searches(
-    vectors_ND: Vectors, labels_N: Labels, share: float, seed: int, part: slice = slice(None)
+    vectors_ND: Vectors,
+    labels_N: Labels,
+    share: float,
+    seed: int,
+    part: slice = slice(None),
+    enrolled_ND: Vectors | None = None,
 ) -> OpenSearches:
-    """What the mated and the non-mated searches found; or a part of each.
+    """What the mated and the non-mated searches found; or a part of each; arguments as of `one_shot_searches`.
 
     The first sample of each identity is enrolled, but for a share of the identities, drawn by the seed.
     """
     stranger_N = np.isin(labels_N, unenrolled_identities(labels_N, share, seed))
     known_ND, known_N = vectors_ND[~stranger_N], labels_N[~stranger_N]
+    gallery_ND = known_ND if enrolled_ND is None else enrolled_ND[~stranger_N]
     enrolled_C = enrolled_rows(known_N)
     strangers_P = np.flatnonzero(stranger_N)[part]
-    non_mated_P = search_non_mated(known_ND[enrolled_C], known_N[enrolled_C], vectors_ND[strangers_P])
-    return OpenSearches(*one_shot_searches(known_ND, known_N, enrolled_C, part), labels_N[strangers_P], non_mated_P)
+    non_mated_P = search_non_mated(gallery_ND[enrolled_C], known_N[enrolled_C], vectors_ND[strangers_P])
+    closed = one_shot_searches(known_ND, known_N, enrolled_C, part, gallery_ND)
+    return OpenSearches(*closed, labels_N[strangers_P], non_mated_P)
 
 
 def quick(
@@ -128,6 +152,7 @@ def measure(
     groups: Mapping[str, tuple[Labels, Sequence[str]]] | None = None,
     quality_N: Floats | None = None,
     remarks: Sequence[str] = (),
+    normaliser: Normaliser | None = None,
 ) -> Measured:
     """All protocols on one set of held-out samples.
 
@@ -138,18 +163,19 @@ def measure(
         groups: by attribute, the group of each sample and the groups' names.
         quality_N: of each sample, for templates that are weighted by it.
         remarks: what is known to be doubtful about the data.
+        normaliser: of the scores, by a cohort of other subjects; None: they are cosines.
 
     Raises:
         UserError: input that cannot be compared, or too few identities or samples for a protocol.
     """
     vectors_ND, labels_N = check(vectors_ND, labels_N)
     _check_names(labels_N, class_names)
-    identities = len(np.unique(labels_N))
-    pairs, curve, evidence = verification.verification(vectors_ND, labels_N, seed)
-    closed, drawn = _drawn(vectors_ND, labels_N, seed)
-    opened = open_set_searches(vectors_ND, labels_N, unenrolled_share, seed)
+    identities, roles = len(np.unique(labels_N)), roles_of(vectors_ND, normaliser)
+    pairs, curve, evidence = verification.verification(roles[0], labels_N, seed, roles[1])
+    closed, drawn = _drawn(roles, labels_N, seed)
+    opened = open_set_searches(roles[0], labels_N, unenrolled_share, seed, enrolled_ND=roles[1])
     strangers = unenrolled_identities(labels_N, unenrolled_share, seed)
-    rows = verification.whole_identities(labels_N, MOST_RETRIEVED, seed)
+    several = enrolments(vectors_ND, labels_N, strangers, ENROLMENT_FPIR, quality_N, seed, normaliser)
     written = report.Report(
         source=source,
         model_id=model_id,
@@ -161,21 +187,24 @@ def measure(
         one_shot=closed_set(closed, identities, drawn, class_names),
         open_set=open_set(opened, identities - len(strangers), len(strangers), unenrolled_share, seed),
         geometry=_geometry(vectors_ND, labels_N),
-        enrolments=enrolments(vectors_ND, labels_N, strangers, ENROLMENT_FPIR, quality_N=quality_N, seed=seed),
-        retrieval=retrieval(vectors_ND[rows], labels_N[rows]),
-        growth=_growth(vectors_ND, labels_N, opened),
-        groups=[differentials(vectors_ND, labels_N, *of, name, GROUP_FAR) for name, of in (groups or {}).items()],
-        remarks=[*remarks, *_doubts(labels_N, class_names, pairs, closed.mated)],
+        enrolments=several,
+        retrieval=_retrieved(roles, labels_N, seed),
+        growth=_growth(roles, labels_N, opened),
+        groups=[differentials(roles, labels_N, *of, name, GROUP_FAR) for name, of in (groups or {}).items()],
+        remarks=[*remarks, *_doubts(labels_N, class_names, pairs, _copies(vectors_ND, labels_N))],
     )
-    seen = Seen(model_id or "", (curve, evidence), closed, opened)
-    return Measured(written, seen, _hardest(vectors_ND, labels_N, seed))
+    return Measured(written, Seen(model_id or "", (curve, evidence), closed, opened), _hardest(roles, labels_N, seed))
 
 
-def _drawn(vectors_ND: Vectors, labels_N: Labels, seed: int) -> tuple[ClosedSearches, list[float]]:
+def _drawn(roles: Roles, labels_N: Labels, seed: int) -> tuple[ClosedSearches, list[float]]:
     """The searches with the first samples enrolled, and rank-1 with `DRAWS` choices of random ones."""
     draws = (enrolled_rows(labels_N, seed + draw) for draw in range(DRAWS))
-    rates = [float(metrics.rank1_P(one_shot_searches(vectors_ND, labels_N, rows).mated).mean()) for rows in draws]
-    return one_shot_searches(vectors_ND, labels_N, enrolled_rows(labels_N)), rates
+
+    def searches(rows: Labels) -> ClosedSearches:
+        return one_shot_searches(roles[0], labels_N, rows, enrolled_ND=roles[1])
+
+    rates = [float(metrics.rank1_P(searches(rows).mated).mean()) for rows in draws]
+    return searches(enrolled_rows(labels_N)), rates
 
 
 def _check_names(labels_N: Labels, class_names: Sequence[str]) -> None:
@@ -185,24 +214,29 @@ def _check_names(labels_N: Labels, class_names: Sequence[str]) -> None:
         raise UserError(f"{len(identities)} class cannot be told from others; evaluate on two classes or more")
 
 
+def _retrieved(roles: Roles, labels_N: Labels, seed: int) -> Retrieval:
+    rows = verification.whole_identities(labels_N, MOST_RETRIEVED, seed)
+    return retrieval(roles[0][rows], labels_N[rows], roles[1][rows])
+
+
 def _geometry(vectors_ND: Vectors, labels_N: Labels) -> report.Geometry:
     found = angles(vectors_ND, labels_N)
     nearest = float(found.nearest_C.mean())
     return report.Geometry(intra_mean=found.intra_mean, inter_smallest=found.inter_smallest, inter_nearest_mean=nearest)
 
 
-def _growth(vectors_ND: Vectors, labels_N: Labels, found: OpenSearches) -> Growth | None:
+def _growth(roles: Roles, labels_N: Labels, found: OpenSearches) -> Growth | None:
     """At the threshold of the lowest FPIR that the strangers show."""
     shown = [fpir for fpir in FPIRS if len(found.non_mated_P) * fpir >= metrics.SHOWN_ERRORS]
     if not shown:
         return None
     threshold = metrics.threshold_at(found.non_mated_P, max(shown[0], 0.01))
-    return growth(vectors_ND, labels_N, enrolled_rows(labels_N), threshold)
+    return growth(roles, labels_N, enrolled_rows(labels_N), threshold)
 
 
-def _hardest(vectors_ND: Vectors, labels_N: Labels, seed: int) -> Hardest:
+def _hardest(roles: Roles, labels_N: Labels, seed: int) -> Hardest:
     rows = verification.whole_identities(labels_N, verification.MOST_PAIR_SAMPLES, seed)
-    found = hardest(vectors_ND[rows], labels_N[rows])
+    found = hardest(roles[0][rows], labels_N[rows], roles[1][rows])
     return Hardest(
         matches=[_moved(pair, rows) for pair in found.matches],
         non_matches=[_moved(pair, rows) for pair in found.non_matches],
@@ -213,11 +247,17 @@ def _moved(pair: HardPair, rows: Labels) -> HardPair:
     return HardPair(first=int(rows[pair.first]), second=int(rows[pair.second]), score=pair.score)
 
 
-def _doubts(labels_N: Labels, class_names: Sequence[str], pairs: report.AllPairs, searches: MatedSearches) -> list[str]:
+def _copies(vectors_ND: Vectors, labels_N: Labels) -> int:
+    """Probes whose cosine with the enrolled sample of their identity is 1."""
+    first_N = enrolled_rows(labels_N)[np.unique(labels_N, return_inverse=True)[1]]
+    cosines_N = np.einsum("nd,nd->n", vectors_ND, vectors_ND[first_N])
+    return int(np.count_nonzero((cosines_N >= COPY) & (first_N != np.arange(len(labels_N)))))
+
+
+def _doubts(labels_N: Labels, class_names: Sequence[str], pairs: report.AllPairs, copies: int) -> list[str]:
     """What makes the figures doubtful, by name."""
     sizes_C = np.bincount(labels_N, minlength=len(class_names))
     empty, single = np.flatnonzero(sizes_C == 0), np.flatnonzero(sizes_C == 1)
-    copies = int(np.count_nonzero(searches.mate_P >= COPY))
     edges = pairs.histogram.edges
     doubts = []
     if len(empty):

@@ -16,9 +16,9 @@ KS = (1, 2, 4, 8)
 Numbers = NDArray[np.float64]
 
 
-def retrieval(vectors_ND: Vectors, labels_N: Labels) -> Retrieval:
+def retrieval(vectors_ND: Vectors, labels_N: Labels, enrolled_ND: Vectors | None = None) -> Retrieval:
     """recall@k (Jegou et al., TPAMI 2011) and mAP@R (Musgrave, Belongie and Lim, "A metric learning reality check",
-    ECCV 2020), with intervals by subject.
+    ECCV 2020), with intervals by subject. `enrolled_ND`: as for `scores.pair_blocks`.
 
     Raises:
         UserError: no identity has two samples.
@@ -27,11 +27,12 @@ def retrieval(vectors_ND: Vectors, labels_N: Labels) -> Retrieval:
     queries_Q = np.flatnonzero(counts_C[class_N] > 1)
     if not len(queries_Q):
         raise UserError(f"{len(labels_N)} samples of as many identities: none has another to retrieve")
+    others_ND = vectors_ND if enrolled_ND is None else enrolled_ND
     recall_QK, precision_Q = np.empty((len(queries_Q), len(KS))), np.empty(len(queries_Q))
     rows = max(1, BLOCK // len(labels_N))
     for start in range(0, len(queries_Q), rows):
         query_b = queries_Q[start : start + rows]
-        scores_bN = np.rint(vectors_ND[query_b] @ vectors_ND.T * np.float32(STEPS))
+        scores_bN = np.rint(vectors_ND[query_b] @ others_ND.T * np.float32(STEPS))
         scores_bN[np.arange(len(query_b)), query_b] = -np.inf  # a sample does not retrieve itself
         for place, (query, scores_N) in enumerate(zip(query_b.tolist(), scores_bN, strict=True), start):
             mates = int(counts_C[class_N[query]]) - 1

@@ -23,6 +23,7 @@ Floats = NDArray[np.floating]
 Integers = NDArray[np.integer]
 Vectors = NDArray[np.float32]  # unit rows
 Labels = NDArray[np.int64]
+Roles = tuple[Vectors, Vectors]  # the same samples as they search, and as they are enrolled
 
 STEPS = 1 << 20
 GRID = 1.0 / STEPS
@@ -92,9 +93,13 @@ def ceil_to_grid(value: float) -> float:
 
 
 def pair_blocks(
-    sorted_ND: Vectors, sorted_labels_N: Labels
+    sorted_ND: Vectors, sorted_labels_N: Labels, enrolled_ND: Vectors | None = None
 ) -> Iterator[tuple[int, Vectors, NDArray[np.bool_], NDArray[np.bool_]]]:
     """Every unordered pair of two samples, once, from samples sorted by label, some rows at a time.
+
+    Args:
+        enrolled_ND: the samples as they are enrolled, where that is not as they search (see `normalise.py`): the
+            earlier one of a pair searches.
 
     Yields the first row, the scores [b, n] of these rows against all rows from it on, and which of the first w columns
     are mated and which are non-mated pairs, [b, w] each. All columns beyond w are non-mated pairs.
@@ -107,19 +112,21 @@ def pair_blocks(
         width = int(np.searchsorted(sorted_labels_N, sorted_labels_N[stop - 1], side="right")) - start
         later = np.arange(width) > np.arange(stop - start)[:, None]
         same = sorted_labels_N[start:stop, None] == sorted_labels_N[None, start : start + width]
-        yield start, sorted_ND[start:stop] @ sorted_ND[start:].T, later & same, later & ~same
+        others_nD = (sorted_ND if enrolled_ND is None else enrolled_ND)[start:]
+        yield start, sorted_ND[start:stop] @ others_nD.T, later & same, later & ~same
         start = stop
 
 
-def pair_counts(vectors_ND: Vectors, labels_N: Labels) -> PairCounts:
-    """Histogram of the scores of all N (N - 1) / 2 pairs.
+def pair_counts(vectors_ND: Vectors, labels_N: Labels, enrolled_ND: Vectors | None = None) -> PairCounts:
+    """Histogram of the scores of all N (N - 1) / 2 pairs; `enrolled_ND` as for `pair_blocks`.
 
     Same as a loop over all i < j that counts `cell(vectors[i] @ vectors[j])` in one of two lists. Computed in blocks of
     16 MiB; about a second per 10^8 pairs and core.
     """
     order_N = np.argsort(labels_N, kind="stable")
     mated, non_mated = np.zeros(CELLS, np.int64), np.zeros(CELLS, np.int64)
-    for _, scores_bn, mated_bw, non_mated_bw in pair_blocks(vectors_ND[order_N], labels_N[order_N]):
+    sorted_ND = None if enrolled_ND is None else enrolled_ND[order_N]
+    for _, scores_bn, mated_bw, non_mated_bw in pair_blocks(vectors_ND[order_N], labels_N[order_N], sorted_ND):
         cells_bn, width = cell(scores_bn), mated_bw.shape[1]
         mated += np.bincount(cells_bn[:, :width][mated_bw], minlength=CELLS)
         non_mated += np.bincount(cells_bn[:, :width][non_mated_bw], minlength=CELLS)

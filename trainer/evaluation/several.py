@@ -12,6 +12,7 @@ from trainer.errors import UserError
 from trainer.evaluation import intervals, metrics, verification
 from trainer.evaluation.findings import Enrolment
 from trainer.evaluation.identification import OpenSearches
+from trainer.evaluation.normalise import Normaliser, roles_of
 from trainer.evaluation.scores import Floats, Labels, Vectors, fused, search_mated, search_non_mated
 
 MOST_ENROLLED = 5
@@ -24,15 +25,16 @@ def enrolments(
     labels_N: Labels,
     strangers: Labels,
     fpir: float,
-    *,
     quality_N: Floats | None = None,
-    seed: int,
+    seed: int = 0,
+    normaliser: Normaliser | None = None,
 ) -> list[Enrolment]:
     """Rank-1 and FNIR at an FPIR of each way; empty where no identity has three samples.
 
     Args:
         strangers: identities that are not enrolled.
         quality_N: of each sample, 0 or more; None: "quality" is left out.
+        normaliser: of the scores; None: they are cosines.
 
     Raises:
         UserError: a quality that is negative or not finite.
@@ -45,6 +47,7 @@ def enrolments(
     if not probe_N.any():
         return []
     stranger_rows = np.flatnonzero(np.isin(labels_N, strangers))
+    searching_NE, _ = roles_of(vectors_ND, normaliser)
     found = []
     for way in WAYS:
         if way == "quality" and quality_N is None:
@@ -53,8 +56,9 @@ def enrolments(
         gallery = vectors_ND[rows], labels_N[rows]
         if way in ("mean", "quality"):
             gallery = fused(*gallery, quality_N[rows] if way == "quality" and quality_N is not None else None)
-        searched = search_mated(*gallery, vectors_ND[probe_N], labels_N[probe_N])
-        best_P = search_non_mated(*gallery, vectors_ND[stranger_rows])
+        gallery = roles_of(gallery[0], normaliser)[1], gallery[1]
+        searched = search_mated(*gallery, searching_NE[probe_N], labels_N[probe_N])
+        best_P = search_non_mated(*gallery, searching_NE[stranger_rows])
         searches = OpenSearches(labels_N[probe_N], searched, labels_N[stranger_rows], best_P)
         samples = 1 if way == "first" else int(place_N[enrolled_N].max()) + 1
         found.append(_enrolment(way, samples, len(np.unique(gallery[1])), searches, fpir, seed))

@@ -18,15 +18,18 @@ MOST_PAIR_SAMPLES = 30_000  # their pairs are counted in some seconds
 PAIRS_PER_FOLD = 300  # mated, and as many non-mated, as in LFW
 
 
-def verification(vectors_ND: Vectors, labels_N: Labels, seed: int) -> tuple[report.AllPairs, ErrorCurve, Evidence]:
+def verification(
+    vectors_ND: Vectors, labels_N: Labels, seed: int, enrolled_ND: Vectors | None = None
+) -> tuple[report.AllPairs, ErrorCurve, Evidence]:
     """Verification over all pairs of the samples, or of whole identities up to `MOST_PAIR_SAMPLES` of them; and what a
-    comparison with another Embedder needs of it."""
+    comparison with another Embedder needs of it. `enrolled_ND`: as for `scores.pair_blocks`."""
     rows = whole_identities(labels_N, MOST_PAIR_SAMPLES, seed)
     vectors_ND, labels_N = vectors_ND[rows], labels_N[rows]
-    counts = pair_counts(vectors_ND, labels_N)
+    enrolled_ND = vectors_ND if enrolled_ND is None else enrolled_ND[rows]
+    counts = pair_counts(vectors_ND, labels_N, enrolled_ND)
     curve = metrics.verification_curve(counts)
-    found = evidence.of_all_pairs(vectors_ND, labels_N, curve)
-    folds = ten_fold(vectors_ND, labels_N, seed)
+    found = evidence.of_all_pairs(vectors_ND, labels_N, curve, enrolled_ND=enrolled_ND)
+    folds = ten_fold(vectors_ND, enrolled_ND, labels_N, seed)
     return pairs_report(len(labels_N), counts, curve, found, folds, seed), curve, found
 
 
@@ -78,7 +81,7 @@ def _tar_at_far(curve: ErrorCurve, found: Evidence, far: float, seed: int) -> re
     return point.model_copy(update={"low": 1 - high, "high": 1 - low})
 
 
-def ten_fold(vectors_ND: Vectors, labels_N: Labels, seed: int) -> report.TenFold | None:
+def ten_fold(vectors_ND: Vectors, enrolled_ND: Vectors, labels_N: Labels, seed: int) -> report.TenFold | None:
     """LFW-style accuracy: ten folds of identities, each of up to 300 mated and as many non-mated pairs."""
     generator = np.random.default_rng(seed)
     parts = np.array_split(generator.permutation(np.unique(labels_N)), FOLDS)
@@ -90,7 +93,7 @@ def ten_fold(vectors_ND: Vectors, labels_N: Labels, seed: int) -> report.TenFold
         if size == 0:
             return None
         pairs = rows[np.concatenate([same[:size], different[:size]])]
-        scores.append(np.einsum("pd,pd->p", vectors_ND[pairs[:, 0]], vectors_ND[pairs[:, 1]]))
+        scores.append(np.einsum("pd,pd->p", vectors_ND[pairs[:, 0]], enrolled_ND[pairs[:, 1]]))
         mated.append(np.arange(2 * size) < size)
         folds.append(np.full(2 * size, fold))
     accuracies = metrics.ten_fold_accuracy(np.concatenate(scores), np.concatenate(mated), np.concatenate(folds))

@@ -22,6 +22,7 @@ class LossSpec(Checked):
         beside_softmax: the weight of a loss that trains no network alone; None: it does.
         unit_rows: the loss has class centres, and compares with them as unit vectors.
         learns_projection: what is evaluated is a projection of the embedding that the loss learns.
+        norm_tells: the better an image, the longer its embedding; the Embedder then gives the length, too.
     """
 
     family: ClassVar[Family]
@@ -33,6 +34,7 @@ class LossSpec(Checked):
     beside_softmax: ClassVar[float | None] = None
     unit_rows: ClassVar[bool] = False
     learns_projection: ClassVar[bool] = False
+    norm_tells: ClassVar[bool] = False
 
     name: str = ""
     weight: Annotated[float, Within(gt=0)] = 1.0

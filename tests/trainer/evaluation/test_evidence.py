@@ -119,5 +119,30 @@ def test_without_an_error_the_rule_of_three_stands() -> None:
     assert of_mean(np.zeros(400), np.arange(400) // 4) == (0.0, 0.03)
 
 
+def test_where_few_subjects_count_the_interval_is_wider() -> None:
+    """The same variance of 100 subjects, made by all, or by four of them."""
+    even = np.full(100, 0.001) * np.tile([1, -1], 50)
+    few = np.zeros(100)
+    few[:4] = np.array([1, -1, 1, -1]) * 0.005
+    plain = of_rate(0.05, 1e-4, 10**9, 100)
+    many, dominated = (of_rate(0.05, 1e-4, 10**9, 100, influence) for influence in (even, few))
+    assert many == pytest.approx(plain, rel=0.03)
+    # Student's 97.5 % quantile of 4 / (1/2 - 4/200) = 8.3 degrees is 2.29, and the variance is 1.25 times as large
+    assert np.diff(dominated)[0] == pytest.approx(np.diff(plain)[0] * 2.29 / 1.96 * 1.25**0.5, rel=0.03)
+
+
+def test_what_one_subject_more_adds_is_told_by_drawing_it_twice() -> None:
+    vectors, labels = made_up(40, 3, 0.9)
+    curve, found = all_pairs(vectors, labels)
+    added = found.added(evidence.equal_errors)
+    rates = []
+    for subject in range(40):
+        again = np.concatenate([np.arange(len(labels)), np.flatnonzero(labels == subject)])
+        copied = np.concatenate([labels, np.full(3, 40)])
+        own_curve, _ = all_pairs(vectors[again], copied)
+        rates.append(metrics.equal_error_rate(own_curve) - metrics.equal_error_rate(curve))
+    assert np.corrcoef(added, rates)[0, 1] > 0.6
+
+
 def test_one_subject_shows_nothing() -> None:
     assert of_mean(np.array([0.0, 1.0]), np.array([7, 7])) == (0.0, 1.0)

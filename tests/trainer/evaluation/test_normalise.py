@@ -12,18 +12,20 @@ from trainer.evaluation.normalise import TOP, Normaliser, set_aside
 def by_loop(kind: str, cohort: np.ndarray, p: np.ndarray, g: np.ndarray) -> float:
     def statistics(x: np.ndarray) -> tuple[float, float]:
         scores = sorted((float(x @ c) for c in cohort), reverse=True)
-        if kind == "as":
-            scores = scores[: min(TOP, len(scores) // 2)]
+        if kind in TOP:
+            scores = scores[: min(TOP[kind], len(scores) // 2)]
         return float(np.mean(scores)), float(np.std(scores))
 
     own = [float(a @ b) for i, a in enumerate(cohort) for j, b in enumerate(cohort) if i != j]
+    if kind == "csls":
+        return float(np.mean(own)) + float(p @ g) - (statistics(p)[0] + statistics(g)[0]) / 2
     score, (mean_p, deviation_p), (mean_g, deviation_g) = float(p @ g), statistics(p), statistics(g)
     t, z = (score - mean_p) / deviation_p, (score - mean_g) / deviation_g
     normalised = {"t": t, "z": z}.get(kind, (t + z) / 2)
     return float(np.mean(own)) + float(np.std(own)) / 2 * normalised
 
 
-@pytest.mark.parametrize("kind", ["z", "t", "s", "as"])
+@pytest.mark.parametrize("kind", ["z", "t", "s", "as", "csls"])
 def test_a_normalised_score_is_a_product_of_longer_vectors(kind: str) -> None:
     generator = np.random.default_rng(0)
     cohort, x = population("wolves", 50, 1, generator), population("wolves", 6, 1, generator)

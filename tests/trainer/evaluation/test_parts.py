@@ -29,7 +29,7 @@ def measured(vectors: np.ndarray, labels: np.ndarray, **how: object) -> Measured
 def test_a_group_has_the_errors_of_its_own_pairs_at_the_common_threshold() -> None:
     vectors, labels = made_up(40, 5, 0.9)
     codes = (labels < 15).astype(np.int64)
-    found = differentials(vectors, labels, codes, ["old", "young"], "age", 0.05)
+    found = differentials((vectors, vectors), labels, codes, ["old", "young"], "age", 0.05)
     assert [group.value for group in found.groups] == ["old", "young"]
     for code, group in enumerate(found.groups):
         scores = {True: [], False: []}
@@ -45,7 +45,7 @@ def test_a_group_has_the_errors_of_its_own_pairs_at_the_common_threshold() -> No
 
 def test_a_group_without_pairs_says_so() -> None:
     vectors, labels = made_up(30, 4, 0.5)
-    found = differentials(vectors, labels, np.where(labels == 0, 0, 1), ["", "many"], "site", 1e-9)
+    found = differentials((vectors, vectors), labels, np.where(labels == 0, 0, 1), ["", "many"], "site", 1e-9)
     assert found.far == pytest.approx(30 / found.groups[1].non_mated_pairs, rel=0.1)  # raised to what is resolved
     assert found.groups[0].value == "(none)"
     assert (found.groups[0].fmr, found.groups[0].reason) == (None, "it takes two subjects, and two samples of one")
@@ -98,7 +98,7 @@ def test_impossible_qualities_are_refused(bad: float) -> None:
 def test_growth_is_the_mean_over_all_galleries() -> None:
     vectors, labels = made_up(7, 3, 1.5, dimension=4)
     enrolled = enrolled_rows(labels)
-    found = growth(vectors, labels, enrolled, 0.6)
+    found = growth((vectors, vectors), labels, enrolled, 0.6)
     assert found.sizes == [1, 2, 3, 4, 5, 6]
     for size, fpir in zip(found.sizes, found.fpir, strict=True):
         hits = []
@@ -113,7 +113,7 @@ def test_growth_is_the_mean_over_all_galleries() -> None:
 def test_the_hardest_pairs_are_those_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.evaluation.scores.BLOCK", 900)
     vectors, labels = made_up(30, 4, 0.8)
-    found = hardest(vectors, labels)
+    found = hardest(vectors, labels, vectors)
     best: dict[tuple[int, int], float] = {}
     for i, j in combinations(range(len(labels)), 2):
         key = tuple(sorted((int(labels[i]), int(labels[j]))))

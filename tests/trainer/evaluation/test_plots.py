@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -86,11 +87,24 @@ def test_figures_carry_the_numbers_of_the_report(report: Report) -> None:
     assert f"AUC {report.verification.auc:.4f}" in texts(drawn(draw_roc, report))
     assert "EER" in texts(drawn(draw_det, report))
     assert "30 enrolled, 30 not" in texts(drawn(draw_open_set, report))
+    shown = [text.get_text() for text in drawn(draw_open_set, report).get_legend().get_texts()]
+    point = report.open_set.points[2]
+    assert f"{100 * point.fnir:.4g} % at 10 %" in shown
     assert f"rank 1: {100 * report.one_shot.rank1:.4g} %" in texts(drawn(draw_cmc, report))
     labels = [text.get_text() for text in drawn(draw_scores, report).get_legend().get_texts()]
     threshold = report.open_set.points[1].threshold
     assert labels[:2] == ["non-mated pairs", "mated pairs"]
     assert f"FPIR 1 %: {threshold:.3f}" in labels
+
+
+def test_no_label_lies_upon_another_where_errors_are_many() -> None:
+    """FNIR is then nearly the same at all operating points."""
+    axes = drawn(draw_open_set, report_of(60, 20, 1.6))
+    axes.figure.savefig(BytesIO())
+    inside = legend.get_texts() if (legend := axes.get_legend()) else []
+    boxes = [text.get_window_extent() for text in (*axes.texts, *inside)]
+    assert len(boxes) >= 3
+    assert not any(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
 
 
 def test_axes_are_named_and_have_units(report: Report) -> None:

@@ -178,12 +178,12 @@ def test_identities_of_one_sample_are_distractors() -> None:
 
 def test_ten_folds_share_no_identity_and_need_enough_of_them() -> None:
     vectors, labels = identities(60, 6, 16, 0.3)
-    found = ten_fold(vectors, labels, 0)
+    found = ten_fold(vectors, vectors, labels, 0)
     assert found is not None
     assert found.accuracy > 0.98
     assert found.pairs <= 6000
     few, few_labels = identities(15, 6, 16, 0.3)
-    assert ten_fold(few, few_labels, 0) is None
+    assert ten_fold(few, few, few_labels, 0) is None
 
 
 def test_whole_identities_are_kept_up_to_the_limit() -> None:

@@ -26,6 +26,7 @@ KINDS = {
     "recordio": "trainer.data.importers.recordio",
     "list": "trainer.data.importers.lists",
     "arrays": "trainer.data.importers.arrays",
+    "speech": "trainer.data.importers.speech",
     "tars": "trainer.data.importers.tars",
 }
 _NOT_A_NUMBER = ("nan", "NaN", "NAN")  # as programs write it; "Nan" is a name
@@ -129,6 +130,7 @@ class ImportOptions:
     in_place: bool = False  # tars: write no shards, but indexes of those that are there
     label_field: str = "cls"  # tars: the label is in `.cls`, or in this field of `.json`
     labels: str | None = None  # arrays: the file with a label for each row
+    detector: str | None = None  # folder of the one that finds the face to be stored, aligned
 
     def __post_init__(self) -> None:
         for name, value, allowed, valid in (
@@ -142,6 +144,8 @@ class ImportOptions:
         ):
             if not valid:
                 raise UserError(f"{name} {value} is not allowed; give {allowed}")
+        if self.detector is not None and (self.in_place or self.max_side is not None or not self.check):
+            raise UserError("--detector stores crops of one size; leave --in-place, --max-side and --no-check out")
 
 
 def share_held_out(share: float, seed: int) -> HeldOut:

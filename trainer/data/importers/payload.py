@@ -2,8 +2,10 @@
 
 import struct
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
 from io import BytesIO
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
@@ -11,6 +13,9 @@ from trainer.data.arrays import as_array
 from trainer.data.image import MAX_BYTES, Decoded, decode
 from trainer.data.importers import Content, ImportOptions
 from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.detection.detector import Detector
 
 _QUALITY = 95  # of a JPEG that was made smaller
 _PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
@@ -42,7 +47,32 @@ def store_of(content: Content, shape: tuple[int, ...] | None, options: ImportOpt
     def image(data: bytes, name: str) -> Stored:
         return (None if options.check else _unseen(data, options.max_side)) or _image(data, name, options.max_side)
 
+    if options.detector is not None:
+        return _Faces(options.detector).store
     return image if content == "image" else array
+
+
+class _Faces:
+    """Stores the largest face of each image, aligned. The detector is opened in the process that uses it."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    @cached_property
+    def _detector(self) -> "Detector":
+        from trainer.detection.detector import Detector
+
+        return Detector.open(self._folder)
+
+    def store(self, data: bytes, name: str) -> Stored:
+        from trainer.detection.align import align
+
+        decoded = decode(data, name)
+        faces = self._detector.find(decoded.image)
+        if not faces:
+            raise UserError(f"image '{name}' shows no face that the detector finds")
+        crop = align(decoded.image, faces[0].landmarks_52, self._detector.manifest.template)
+        return _encode(replace(decoded, image=crop), decoded.format in ("JPEG", "MPO"), crop.mode == "L")
 
 
 def _image(data: bytes, name: str, max_side: int | None) -> Stored:

@@ -50,14 +50,14 @@ def make_plan(folder: Path, kind: str, listing: Listing, options: ImportOptions,
     Raises:
         UserError: there are no samples, an identity is in two splits, or a split has fewer than two identities.
     """
-    digest = _digest(kind, listing, options)
+    digest = _digest(kind, listing, options, detector := _detector(listing, options))
     total = _write_entries(folder / ENTRIES_FILE, listing, digest, show)
     if listing.prepare is not None:
         listing.source = listing.prepare(folder)
     table = open_arrow(folder / ENTRIES_FILE).read_all()
     codes = _number(table["identity"], folder / IDENTITIES_FILE)
     identities = Names(open_arrow(folder / IDENTITIES_FILE).get_batch(0).column(0))
-    provenance = listing.provenance
+    provenance = listing.provenance | ({"detector": detector} if detector else {})
     if listing.held_out is None:
         which = " without a split" if table["split"].null_count < total else ""
         provenance = provenance | {"held_out": f"{options.holdout_share:g} of the identities{which}"}
@@ -105,8 +105,20 @@ def check_classes(found: int, split: str | None, min_samples: int) -> None:
         )
 
 
-def _digest(kind: str, listing: Listing, options: ImportOptions) -> "_Hash":
+def _detector(listing: Listing, options: ImportOptions) -> str | None:
+    """What the detector is told apart by, once it has been tried."""
+    if options.detector is None:
+        return None
+    if listing.content != "image":
+        raise UserError(f"--detector finds faces in images, and the source holds {listing.content}s; leave it out")
+    from trainer.detection.detector import Detector
+
+    return Detector.open(options.detector).detector_id
+
+
+def _digest(kind: str, listing: Listing, options: ImportOptions, detector: str | None) -> "_Hash":
     chosen = {key: value for key, value in dataclasses.asdict(options).items() if key not in _UNLIKE}
+    chosen["detector"] = detector  # what it does counts, not where it lies
     settings = [kind, listing.content, listing.shape, listing.drop_duplicates, PIL.__version__, chosen]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
 

@@ -47,6 +47,7 @@ class AdaFace(Margin):
     demo: ClassVar = {"scale": 16.0, "margin": 0.4}
     demo_in_plane: ClassVar = {"margin": 0.1}
     panel = "adaptive"
+    norm_tells = True
     cases = (
         Case(curve="AdaFace, $z = -1$", row="$m=0.4$, $z=-1$", norm=_LOW, values=_NORMS),
         Case(curve="AdaFace, $z = 1$", row="$m=0.4$, $z=1$", norm=_HIGH, values=_NORMS),
@@ -104,6 +105,7 @@ class MagFace(Margin):
     }
     demo_in_plane: ClassVar = {"lower_margin": 0.1, "upper_margin": 0.3}
     panel = "adaptive"
+    norm_tells = True
     cases = (
         Case(curve=r"MagFace, $\Vert x\Vert = 10$", row=r"$\Vert x\Vert=10$, $m=0.45$", norm=10.0),
         Case(curve=r"MagFace, $\Vert x\Vert = 110$", row=r"$\Vert x\Vert=110$, $m=0.8$", norm=110.0),

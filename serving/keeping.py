@@ -71,6 +71,7 @@ class Keeper:
             self._snapshot.drop("it does not go with the store")
             return False
         self._samples, self._tried = index.samples, time.monotonic()
+        self._rest(index)
         log.info("the index was taken from a snapshot, and %d subjects that were changed since", len(changed))
         return True
 
@@ -111,10 +112,15 @@ class Keeper:
             return False
         return index.samples >= LEAST_SAMPLES and revision != self._snapshot.revision
 
+    def _rest(self, index: Index) -> None:
+        if index.form != "exact":  # a search reads few of the vectors
+            self._snapshot.rest()
+
     def _write(self, index: Index, parts: list[tuple[Block, int]], revision: int) -> None:
         self._tried = time.monotonic()
         try:
             index.share(self._snapshot.write(parts, revision, self._closing.is_set))
+            self._rest(index)
             self._samples = sum(rows for _, rows in parts)
         except OSError as error:
             log.warning("the snapshot of the index could not be written: %s", error)

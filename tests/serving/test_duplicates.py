@@ -116,7 +116,7 @@ def jobs():
 
 
 def _collection(gallery):
-    return Collection("default", gallery, None, None, None)
+    return Collection("default", gallery, None, None, None, None)
 
 
 def test_a_job_is_cancelled_and_others_wait_their_turn(jobs, gallery, monkeypatch):

@@ -30,6 +30,9 @@ def people(server, photos):
 
 
 def _plain(answer):
+    """What was decided; scores of a batch and of one probe differ in their last bits."""
+    for candidate in answer["candidates"]:
+        candidate["score"] = round(candidate["score"], 5)
     return {name: value for name, value in answer.items() if name not in ("request_id", "collection", "model_id")}
 
 
@@ -61,9 +64,9 @@ def test_a_batch_answers_each_probe_as_if_it_came_alone(server, people, photos):
     probes = [{"embedding": row.tolist()} for row in x_BD]
     by_json = server.http.post("/v1/identify/batch", json={"probes": probes}).json()
     assert set(by_json) == {"results", "collection", "model_id", "request_id"}
-    assert by_json["results"] == alone
+    assert [_plain(one) for one in by_json["results"]] == alone
     by_bytes = server.http.post("/v1/identify/batch", content=x_BD.astype("<f4").tobytes(), headers=RAW).json()
-    assert by_bytes["results"] == alone
+    assert [_plain(one) for one in by_bytes["results"]] == alone
     files = [file(photos(*of), "images") for of in ((0, 1), (77, 0), (5, 2))]
     by_images = server.http.post("/v1/identify/batch", files=files, data={"top_k": "1"}).json()
     assert [one["decision"] for one in by_images["results"]] == ["match", "unknown", "match"]

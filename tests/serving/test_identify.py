@@ -31,9 +31,8 @@ def people(server, photos):
 
 def _plain(answer):
     """What was decided; scores of a batch and of one probe differ in their last bits."""
-    for candidate in answer["candidates"]:
-        candidate["score"] = round(candidate["score"], 5)
-    return {name: value for name, value in answer.items() if name not in ("request_id", "collection", "model_id")}
+    kept = {name: value for name, value in answer.items() if name not in ("request_id", "collection", "model_id")}
+    return kept | {"candidates": [one | {"score": round(one["score"], 5)} for one in answer["candidates"]]}
 
 
 def test_several_samples_of_a_probe_are_searched_by_their_mean(server, people, photos):

@@ -31,7 +31,8 @@ def people(server, photos):
 
 def _plain(answer):
     """What was decided; scores of a batch and of one probe differ in their last bits."""
-    kept = {name: value for name, value in answer.items() if name not in ("request_id", "collection", "model_id")}
+    left_out = ("request_id", "collection", "model_id", "faces")
+    kept = {name: value for name, value in answer.items() if name not in left_out}
     return kept | {"candidates": [one | {"score": round(one["score"], 5)} for one in answer["candidates"]]}
 
 

@@ -1,6 +1,7 @@
 """The authorisation matrix: every route of the service against every scope, and every state of a key."""
 
 import itertools
+import time
 
 import pytest
 from fastapi.routing import iter_route_contexts
@@ -73,8 +74,9 @@ def keys(server):
         file.revoke(made["revoked"].split("_")[1])
         made["rotated"] = file.create("a test", list(Scope))
         made["every scope"] = file.rotate(made["rotated"].split("_")[1], 3600)
-    while server.http.get("/v1/subjects").status_code != 401:  # the service takes the file into use
-        pass
+    last = {"X-API-Key": made["every scope"]}
+    while server.http.get("/readyz", headers=last).status_code != 200 or server.http.get("/metrics").status_code != 401:
+        time.sleep(0.05)  # until the service has taken the file into use, and has read what was written last
     return made
 
 

@@ -131,7 +131,8 @@ OTHERS = {  # than the defaults; whole numbers are one more
         "allowed_hosts": "a.example",
         "trusted_proxies": "10.0.0.1",
     },
-    **{"below_threshold": "always", "verify_threshold": 0.25, "identify_threshold": 0.5, "rate_limit": 4.0},
+    **{"template": "mean", "index": "fp16", "encryption_key_file": "k", "below_threshold": "always"},
+    **{"verify_threshold": 0.25, "identify_threshold": 0.5, "rate_limit": 4.0},
     **{"decode_cpu_s": 2.5, "head_timeout_s": 3.5, "body_timeout_s": 4.5, "idempotency_hours": 5.5},
     **{
         "detector": "d",

@@ -75,6 +75,10 @@ class AuditLog:
         """Soon on the disk."""
         self._waiting.append((event, None))
 
+    def happened(self, what: str, key_id: str = "service") -> None:
+        """Note what no request did."""
+        self.note(Event(time.time(), key_id, what, "", (), 0, ""))
+
     def keep(self, event: Event) -> Future[None]:
         """On the disk when done. It holds OSError where that failed."""
         done = Future[None]()
@@ -86,12 +90,12 @@ class AuditLog:
     def running(self) -> Iterator[None]:
         """Write in a thread until the block ends, then what is still waiting."""
         thread = threading.Thread(target=self._run, name="audit")
-        self.note(Event(time.time(), "service", "start", "", (), 0, ""))
+        self.happened("start")
         thread.start()
         try:
             yield
         finally:
-            self.note(Event(time.time(), "service", "stop", "", (), 0, ""))
+            self.happened("stop")
             self._end = True
             self._wake.set()
             thread.join()

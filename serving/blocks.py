@@ -3,7 +3,7 @@
 A change writes where no search looks yet, or marks rows as gone, and then shows a new `View`; a search takes the view
 that it finds, so that neither waits for the other.
 
-Axes: B rows of one call, N rows, E numbers of a vector, K results of a scan.
+Axes: B rows of one call, N rows, M some of them, Q queries, E numbers of a vector, K results of a scan.
 """
 
 import bisect
@@ -28,6 +28,12 @@ def block_rows(width: int, held: int | None = None) -> int:
     """Rows of the next block of an index that holds so many; of the largest block."""
     most = max(FIRST_ROWS, BLOCK_BYTES // (4 * width))
     return most if held is None else min(most, max(FIRST_ROWS, held))
+
+
+def digest(subject_N: Numbers, sample_N: NDArray[np.uint8]) -> int:
+    """Of samples and whose they are, in any order; those of parts add up, modulo 2^64. GONE rows count nothing."""
+    low_N, high_N = np.ascontiguousarray(sample_N).view("<u8").T
+    return int((low_N * (2 * subject_N.astype(np.uint64) + np.uint64(1)) + high_N).sum()) % 2**64
 
 
 class Block:
@@ -96,6 +102,16 @@ class View:
     def place(self, row: int) -> tuple[Block, int]:
         number = bisect.bisect_right(self.starts, row) - 1
         return self.blocks[number], row - self.starts[number]
+
+    def products(self, queries_QE: Vectors, row_QK: Numbers) -> Vectors:
+        """Of each query with the vectors of its rows."""
+        product_QK = np.empty(row_QK.shape, np.float32)
+        number_QK = np.searchsorted(self.starts, row_QK, side="right") - 1
+        for number in np.unique(number_QK):
+            query_M, place_M = np.nonzero(number_QK == number)
+            vectors_ME = self.blocks[number].vectors_NE[row_QK[query_M, place_M] - self.starts[number]]
+            product_QK[query_M, place_M] = np.einsum("me,me->m", vectors_ME, queries_QE[query_M])
+        return product_QK
 
     def compacted(self, gone: int) -> tuple["View", int]:
         """The blocks without those that are mostly gone, and how many of the `gone` rows are still in them; what was

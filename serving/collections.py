@@ -7,6 +7,7 @@ the next start if need be.
 
 import logging
 import re
+import shutil
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ from serving.database import pinned
 from serving.drift import Drift
 from serving.errors import ApiError, invalid
 from serving.gallery import Gallery
+from serving.mark import mark_path
 from serving.metrics import Metrics
 from serving.models import Model
 from serving.once import Once
 from serving.scopes import COLLECTION as NAME
 from serving.scopes import DEFAULT_COLLECTION
+from serving.sealing import read_key
 from serving.settings import Settings
 from serving.store import Store
 from trainer.atomic import sync
@@ -99,7 +102,7 @@ class Collections:
             ApiError: it is there already, it may not have the name or the model, or there are too many.
             UserError: its store cannot be made.
         """
-        folder = self._in_folder()
+        self._refuse_file()
         if not re.fullmatch(NAME, name):
             raise invalid(("name", f"1 to 63 of a-z, 0-9, - and _ are allowed, the first a letter or digit: {NAME}"))
         if model_id is not None and model_id not in self._models:
@@ -113,12 +116,14 @@ class Collections:
             if len(self._open) >= (most := self._settings.max_collections):
                 told = f"there are {most} collections, as many as are allowed; drop one, or raise --max-collections"
                 raise ApiError(409, "too_many_collections", told, {"max_collections": most})
-            _remove(folder, name)  # what a drop or a creation that was cut off left
-            made = self._opened(name, model_id)
-            made.gallery.load()
-            self._open = self._open | {name: made}  # whoever walks over it sees the one or the other
+            if (path := self._path(name)).exists() or mark_path(path).exists():
+                told = f"the service's folder has a file '{name}.db' that it has not opened; start it again to serve it"
+                raise ApiError(409, "collection_exists", told)
+            self._open = self._open | {
+                name: self._made(name, model_id)
+            }  # whoever walks over it sees the one or the other
             self._once.put(key, True)
-            return made, False
+            return self._open[name], False
 
     def drop(self, name: str, key: IdempotencyKey | None = None) -> bool:
         """Remove a collection and all its files; requests that are using it are answered 404 or finish before. Whether
@@ -127,52 +132,74 @@ class Collections:
         Raises:
             ApiError: there is none of the name, or it is the only one there can be.
         """
-        folder = self._in_folder()
+        self._refuse_file()
         with self._lock:
             if self._once.get(key):
                 return True
             dropped = self.get(name)
             self._open = {key: value for key, value in self._open.items() if key != name}
-            self._metrics.dropped(name)
-            dropped.gallery.close()
-            (folder / f"{name}.db").rename(folder / f"{name}.db{DROPPED}")
-            sync(folder)
-            _remove(folder, name)
+            self._closed(dropped)
             self._once.put(key, True)
             return False
 
-    def _in_folder(self) -> Path:
+    def _made(self, name: str, model_id: str | None) -> Collection:
+        """A new collection, whole or not at all."""
+        try:
+            made = self._opened(name, model_id)
+        except BaseException:
+            _remove(self._path(name))
+            raise
+        try:
+            made.gallery.load()
+        except BaseException:
+            self._closed(made)
+            raise
+        return made
+
+    def _closed(self, collection: Collection) -> None:
+        """Close a collection and remove its files."""
+        self._metrics.dropped(collection.name)
+        collection.gallery.close()
+        _remove(collection.gallery.path)
+
+    def _refuse_file(self) -> None:
         if self.folder is None:
             told = "this service keeps one collection in one file; start it with --store FOLDER for several"
             raise ApiError(409, "one_collection", told)
-        return self.folder
 
     def _found(self) -> list[str]:
         """Names of the collections in the folder, after what was cut off is tidied away."""
         if self.folder is None:
             return []
         for file in self.folder.glob(f"*.db{DROPPED}"):
-            _remove(self.folder, file.name.removesuffix(f".db{DROPPED}"))
-        names = []
-        for file in sorted(self.folder.glob("*.db")):
+            _remove(file.with_name(file.name.removesuffix(DROPPED)))
+        files = set(self.folder.glob("*.db"))
+        for file in files:
             if not re.fullmatch(NAME, file.stem):
                 raise UserError(f"'{file}' is no name of a collection; rename it to {NAME}.db, or move it away")
-            names.append(file.stem)
-        return names
+            if not mark_path(file).exists() and pinned(file) is None:  # a creation that was cut off
+                log.warning("'%s' was never begun, and is removed", file)
+                _remove(file)
+        # A mark without its store is one that was lost, which is said when it is opened.
+        marks = {file.with_name(file.name.removesuffix("-mark")) for file in self.folder.glob("*.db-mark")}
+        return sorted(file.stem for file in files | marks if file.exists() or file in marks)
 
     def _opened(self, name: str, model_id: str | None = None) -> Collection:
-        path = self._settings.store if self.folder is None else self.folder / f"{name}.db"
+        path = self._path(name)
         model = self._model_of(path, model_id)
         settings = self._settings
-        store = Store(path, model.model_id, model.dimension, settings.idempotency_hours, settings.restored)
+        hours, key = settings.idempotency_hours, read_key(settings.encryption_key_file)
+        store = Store(path, model.model_id, model.dimension, hours, settings.restored, key)
         rules = model.verify_rule, model.identify_rule
-        gallery = Gallery(
-            store, *rules, settings.threads, settings.max_samples, model.normaliser, template=settings.template
-        )
+        limits, forms = (settings.threads, settings.max_samples), (settings.index, settings.template)
+        gallery = Gallery(store, *rules, *limits, model.normaliser, *forms)
         gallery.on_search = self._metrics.searched
         drift = Drift(model.identify_rule.curve)
         self._metrics.opened(name, gallery, drift)
         return Collection(name, gallery, model, settings, self._metrics, drift)
+
+    def _path(self, name: str) -> Path:
+        return self._settings.store if self.folder is None else self.folder / f"{name}.db"
 
     def _model_of(self, path: Path, model_id: str | None) -> Model:
         """The model that a store is pinned to; of a new one, the one that is asked for, or the first."""
@@ -186,13 +213,16 @@ class Collections:
         return self._models[found]
 
 
-def _remove(folder: Path, name: str) -> None:
-    """Remove all files of a collection, the renamed one last: while it is there, they are known to be left over."""
-    for path in (*folder.glob(f"{name}.db-*"), folder / f"{name}.db{DROPPED}"):
+def _remove(store: Path) -> None:
+    """Remove a store and all files beside it. It is renamed first, and goes last: while there is the renamed file, the
+    others are known to be left over."""
+    dropped = store.with_name(store.name + DROPPED)
+    if store.exists():
+        store.rename(dropped)
+        sync(store.parent)
+    for path in (*store.parent.glob(f"{store.name}-*"), dropped):
         if path.is_dir():
-            for file in path.iterdir():
-                file.unlink()
-            path.rmdir()
+            shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    sync(folder)
+    sync(store.parent)

@@ -17,6 +17,7 @@ from pathlib import Path
 from serving.mark import Mark, MarkDamaged, Reached, make_mark, mark_path, read_mark
 from serving.rows import Damage, GalleryRow, layout, read_gallery
 from serving.schema import APPLICATION_ID, VERSION, Target, create
+from serving.sealing import SECRET_BYTES
 from trainer.atomic import sync
 from trainer.errors import UserError
 
@@ -63,7 +64,8 @@ class Database:
             _bring_up_to_date(self.writer, target)
             self.reader = stack.enter_context(_connected(path))
             row = read_gallery(self.reader)
-            self.uid, self.secret, reached = row.uid, row.secret, Reached(row.uid, row.revision)
+            self.uid, self.vault, reached = row.uid, target.vault, Reached(row.uid, row.revision)
+            self.secret = target.vault.secret(row.secret, target.named)
             if restored:
                 make_mark(mark, reached)
             self._mark = Mark(mark, reached)
@@ -220,6 +222,8 @@ def _refuse_unsafe(connection: sqlite3.Connection, target: Target, restored: boo
     row = read_gallery(connection) if version >= 2 else None
     if version == VERSION and row is not None and row.layout != layout(connection):
         raise Damage("the definitions of its tables do not have their checksum")
+    if row is not None or version == 1:
+        target.vault.secret(row.secret if row else bytes(SECRET_BYTES), target.named)
     model = (row.model_id, row.dimension) if row else None
     if version == 1:
         model = connection.execute("SELECT model_id, dimension FROM galleries").fetchone()

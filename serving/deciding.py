@@ -172,23 +172,8 @@ def _rule_for(rule: Rule, size: int, fpir: float) -> Rule:
 
 def verify(collection: Collection, sent: Sent, request_id: str) -> schemas.VerifyAnswer:
     """Compare a probe with a reference, or with an enrolled subject."""
-    model, gallery, crops = collection.model, collection.gallery, list[Crop]()
-    if sent.document is None or sent.kind == RAW:
-        subject_id = sent.fields.get("subject_id")
-        if sent.document is None:
-            if (subject_id is None) != ("reference" in sent.files):
-                raise invalid(("reference", "give either a 'reference' image or a 'subject_id'"))
-            crops = model.crops(sent.files, "probe", "reference", which=face_of(sent))
-            vectors = np.stack([crop.vector_D for crop in crops])
-        elif len(vectors := model.raw(sent.document, sent.fields.get("model_id"), "probe and reference", 2)) != 1 + (
-            subject_id is None
-        ):
-            raise invalid(("", "send a probe and a reference, or a probe alone and ?subject_id="))
-    else:
-        body = read_json(requests.VerifyRequest, sent.document)
-        subject_id = body.subject_id
-        both = [body.probe] if body.reference is None else [body.probe, body.reference]
-        vectors = model.vectors(both, body.model_id, "probe and reference")
+    model, gallery = collection.model, collection.gallery
+    vectors, subject_id, crops = _compared(collection, sent)
     if subject_id is None:
         found = gallery.verify(vectors[0], vectors[1])
     else:
@@ -209,6 +194,27 @@ def verify(collection: Collection, sent: Sent, request_id: str) -> schemas.Verif
         images=told(crops),
         **collection.signed(request_id),
     )
+
+
+def _compared(collection: Collection, sent: Sent) -> tuple[Vectors, str | None, list[Crop]]:
+    """The probe's vector and the reference's, or the probe's alone and the subject that it is compared with; and the
+    images that they were made of."""
+    model = collection.model
+    if sent.document is None:
+        subject_id = sent.fields.get("subject_id")
+        if (subject_id is None) != ("reference" in sent.files):
+            raise invalid(("reference", "give either a 'reference' image or a 'subject_id'"))
+        crops = model.crops(sent.files, "probe", "reference", which=face_of(sent))
+        return np.stack([crop.vector_D for crop in crops]), subject_id, crops
+    if sent.kind == RAW:
+        subject_id = sent.fields.get("subject_id")
+        vectors = model.raw(sent.document, sent.fields.get("model_id"), "probe and reference", 2)
+        if (len(vectors) == 1) != (subject_id is not None):
+            raise invalid(("", "send a probe and a reference, or a probe alone and ?subject_id="))
+        return vectors, subject_id, []
+    body = read_json(requests.VerifyRequest, sent.document)
+    both = [body.probe] if body.reference is None else [body.probe, body.reference]
+    return model.vectors(both, body.model_id, "probe and reference"), body.subject_id, []
 
 
 def embed(collection: Collection, sent: Sent) -> list[Crop]:

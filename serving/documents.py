@@ -10,19 +10,22 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from serving.rows import NOBODY, NOTHING, Damage, check, checksum
+from serving.sealing import Box
 
 OF_SAMPLE = 2 * NOBODY  # and the sample's place: an owner that is no subject's number, and takes as many bytes
 
 
 @dataclass(frozen=True)
 class Documents:
-    """A table of contents; an owner has one or none. `room`: bytes of a content in one row."""
+    """A table of contents; an owner has one or none. `room`: bytes of a content in one row. `box`: the subject's."""
 
     table: str
+    kind: bytes
     room: int
 
-    def put(self, connection: sqlite3.Connection, owner: int, content: bytes) -> list[bytes]:
+    def put(self, connection: sqlite3.Connection, owner: int, content: bytes, box: Box) -> list[bytes]:
         """Write the content of an owner who has none; the checksums of its rows."""
+        content = box.seal(self.kind, content)
         content = len(content).to_bytes(4, "big") + content
         content += bytes(-len(content) % self.room)
         parts = [content[start : start + self.room] for start in range(0, len(content), self.room)]
@@ -41,7 +44,7 @@ class Documents:
         )
         return [row[2] for row in rows]
 
-    def get(self, connection: sqlite3.Connection, owner: int) -> bytes | None:
+    def get(self, connection: sqlite3.Connection, owner: int, box: Box) -> bytes | None:
         """The content of an owner, None where there is none. Raises Damage where it is not as it was written."""
         found = connection.execute(
             f"SELECT id, owner, content, checksum FROM {self.table} WHERE owner = ? ORDER BY id", (owner,)
@@ -54,7 +57,7 @@ class Documents:
         end = 4 + int.from_bytes(whole[:4], "big")
         if not end <= len(whole) < end + self.room:
             raise Damage(f"what '{self.table}' has of one owner is not whole")
-        return whole[4:end]
+        return box.open(self.kind, whole[4:end])
 
     def has(self, connection: sqlite3.Connection, owner: int) -> bool:
         found = connection.execute(f"SELECT 1 FROM {self.table} WHERE owner = ? LIMIT 1", (owner,)).fetchone()
@@ -88,5 +91,5 @@ class Documents:
             check(f"row {row[0]} of '{self.table}'", *row)
 
 
-METADATA = Documents("metadata", 256)
-IMAGES = Documents("images", 4000)  # four a page of 16 KiB, one a page of 4 KiB
+METADATA = Documents("metadata", b"metadata", 256)
+IMAGES = Documents("images", b"image", 4000)  # four a page of 16 KiB, one a page of 4 KiB

@@ -261,6 +261,10 @@ class Gallery:
         """16 bytes that only this gallery can make of a value."""
         return self._store.sign(value)
 
+    def holds(self, subject_id: str) -> bool:
+        """Whether a search can find the subject; known from memory."""
+        return len(self._projection.index.numbers((subject_id,))) > 0
+
     def pieces(self) -> Iterator[Piece]:
         """Every sample, in pieces; what changes meanwhile may be in it or not."""
         self._projection.refuse_loading()

@@ -13,12 +13,12 @@ import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.blocks import GONE, Block, Find, Numbers, Vectors, View, block_rows, of_sample, of_subjects
+from serving.blocks import GONE, Block, Find, Numbers, Vectors, View, block_rows, digest, of_sample, of_subjects
 from serving.codes import Codes, Form
 from serving.scan import Found, Scan
 from trainer.evaluation.normalise import Normaliser
@@ -135,6 +135,10 @@ class Index:
             for block, vectors_NE in mapped if self.form != "exact" else ():
                 block.vectors_NE = vectors_NE
 
+    def digest(self) -> int:
+        """See `blocks.digest`. A pass over the rows' numbers and ids."""
+        return sum(digest(block.subject_N[:count], block.sample_N[:count]) for block, count in self.parts()) % 2**64
+
     def hide(self, subject_id: str) -> None:
         """Let no search find the subject from now on. It needs no memory; its rows go with the next `remove`."""
         with self._lock:
@@ -186,8 +190,8 @@ class Index:
         scan = Scan(queries_QE, top_k + (MORE if self.form == "exact" else MORE_CODED), self.form, allowed)
         if not view.rows:
             return [[] for _ in queries_QD]
-        found = self._scan(view, scan)
-        return [self._collapse(view, scan, query, found, top_k) for query in range(len(queries_QE))]
+        found, least_Q = self._scan(view, scan)
+        return [self._collapse(view, scan, query, found, least_Q, top_k) for query in range(len(queries_QE))]
 
     def numbers(self, subject_ids: Iterable[str]) -> Numbers:
         """Of those among these subjects who are there."""
@@ -216,31 +220,35 @@ class Index:
         """The queries in the form in which the index is searched."""
         return np.ascontiguousarray(self._normaliser.probes(queries_QD) if self._normaliser else queries_QD, np.float32)
 
-    def _scan(self, view: View, scan: Scan) -> Found:
-        """The highest scores of each query, falling, and their rows. Blocks are shared out among the cores."""
+    def _scan(self, view: View, scan: Scan) -> tuple[Found, Vectors]:
+        """The highest scores of each query, falling, and the most that another row's can be.
+
+        Blocks are shared out among the cores.
+        """
         groups = [range(len(view.blocks))]
         if self._cores > 1 and len(scan.queries_QE) * view.rows * self.width >= SPLIT:
             groups = [range(first, len(view.blocks), self._cores) for first in range(self._cores)]
         waiting = [self._pool.submit(scan.run, view, group) for group in groups[1:] if group]
-        found = [scan.run(view, groups[0]), *(one.result() for one in waiting)]
-        return found[0] if len(found) == 1 else Found.joined(found).best(scan.depth)
+        parts = [scan.run(view, groups[0]), *(one.result() for one in waiting)]
+        found = parts[0] if len(parts) == 1 else Found.joined(parts).best(scan.depth)
+        all_seen = found.score_QK.shape[1] < scan.depth
+        least_Q = np.full(len(scan.queries_QE), -np.inf, np.float32) if all_seen else found.score_QK[:, -1]
+        if self.form != "exact":  # what was found are bounds
+            found = replace(found, score_QK=view.products(scan.queries_QE, found.row_QK)).best(scan.depth)
+        return found, least_Q
 
-    def _collapse(self, view: View, scan: Scan, query: int, found: Found, top_k: int) -> list[Candidate]:
+    def _collapse(
+        self, view: View, scan: Scan, query: int, found: Found, least_Q: Vectors, top_k: int
+    ) -> list[Candidate]:
         """The first row of each subject, searching deeper until `top_k` different subjects have been seen.
 
         Rows come in order of falling score, so the first row of a subject is its best, and no subject that has not been
-        seen can score above one that has. Where the scores are bounds, that holds for those not below the last bound.
+        seen can score above one that has, as long as that one's score is at least what another row can have.
         """
         query_E = scan.queries_QE[query]
         while True:
-            scores, rows, numbers = found.of(query)
-            least = scores[-1] if len(rows) == scan.depth else -np.inf
-            if self.form != "exact":
-                exact_K = np.array([block.vectors_NE[at] @ query_E for block, at in map(view.place, rows)])
-                order = np.argsort(-exact_K, kind="stable").tolist()
-                scores, rows, numbers = ([these[k] for k in order] for these in (exact_K.tolist(), rows, numbers))
-            candidates, seen = list[Candidate](), set[int]()
-            for score, row, number in zip(scores, rows, numbers, strict=True):
+            candidates, seen, least = list[Candidate](), set[int](), float(least_Q[query])
+            for score, row, number in zip(*found.of(query), strict=True):
                 if score < least or len(candidates) == top_k:
                     break
                 if number not in seen:
@@ -251,7 +259,7 @@ class Index:
             if len(candidates) == top_k or least == -np.inf:
                 return candidates
             query, scan = 0, scan.deeper(query_E)
-            found = self._scan(view, scan)
+            found, least_Q = self._scan(view, scan)
 
     def _candidate(self, number: int, score: float, sample: bytes) -> Candidate | None:
         """None where nobody has the number any more."""

@@ -47,7 +47,7 @@ class Keeper:
 
     def resume(self, index: Index, put: Callable[[Index, Piece], None], threads: int) -> bool:
         """Fill the empty index from the snapshot and from what was changed since; whether that could be done."""
-        if self._store.restored:  # its history is another one from some revision on
+        if self._store.restored or self._store.encrypted:  # another history from some revision on; in plain text
             self._snapshot.drop("")
         parts = self._snapshot.open(threads)
         if not parts or self._snapshot.revision is None:
@@ -57,11 +57,11 @@ class Keeper:
         if changed is None:
             self._snapshot.drop("it is of a later revision than the store")
             return False
+        since = of_subjects([one.number - NOBODY for one in changed])
+        self._snapshot.erase(since)
         if len(changed) > MOST_CHANGED * state.subjects:
             log.info("%d of %d subjects changed since the snapshot: all are read anew", len(changed), state.subjects)
             return False
-        since = of_subjects([one.number - NOBODY for one in changed])
-        self._snapshot.erase(since)
         index.take(parts, ((number - NOBODY, name) for number, name in self._store.names()), since)
         for one in changed:
             if one.subject_id is not None and (piece := self._store.samples_of(one.subject_id)):
@@ -71,6 +71,7 @@ class Keeper:
             self._snapshot.drop("it does not go with the store")
             return False
         self._samples, self._tried = index.samples, time.monotonic()
+        self._rest(index)
         log.info("the index was taken from a snapshot, and %d subjects that were changed since", len(changed))
         return True
 
@@ -107,12 +108,19 @@ class Keeper:
         self._snapshot.drop(reason)
 
     def _differs(self, index: Index, revision: int) -> bool:
+        if self._store.encrypted:  # a snapshot is not, since it is mapped
+            return False
         return index.samples >= LEAST_SAMPLES and revision != self._snapshot.revision
+
+    def _rest(self, index: Index) -> None:
+        if index.form != "exact":  # a search reads few of the vectors
+            self._snapshot.rest()
 
     def _write(self, index: Index, parts: list[tuple[Block, int]], revision: int) -> None:
         self._tried = time.monotonic()
         try:
             index.share(self._snapshot.write(parts, revision, self._closing.is_set))
+            self._rest(index)
             self._samples = sum(rows for _, rows in parts)
         except OSError as error:
             log.warning("the snapshot of the index could not be written: %s", error)

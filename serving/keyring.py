@@ -1,7 +1,6 @@
 """Who is asking: the keys that a running service knows, kept in step with their file."""
 
 import contextlib
-import hashlib
 import hmac
 import logging
 import os
@@ -9,7 +8,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from serving.errors import ApiError
@@ -44,7 +43,7 @@ class Keyring:
     def __init__(self, settings: Settings) -> None:
         """Raises UserError where the file of keys is named and missing, or cannot be used."""
         self._path = _path(settings)
-        self._secret = secrets.token_bytes(32)  # of this process, for the operator's key
+        self._mac = hmac.new(secrets.token_bytes(32), digestmod="sha256")  # of this process, for the operator's key
         key = settings.api_key.get_secret_value() if settings.api_key else None
         self._operator = self._hash(key.encode()) if key else None
         self._wrong = RateLimit(settings.wrong_keys_a_minute / 60, settings.wrong_keys_a_minute, of="wrong keys")
@@ -54,6 +53,7 @@ class Keyring:
         self._version, self._keys, self._looked = -1, dict[str, Key](), time.monotonic()
         self._used, self._noted = dict[str, float](), time.monotonic()
         self._end = threading.Event()
+        self.on_change: Callable[[str, str], object] = lambda what, key_id: None  # told of every key that changes
         if settings.keys is not None or self._path.exists():
             self._look()
 
@@ -129,8 +129,14 @@ class Keyring:
             self._opened.close()
             self._opened, self._file, self._version = now, file, -1
         if (version := self._file.version()) != self._version:
-            self._keys = {key.key_id: key for key in self._file.read() if key.revoked is None}
+            before, self._keys = self._keys, {key.key_id: key for key in self._file.read() if key.revoked is None}
             self._version = version
+            for key_id in sorted(before.keys() | self._keys):
+                old, new = before.get(key_id), self._keys.get(key_id)
+                if old is None or new is None:
+                    self.on_change("key made" if old is None else "key revoked", key_id)
+                elif old.secrets != new.secrets:
+                    self.on_change("key rotated", key_id)
 
     def _note_used(self) -> None:
         used, self._used = self._used, {}
@@ -142,7 +148,9 @@ class Keyring:
                 log.warning("when keys were last used cannot be noted in '%s': %s", self._path, error)
 
     def _hash(self, key: bytes) -> bytes:
-        return hmac.digest(self._secret, key, hashlib.sha256)
+        mac = self._mac.copy()
+        mac.update(key)
+        return mac.digest()
 
     def _refuse_wrong(self, client: str) -> ApiError:
         self._wrong.check(client)

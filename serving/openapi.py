@@ -35,7 +35,7 @@ curl -F image=@someone.png http://127.0.0.1:8000/v1/identify
 _STATUS = {
     400: "Not JSON, a form that cannot be read, or a Host that is not this service's",
     401: "No key was sent, or a wrong one",
-    403: "Candidates below the threshold are not shown here, or a web page of another site asks",
+    403: "The key is not for this, candidates below the threshold are not shown, or a web page of another site asks",
     404: "No such subject or route",
     408: "The body came too slowly",
     409: "The last sample of a subject, embeddings of another model, a reused idempotency key, or too many samples",

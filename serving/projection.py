@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from serving.blocks import Vectors, of_sample, of_subjects
+from serving.blocks import Vectors, digest, of_sample, of_subjects
 from serving.changes import Enrolment, State, StoreError
 from serving.codes import Form
 from serving.index import Index
@@ -266,14 +266,20 @@ class Projection:
             self._rebuilding = None
 
     def _examine(self) -> None:
-        """Verify the store beside everything else. Where it changes while it is read, the sums are left alone."""
+        """Verify the store beside everything else, and compare the index with it.
+
+        Where the store changes while it is read, the sums of its rows are left alone.
+        """
         while not self._closing.is_set():
-            revision = self._store.state().revision
+            revision, total = self._store.state().revision, 0
             try:
                 self._store.verify(self._closing.is_set, beside=True)
-                for _ in self._store.samples(settled=True):
+                for piece in self._store.samples(settled=True):
+                    samples_B = np.frombuffer(b"".join(piece.sample_ids), np.uint8).reshape(-1, 16)
+                    total += digest(piece.numbers_B - NOBODY, samples_B)
                     if self._closing.wait(PAUSE_S):
                         return
+                self._compare(revision, total % 2**64)
                 log.info("all of the store '%s' was read, and is sound", self._store.path)
                 return
             except UserError as error:
@@ -284,6 +290,15 @@ class Projection:
             except StoreError:  # something was erased meanwhile
                 pass
             self._closing.wait(AGAIN_S)
+
+    def _compare(self, revision: int, total: int) -> None:
+        """Have the index built anew where it holds other samples than the store, which had these at a revision."""
+        with self._lock:
+            same = self.revision == revision == self._store.state().revision
+            if same and self._template == "maximum" and self.index.digest() != total:
+                log.error("the index does not hold what the store '%s' does, and is built anew", self._store.path)
+                self._keeper.drop("it was not what the store holds")
+                self._apart = True
 
     def _build(self, ending: Callable[[], bool], settled: bool = False) -> Index:
         """A new index from the store; `status` counts. `settled`: nobody changes the store meanwhile."""

@@ -22,7 +22,7 @@ from trainer.errors import UserError
 
 ROWS_A_READ = 1024
 SAMPLES = (
-    "SELECT samples.id, subject_id, samples.created, sample_id, quality, name, vector, samples.checksum "
+    "SELECT samples.id, key, subject_id, samples.created, sample_id, quality, name, vector, samples.checksum "
     # CROSS JOIN: in this order. SQLite would rather walk the subjects and sort, for every piece anew.
     "FROM samples CROSS JOIN subjects ON subjects.id = subject_id "
 )
@@ -42,15 +42,17 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample as it is stored: its place, owner, and values."""
+    """A sample as it is stored: its place, owner, and values; the name and the key are its subject's."""
 
     place: int
+    key: bytes
     number: int
     created: int
     sample_id: bytes
     quality: bytes
     name: bytes
     vector: bytes
+    checksum: bytes
 
 
 class Reader:
@@ -59,12 +61,16 @@ class Reader:
 
     def __init__(self, path: Path, dimension: int, database: Database) -> None:
         self.path, self.dimension = path, dimension
-        self._database, self._secret = database, database.secret
+        self._database, self._secret, self._vault = database, database.secret, database.vault
 
     @property
     def uid(self) -> bytes:
         """Tells this store from any other, 16 bytes."""
         return self._database.uid
+
+    @property
+    def encrypted(self) -> bool:
+        return self._vault.encrypted
 
     def sign(self, value: bytes) -> bytes:
         """16 bytes that only this store can make of a value."""
@@ -91,7 +97,8 @@ class Reader:
             reader = stack.enter_context(database.another() if beside else database.reading())
 
             def attributes_of(number: int) -> Iterator[int]:
-                return attributes(self._secret, decode(METADATA.get(reader, number)))
+                (key,) = reader.execute("SELECT key FROM subjects WHERE id = ?", (number,)).fetchone()
+                return attributes(self._secret, decode(METADATA.get(reader, number, self._vault.box(key))))
 
             def ending() -> bool:
                 return stopping() or (beside and database.unfolded)
@@ -111,25 +118,32 @@ class Reader:
     def matching(self, where: Metadata) -> list[str]:
         """The ids of all subjects whose metadata has all these keys with these values."""
         tables, values = self._matching(where, 0)
-        return [name.decode() for (name,) in self._read(f"SELECT name {tables}", values)]
+        found = self._read(f"SELECT key, name {tables}", values)
+        with self._failures():
+            return [self._name(*row) for row in found]
 
-    def names(self) -> list[tuple[int, str]]:
+    def names(self) -> Iterator[tuple[int, str]]:
         """The numbers and ids of all subjects, not compared with their checksums."""
-        found = self._read("SELECT id, name FROM subjects WHERE digest IS NOT NULL")
-        return [(number, name.decode()) for number, name in found]
+        last, sql = 0, "SELECT id, key, name FROM subjects WHERE id > ? AND digest IS NOT NULL ORDER BY id LIMIT ?"
+        while found := self._read(sql, (last, ROWS_A_READ)):
+            with self._failures():
+                named = [(number, self._name(*row)) for number, *row in found]
+            yield from named
+            last = found[-1][0]
 
     def subject(self, subject_id: str) -> tuple[SubjectRow, list[SampleRow]]:
         """A subject and its samples. Raises SubjectUnknown."""
         with self._snapshot() as connection:
             subject = self._known(connection, subject_id)
-            samples = [_sample_row(connection, sample) for sample in self._samples(connection, subject.number)]
+            samples = [self._sample_row(connection, sample) for sample in self._samples(connection, subject.number)]
             return self._subject_row(connection, subject, len(samples)), samples
 
     def sample(self, subject_id: str, sample_id: str) -> tuple[SampleRow, Vectors]:
         """One sample and its vector [D]. Raises SubjectUnknown, SampleUnknown."""
         with self._snapshot() as connection:
             sample = self._sample(connection, subject_id, sample_id)
-            return _sample_row(connection, sample), np.frombuffer(sample.vector, "<f4").astype(np.float32)
+            vector = self._vault.box(sample.key).open(b"vector", sample.vector)
+            return self._sample_row(connection, sample), np.frombuffer(vector, "<f4").astype(np.float32)
 
     def image(self, subject_id: str, sample_id: str) -> bytes | None:
         """The image that a sample was made of, as it was sent; None where it was not kept.
@@ -139,7 +153,7 @@ class Reader:
         """
         with self._snapshot() as connection:
             sample = self._sample(connection, subject_id, sample_id)
-            return IMAGES.get(connection, OF_SAMPLE + sample.place)
+            return IMAGES.get(connection, OF_SAMPLE + sample.place, self._vault.box(sample.key))
 
     def changes_since(self, revision: int) -> list[Changed] | None:
         """The subjects that were enrolled, changed or erased after the store was at `revision`.
@@ -153,7 +167,8 @@ class Reader:
                 f"SELECT {SUBJECT} FROM subjects WHERE revision > ?", (rows.NOBODY + revision,)
             ).fetchall()
         subjects = [Subject(*row).check() for row in found]
-        return [Changed(one.number, None if one.digest is None else one.name.decode()) for one in subjects]
+        with self._failures():
+            return [Changed(one.number, self._name(one.key, one.name) if one.digest else None) for one in subjects]
 
     def samples(self, settled: bool = False, by_subject: bool = False) -> Iterator[Piece]:
         """Every sample, in pieces.
@@ -173,7 +188,7 @@ class Reader:
         while found := self._read(SAMPLES + which, (*position, ROWS_A_READ)):
             yield self._piece(found)
             last, count = found[-1], count + len(found)
-            position = (last[1], last[0]) if by_subject else (last[0], rows.NOBODY)
+            position = (last[2], last[0]) if by_subject else (last[0], rows.NOBODY)
             content = rows.xor((content, *(row[-1] for row in found)))
         if settled:
             with self._database.read_lock, self._failures(UserError):
@@ -202,20 +217,26 @@ class Reader:
 
     def _piece(self, found: list[Any]) -> Piece:
         with self._failures(UserError):
-            for place, *row in found:
-                self._check(place, row)
-        vectors_BD = np.frombuffer(b"".join(row[6] for row in found), "<f4").reshape(len(found), self.dimension)
+            for row in found:
+                self._check(row)
+            names, vectors = [row[6] for row in found], [row[7] for row in found]
+            if self._vault.encrypted:
+                boxes = [self._vault.box(row[1]) for row in found]
+                names = [box.open(b"name", name) for box, name in zip(boxes, names, strict=True)]
+                vectors = [box.open(b"vector", vector) for box, vector in zip(boxes, vectors, strict=True)]
+        vectors_BD = np.frombuffer(b"".join(vectors), "<f4").reshape(len(found), self.dimension)
         return Piece(
-            [row[5].decode() for row in found],
-            [row[3] for row in found],
+            [name.decode() for name in names],
+            [row[4] for row in found],
             vectors_BD.astype(np.float32),
-            np.frombuffer(b"".join(row[4] for row in found), "<f8"),
-            np.fromiter((row[1] for row in found), np.int64, len(found)),
+            np.frombuffer(b"".join(row[5] for row in found), "<f8"),
+            np.fromiter((row[2] for row in found), np.int64, len(found)),
         )
 
-    def _check(self, place: int, row: list[Any]) -> None:
-        rows.check(f"sample number {place}", *row)
-        if len(row[5]) != 4 * self.dimension or len(row[3]) != QUALITY.size:
+    def _check(self, row: Any) -> None:
+        place, _, *values = row
+        rows.check(f"sample number {place}", *values)
+        if len(values[5]) != 4 * self.dimension + self._vault.overhead or len(values[3]) != QUALITY.size:
             raise rows.Damage(f"sample number {place} has not the length of a vector")
 
     def _known(self, connection: sqlite3.Connection, subject_id: str) -> Subject:
@@ -228,9 +249,9 @@ class Reader:
 
     def _samples(self, connection: sqlite3.Connection, number: int) -> list[Sample]:
         found = connection.execute(SAMPLES + "WHERE subject_id = ? ORDER BY samples.id", (number,)).fetchall()
-        for place, *row in found:
-            self._check(place, row)
-        return [Sample(*row[:-1]) for row in found]
+        for row in found:
+            self._check(row)
+        return [Sample(*row) for row in found]
 
     def _sample(self, connection: sqlite3.Connection, subject_id: str, sample_id: str) -> Sample:
         wanted = id_bytes(sample_id)
@@ -242,8 +263,22 @@ class Reader:
     def _subject_row(self, connection: sqlite3.Connection, subject: Subject, count: int) -> SubjectRow:
         subject.check()
         times = text(subject.created), text(subject.updated)
-        metadata = decode(METADATA.get(connection, subject.number))
-        return SubjectRow(subject.number, subject.name.decode(), count, *times, subject.revision, metadata)
+        metadata = decode(METADATA.get(connection, subject.number, self._vault.box(subject.key)))
+        name = self._name(subject.key, subject.name)
+        return SubjectRow(subject.number, name, count, *times, subject.revision, metadata)
+
+    def _name(self, key: bytes, name: bytes) -> str:
+        return self._vault.box(key).open(b"name", name).decode()
+
+    def _sample_row(self, connection: sqlite3.Connection, sample: Sample) -> SampleRow:
+        owner, (quality,) = OF_SAMPLE + sample.place, QUALITY.unpack(sample.quality)
+        return SampleRow(
+            str(uuid.UUID(bytes=sample.sample_id)),
+            text(sample.created),
+            None if quality != quality else quality,
+            decode(METADATA.get(connection, owner, self._vault.box(sample.key))),
+            IMAGES.has(connection, owner),
+        )
 
     def _matching(self, where: Metadata, after: int) -> tuple[str, list[int]]:
         """The end of a SELECT of the subjects with this metadata behind `after`, in order, and its values."""
@@ -290,17 +325,6 @@ class Reader:
             raise StoreError(
                 f"the mark of the store '{self.path}' cannot be written ({error}); nothing was acknowledged"
             ) from error
-
-
-def _sample_row(connection: sqlite3.Connection, sample: Sample) -> SampleRow:
-    owner, (quality,) = OF_SAMPLE + sample.place, QUALITY.unpack(sample.quality)
-    return SampleRow(
-        str(uuid.UUID(bytes=sample.sample_id)),
-        text(sample.created),
-        None if quality != quality else quality,
-        decode(METADATA.get(connection, owner)),
-        IMAGES.has(connection, owner),
-    )
 
 
 def id_bytes(sample_id: str) -> bytes:

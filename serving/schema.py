@@ -10,11 +10,12 @@ without a page being rearranged.
 
 import secrets
 import sqlite3
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from serving import rows
 from serving.mark import Reached, make_mark, mark_path
+from serving.sealing import SECRET_BYTES, Vault
 
 APPLICATION_ID = 0x48595053  # "HYPS", in the header of the SQLite file: tells a store from any other database
 VERSION = 4
@@ -26,7 +27,8 @@ STATEMENTS = (
             content BLOB NOT NULL, layout BLOB NOT NULL, created INTEGER NOT NULL, checksum BLOB NOT NULL
         ) STRICT""",
     # Erased: without a digest, all else but number and revision zeros. Numbers order the list of subjects and are never
-    # given twice. `revision` is that of the gallery at the subject's last change, and NOBODY, to be of one length.
+    # given twice. `key` is the subject's data key, wrapped, where the store is encrypted. `revision` is that of the
+    # gallery at the subject's last change, and NOBODY, to be of one length.
     """CREATE TABLE subjects (
             id INTEGER PRIMARY KEY, digest BLOB, created INTEGER NOT NULL, updated INTEGER NOT NULL,
             revision INTEGER NOT NULL, key BLOB NOT NULL, checksum BLOB NOT NULL, name BLOB NOT NULL
@@ -68,6 +70,7 @@ class Target:
     model_id: str
     dimension: int
     now: int
+    vault: Vault = field(default_factory=lambda: Vault(None))
 
 
 def create(connection: sqlite3.Connection, target: Target) -> None:
@@ -80,7 +83,7 @@ def create(connection: sqlite3.Connection, target: Target) -> None:
     )
     row = rows.GalleryRow(
         uid=secrets.token_bytes(16),
-        secret=secrets.token_bytes(32),
+        secret=target.vault.master.seal(b"secret", secrets.token_bytes(SECRET_BYTES)),
         model_id=target.model_id,
         dimension=target.dimension,
         subjects=0,

@@ -59,7 +59,8 @@ class Guard:
         self._under_way += counts
         try:
             caller = self._admit(scope, headers)
-            scope["state"]["trusted"], scope["state"]["caller"] = caller is not None, caller or ANONYMOUS
+            scope["state"]["caller"] = caller or ANONYMOUS
+            scope["state"]["trusted"] = caller is not None and caller.collections is None
             await self._app(scope, lambda: self._receive(body), answer)
         except ApiError as error:
             await as_response(error, request_id)(scope, receive, answer)

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from serving import schemas
+from serving import operations
 from serving.changes import StoreError
 from serving.collections import Collections
 from serving.errors import ApiError, stopping
@@ -35,7 +35,12 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.models = [Model(folder, settings, self.metrics) for folder in settings.embedder]
-        self.collections = Collections(settings, self.models, self.metrics)
+        try:
+            self.collections = Collections(settings, self.models, self.metrics)
+        except BaseException:
+            for model in self.models:
+                model.close()
+            raise
         self.jobs = Jobs(settings.idempotency_hours)
         self._closing = threading.Event()
         self._watched, self._fault = time.monotonic(), ""
@@ -82,7 +87,7 @@ class Service:
         self._fault = faults[0][1] if faults and len(faults) == len(self.collections.all()) else ""
         self._watched = time.monotonic()
 
-    def ready(self, trusted: bool, request_id: str) -> schemas.ReadyAnswer:
+    def ready(self, trusted: bool, request_id: str) -> operations.ReadyAnswer:
         """Whether the service can answer, from memory alone; counts only for those who may know them.
 
         Raises:
@@ -101,9 +106,9 @@ class Service:
             told = fault if trusted and fault else "the store does not answer"
             raise ApiError(503, "store_unavailable", f"{told}; the log says more", headers={"retry-after": "5"})
         if not trusted:
-            return schemas.ReadyAnswer(request_id=request_id)
+            return operations.ReadyAnswer(request_id=request_id)
         gallery: Gallery | None = galleries.get(DEFAULT_COLLECTION)
-        return schemas.ReadyAnswer(
+        return operations.ReadyAnswer(
             gallery_size=gallery.size if gallery else None,
             samples=gallery.samples if gallery else None,
             revision=gallery.revision if gallery else None,

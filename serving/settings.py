@@ -119,6 +119,10 @@ class Settings(BaseModel):
 
     workers: int = Field(2, ge=1, le=256, description="requests that compute at the same time")
     threads: int = Field(1, ge=1, le=256, description="cores that one of them uses")
+    index: Literal["exact", "fp16", "int8"] = Field(
+        "exact",
+        description="what a search reads of each vector: fp32, or half or a quarter of it, with the same result",
+    )
     max_requests: int = Field(64, ge=1, description="requests under way at the same time; more get a 503")
     max_connections: int = Field(512, ge=8, description="open connections; the longest idle makes room for a new one")
     max_body_bytes: int = Field(32 * MiB, ge=1024, description="of a request")
@@ -129,6 +133,10 @@ class Settings(BaseModel):
     max_probes: int = Field(256, ge=1, le=10_000, description="embeddings, as bytes, in one batch of identifications")
     max_pixels: int = Field(16_000_000, ge=1, description="in all images of one request")
     max_collections: int = Field(64, ge=1, le=10_000, description="in a folder; each keeps some ten files open")
+    encryption_key_file: Path | None = Field(
+        None,
+        description="file of the key that stores are encrypted under, which `gallery key` makes; null: they are not",
+    )
     keep_images: bool = Field(False, description="keep the images that samples are made of, to be read and moved")
     max_samples: int = Field(100, ge=1, le=10_000, description="of one subject")
     decode_cpu_s: float = Field(1.8, gt=0, le=3600, description="seconds of CPU to decode the images of a request")

@@ -127,6 +127,10 @@ class _File:
         self.block.subject_N[rows] = new
         self.seal(np.unique(rows // CHUNK).tolist())
 
+    def rest(self) -> None:
+        for advice in (mmap.MADV_DONTNEED, mmap.MADV_RANDOM):
+            self._map.madvise(advice)
+
     def flush(self) -> None:
         with self.path.open("rb") as file:
             os.fdatasync(file.fileno())
@@ -242,6 +246,12 @@ class Snapshot:
         with self._lock:
             for file in self._files:
                 file.relabel(old, new)
+
+    def rest(self) -> None:
+        """Give up the memory of the mapped pages, until they are read again, one by one."""
+        with self._lock:
+            for file in self._files:
+                file.rest()
 
     def drop(self, reason: str) -> None:
         """Remove all files; the log tells the reason, if there is one. Raises OSError where the disk refuses."""

@@ -36,6 +36,7 @@ from serving.database import Database
 from serving.metadata import encode
 from serving.reading import Reader, Vectors, id_bytes
 from serving.schema import Target
+from serving.sealing import Vault
 from serving.writing import Change, Subject
 from trainer.errors import UserError
 
@@ -53,21 +54,29 @@ class Store(Reader):
     """
 
     def __init__(
-        self, path: Path, model_id: str, dimension: int, key_hours: float = 24.0, restored: bool = False
+        self,
+        path: Path,
+        model_id: str,
+        dimension: int,
+        key_hours: float = 24.0,
+        restored: bool = False,
+        key: bytes | None = None,
     ) -> None:
         """Open or create a store for vectors of `model_id`. O(1), unless an older schema has to be brought up to date.
 
         Args:
             path: the SQLite file; made with mode 0600 if missing.
             key_hours: how long an idempotency key is remembered.
+            key: the master key under which the store is encrypted; None: it is not.
             restored: the operator restored a backup: take the store as it is, though later changes are missing.
 
         Raises:
             UserError: the path cannot be used, is in use, is damaged, lost acknowledged changes, or holds vectors of
                 another model.
         """
+        target = Target(path, Path(os.path.realpath(path)), model_id, dimension, _now(), Vault(key))
         try:
-            database = Database(Target(path, Path(os.path.realpath(path)), model_id, dimension, _now()), restored)
+            database = Database(target, restored)
         except sqlite3.Error as error:
             raise UserError(
                 f"the store '{path}' cannot be opened: {error}; it must be a Hypersphere store on a disk that can be "
@@ -134,7 +143,7 @@ class Store(Reader):
         with self._failures(), self._database.transaction() as connection:
             if found := self._remembered(connection, key, BULK, BULK | {"revision"}):
                 return BulkEnrolment.remembered(found, [subject_id for subject_id, _ in items])
-            change = Change(connection, self._secret, now)
+            change = Change(connection, self._vault, self._secret, now)
             for (subject_id, vectors_BD), more in zip(items, attached, strict=True):
                 try:
                     results.append(self._add(change, subject_id, vectors_BD, max_samples, more))
@@ -224,6 +233,17 @@ class Store(Reader):
 
         return self._change(Deletion, subject_id, key, act)
 
+    def change_key(self, master: bytes) -> int:
+        """Wrap the subjects' data keys anew, under another master key; how many there are. The old ones are off the
+        disk when this returns. For a store that nobody else reads or changes."""
+        new = Vault(master)
+        with self._failures(), self._database.transaction() as connection:
+            count = Change(connection, self._vault, self._secret, _now()).rewrap(new)
+            self._database.unfolded = True
+        self._database.fold_log()
+        self._vault = new
+        return count
+
     def recall(self, key: IdempotencyKey, subject_id: str) -> Enrolment | None:
         """What an enrolment of `subject_id` under this key did, if it was done; spares embedding the images again."""
         with self._database.read_lock, self._failures():
@@ -237,7 +257,7 @@ class Store(Reader):
         with self._failures(), self._database.transaction() as connection:
             if before := self._done_before(kind, connection, key, subject_id):
                 return before
-            change = Change(connection, self._secret, now)
+            change = Change(connection, self._vault, self._secret, now)
             done = act(change)
             change.finish()
             self._remember(connection, key, asdict(done), now)

@@ -80,13 +80,13 @@ def update(
 
 
 def merge(
-    collection: Collection, into: str, document: bytes, expected: int | None, key: str | None, request_id: str
+    collection: Collection, into: str, other: str, expected: int | None, key: str | None, request_id: str
 ) -> tuple[schemas.ChangeAnswer, bool]:
     """Make another subject's samples those of `into`; the other one is erased."""
-    into, other = known(into), known(read_json(requests.MergeRequest, document).subject_id)
+    into, other = known(into), known(other)
     if other == into:
         raise invalid(("subject_id", f"'{other}' cannot be merged into itself; name another subject"))
-    once = idempotency_key(key, "POST merge", into, [document])
+    once = idempotency_key(key, "POST merge", into, [other.encode()])
     return _changed(collection, collection.gallery.merge(into, other, once, expected), request_id)
 
 

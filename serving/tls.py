@@ -64,8 +64,12 @@ class Handshake(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        taken = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
-        transport.abort()  # type: ignore[attr-defined]  # nothing was read yet, and the socket lives on
+        try:
+            taken = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
+        except OSError:  # no descriptor is left
+            return
+        finally:
+            transport.abort()  # type: ignore[attr-defined]  # nothing was read yet, and the socket lives on
         taken.setblocking(False)
         self._every.add(self)
         if self._room.enter(self, len(self._every)):

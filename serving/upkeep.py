@@ -21,6 +21,7 @@ from serving.documents import IMAGES, METADATA, OF_SAMPLE
 from serving.metadata import decode
 from serving.reading import SAMPLES, Sample
 from serving.schema import APPLICATION_ID, VERSION
+from serving.sealing import Vault
 from serving.store import Store
 from serving.verification import verify as verify_rows
 from trainer.atomic import fresh_file, room_for
@@ -71,14 +72,14 @@ def stats(path: Path) -> Stats:
     return Stats(*numbers, size, float(np.median(held)), max(held), free, images)
 
 
-def verify(path: Path, progress: Progress) -> Stats:
+def verify(path: Path, progress: Progress, key: bytes | None = None) -> Stats:
     """Read everything, as a start of the service does.
 
     Raises:
         UserError: it is damaged, or in use.
     """
     found = stats(path)
-    with contextlib.closing(Store(path, found.model_id, found.dimension)) as store:
+    with contextlib.closing(Store(path, found.model_id, found.dimension, key=key)) as store:
         store.verify()
         done = 0
         for piece in store.samples(settled=True):
@@ -104,7 +105,7 @@ def backup(path: Path, out: Path, progress: Progress) -> Stats:
     return stats(out)
 
 
-def restore(copy: Path, path: Path, progress: Progress) -> Stats:
+def restore(copy: Path, path: Path, progress: Progress, key: bytes | None = None) -> Stats:
     """Make a store of a backup, which stays as it is.
 
     Raises:
@@ -112,14 +113,16 @@ def restore(copy: Path, path: Path, progress: Progress) -> Stats:
     """
     for file in (path, *(Path(f"{path}{end}") for end in ("-wal", "-shm", "-mark", "-index"))):
         _refuse_existing(file, "--store")
+    with _reading(copy) as (_, row):
+        Vault(key).secret(row.secret, copy)
     found = backup(copy, path, progress)
-    with contextlib.closing(Store(path, found.model_id, found.dimension, restored=True)) as store:
+    with contextlib.closing(Store(path, found.model_id, found.dimension, restored=True, key=key)) as store:
         store.verify()
     return found
 
 
-def export(path: Path, out: Path, progress: Progress) -> int:
-    """Write all samples as Parquet: the columns of KINDS, metadata as JSON; the model_id among the file's metadata.
+def export(path: Path, out: Path, progress: Progress, key: bytes | None = None) -> int:
+    """Write all samples, decrypted, as Parquet: the columns of KINDS, and the model_id among the file's metadata.
 
     Returns:
         The samples written.
@@ -134,9 +137,10 @@ def export(path: Path, out: Path, progress: Progress) -> int:
             raise UserError(
                 f"'{path}' was written by an earlier version; `hypersphere gallery verify` brings it up to date"
             )
-        schema, done = _schema(row), 0
+        schema, vault, done = _schema(row), Vault(key), 0
+        vault.secret(row.secret, path)
         with pq.ParquetWriter(file, schema) as writer:
-            for piece in _pieces(connection):
+            for piece in _pieces(connection, vault):
                 writer.write_batch(_batch(piece, schema))
                 progress(done := done + len(piece), row.samples)
     return done
@@ -144,22 +148,27 @@ def export(path: Path, out: Path, progress: Progress) -> int:
 
 @dataclass(frozen=True)
 class _Line:
-    """A sample as it is exported; metadata as JSON."""
+    """A sample as it is exported, decrypted; metadata as JSON."""
 
     sample: Sample
+    name: bytes
+    vector: bytes
     metadata: bytes | None
     subject_metadata: bytes | None
     image: bytes | None
 
 
-def _pieces(connection: sqlite3.Connection) -> Iterator[list[_Line]]:
+def _pieces(connection: sqlite3.Connection, vault: Vault) -> Iterator[list[_Line]]:
     """All samples, in pieces that fit into memory whatever their images are."""
     piece, size = list[_Line](), 0
-    for place, *values in connection.execute(SAMPLES + "WHERE subject_id <> ? ORDER BY samples.id", (rows.NOBODY,)):
-        rows.check(f"sample number {place}", *values)
-        owners = (METADATA, OF_SAMPLE + place), (METADATA, values[0]), (IMAGES, OF_SAMPLE + place)
-        metadata, of_subject, image = (documents.get(connection, owner) for documents, owner in owners)
-        piece.append(_Line(Sample(place, *values[:-1]), metadata, of_subject, image))
+    for row in connection.execute(SAMPLES + "WHERE subject_id <> ? ORDER BY samples.id", (rows.NOBODY,)):
+        rows.check(f"sample number {row[0]}", *row[2:])
+        sample = Sample(*row)
+        box = vault.box(sample.key)
+        owners = (METADATA, OF_SAMPLE + sample.place), (METADATA, sample.number), (IMAGES, OF_SAMPLE + sample.place)
+        metadata, of_subject, image = (documents.get(connection, owner, box) for documents, owner in owners)
+        values = box.open(b"name", sample.name), box.open(b"vector", sample.vector)
+        piece.append(_Line(sample, *values, metadata, of_subject, image))
         size += len(image or b"")
         if len(piece) == A_CHANGE or size >= PIECE_BYTES:
             yield piece
@@ -174,10 +183,10 @@ def _schema(row: rows.GalleryRow) -> pa.Schema:
 
 
 def _batch(piece: list[_Line], schema: pa.Schema) -> pa.RecordBatch:
-    numbers = pa.array(np.frombuffer(b"".join(line.sample.vector for line in piece), "<f4"))
+    numbers = pa.array(np.frombuffer(b"".join(line.vector for line in piece), "<f4"))
     qualities = np.frombuffer(b"".join(line.sample.quality for line in piece), "<f8")
     columns = (
-        [line.sample.name.decode() for line in piece],
+        [line.name.decode() for line in piece],
         [line.sample.created for line in piece],
         pa.FixedSizeListArray.from_arrays(numbers, schema.field("embedding").type.list_size),
         pa.array(qualities, from_pandas=True),  # NaN is none
@@ -192,7 +201,9 @@ def _batch(piece: list[_Line], schema: pa.Schema) -> pa.RecordBatch:
     return pa.record_batch(arrays, schema=schema)
 
 
-def import_(file: Path, path: Path, max_samples: int, progress: Progress) -> tuple[Stats, list[str]]:
+def import_(
+    file: Path, path: Path, max_samples: int, progress: Progress, key: bytes | None = None
+) -> tuple[Stats, list[str]]:
     """Add the samples of an export to a store, which is made where there is none; they get new ids.
 
     Returns:
@@ -210,7 +221,7 @@ def import_(file: Path, path: Path, max_samples: int, progress: Progress) -> tup
     if model is None or kind is None:
         raise UserError(f"'{file}' is not an export of a gallery; it has the columns {', '.join(schema.names[:9])}")
     done, refused = 0, list[str]()
-    with contextlib.closing(Store(path, model.decode(), kind.list_size)) as store:
+    with contextlib.closing(Store(path, model.decode(), kind.list_size, key=key)) as store:
         for batch in source.iter_batches(A_CHANGE):
             vectors = batch.column("embedding").flatten().to_numpy().reshape(-1, kind.list_size)
             lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
@@ -227,6 +238,20 @@ def import_(file: Path, path: Path, max_samples: int, progress: Progress) -> tup
             refused += [str(one) for one in results if isinstance(one, SubjectFull)]
             progress(done := done + len(names), total)
     return stats(path), refused
+
+
+def change_key(path: Path, old: bytes, new: bytes) -> int:
+    """Wrap the data keys of a store anew, under another master key: all of them or none.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        UserError: it is no store, in use, or `old` is not its key.
+    """
+    found = stats(path)
+    with contextlib.closing(Store(path, found.model_id, found.dimension, key=old)) as store:
+        return store.change_key(new)
 
 
 def _fits(schema: pa.Schema) -> bool:

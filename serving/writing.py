@@ -19,6 +19,7 @@ from serving import rows
 from serving.changes import Attached, RevisionConflict, SubjectUnknown
 from serving.documents import IMAGES, METADATA, OF_SAMPLE, Documents
 from serving.metadata import attributes, decode, encode
+from serving.sealing import Box, Vault
 
 QUALITY = struct.Struct("<d")  # NaN: unknown
 NO_QUALITY = QUALITY.pack(math.nan)
@@ -61,14 +62,15 @@ class Change:
         erased: something was overwritten, of which the log has a copy.
     """
 
-    def __init__(self, connection: sqlite3.Connection, secret: bytes, now: int) -> None:
-        self._connection, self._secret, self._now = connection, secret, now
+    def __init__(self, connection: sqlite3.Connection, vault: Vault, secret: bytes, now: int) -> None:
+        self._connection, self._vault, self._secret, self._now = connection, vault, secret, now
         self._gallery = rows.read_gallery(connection)
         self.revision = self._gallery.revision + 1
         self._stored = rows.NOBODY + self.revision  # as subjects have it
         self.erased = False
         self._seals: list[bytes] = []  # of rows that came or went
         self._subjects = self._samples = 0  # more than before
+        self._named = "", b""  # the last name that was looked for, and its digest
         self._full = False  # no place of an erased sample is free
         self._last: dict[str, int] = {}  # of a table: the last row's number, once it is known
 
@@ -86,7 +88,7 @@ class Change:
 
     def find(self, subject_id: str) -> Subject | None:
         row = self._connection.execute(
-            f"SELECT {SUBJECT} FROM subjects WHERE digest = ?", (rows.name_digest(self._secret, subject_id),)
+            f"SELECT {SUBJECT} FROM subjects WHERE digest = ?", (self._digest(subject_id),)
         ).fetchone()
         return Subject(*row).check() if row else None
 
@@ -112,8 +114,10 @@ class Change:
         return int(count)
 
     def add_subject(self, subject_id: str) -> Subject:
-        digest, number = rows.name_digest(self._secret, subject_id), self._next("subjects")
-        new = Subject.of(number, digest, self._now, self._now, self._stored, b"", subject_id.encode())
+        digest, number = self._digest(subject_id), self._next("subjects")
+        key = self._vault.new_key()
+        name = self._vault.box(key).seal(b"name", subject_id.encode())
+        new = Subject.of(number, digest, self._now, self._now, self._stored, key, name)
         self._connection.execute(f"INSERT INTO subjects ({SUBJECT}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", new)
         self._seals.append(new.checksum)
         self._subjects += 1
@@ -128,10 +132,12 @@ class Change:
 
     def add_samples(self, subject: Subject, vectors_BD: NDArray[np.float32], attached: Attached) -> list[str]:
         """Write samples of a subject, into free places first; their ids."""
+        box = self._vault.box(subject.key)
         written, ids, free = [], [uuid.uuid4() for _ in vectors_BD], self._free(len(vectors_BD))
         for place, sample_id, vector_D, quality in zip_longest(free, ids, vectors_BD.astype("<f4"), attached.qualities):
             place = place or self._next("samples")
             values, blob = (subject.number, self._now, sample_id.bytes, _quality(quality)), vector_D.tobytes()
+            blob = box.seal(b"vector", blob)
             written.append((place, *values, rows.checksum(*values, subject.name, blob), blob))
         self._connection.executemany(
             "INSERT INTO samples (id, subject_id, created, sample_id, quality, checksum, vector) "
@@ -144,14 +150,14 @@ class Change:
         self._samples += len(written)
         more = attached.samples or attached.images
         for row, metadata, image in zip_longest(written, attached.samples, attached.images) if more else ():
-            self._put(METADATA, OF_SAMPLE + row[0], encode(metadata or {}))
-            self._put(IMAGES, OF_SAMPLE + row[0], image or b"")
+            self._put(METADATA, OF_SAMPLE + row[0], encode(metadata or {}), box)
+            self._put(IMAGES, OF_SAMPLE + row[0], image or b"", box)
         return list(map(str, ids))
 
     def describe(self, subject: Subject, content: bytes) -> None:
         """Give the subject this metadata, as JSON, in place of what it had."""
-        connection, number = self._connection, subject.number
-        before = METADATA.get(connection, number) or b""
+        connection, number, box = self._connection, subject.number, self._vault.box(subject.key)
+        before = METADATA.get(connection, number, box) or b""
         if before == content:
             return
         if before:
@@ -160,7 +166,7 @@ class Change:
             self._erase(METADATA, number)
         pairs = [(one, number) for one in attributes(self._secret, decode(content))]
         connection.executemany("INSERT INTO attributes VALUES (?, ?)", pairs)
-        self._put(METADATA, number, content)
+        self._put(METADATA, number, content, box)
 
     def erase_subject(self, subject: Subject) -> int:
         """Overwrite a subject and its samples; how many those were."""
@@ -189,17 +195,29 @@ class Change:
 
     def move_samples(self, subject: Subject, into: Subject) -> None:
         """Make the samples of one subject another's."""
+        box, theirs = self._vault.box(subject.key), self._vault.box(into.key)
         found = self._connection.execute(
             "SELECT id, created, sample_id, quality, vector, checksum FROM samples WHERE subject_id = ?",
             (subject.number,),
         ).fetchall()
         for place, *values, vector, seal in found:
             rows.check(f"sample number {place}", subject.number, *values, subject.name, vector, seal)
+            vector = theirs.seal(b"vector", box.open(b"vector", vector))
             new = rows.checksum(into.number, *values, into.name, vector)
             self._connection.execute(
-                "UPDATE samples SET subject_id = ?, checksum = ? WHERE id = ?", (into.number, new, place)
+                "UPDATE samples SET subject_id = ?, checksum = ?, vector = ? WHERE id = ?",
+                (into.number, new, vector, place),
             )
             self._seals += [seal, new]
+            for documents in (METADATA, IMAGES) if self._vault.encrypted else ():
+                content = documents.get(self._connection, OF_SAMPLE + place, box) or b""
+                self._erase(documents, OF_SAMPLE + place)
+                self._put(documents, OF_SAMPLE + place, content, theirs)
+
+    def _digest(self, subject_id: str) -> bytes:
+        if self._named[0] != subject_id:
+            self._named = subject_id, rows.name_digest(self._secret, subject_id)
+        return self._named[1]
 
     def _free(self, most: int) -> list[int]:
         """Places of erased samples, not more than these."""
@@ -219,6 +237,18 @@ class Change:
         self._last[table] += 1
         return self._last[table]
 
+    def rewrap(self, vault: Vault) -> int:
+        """Bring the secret and all data keys under another master key; how many. Nothing else changes, no revision."""
+        wrapped = vault.master.seal(b"secret", self._secret)
+        found = self._connection.execute(f"SELECT {SUBJECT} FROM subjects WHERE digest IS NOT NULL").fetchall()
+        for row in found:
+            old = Subject(*row).check()
+            key = vault.master.seal(b"key", self._vault.master.open(b"key", old.key))
+            self._replace(old, Subject.of(*old[:5], key, old.name))
+        content = rows.xor((self._gallery.content, *self._seals))
+        rows.write_gallery(self._connection, replace(self._gallery, secret=wrapped, content=content))
+        return len(found)
+
     def _replace(self, subject: Subject, new: Subject) -> None:
         self._connection.execute(
             "UPDATE subjects SET digest = ?, created = ?, updated = ?, revision = ?, key = ?, name = ?, checksum = ? "
@@ -227,9 +257,9 @@ class Change:
         )
         self._seals += [subject.checksum, new.checksum]
 
-    def _put(self, documents: Documents, owner: int, content: bytes) -> None:
+    def _put(self, documents: Documents, owner: int, content: bytes, box: Box) -> None:
         if content:
-            self._seals += documents.put(self._connection, owner, content)
+            self._seals += documents.put(self._connection, owner, content, box)
 
     def _erase(self, documents: Documents, owner: int) -> None:
         self._seals += documents.erase(self._connection, owner)

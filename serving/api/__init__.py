@@ -71,6 +71,7 @@ def create_app(
     app.openapi = functools.partial(_document, app, keyring.asked)  # type: ignore[method-assign]
     refuse_undeclared(app.routes, openapi.OPEN_PATHS)
     if audit is not None:
+        keyring.on_change = audit.happened
         app.add_middleware(Witness, audit=audit)
     if settings.traces:
         app.add_middleware(tracing.Traced)

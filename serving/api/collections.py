@@ -4,7 +4,7 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from serving import openapi, requests, schemas
+from serving import openapi, operations, requests
 from serving.api.requests import Key, SingleRoutes, change, collection_of, service_of
 from serving.bodies import read_document
 from serving.collections import Collection
@@ -16,19 +16,19 @@ collections = SingleRoutes("collections")
 
 @collections.get("/v1/collections", name="collections")
 @needs("read", of="own")
-async def list_(request: Request) -> schemas.CollectionsAnswer:
+async def list_(request: Request) -> operations.CollectionsAnswer:
     """The collections, by name. `default` is the one that paths without a collection mean."""
     found = [
-        schemas.CollectionFacts(**_facts(collection))
+        operations.CollectionFacts(**_facts(collection))
         for collection in service_of(request).collections.all()
         if request.state.caller.reaches(collection.name)
     ]
-    return schemas.CollectionsAnswer(collections=found, request_id=request.state.request_id)
+    return operations.CollectionsAnswer(collections=found, request_id=request.state.request_id)
 
 
 @collections.post("/v1/collections", status_code=201, openapi_extra=openapi.COLLECTION)
 @needs("admin", of="own")
-async def create_collection(request: Request, response: Response, key: Key = None) -> schemas.CollectionAnswer:
+async def create_collection(request: Request, response: Response, key: Key = None) -> operations.CollectionAnswer:
     """Begin an empty collection, in a file of its own, for vectors of one of the models that the service has loaded."""
     document, every = await read_document(request), service_of(request).collections
     body = read_json(requests.CollectionRequest, document)
@@ -39,7 +39,7 @@ async def create_collection(request: Request, response: Response, key: Key = Non
 
 @collections.get("/v1/collections/{collection}", name="collection")
 @needs("read")
-async def get(request: Request) -> schemas.CollectionAnswer:
+async def get(request: Request) -> operations.CollectionAnswer:
     """What a collection holds, and the model that it is pinned to."""
     return _described(request, collection_of(request))
 
@@ -53,8 +53,8 @@ async def drop_collection(request: Request, response: Response, key: Key = None)
     await change(request, response, lambda: (None, every.drop(name, once)))
 
 
-def _described(request: Request, collection: Collection) -> schemas.CollectionAnswer:
-    return schemas.CollectionAnswer(**_facts(collection), request_id=request.state.request_id)
+def _described(request: Request, collection: Collection) -> operations.CollectionAnswer:
+    return operations.CollectionAnswer(**_facts(collection), request_id=request.state.request_id)
 
 
 def _facts(collection: Collection) -> dict[str, Any]:

@@ -76,11 +76,14 @@ async def verify(request: Request) -> schemas.VerifyAnswer:
 async def embed(request: Request) -> Response:
     """Unit vectors of images, to be kept by the client or sent to the other routes. Nothing is stored.
 
-    With `Accept: application/octet-stream` they come as little-endian float32, one after the other.
+    With `Accept: application/octet-stream` they come as little-endian float32, one after the other, and the model's id
+    in the header X-Model-Id.
     """
     collection = collection_of(request)
     sent = await body_of(request, openapi.EMBED, collection)
     crops = await compute(request, lambda: deciding.embed(collection, sent))
     if RAW in request.headers.get("accept", ""):
-        return Response(b"".join(crop.vector_D.astype("<f4").tobytes() for crop in crops), media_type=RAW)
+        headers = {"x-model-id": collection.model.model_id}
+        content = b"".join(crop.vector_D.astype("<f4").tobytes() for crop in crops)
+        return Response(content, media_type=RAW, headers=headers)
     return as_json(deciding.embedded(collection, crops, request.state.request_id))

@@ -2,9 +2,10 @@
 
 from fastapi import Request, Response
 
-from serving import openapi, requests, schemas
+from serving import openapi, operations, requests
 from serving.api.requests import Key, Routes, SingleRoutes, collection_of, compute, service_of
 from serving.bodies import read_document
+from serving.errors import ApiError
 from serving.jobs import Job
 from serving.parsing import idempotency_key, read_json
 from serving.scopes import needs
@@ -15,7 +16,7 @@ jobs = SingleRoutes("jobs")
 
 @starting.post("/duplicates", status_code=202, openapi_extra=openapi.DUPLICATES)
 @needs("admin")
-async def find_duplicates(request: Request, response: Response, key: Key = None) -> schemas.JobAnswer:
+async def find_duplicates(request: Request, response: Response, key: Key = None) -> operations.JobAnswer:
     """Look for subjects who look like one another, in the background; searches go first."""
     collection, service = collection_of(request), service_of(request)
     document = await read_document(request)
@@ -28,16 +29,16 @@ async def find_duplicates(request: Request, response: Response, key: Key = None)
 
 @jobs.get("/v1/jobs", name="jobs")
 @needs("admin", of="own")
-async def list_(request: Request) -> schemas.JobsAnswer:
+async def list_(request: Request) -> operations.JobsAnswer:
     """The jobs since the service was started, without what they found."""
     reaches = request.state.caller.reaches
     found = [_facts(job) for job in service_of(request).jobs.all() if reaches(job.collection)]
-    return schemas.JobsAnswer(jobs=found, request_id=request.state.request_id)
+    return operations.JobsAnswer(jobs=found, request_id=request.state.request_id)
 
 
 @jobs.get("/v1/jobs/{job_id}", name="job")
 @needs("admin", of="own")
-async def get(request: Request, job_id: str) -> schemas.JobAnswer:
+async def get(request: Request, job_id: str) -> operations.JobAnswer:
     """How far a job is, and what it has found so far."""
     job = _job(request, job_id)
     return await compute(request, lambda: _described(request, job))
@@ -55,14 +56,20 @@ def _job(request: Request, job_id: str) -> Job:
     return service_of(request).jobs.get(job_id, request.state.caller.reaches)
 
 
-def _facts(job: Job) -> schemas.JobFacts:
-    return schemas.JobFacts.model_validate(job, from_attributes=True)
+def _facts(job: Job) -> operations.JobFacts:
+    return operations.JobFacts.model_validate(job, from_attributes=True)
 
 
-def _described(request: Request, job: Job) -> schemas.JobAnswer:
+def _described(request: Request, job: Job) -> operations.JobAnswer:
+    """Pairs of whom one was erased meanwhile are not told."""
+    found = job.pairs.best(job.most)
+    try:
+        holds = service_of(request).collections.get(job.collection).gallery.holds
+    except ApiError:  # dropped
+        found = []
     pairs = [
-        schemas.DuplicateAnswer(subject_ids=subject_ids, score=score) for subject_ids, score in job.pairs.best(job.most)
+        operations.DuplicateAnswer(subject_ids=pair, score=score) for pair, score in found if all(map(holds, pair))
     ]
-    truncated = job.pairs.truncated or len(job.pairs.scores) > len(pairs)
+    truncated = job.pairs.truncated or len(job.pairs.scores) > job.most
     facts = _facts(job).model_dump()
-    return schemas.JobAnswer(**facts, pairs=pairs, truncated=truncated, request_id=request.state.request_id)
+    return operations.JobAnswer(**facts, pairs=pairs, truncated=truncated, request_id=request.state.request_id)

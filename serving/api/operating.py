@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from serving import chain, schemas
+from serving import chain, operations, schemas
 from serving.api.requests import SingleRoutes, compute, service_of
 from serving.audit import AuditLog
 from serving.errors import ApiError, invalid
@@ -17,14 +17,14 @@ operating = SingleRoutes("operate")
 
 @operating.get("/healthz")
 @needs(None)
-async def healthz() -> schemas.HealthAnswer:
+async def healthz() -> operations.HealthAnswer:
     """The process is alive. Touches nothing else."""
-    return schemas.HealthAnswer()
+    return operations.HealthAnswer()
 
 
 @operating.get("/readyz", response_model_exclude_none=True)
 @needs(None)
-async def readyz(request: Request) -> schemas.ReadyAnswer:
+async def readyz(request: Request) -> operations.ReadyAnswer:
     """The stores answer and the indexes are in step with them; 503 otherwise. Without the key it says no more."""
     return service_of(request).ready(request.state.trusted, request.state.request_id)
 

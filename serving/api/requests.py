@@ -23,8 +23,6 @@ SubjectPath = Annotated[str, Path(description=_NAME, examples=["alice"], json_sc
 Key = Annotated[
     str | None, Header(alias="Idempotency-Key", description=_KEY, json_schema_extra={"pattern": KEY_PATTERN})
 ]
-
-
 IfMatch = Annotated[
     str | None,
     Header(

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import Header, Query, Request, Response
 
-from serving import openapi, schemas
+from serving import openapi, requests, schemas
 from serving import subjects as people
 from serving.api.requests import (
     IfMatch,
@@ -18,6 +18,7 @@ from serving.api.requests import (
     tagged,
 )
 from serving.bodies import read_document
+from serving.parsing import read_json
 from serving.scopes import needs
 
 SUBJECT = "/subjects/{subject_id}"
@@ -76,9 +77,10 @@ async def merge(
 ) -> schemas.ChangeAnswer:
     """Make all samples of another subject those of this one, which keeps its metadata; the other one is erased."""
     collection, request_id, revision = collection_of(request), request.state.request_id, expected(if_match)
-    document = await read_document(request)
+    other = read_json(requests.MergeRequest, await read_document(request)).subject_id
+    request.state.subjects = [other]
     done = await change(
-        request, response, lambda: people.merge(collection, subject_id, document, revision, key, request_id)
+        request, response, lambda: people.merge(collection, subject_id, other, revision, key, request_id)
     )
     return tagged(response, done)
 

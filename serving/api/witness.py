@@ -54,12 +54,12 @@ class Witness:
         if not isinstance(route, ScopedRoute) or (needed := route.needs.scope) is None:
             return True
         state, named = scope["state"], scope["path_params"]
-        subjects = [named["subject_id"]] if "subject_id" in named else state.get("subjects", ())
+        subjects = [*([named["subject_id"]] if "subject_id" in named else []), *state.get("subjects", ())]
         event = Event(
             at=time.time(),
             key_id=state["caller"].key_id,
             do=f"{scope['method']} {route.path}",
-            collection=named.get("collection", DEFAULT_COLLECTION),
+            collection=named.get("collection", DEFAULT_COLLECTION if route.needs.of == "collection" else ""),
             subjects=subjects,
             status=status,
             request_id=state["request_id"],

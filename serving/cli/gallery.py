@@ -1,4 +1,4 @@
-"""`hypersphere gallery stats`, `verify`, `backup`, `restore`, `export`, `import`: the gallery's file looked after."""
+"""`hypersphere gallery stats`, `verify`, `backup`, `restore`, `export`, `import`, `key`, `rekey`: a gallery's file."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +15,10 @@ _TOLD = 10  # refusals that are printed
 app = typer.Typer(no_args_is_help=True, help="Look after the file of a gallery.")
 Store = Annotated[Path, typer.Option("--store", help="SQLite file of the gallery.")]
 File = Annotated[Path, typer.Option("--out", "-o", help="New file.")]
+Key = Annotated[
+    Path | None,
+    typer.Option("--encryption-key-file", envvar="HYPERSPHERE_ENCRYPTION_KEY_FILE", help="Of an encrypted gallery."),
+]
 GALLERY = Path("gallery.sqlite")
 
 
@@ -30,12 +34,13 @@ def stats(store: Store = GALLERY) -> None:
 
 
 @app.command()
-def verify(store: Store = GALLERY) -> None:
+def verify(store: Store = GALLERY, key: Key = None) -> None:
     """Read everything and compare it with its checksums. The service must be stopped; its start does the same."""
+    from serving.sealing import read_key
     from serving.upkeep import verify as examine
 
     with progress() as show:
-        found = examine(store, lambda done, total: show("reading", done, total))
+        found = examine(store, lambda done, total: show("reading", done, total), read_key(key))
     _tell(found, store)
     out.print("nothing is wrong")
 
@@ -56,28 +61,32 @@ def backup(to: File, store: Store = GALLERY) -> None:
 
 
 @app.command()
-def restore(copy: Annotated[Path, typer.Argument(metavar="BACKUP")], store: Store = GALLERY) -> None:
+def restore(copy: Annotated[Path, typer.Argument(metavar="BACKUP")], store: Store = GALLERY, key: Key = None) -> None:
     """Make a gallery of a backup. What was changed after it is lost, deletions included: erase those people again.
 
     Example: `hypersphere gallery restore faces-monday.sqlite --store faces.sqlite`
     """
+    from serving.sealing import read_key
     from serving.upkeep import restore as remake
 
     with progress() as show:
-        found = remake(copy, store, lambda done, total: show("copying", done, total))
+        found = remake(copy, store, lambda done, total: show("copying", done, total), read_key(key))
     _tell(found, store)
 
 
 @app.command()
-def export(to: File, store: Store = GALLERY) -> None:
+def export(to: File, store: Store = GALLERY, key: Key = None) -> None:
     """Write all samples as Parquet: subject, time, embedding, and what came with them. The service may be running.
+
+    The file is not encrypted, whatever the gallery is.
 
     Example: `hypersphere gallery export --store faces.sqlite --out faces.parquet`
     """
+    from serving.sealing import read_key
     from serving.upkeep import export as write
 
     with progress() as show:
-        count = write(store, to, lambda done, total: show("writing", done, total))
+        count = write(store, to, lambda done, total: show("writing", done, total), read_key(key))
     out.print(f"{count} samples in '{to}'")
 
 
@@ -86,20 +95,51 @@ def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What export wrote.")],
     store: Store = GALLERY,
     max_samples: Annotated[int, typer.Option(help="Of one subject.", min=1)] = 100,
+    key: Key = None,
 ) -> None:
     """Add the samples of an export, to a new gallery or to one of the same model. The service must be stopped.
 
     Example: `hypersphere gallery import faces.parquet --store other.sqlite`
     """
+    from serving.sealing import read_key
     from serving.upkeep import import_ as read
 
     with progress() as show:
-        found, refused = read(file, store, max_samples, lambda done, total: show("adding", done, total))
+        found, refused = read(file, store, max_samples, lambda done, total: show("adding", done, total), read_key(key))
     for text in refused[:_TOLD]:
         warn(text)
     if refused:
         warn(f"{len(refused)} samples were left out")
     _tell(found, store)
+
+
+@app.command()
+def key(to: File) -> None:
+    """Make the key of an encrypted gallery: `serve --encryption-key-file` makes the gallery under it.
+
+    Keep a copy elsewhere than the backups: without the key the gallery cannot be read.
+    """
+    from serving.sealing import make_key
+
+    make_key(to)
+    out.print(f"a new key in '{to}'")
+
+
+@app.command()
+def rekey(
+    new: Annotated[Path, typer.Argument(metavar="FILE", help="What `hypersphere gallery key` made.")],
+    store: Store = GALLERY,
+    key: Key = None,
+) -> None:
+    """Bring an encrypted gallery under another key, at once or not at all. The service must be stopped.
+
+    Example: `hypersphere gallery rekey new.key --store faces.sqlite --encryption-key-file old.key`
+    """
+    from serving.sealing import needed_key
+    from serving.upkeep import change_key
+
+    count = change_key(store, needed_key(key), needed_key(new))
+    out.print(f"the keys of {count} subjects are under the key of '{new}'")
 
 
 def _tell(found: "Stats", path: Path) -> None:

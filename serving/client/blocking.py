@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 from numpy.typing import ArrayLike
 
-from serving import schemas
+from serving import operations, schemas
 from serving.client import requests
 from serving.client.requests import A_BATCH, A_REQUEST, Answer, Call, Item, Metadata, Requests, Tries, options, settings
 
@@ -182,7 +182,7 @@ class Client:
         threshold: float | None = None,
         limit: int = 1000,
         progress: Callable[[int, int], object] = lambda done, total: None,
-    ) -> schemas.JobAnswer:
+    ) -> operations.JobAnswer:
         """Subjects who look like one another; waits for the end of the job.
 
         Args:
@@ -200,7 +200,7 @@ class Client:
             raise
         return job
 
-    def job(self, job_id: str) -> schemas.JobAnswer:
+    def job(self, job_id: str) -> operations.JobAnswer:
         """How far a job is, and what it has found so far."""
         return self._do(requests.job(job_id))
 
@@ -208,13 +208,13 @@ class Client:
         """End a job."""
         self._do(requests.cancel_job(job_id))
 
-    def collections(self) -> list[schemas.CollectionFacts]:
+    def collections(self) -> list[operations.CollectionFacts]:
         """The collections of the service, by name."""
         return self._do(requests.collections()).collections
 
     def create_collection(
         self, name: str, model_id: str | None = None, *, key: str | None = None
-    ) -> schemas.CollectionAnswer:
+    ) -> operations.CollectionAnswer:
         """Begin an empty collection, of one of the service's models."""
         return self._do(requests.create_collection(name, model_id, key))
 
@@ -222,7 +222,7 @@ class Client:
         """Remove a collection and all that is enrolled in it."""
         self._do(requests.drop_collection(name, key))
 
-    def ready(self) -> schemas.ReadyAnswer:
+    def ready(self) -> operations.ReadyAnswer:
         """Whether the service can answer."""
         return self._do(requests.ready())
 

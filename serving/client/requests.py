@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import BaseModel, ValidationError
 
-from serving import schemas
+from serving import operations, schemas
 
 Answer = TypeVar("Answer")
 Model = TypeVar("Model", bound=BaseModel)
@@ -173,33 +173,33 @@ class Requests:
     def embed(self, images: Sequence[bytes]) -> Call[schemas.EmbedAnswer]:
         return self._call(schemas.EmbedAnswer, "POST", "/embed", _body("images", images, None, ""))
 
-    def duplicates(self, threshold: float | None, limit: int, key: str | None) -> Call[schemas.JobAnswer]:
+    def duplicates(self, threshold: float | None, limit: int, key: str | None) -> Call[operations.JobAnswer]:
         parts = {"json": {"threshold": threshold, "limit": limit}} | _once(key)
-        return self._call(schemas.JobAnswer, "POST", "/duplicates", parts)
+        return self._call(operations.JobAnswer, "POST", "/duplicates", parts)
 
     def _call(self, answer: type[Model], method: str, path: str, parts: dict[str, Any] | None = None) -> Call[Model]:
         return Call(answer.model_validate_json, method, self._base + path, parts or {})
 
 
-def ready() -> Call[schemas.ReadyAnswer]:
-    return Call(schemas.ReadyAnswer.model_validate_json, "GET", "/readyz")
+def ready() -> Call[operations.ReadyAnswer]:
+    return Call(operations.ReadyAnswer.model_validate_json, "GET", "/readyz")
 
 
-def collections() -> Call[schemas.CollectionsAnswer]:
-    return Call(schemas.CollectionsAnswer.model_validate_json, "GET", "/v1/collections")
+def collections() -> Call[operations.CollectionsAnswer]:
+    return Call(operations.CollectionsAnswer.model_validate_json, "GET", "/v1/collections")
 
 
-def create_collection(name: str, model_id: str | None, key: str | None) -> Call[schemas.CollectionAnswer]:
+def create_collection(name: str, model_id: str | None, key: str | None) -> Call[operations.CollectionAnswer]:
     parts = {"json": {"name": name, "model_id": model_id}} | _once(key)
-    return Call(schemas.CollectionAnswer.model_validate_json, "POST", "/v1/collections", parts)
+    return Call(operations.CollectionAnswer.model_validate_json, "POST", "/v1/collections", parts)
 
 
 def drop_collection(name: str, key: str | None) -> Call[None]:
     return Call(_nothing, "DELETE", f"/v1/collections/{quote(name, safe='')}", _once(key))
 
 
-def job(job_id: str) -> Call[schemas.JobAnswer]:
-    return Call(schemas.JobAnswer.model_validate_json, "GET", f"/v1/jobs/{quote(job_id, safe='')}")
+def job(job_id: str) -> Call[operations.JobAnswer]:
+    return Call(operations.JobAnswer.model_validate_json, "GET", f"/v1/jobs/{quote(job_id, safe='')}")
 
 
 def cancel_job(job_id: str) -> Call[None]:

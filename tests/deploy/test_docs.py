@@ -26,6 +26,8 @@ def test_the_command_line_accepts_every_command_on_the_page(root: Path, monkeypa
     monkeypatch.chdir(root)
     commands = _commands(_page(root))
     assert [words[0] for words in commands] == [
+        *["keys"] * 6,
+        *["audit"] * 2,
         "data",
         "submit",
         "export",

@@ -20,8 +20,16 @@ POLICY = {
         for method, path, scope in (
             ("POST", "/verify", "read"),
             ("POST", "/identify", "read"),
+            ("POST", "/identify/batch", "read"),
             ("POST", "/embed", "read"),
             ("GET", "/subjects", "read"),
+            ("GET", "/subjects/{subject_id}", "read"),
+            ("PATCH", "/subjects/{subject_id}", "enrol"),
+            ("POST", "/subjects/{subject_id}/merge", "enrol"),
+            ("GET", "/subjects/{subject_id}/samples/{sample_id}", "read"),
+            ("GET", "/subjects/{subject_id}/samples/{sample_id}/image", "read"),
+            ("DELETE", "/subjects/{subject_id}/samples/{sample_id}", "enrol"),
+            ("POST", "/duplicates", "admin"),
             ("DELETE", "/subjects/{subject_id}", "enrol"),
             ("POST", "/subjects/{subject_id}/samples", "enrol"),
             ("PUT", "/subjects/{subject_id}/samples", "enrol"),
@@ -32,6 +40,9 @@ POLICY = {
     "POST /v1/collections": ("admin", "own"),
     "GET /v1/collections/{collection}": ("read", "collection"),
     "DELETE /v1/collections/{collection}": ("admin", "collection"),
+    "GET /v1/jobs": ("admin", "own"),
+    "GET /v1/jobs/{job_id}": ("admin", "own"),
+    "DELETE /v1/jobs/{job_id}": ("admin", "own"),
     "GET /v1/audit": ("audit", "service"),
     "GET /healthz": None,
     "GET /readyz": None,
@@ -91,6 +102,8 @@ def test_a_route_against_every_key(server, keys, route):
         if asked_for is None:
             opens = path != "/readyz" or name not in REFUSED or name == "none"
             assert answer.status_code == (200 if opens else 401), (name, answer.text)
+            knows = name in ("rotated", "every scope") or name.endswith(" all")  # how much is enrolled
+            assert ("gallery_size" in answer.text) == (path == "/readyz" and knows), name
             continue
         scope, of = asked_for
         if name in REFUSED:

@@ -153,3 +153,67 @@ def test_a_damaged_collection_is_left_out_and_said(serve, folder, photos):
 def test_thresholds_by_hand_are_of_one_model(embedder, make_embedder, folder):
     with pytest.raises(UserError, match="a threshold given by hand is one model's"):
         from_values({"store": folder, "embedder": [embedder, make_embedder(seed=1)], "verify_threshold": 0.5})
+
+
+def test_a_creation_that_was_cut_off_leaves_nothing(serve, folder):
+    server = serve(store=folder)
+    server.kill()
+    (folder / "staff.db").touch(0o600)
+    server = serve(store=folder)
+    assert _names(server) == ["default"]
+    assert server.http.post("/v1/collections", json={"name": "staff"}).status_code == 201
+
+
+def test_a_store_that_was_lost_is_noticed_in_a_folder_too(serve, folder, embedder):
+    server = serve(store=folder)
+    server.http.post("/v1/collections", json={"name": "staff"})
+    server.end(signal.SIGTERM)
+    (folder / "staff.db").rename(folder.parent / "elsewhere.db")
+    with pytest.raises(UserError, match="is missing or empty, but its mark"):
+        Service(from_values({"store": folder, "embedder": embedder}))
+
+
+def test_a_store_that_was_put_there_meanwhile_is_not_taken_for_a_new_one(serve, folder):
+    server = serve(store=folder)
+    (folder / "put.db").write_bytes(b"something")
+    refused(server.http.post("/v1/collections", json={"name": "put"}), 409, "collection_exists")
+    assert (folder / "put.db").read_bytes() == b"something"
+
+
+def test_a_collection_is_created_and_dropped_once_under_one_key(serve, folder):
+    server, key = serve(store=folder), {"Idempotency-Key": "one"}
+    for replayed in (False, True):
+        answer = server.http.post("/v1/collections", json={"name": "staff"}, headers=key)
+        assert (answer.status_code, "idempotent-replayed" in answer.headers) == (201, replayed)
+    refused(server.http.post("/v1/collections", json={"name": "others"}, headers=key), 409, "idempotency_key_reused")
+    for replayed in (False, True):
+        answer = server.http.delete("/v1/collections/staff", headers={"Idempotency-Key": "two"})
+        assert (answer.status_code, "idempotent-replayed" in answer.headers) == (204, replayed)
+
+
+def test_a_collection_is_dropped_under_those_who_use_it(serve, folder, vectors):
+    """Every request is answered as before, or that there is no such collection."""
+    server, answers = serve(store=folder), []
+    body = {"embedding": vectors(1)[0].tolist()}
+
+    def use(number):
+        with server.client() as http:
+            for n in range(40):
+                enrolled = http.post(
+                    f"/v1/collections/staff/subjects/{number}-{n}/samples", json={"embeddings": [body["embedding"]]}
+                )
+                found = http.post("/v1/collections/staff/identify", json=body)
+                answers.extend(
+                    (answer.status_code, answer.json().get("error", {}).get("code")) for answer in (enrolled, found)
+                )
+
+    for _ in range(3):
+        assert server.http.post("/v1/collections", json={"name": "staff"}).status_code == 201
+        threads = [threading.Thread(target=use, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        assert server.http.delete("/v1/collections/staff").status_code == 204
+        for thread in threads:
+            thread.join()
+    assert set(answers) <= {(201, None), (200, None), (404, "no_collection")}, set(answers)
+    assert not list(folder.glob("staff*"))

@@ -96,6 +96,9 @@ def test_a_job_over_http(server, vectors):
         by_default["threshold"]
         == server.http.post("/v1/identify", json={"embedding": x_ND[0].tolist()}).json()["threshold"]
     )
+    gone = job["pairs"][0]["subject_ids"][0]
+    server.http.delete(f"/v1/subjects/{gone}")
+    assert gone not in str(server.http.get(path).json()["pairs"])
     assert server.http.delete(path).status_code == 204
     assert server.http.get(path).json()["state"] == "done"
     assert server.http.get("/v1/jobs").json()["jobs"][0]["job_id"] == job["job_id"]
@@ -113,7 +116,7 @@ def jobs():
 
 
 def _collection(gallery):
-    return Collection("default", gallery, None, None, None)
+    return Collection("default", gallery, None, None, None, None)
 
 
 def test_a_job_is_cancelled_and_others_wait_their_turn(jobs, gallery, monkeypatch):

@@ -3,6 +3,8 @@
 import logging
 import shutil
 import sqlite3
+import subprocess
+import sys
 import time
 import uuid
 
@@ -11,6 +13,7 @@ import pytest
 
 from serving.changes import StoreError
 from serving.gallery import Gallery
+from serving.rows import NOBODY
 from serving.store import Store
 from serving.threshold import Rule
 from tests.serving.galleries import MODEL, open_gallery
@@ -148,6 +151,27 @@ def test_a_store_that_is_older_than_the_snapshot_is_read_anew(tmp_path, vectors,
     gallery.close()
 
 
+def test_too_many_changes_are_not_followed_one_by_one_and_what_was_erased_is_gone(
+    tmp_path, vectors, caplog, monkeypatch
+):
+    """A kill after the store's commit left a subject in the snapshot; nobody will delete it again."""
+    x, path = vectors(40), tmp_path / "gallery.db"
+    gallery = open_gallery(path)
+    gallery.enrol_many([(f"s{number}", x[number : number + 1]) for number in range(20)])
+    _snapshot_taken(gallery)
+    gallery._store.delete("s7")
+    for number in range(20, 40):
+        gallery._store.enrol(f"s{number}", x[number : number + 1])
+    _killed(gallery)
+    assert x[7].tobytes() in _all_bytes(tmp_path)
+    monkeypatch.setattr("serving.keeping.MOST_CHANGED", 0.2)
+    gallery = open_gallery(path)
+    assert "all are read anew" in caplog.text
+    assert _indexed(gallery) == _stored(gallery)
+    assert x[7].tobytes() not in _all_bytes(tmp_path)
+    gallery.close()
+
+
 def test_a_restored_store_has_another_history(tmp_path, vectors, caplog):
     """Its revisions are taken again by other changes, so that a snapshot of one of them tells nothing."""
     x, path = vectors(30), tmp_path / "gallery.db"
@@ -193,6 +217,26 @@ def test_damage_in_the_store_is_found_behind_a_start_from_a_snapshot(tmp_path, v
     with pytest.raises(StoreError, match="does not have its checksum"):
         gallery.enrol("carol", x[:1])
     assert gallery.identify(x[6], 1).candidates[0].subject_id == "alice"
+    gallery.close()
+
+
+def test_an_index_that_is_not_what_the_store_holds_is_built_anew(tmp_path, vectors, caplog, monkeypatch):
+    """Though the counts agree."""
+    x, path = vectors(40), tmp_path / "gallery.db"
+    gallery = open_gallery(path)
+    gallery.enrol_many([(f"s{number}", x[number : number + 1]) for number in range(20)])
+    _snapshot_taken(gallery)
+    gallery._store.delete("s7")
+    gallery._store.enrol("new", x[30:31])
+    _killed(gallery)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "changes_since", lambda *_: [])
+        patch.setattr(Store, "names", lambda _: [(NOBODY + 1 + number, f"s{number}") for number in range(20)])
+        gallery = open_gallery(path)
+    assert gallery.samples == 20
+    _until(lambda: "built anew" in caplog.text)
+    _until(lambda: gallery.check() and _indexed(gallery) == _stored(gallery))
+    assert gallery.identify(x[30], 1).candidates[0].subject_id == "new"
     gallery.close()
 
 
@@ -243,3 +287,48 @@ def test_a_failed_deletion_takes_the_snapshot_with_it(tmp_path, vectors, monkeyp
         assert not any(row.tobytes() in _all_bytes(tmp_path) for row in x[:10])
     _until(lambda: gallery.check().samples == gallery.samples == 10)
     gallery.close()
+
+
+CHANGES = """
+import sys, threading, numpy as np
+from pathlib import Path
+from serving import blocks, keeping, snapshot
+keeping.LEAST_SAMPLES, keeping.EVERY_S, blocks.FIRST_ROWS, blocks.BLOCK_BYTES, snapshot.CHUNK = 1, 0.0, 16, 0, 4
+from tests.serving.conftest import unit_vectors
+from tests.serving.galleries import open_gallery
+gallery, seed = open_gallery(Path(sys.argv[1])), int(sys.argv[2])
+def watch():
+    while True:
+        gallery.check()
+threading.Thread(target=watch, daemon=True).start()
+x = unit_vectors(4000, seed)
+for number in range(4000):
+    gallery.enrol(f"{seed}-{number}", x[number:number + 1])
+    if number % 3 == 2:
+        gallery.delete(f"{seed}-{number - 1}")
+        print(number - 1, flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_snapshot_that_can_be_used_or_none(tmp_path, vectors, caplog):
+    """While it is written, or rows in it are being erased."""
+    path = tmp_path / "store" / "gallery.db"
+    path.parent.mkdir()
+    rng, gone, resumed = np.random.default_rng(), [], 0
+    for seed in range(3):
+        command = [sys.executable, "-c", CHANGES, str(path), str(seed)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            x = vectors(4000, seed)
+            for _ in range(int(rng.integers(20, 60))):
+                gone.append(x[int(process.stdout.readline())].tobytes())
+            time.sleep(rng.random() / 20)
+            process.kill()
+            gone += [x[int(line)].tobytes() for line in process.stdout]
+        gallery = open_gallery(path)
+        resumed += "taken from a snapshot" in caplog.text
+        assert _indexed(gallery) == _stored(gallery)
+        content = _all_bytes(path.parent)
+        assert not any(vector in content for vector in gone)
+        gallery.close()
+        caplog.clear()
+    assert resumed

@@ -141,7 +141,12 @@ GALLERY = {
 }
 LARGE_GALLERY = {
     **{f"patch with {name}": Attack(lambda make=make: _patch(make()), GONE) for name, make in _METADATA.items()},
-    **{f"enrol with metadata of {name}": Attack(lambda make=make: _enrol(make())) for name, make in _METADATA.items()},
+    **{
+        f"enrol with metadata of {name}": Attack(
+            lambda make=make: _enrol(make()), EITHER | {201} if name == "a fraction" else REFUSED
+        )
+        for name, make in _METADATA.items()
+    },
     "30 MiB of bytes": Attack(lambda: _raw(bytes(30 * MIB), "/v1/identify")),
     "30 MiB of bytes in chunks": Attack(
         lambda: chunked(bytes(30 * MIB), 2**16, "/v1/identify/batch", "application/octet-stream")

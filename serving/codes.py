@@ -41,6 +41,7 @@ class Codes:
         self.form, self.scale, self.off, self.longest = form, scale, 0.0, 0.0
         self._index = faiss.IndexScalarQuantizer(width, KINDS[form], faiss.METRIC_INNER_PRODUCT)
         self._index.codes.resize(rows * width * BYTES[form])
+        self._index.ntotal = rows
         code_N = faiss.rev_swig_ptr(self._index.codes.data(), rows * width * BYTES[form])
         self.code_NC: NDArray[np.uint8] = code_N.reshape(rows, width * BYTES[form])
 
@@ -62,7 +63,6 @@ class Codes:
             first = 0
         for at in range(first, end, ROWS_AT_ONCE):
             codes._encode(at, vectors_NE[at : min(end, at + ROWS_AT_ONCE)])
-        codes._index.ntotal = end
         return codes
 
     def _encode(self, at: int, x_BE: Vectors) -> None:
@@ -87,7 +87,7 @@ class Codes:
     ) -> Vectors:
         """Find the K highest products with the first `count` codes, or with those of them that are selected; the most
         that the scores of their rows can be."""
-        if selector is None and count < self._index.ntotal:  # rows came after the search began
+        if selector is None and count < len(self.code_NC):  # rows that came after the search began are none of it
             selector = faiss.IDSelectorRange(0, count)
         parameters = None if selector is None else faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
         self._index.search(queries.near_QE, score_QK.shape[1], params=parameters, D=score_QK, I=row_QK)

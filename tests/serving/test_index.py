@@ -282,3 +282,27 @@ def test_searches_beside_changes_never_see_half_of_one(small_blocks, vectors):
         thread.join(10)
     assert not faults
     assert (index.samples, index.subjects) == (100, 100)
+
+
+@pytest.mark.parametrize("form", ["fp16", "int8"])
+def test_codes_are_searched_beside_additions(vectors, form):
+    """Of a block that is being added to, a search sees the rows that its view has, and no others."""
+    x = vectors(900)
+    index, done, faults = Index(32, form=form), threading.Event(), []
+    _add(index, ["first"], x[:1])
+
+    def search():
+        while not done.is_set():
+            try:
+                if index.search(x[:1], 3)[0][0].subject_id != "first":
+                    faults.append("another")
+            except Exception as error:  # noqa: BLE001 (whatever it is, the test fails)
+                faults.append(repr(error))
+
+    thread = threading.Thread(target=search)
+    thread.start()
+    for number in range(1, 900):
+        _add(index, [f"later{number}"], x[number : number + 1])
+    done.set()
+    thread.join(10)
+    assert not faults

@@ -75,7 +75,7 @@ def keys(server):
         made["rotated"] = file.create("a test", list(Scope))
         made["every scope"] = file.rotate(made["rotated"].split("_")[1], 3600)
     last = {"X-API-Key": made["every scope"]}
-    while server.http.get("/readyz", headers=last).status_code != 200 or server.http.get("/metrics").status_code != 401:
+    while server.http.get("/metrics").status_code != 401 or server.http.get("/readyz", headers=last).status_code != 200:
         time.sleep(0.05)  # until the service has taken the file into use, and has read what was written last
     return made
 

@@ -23,8 +23,11 @@ def test_every_kind_is_described(kind: str):
     assert f"| `{kind}` |" in page.read_text()
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"omniglot", "glyphs"}))
-@pytest.mark.parametrize("source", [None, "", "none", "no\0ne"])
+NEEDED = [(kind, None) for kind in sorted(KINDS.keys() - {"omniglot", "glyphs", "speech"})]
+NEEDED += [(kind, name) for kind in sorted(KINDS.keys() - {"omniglot", "glyphs"}) for name in ("", "none", "no\0ne")]
+
+
+@pytest.mark.parametrize(("kind", "source"), NEEDED)
 def test_a_source_that_is_not_there_is_one_sentence(tmp_path: Path, kind: str, source: str | None):
     with pytest.raises(UserError) as raised:
         run_import(kind, source if not source else tmp_path / source, tmp_path / "set")

@@ -7,10 +7,10 @@
 The test are the six alphabets that `data import --kind omniglot --holdout-alphabets 6` holds out. Whatever is chosen is
 chosen on five of the other 24, on which the first two commands measure; only `final` looks at the test.
 
-Error: of 20-way one-shot identification within an alphabet, as in Omniglot's official runs. One drawer's drawings of
-20 characters are enrolled (of all, where the alphabet has fewer), another one's are recognised; over 40 pairs of drawers
-of each alphabet. Rank-1 and FNIR at FPIR 1 % are those of `hypersphere evaluate`: all characters in one gallery, one
-sample each, and half of the characters not enrolled. Intervals are of 95 % and by character.
+Error: of 20-way one-shot identification within an alphabet, as in Omniglot's official runs. One drawer's drawings of 20
+characters are enrolled (of all, where the alphabet has fewer), another's are recognised, for 40 pairs of drawers of each
+alphabet. Rank-1 and FNIR at FPIR 1 % are those of `hypersphere evaluate`: all characters in one gallery by one sample,
+and half of the characters not enrolled. Intervals are of 95 % and by character.
 
 Every training is one worker of one thread. `peer` trains the same network on the same batches, by the same schedule,
 with pytorch-metric-learning's ArcFaceLoss in place of the head; seeds are paired.

@@ -123,7 +123,7 @@ class ResNet(nn.Module):
 
 
 class PlainUnit(nn.Module):
-    """y = ReLU(shortcut(x) + BN(conv(ReLU(BN(conv(x)))))); the shortcut is a 1x1 convolution where the shape changes."""
+    """y = ReLU(shortcut(x) + BN(conv(ReLU(BN(conv(x)))))); the shortcut is a 1x1 convolution and BN at a new shape."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ Axes: B samples, C channels, H and W pixels, D dimensions of the embedding.
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,20 +14,25 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as state
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
+from trainer.atomic import Kind, fresh_folder
 from trainer.data.arrays import Form, Pixels
 from trainer.errors import UserError
-from trainer.evaluation.normalise import Kind, Normaliser
+from trainer.evaluation import normalise
+from trainer.evaluation.normalise import Normaliser
 from trainer.evaluation.report import Calibration
-from trainer.storage import Folder
+from trainer.storage import Folder, written_here
 from trainer.strict import Strict
+from trainer.views import Views, seen
 
 MODEL_FILE = "model.onnx"
 MANIFEST_FILE = "manifest.json"
 MOST_COHORT_BYTES = 1 << 26
 OUTPUT = "embeddings"
+EMBEDDER = Kind("an embedder", MODEL_FILE)
 NORM_TOLERANCE = 1e-3  # of a unit vector; float32 and bfloat16 exports stay within it
+_OPPOSED = 1e-3  # length of a sum of unit vectors below which it is rounding
 
 # ONNX Runtime's exceptions have no common base but Exception.
 RUNTIME_ERRORS = (
@@ -38,7 +44,7 @@ RUNTIME_ERRORS = (
 class Normalisation(Strict):
     """How scores are normalised: see `evaluation/normalise.py`."""
 
-    kind: Kind
+    kind: normalise.Kind
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="of the cohort's file, float32 [K, D]")
 
     @property
@@ -48,21 +54,31 @@ class Normalisation(Strict):
 
 
 class EmbedderManifest(Strict):
-    """`manifest.json` of an Embedder. `model_id` is the digest of the ONNX bytes and the preprocessing."""
+    """`manifest.json` of an Embedder. `model_id` is the digest of the ONNX bytes, the preprocessing and the views."""
 
     format: Literal[1] = 1
     model_id: str
     dimension: int = Field(ge=2)
     preprocessing: Form = Field(description="what it takes: images in this form, or vectors or spectrograms")
+    views: Views = Field((), description="an embedding is the normalised mean over them; none: of the sample itself")
     calibration: Calibration | None = None
     normalisation: Normalisation | None = None
     provenance: dict[str, str] = Field(default_factory=dict, description="config digest, step, MLflow run, versions")
 
+    @model_validator(mode="after")
+    def _can_be_viewed(self) -> "EmbedderManifest":
+        if self.views and self.preprocessing.reads.startswith("vectors"):
+            raise ValueError(f"views are of images and spectrograms, and the model reads {self.preprocessing.reads}")
+        return self
 
-def model_id(onnx: bytes, preprocessing: Form) -> str:
-    """First 32 hexadecimal digits of SHA-256 over the preprocessing (canonical JSON), a zero byte and the ONNX file."""
-    canonical = json.dumps(preprocessing.model_dump(), sort_keys=True).encode()
-    return hashlib.sha256(canonical + b"\0" + onnx).hexdigest()[:32]
+
+def model_id(onnx: bytes, preprocessing: Form, views: tuple[str, ...] = ()) -> str:
+    """First 32 hexadecimal digits of SHA-256 over preprocessing and views (canonical JSON), a zero byte, the ONNX file.
+
+    The views count only where there are some: without, the digest is that of the preprocessing alone.
+    """
+    told = preprocessing.model_dump() | ({"views": views} if views else {})
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode() + b"\0" + onnx).hexdigest()[:32]
 
 
 def input_of(form: Form) -> str:
@@ -122,7 +138,7 @@ def _read(folder: Folder) -> tuple[EmbedderManifest, bytes]:
         fault = error.errors()[0]
         what = f"{fault['msg']} at '{'.'.join(map(str, fault['loc']))}'"
         raise _spoilt(folder / MANIFEST_FILE, f"is not an embedder's manifest: {what}") from error
-    if (found := model_id(onnx, manifest.preprocessing)) != manifest.model_id:
+    if (found := model_id(onnx, manifest.preprocessing, manifest.views)) != manifest.model_id:
         what = f"has digest {found}, but its manifest names {manifest.model_id}: the file was changed after export"
         raise _spoilt(folder / MODEL_FILE, what)
     return manifest, onnx
@@ -130,6 +146,44 @@ def _read(folder: Folder) -> tuple[EmbedderManifest, bytes]:
 
 def _spoilt(path: Folder, what: str) -> UserError:
     return UserError(f"'{path}' {what}; export the embedder again")
+
+
+def check_free(out: Folder, overwrite: bool) -> None:
+    """As `fresh_folder` does it on a disk, of an address.
+
+    Raises:
+        UserError: something else is there, or an Embedder that is not to be replaced.
+    """
+    names = {} if isinstance(out.address, Path) else out.sizes()
+    if names and MODEL_FILE not in names:
+        raise UserError(f"'{out}' holds other files and is not an embedder; choose a new address with --out")
+    if names and not overwrite:
+        raise UserError(f"'{out}' is an embedder already; choose another --out, or replace it with --overwrite")
+
+
+def write_with_views(source: Path | str, out: Path | str, views: Sequence[str], overwrite: bool) -> EmbedderManifest:
+    """Another Embedder of the same model, whose vectors are means over views; without thresholds: those were of others.
+
+    Raises:
+        UserError: `source` is no Embedder, what it reads has no such views, or `out` exists.
+    """
+    place, target = Folder.at(source), Folder.at(out)
+    manifest, onnx = _read(place)
+    told = manifest.model_dump(exclude={"calibration", "normalisation"})
+    try:
+        made = EmbedderManifest.model_validate(
+            told | {"views": views, "model_id": model_id(onnx, manifest.preprocessing, tuple(views))}
+        )
+    except ValidationError as error:
+        raise UserError(f"--views: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+    check_free(target, overwrite)
+    with written_here(target, MANIFEST_FILE) as here, fresh_folder(here, EMBEDDER, overwrite) as folder:
+        for name in place.sizes():
+            if name.endswith(".safetensors"):  # the weights, for a later training
+                (folder / name).write_bytes(place.read(name))
+        (folder / MODEL_FILE).write_bytes(onnx)
+        write_manifest(folder, made)
+    return made
 
 
 def open_session(onnx: bytes, threads: int) -> onnxruntime.InferenceSession:
@@ -193,16 +247,30 @@ class Embedder:
         if not len(images_BCHW):
             return np.empty((0, self.manifest.dimension), np.float32)
         starts = range(0, len(images_BCHW), self._batch_size)
-        x_BD = np.concatenate([self._run(images_BCHW[start : start + self._batch_size]) for start in starts])
-        norms_B = np.linalg.norm(x_BD, axis=1)
-        wrong_B = ~(np.abs(norms_B - 1) <= NORM_TOLERANCE)  # written so that NaN is wrong
-        if wrong_B.any():
-            first = int(np.flatnonzero(wrong_B)[0])
-            raise UserError(
-                f"the model gave sample {first} a vector of length {norms_B[first]:.4g} instead of 1; "
-                "it has nothing to go by (one flat colour?): take another one"
-            )
-        return x_BD
+        return np.concatenate([self._mean(images_BCHW[start : start + self._batch_size], start) for start in starts])
+
+    def _mean(self, images_BCHW: Pixels, start: int) -> NDArray[np.float32]:
+        """Unit vectors of one batch, which begins with sample `start`: means over the views, normalised."""
+        views = self.manifest.views or ("same",)
+        x_BD = np.zeros((len(images_BCHW), self.manifest.dimension), np.float32)
+        for view in views:
+            view_BD = self._run(seen(images_BCHW, view))
+            norms_B = np.linalg.norm(view_BD, axis=1)
+            wrong_B = ~(np.abs(norms_B - 1) <= NORM_TOLERANCE)  # written so that NaN is wrong
+            if wrong_B.any():
+                first = int(np.flatnonzero(wrong_B)[0])
+                raise UserError(
+                    f"the model gave sample {start + first} a vector of length {norms_B[first]:.4g} instead of 1; "
+                    "it has nothing to go by (one flat colour?): take another one"
+                )
+            x_BD += view_BD
+        if len(views) == 1:
+            return x_BD
+        lengths_B1 = np.linalg.norm(x_BD, axis=1, keepdims=True)
+        if (opposed_B := lengths_B1[:, 0] < _OPPOSED).any():
+            first = start + int(np.flatnonzero(opposed_B)[0])
+            raise UserError(f"the views of sample {first} have opposite vectors and no mean; take another sample")
+        return np.asarray(x_BD / lengths_B1, np.float32)
 
     def _run(self, images_BCHW: Pixels) -> NDArray[np.float32]:
         (x_BD,) = self._session.run([OUTPUT], {input_of(self.preprocessing): np.ascontiguousarray(images_BCHW)})

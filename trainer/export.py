@@ -18,7 +18,7 @@ from onnx import ModelProto
 from safetensors.torch import save_file
 from torch import nn
 
-from trainer.atomic import Kind, fresh_folder
+from trainer.atomic import fresh_folder
 from trainer.backbones import build
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config, from_tree
@@ -27,10 +27,12 @@ from trainer.data.manifest import Manifest
 from trainer.data.remote import shown
 from trainer.data.stream import Stream, preprocessing
 from trainer.embedder import (
+    EMBEDDER,
     MANIFEST_FILE,
     MODEL_FILE,
     OUTPUT,
     EmbedderManifest,
+    check_free,
     input_of,
     model_id,
     open_session,
@@ -43,7 +45,6 @@ from trainer.storage import Folder, written_here
 from trainer.tracking import Tracker
 from trainer.weights import DIGEST, WEIGHTS_FILE, Which, find
 
-_EMBEDDER = Kind("an embedder", MODEL_FILE)
 _COMPARED = 16  # samples
 TOLERANCE = 1e-4  # of a component of a unit vector, ONNX Runtime against torch
 LARGEST = 2_000_000_000  # bytes; protobuf ends at 2 GiB
@@ -73,6 +74,7 @@ def export_run(
     register: bool,
     on_trouble: Callable[[str], None],
     which: Which = "trained",
+    views: tuple[str, ...] = (),
 ) -> EmbedderManifest:
     """Export the newest checkpoint of a run, compare it with torch on the set's samples, and register it in MLflow.
 
@@ -81,6 +83,7 @@ def export_run(
         out: a folder or an address.
         data: a data set to take the samples from; None: the one that the run was trained on.
         which: the weights as they were trained, or their moving average.
+        views: over which an embedding is the mean (see `views.py`).
         on_trouble: called with one sentence when MLflow cannot be used, and for a damaged checkpoint that is passed
             over.
 
@@ -108,10 +111,10 @@ def export_run(
     provenance = _provenance(found, manifest.kind, note, which)
     model = embedder_of(config, found, backbone)
     place = Folder.at(out)
-    _check_free(place, overwrite)
+    check_free(place, overwrite)
     with written_here(place, MANIFEST_FILE) as here:
         samples = _samples(manifest, config)
-        written = export(model, form, here, samples, provenance, overwrite=overwrite, weights=weights)
+        written = export(model, form, here, samples, provenance, overwrite=overwrite, weights=weights, views=views)
         if register and note.mlflow_run_id:
             with contextlib.closing(Tracker(config.tracking, on_trouble, note.mlflow_run_id)) as tracker:
                 tracker.register(here, written.model_id)
@@ -130,15 +133,6 @@ def _provenance(found: Checkpoint, data: str, note: RunNote, which: Which) -> di
     }
 
 
-def _check_free(out: Folder, overwrite: bool) -> None:
-    """As `fresh_folder` does it on a disk."""
-    names = {} if isinstance(out.address, Path) else out.sizes()
-    if names and MODEL_FILE not in names:
-        raise UserError(f"'{out}' holds other files and is not an embedder; choose a new address with --out")
-    if names and not overwrite:
-        raise UserError(f"'{out}' is an embedder already; choose another --out, or replace it with --overwrite")
-
-
 def _samples(manifest: Manifest, config: Config) -> torch.Tensor:
     """Real samples for the comparison, of the validation split where there is one."""
     split = config.data.val_split if config.data.val_split in manifest.splits else config.data.train_split
@@ -155,6 +149,7 @@ def export(
     *,
     overwrite: bool = False,
     weights: Mapping[str, torch.Tensor] | None = None,
+    views: tuple[str, ...] = (),
 ) -> EmbedderManifest:
     """Write the Embedder folder `out`, whole or not at all, after comparing ONNX Runtime with torch on real samples.
 
@@ -168,22 +163,24 @@ def export(
         overwrite: replace an Embedder that is already in `out`.
         weights: what `init.weights` of a later training reads; kept beside the ONNX file, which has them folded into
             each other, with their digest in the provenance.
+        views: of the manifest.
 
     Raises:
         UserError: `out` exists, the samples do not fit the form, or the backbone has no ONNX form.
         RuntimeError: ONNX Runtime and torch differ by more than 1e-4.
     """
     _check_samples(images_BCHW, form)
-    with fresh_folder(out, _EMBEDDER, overwrite) as folder:
+    with fresh_folder(out, EMBEDDER, overwrite) as folder:
         model = UnitVectors(copy.deepcopy(backbone)).float().cpu().eval()
         onnx = _to_onnx(model, form)
         if weights is not None:
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
             provenance = provenance | {DIGEST: hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()}
         manifest = EmbedderManifest(
-            model_id=model_id(onnx, form),
+            model_id=model_id(onnx, form, views),
             dimension=_check(onnx, model, form, images_BCHW.cpu()),
             preprocessing=form,
+            views=views,
             provenance=provenance,
         )
         (folder / MODEL_FILE).write_bytes(onnx)

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from serving.cli.terminal import TrainingView, fail, out, progress, warn
+from trainer.errors import UserError
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -102,20 +103,46 @@ def submit(
 
 
 def export(
-    run: Annotated[Path, typer.Option("--run", "-r", help="The run's folder (run.out), or one checkpoint's.")],
+    *,
+    run: Annotated[
+        Path | None, typer.Option("--run", "-r", help="The run's folder (run.out), or one checkpoint's.")
+    ] = None,
+    embedder: Annotated[
+        Path | None, typer.Option("--embedder", "-e", help="Instead of a run: an Embedder that gets other --views.")
+    ] = None,
     to: Annotated[Path | None, typer.Option("--out", "-o", help="New folder; default RUN/embedder.")] = None,
     data: Annotated[Path | None, typer.Option(help="Data set for the parity check; default: the run's.")] = None,
     register: Annotated[bool, typer.Option(help="Register it in MLflow with the alias champion.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     weights: Annotated[Weights, typer.Option(help="As they were trained, or their moving average.")] = "trained",
+    views: Annotated[
+        str, typer.Option(metavar="V,V,...", help="Embeddings are means over views, as `same,left2,right2,turn5`.")
+    ] = "",
 ) -> None:
-    """Write the Embedder (ONNX and manifest) of a checkpoint, and check it against torch on real samples."""
-    from trainer.export import export_run
-    from trainer.storage import Folder
+    """Write the Embedder (ONNX and manifest) of a checkpoint, and check it against torch on real samples.
 
-    to = to or run / "embedder"
-    manifest = export_run(run, to, data=data, overwrite=overwrite, register=register, on_trouble=warn, which=weights)
-    out.print(f"embedder {manifest.model_id}: {manifest.dimension} dimensions, in {Folder.at(to)}")
+    Views take as many times as long to embed. With `--embedder E --out NEW` the model of an Embedder gets others; it is
+    to be calibrated then.
+    """
+    from trainer.storage import Folder
+    from trainer.views import checked
+
+    wanted = checked(views.replace(" ", "").split(",") if views else ())
+    if embedder is not None and run is None and to is not None:
+        from trainer.embedder import write_with_views
+
+        manifest = write_with_views(embedder, to, wanted, overwrite)
+    elif run is not None and embedder is None:
+        from trainer.export import export_run
+
+        to = to or run / "embedder"
+        manifest = export_run(
+            run, to, data=data, overwrite=overwrite, register=register, on_trouble=warn, which=weights, views=wanted
+        )
+    else:
+        raise UserError("export takes --run FOLDER, or --embedder FOLDER with --out NEW")
+    seen = f", means over {', '.join(wanted)}" if wanted else ""
+    out.print(f"embedder {manifest.model_id}: {manifest.dimension} dimensions{seen}, in {Folder.at(to)}")
 
 
 def calibrate(
@@ -176,8 +203,6 @@ def _keep(folder: Path, manifest: "EmbedderManifest", found: "Calibration", norm
 
 def _threshold_rows(found: "Calibration", extrapolate: bool) -> list[tuple[str, str]]:
     """Each threshold with the interval of its rate: for 1:1, and for galleries of N, 2 N and 10 N."""
-    from trainer.errors import UserError
-
     verify, identify, curve = found.verify, found.identify, found.curve
     assert curve is not None, "calibrate makes one"
     rows = [(f"verify (FMR {verify.rate:g})", _reached(verify.value, verify.low, verify.high))]

@@ -43,6 +43,7 @@ from trainer.objective import embedder_of
 from trainer.run import RunNote
 from trainer.storage import Folder, written_here
 from trainer.tracking import Tracker
+from trainer.views import Join, joined
 from trainer.weights import DIGEST, WEIGHTS_FILE, Which, find
 
 _COMPARED = 16  # samples
@@ -75,6 +76,7 @@ def export_run(
     on_trouble: Callable[[str], None],
     which: Which = "trained",
     views: tuple[str, ...] = (),
+    join: Join = "mean",
 ) -> EmbedderManifest:
     """Export the newest checkpoint of a run, compare it with torch on the set's samples, and register it in MLflow.
 
@@ -83,7 +85,7 @@ def export_run(
         out: a folder or an address.
         data: a data set to take the samples from; None: the one that the run was trained on.
         which: the weights as they were trained, or their moving average.
-        views: over which an embedding is the mean (see `views.py`).
+        views, join: what an embedding is made of (see `views.py`).
         on_trouble: called with one sentence when MLflow cannot be used, and for a damaged checkpoint that is passed
             over.
 
@@ -114,7 +116,9 @@ def export_run(
     check_free(place, overwrite)
     with written_here(place, MANIFEST_FILE) as here:
         samples = _samples(manifest, config)
-        written = export(model, form, here, samples, provenance, overwrite=overwrite, weights=weights, views=views)
+        written = export(
+            model, form, here, samples, provenance, overwrite=overwrite, weights=weights, views=views, join=join
+        )
         if register and note.mlflow_run_id:
             with contextlib.closing(Tracker(config.tracking, on_trouble, note.mlflow_run_id)) as tracker:
                 tracker.register(here, written.model_id)
@@ -150,6 +154,7 @@ def export(
     overwrite: bool = False,
     weights: Mapping[str, torch.Tensor] | None = None,
     views: tuple[str, ...] = (),
+    join: Join = "mean",
 ) -> EmbedderManifest:
     """Write the Embedder folder `out`, whole or not at all, after comparing ONNX Runtime with torch on real samples.
 
@@ -163,7 +168,7 @@ def export(
         overwrite: replace an Embedder that is already in `out`.
         weights: what `init.weights` of a later training reads; kept beside the ONNX file, which has them folded into
             each other, with their digest in the provenance.
-        views: of the manifest.
+        views, join: of the manifest.
 
     Raises:
         UserError: `out` exists, the samples do not fit the form, or the backbone has no ONNX form.
@@ -177,10 +182,11 @@ def export(
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
             provenance = provenance | {DIGEST: hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()}
         manifest = EmbedderManifest(
-            model_id=model_id(onnx, form, views),
-            dimension=_check(onnx, model, form, images_BCHW.cpu()),
+            model_id=model_id(onnx, form, views, join),
+            dimension=_check(onnx, model, form, images_BCHW.cpu()) * joined(views, join),
             preprocessing=form,
             views=views,
+            join=join,
             provenance=provenance,
         )
         (folder / MODEL_FILE).write_bytes(onnx)

@@ -1,4 +1,7 @@
-"""Views of a sample at test time: moved, mirrored, turned or zoomed versions, whose mean unit vector is the embedding.
+"""Views of a sample at test time: moved, mirrored, turned or zoomed versions, from whose unit vectors is made one.
+
+It is their mean; or they are laid one behind the other, for views that are other identities: a d that is mirrored is a
+b, and a network that tells them apart sees something else in each.
 
 A view is an affine map about the middle. Values between pixels are bilinear, those beyond an edge are the edge's.
 Axes: B samples, C channels, H and W pixels, N = H W of them.
@@ -8,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import cos, radians, sin
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +23,11 @@ from trainer.errors import UserError
 MOST_VIEWS = 32  # each takes as long as an embedding
 _ALLOWED = (
     "same, flip (left to right), left2 right2 up2 down2 (by pixels), turn5 turn-5 (by degrees, counter-clockwise), "
-    "zoom1.1 (larger, 0.5 to 2)"
+    "zoom1.1 (larger, 0.5 to 2), and several, as flip+turn90"
 )
+Join = Literal["mean", "concatenate"]
 _NAME = re.compile(r"([a-z]+)(-?\d{1,3}(?:\.\d{1,3})?)", re.ASCII)
-_Map = tuple[tuple[float, float, float], tuple[float, float, float]]
+_Map = Sequence[Sequence[float]] | NDArray[np.float64]  # [2, 3]
 
 
 class _Kind(NamedTuple):
@@ -46,6 +50,10 @@ _KINDS = {
 
 
 def _map_of(view: str) -> _Map:
+    """Of `a+b`, the view b of the view a."""
+    first, _, then = view.partition("+")
+    if then:
+        return np.array(_map_of(first)) @ np.vstack([_map_of(then), (0, 0, 1)])
     if view in _PLAIN:
         return _PLAIN[view]
     found = _NAME.fullmatch(view)
@@ -65,6 +73,11 @@ def checked(views: Sequence[str]) -> tuple[str, ...]:
     if len(views) > MOST_VIEWS or len(set(views)) < len(views):
         raise UserError(f"{len(views)} views, {len(set(views))} different ones; name each once, {MOST_VIEWS} at most")
     return tuple(views)
+
+
+def joined(views: Sequence[str], join: Join) -> int:
+    """How many of the model's vectors an embedding holds."""
+    return len(views) if views and join == "concatenate" else 1
 
 
 Views = Annotated[tuple[str, ...], AfterValidator(checked)]

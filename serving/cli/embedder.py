@@ -32,6 +32,7 @@ Normalise = Annotated[
 ]
 Threads = Annotated[int, typer.Option(help="CPU threads of the model.")]
 Weights = Literal["trained", "ema"]
+Join = Literal["mean", "concatenate"]
 
 
 def train(
@@ -116,8 +117,11 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     weights: Annotated[Weights, typer.Option(help="As they were trained, or their moving average.")] = "trained",
     views: Annotated[
-        str, typer.Option(metavar="V,V,...", help="Embeddings are means over views, as `same,left2,right2,turn5`.")
+        str, typer.Option(metavar="V,V,...", help="Embeddings are made of views, as `same,left2,right2,turn5`.")
     ] = "",
+    join: Annotated[
+        Join, typer.Option(help="Of views: their mean; or one behind the other, which suits turned characters.")
+    ] = "mean",
 ) -> None:
     """Write the Embedder (ONNX and manifest) of a checkpoint, and check it against torch on real samples.
 
@@ -131,17 +135,19 @@ def export(
     if embedder is not None and run is None and to is not None:
         from trainer.embedder import write_with_views
 
-        manifest = write_with_views(embedder, to, wanted, overwrite)
+        manifest = write_with_views(embedder, to, wanted, overwrite, join)
     elif run is not None and embedder is None:
         from trainer.export import export_run
 
         to = to or run / "embedder"
         manifest = export_run(
-            run, to, data=data, overwrite=overwrite, register=register, on_trouble=warn, which=weights, views=wanted
-        )
+            *(run, to),
+            data=data, overwrite=overwrite, register=register, on_trouble=warn, which=weights, views=wanted, join=join,
+        )  # fmt: skip
     else:
         raise UserError("export takes --run FOLDER, or --embedder FOLDER with --out NEW")
-    seen = f", means over {', '.join(wanted)}" if wanted else ""
+    made = "means over" if join == "mean" else "one behind the other of"
+    seen = f", {made} {', '.join(wanted)}" if wanted else ""
     out.print(f"embedder {manifest.model_id}: {manifest.dimension} dimensions{seen}, in {Folder.at(to)}")
 
 

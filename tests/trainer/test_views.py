@@ -164,5 +164,9 @@ def test_the_command_writes_another_embedder(plain, tmp_path):
     again = CliRunner().invoke(app, call)
     assert isinstance(again.exception, UserError)
     assert "is an embedder already" in str(again.exception)
+    joined = CliRunner().invoke(app, [*call, "--overwrite", "--join", "concatenate"])
+    assert joined.exit_code == 0, joined.output
+    assert "96 dimensions, one behind the other of same, left1, right1" in joined.output.replace("\n", " ")
+    assert Embedder.open(out).manifest.join == "concatenate"
     alone = CliRunner().invoke(app, ["export", "--embedder", str(plain), "--views", "flip"])
     assert "--out NEW" in str(alone.exception)

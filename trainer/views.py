@@ -27,7 +27,7 @@ _ALLOWED = (
 )
 Join = Literal["mean", "concatenate"]
 _NAME = re.compile(r"([a-z]+)(-?\d{1,3}(?:\.\d{1,3})?)", re.ASCII)
-_Map = Sequence[Sequence[float]] | NDArray[np.float64]  # [2, 3]
+_Map = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
 class _Kind(NamedTuple):
@@ -49,14 +49,18 @@ _KINDS = {
 }
 
 
-def _map_of(view: str) -> _Map:
-    """Of `a+b`, the view b of the view a."""
-    first, _, then = view.partition("+")
-    if then:
-        return np.array(_map_of(first)) @ np.vstack([_map_of(then), (0, 0, 1)])
-    if view in _PLAIN:
-        return _PLAIN[view]
-    found = _NAME.fullmatch(view)
+def _map_of(view: str) -> NDArray[np.float64]:
+    """[2, 3]; of `a+b`, that of the view b of the view a."""
+    whole_33: NDArray[np.float64] = np.eye(3)
+    for part in view.split("+"):
+        whole_33 = whole_33 @ np.vstack([_map_of_one(part, view), (0, 0, 1)])
+    return whole_33[:2]
+
+
+def _map_of_one(part: str, view: str) -> _Map:
+    if part in _PLAIN:
+        return _PLAIN[part]
+    found = _NAME.fullmatch(part)
     if found and (kind := _KINDS.get(found[1])) and kind.low <= float(found[2]) <= kind.high:
         return kind.map(float(found[2]))
     raise UserError(f"'{view}' is no view of a sample; allowed: {_ALLOWED}")
@@ -101,7 +105,7 @@ def _corners(view: str, height: int, width: int) -> tuple[NDArray[np.int64], NDA
     """The four pixels that each of a view's lies between, and their weights: [4, N] each."""
     y_N, x_N = (side.ravel() for side in np.indices((height, width)))
     middle_2 = np.array([[(width - 1) / 2], [(height - 1) / 2]])
-    from_2N = np.array(_map_of(view)) @ np.stack([*(np.stack([x_N, y_N]) - middle_2), np.ones_like(x_N)]) + middle_2
+    from_2N = _map_of(view) @ np.stack([*(np.stack([x_N, y_N]) - middle_2), np.ones_like(x_N)]) + middle_2
     from_2N = np.clip(np.round(from_2N, 9), 0, 2 * middle_2)  # a quarter turn moves pixels onto pixels
     low_2N = np.floor(from_2N).astype(np.int64)
     (right_N, down_N), (x_N, y_N) = from_2N - low_2N, low_2N

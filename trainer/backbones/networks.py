@@ -89,7 +89,7 @@ class ResNet(nn.Module):
 
     Three stages of units conv-BN-ReLU-conv-BN, plus a shortcut, then ReLU. Already the first stage halves the
     resolution (28 -> 14 -> 7 -> 4), and the output is dropout-FC-BN over all positions instead of an average. ReLU's
-    backward takes a tenth of the time that PReLU's does on a CPU.
+    backward takes a twentieth of the time that PReLU's does on a CPU.
 
     Args:
         units: residual units of each stage.

@@ -18,7 +18,7 @@ def bend(shift_BN: Tensor, height: int, width: int) -> Tensor:
     Args:
         shift_BN: of the control points, N = 2 K K; the result is in the same unit.
     """
-    field_B2KK = shift_BN.unflatten(1, (2, CONTROL, CONTROL))
+    field_B2KK = shift_BN.view(-1, 2, CONTROL, CONTROL)
     return F.interpolate(field_B2KK, (height, width), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
 
 

@@ -45,6 +45,13 @@ def test_an_embedder_that_takes_one_character_for_another_errs_on_it_alone() -> 
     assert rates["error"].low < 1 / 34 < rates["error"].high
 
 
+def test_a_paired_difference_is_that_of_the_same_trials_by_character() -> None:
+    whose = np.array([0, 0, 1, 1])
+    before, after = np.array([1.0, 1, 1, 1]), np.array([1.0, 1, 0, 0])
+    assert omniglot.paired(before, before, whose) == "0.0 ± 0.0"
+    assert omniglot.paired(before, after, whose) == "50.0 ± 69.3"  # two characters, -1 and +1 about the mean, / 4
+
+
 def test_another_drawing_is_enrolled_than_is_recognised() -> None:
     random = np.random.default_rng(0)
     x_ND = random.normal(size=(len(LABELS), 8)).astype(np.float32)

@@ -102,13 +102,7 @@ def export_run(
     manifest = Manifest.read(path, config.data.remote_cache)
     form = preprocessing(manifest, config.data)
     backbone = build(config.backbone, *form.shape_CHW)
-    try:
-        backbone.load_state_dict(weights)
-    except RuntimeError as error:  # with a list of all shapes
-        raise UserError(
-            f"the model in '{found.folder}' does not read the {manifest.holds} at '{shown(path)}'; "
-            "give a data set like the one that it was trained on"
-        ) from error
+    _load(backbone, weights, f"the model in '{found.folder}' does not read the {manifest.holds} at '{shown(path)}'")
     note = RunNote.read(config.run.out)
     provenance = _provenance(found, manifest.kind, note, which)
     model = embedder_of(config, found, backbone)
@@ -123,6 +117,13 @@ def export_run(
             with contextlib.closing(Tracker(config.tracking, on_trouble, note.mlflow_run_id)) as tracker:
                 tracker.register(here, written.model_id)
     return written
+
+
+def _load(backbone: nn.Module, weights: dict[str, torch.Tensor], otherwise: str) -> None:
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:  # with a list of all shapes
+        raise UserError(f"{otherwise}; give a data set like the one that it was trained on") from error
 
 
 def _provenance(found: Checkpoint, data: str, note: RunNote, which: Which) -> dict[str, str]:

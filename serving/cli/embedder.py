@@ -116,12 +116,8 @@ def export(
     register: Annotated[bool, typer.Option(help="Register it in MLflow with the alias champion.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     weights: Annotated[Weights, typer.Option(help="As they were trained, or their moving average.")] = "trained",
-    views: Annotated[
-        str, typer.Option(metavar="V,V,...", help="Embeddings are made of views, as `same,left2,right2,turn5`.")
-    ] = "",
-    join: Annotated[
-        Join, typer.Option(help="Of views: their mean; or one behind the other, which suits turned characters.")
-    ] = "mean",
+    views: Annotated[str, typer.Option(metavar="V,V,...", help="Made into an embedding: `same,left2,turn5`.")] = "",
+    join: Annotated[Join, typer.Option(help="Of the views: their mean, or one behind the other.")] = "mean",
 ) -> None:
     """Write the Embedder (ONNX and manifest) of a checkpoint, and check it against torch on real samples.
 

@@ -227,24 +227,24 @@ class Peer:
         return []
 
 
-def of_loss(name: str, seed: int, steps: int, data: Path, folder: Path) -> dict[str, Rate]:
+def of_loss(name: str, seed: int, steps: int, lr: float, data: Path, folder: Path) -> dict[str, Rate]:
     """The figures under the head ("ours") or the peer's loss."""
     import trainer.train
 
     out, ours = folder / f"{name}{seed}", trainer.train.Objective
     trainer.train.Objective = Peer if name == "peer" else ours  # type: ignore[misc, assignment]
     try:
-        train(None, ("loss=arcface", *COMMON, *ARCFACE), data, out, steps, seed)
+        train(None, ("loss=arcface", *COMMON, *ARCFACE, f"head.optimizer.lr={lr}"), data, out, steps, seed)
     finally:
         trainer.train.Objective = ours  # type: ignore[misc]
     split = Manifest.read(data).split("val")
     return figures(*embed_split(Embedder.open(out / "embedder"), split), list(split.classes))
 
 
-def compare(pool: ProcessPoolExecutor, seeds: int, steps: int, data: Path, folder: Path) -> None:
+def compare(pool: ProcessPoolExecutor, seeds: int, steps: int, lr: float, data: Path, folder: Path) -> None:
     """Print the means over the seeds, and the paired differences with their intervals."""
     runs = {
-        (name, seed): pool.submit(of_loss, name, seed, steps, data, folder)
+        (name, seed): pool.submit(of_loss, name, seed, steps, lr, data, folder)
         for seed in range(seeds)
         for name in ("ours", "peer")
     }
@@ -265,6 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, of one thread each")
     parser.add_argument("--seeds", type=int, default=3, choices=range(2, 11), metavar="2..10", help="of peer")
     parser.add_argument("--steps", type=int, default=366, help="of each run of peer")
+    parser.add_argument("--lr", type=float, default=0.5, help="of the centres, of peer")
     parser.add_argument("--embedder", type=Path, help="of final")
     parser.add_argument("--data", type=Path, help="of final: a set whose val split are the test's alphabets")
     options = parser.parse_args(arguments)
@@ -282,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**31 - 1))
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), _start_worker) as pool:
         if options.what == "peer":
-            compare(pool, options.seeds, options.steps, data, folder)
+            compare(pool, options.seeds, options.steps, options.lr, data, folder)
             return 0
         print(f"{HEAD} steps | CPU s |\n|---|---|---|---|---|---|---:|---:|", flush=True)
         for lines in pool.map(of_row, ROWS, [data] * len(ROWS), [folder] * len(ROWS)):

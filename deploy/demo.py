@@ -32,6 +32,7 @@ SHARED_COPY = ROOT.parent / "shared" / "data" / "omniglot" / "images_background.
 HELD_OUT_ALPHABETS = 6
 STRANGERS = 20  # identities of the validation split that are not enrolled
 FPIR = 0.1  # what is allowed to the threshold
+TURNS = "same,turn90,turn180,turn-90"  # each is another character to the network: four opinions on each image
 SHOWN = 5  # of each kind, in the table of answers
 
 console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
@@ -57,7 +58,8 @@ def main() -> int:
         *overrides,
         *arguments.overrides,
     )
-    step("3/7 export to ONNX, register in MLflow", "export", "--run", str(RUN), "--out", str(EMBEDDER))
+    views = ["--views", TURNS, "--join", "concatenate"]
+    step("3/7 export to ONNX, register in MLflow", "export", "--run", str(RUN), "--out", str(EMBEDDER), *views)
     both = ["--embedder", str(EMBEDDER), "--data", str(DATA)]
     step("4/7 evaluate on alphabets never seen", "evaluate", *both)
     target = ["--fpir", str(FPIR), "--gallery-size", str(split()["identities"] - STRANGERS)]

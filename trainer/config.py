@@ -52,10 +52,15 @@ RENAMED = {
 class BackboneConfig(Strict):
     """The network from samples to the embedding."""
 
-    name: str = Field("iresnet50", description="convnet, iresnet18/34/50/100, mobilefacenet, vit, mlp, or timm:<name>")
+    name: str = Field(
+        "iresnet50", description="convnet, resnet14/20, iresnet18/34/50/100, mobilefacenet, vit, mlp, or timm:<name>"
+    )
     dimension: int = Field(512, ge=2, le=8192, description="D of the embedding")
     width: int = Field(
-        64, ge=4, le=1024, description="channels of the first stage (convnet), units of a hidden layer (mlp)"
+        64,
+        ge=4,
+        le=1024,
+        description="channels of the first stage (convnet, resnet14/20), units of a hidden layer (mlp)",
     )
     dropout: float = Field(0.0, ge=0, lt=1)
     norm_group: int = Field(

@@ -24,7 +24,7 @@ from trainer.evaluation.report import Calibration
 from trainer.onnx import RUNTIME_ERRORS, VERSION, Session, first_line, open_session
 from trainer.storage import Folder, written_here
 from trainer.strict import Strict
-from trainer.views import Views, seen
+from trainer.views import Join, Views, joined, seen
 
 MODEL_FILE = "model.onnx"
 MANIFEST_FILE = "manifest.json"
@@ -54,7 +54,8 @@ class EmbedderManifest(Strict):
     model_id: str
     dimension: int = Field(ge=2)
     preprocessing: Form = Field(description="what it takes: images in this form, or vectors or spectrograms")
-    views: Views = Field((), description="an embedding is the normalised mean over them; none: of the sample itself")
+    views: Views = Field((), description="what an embedding is made of; none: of the sample itself")
+    join: Join = Field("mean", description="of the views' unit vectors: normalised, or one behind the other / sqrt(k)")
     calibration: Calibration | None = None
     normalisation: Normalisation | None = None
     norms: str | None = Field(
@@ -63,6 +64,11 @@ class EmbedderManifest(Strict):
     quality: Bounds = Field(Bounds(), description="what `--min-quality manifest` asks of an image")
     provenance: dict[str, str] = Field(default_factory=dict, description="config digest, step, MLflow run, versions")
 
+    @property
+    def parts(self) -> int:
+        """Vectors of the model that an embedding holds."""
+        return joined(self.views, self.join)
+
     @model_validator(mode="after")
     def _can_be_viewed(self) -> "EmbedderManifest":
         if self.views and self.preprocessing.reads.startswith("vectors"):
@@ -70,12 +76,14 @@ class EmbedderManifest(Strict):
         return self
 
 
-def model_id(onnx: bytes, preprocessing: Form, views: tuple[str, ...] = ()) -> str:
+def model_id(onnx: bytes, preprocessing: Form, views: tuple[str, ...] = (), join: Join = "mean") -> str:
     """First 32 hexadecimal digits of SHA-256 over preprocessing and views (canonical JSON), a zero byte, the ONNX file.
 
-    The views count only where there are some: without, the digest is that of the preprocessing alone.
+    The views count only where there are some, and how they are joined only where it is not as a mean: without, the
+    digest is that of the preprocessing alone.
     """
     told = preprocessing.model_dump() | ({"views": views} if views else {})
+    told |= {"join": join} if views and join != "mean" else {}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode() + b"\0" + onnx).hexdigest()[:32]
 
 
@@ -136,7 +144,7 @@ def _read(folder: Folder) -> tuple[EmbedderManifest, bytes]:
         fault = error.errors()[0]
         what = f"{fault['msg']} at '{'.'.join(map(str, fault['loc']))}'"
         raise _spoilt(folder / MANIFEST_FILE, f"is not an embedder's manifest: {what}") from error
-    if (found := model_id(onnx, manifest.preprocessing, manifest.views)) != manifest.model_id:
+    if (found := model_id(onnx, manifest.preprocessing, manifest.views, manifest.join)) != manifest.model_id:
         what = f"has digest {found}, but its manifest names {manifest.model_id}: the file was changed after export"
         raise _spoilt(folder / MODEL_FILE, what)
     return manifest, onnx
@@ -159,8 +167,10 @@ def check_free(out: Folder, overwrite: bool) -> None:
         raise UserError(f"'{out}' is an embedder already; choose another --out, or replace it with --overwrite")
 
 
-def write_with_views(source: Path | str, out: Path | str, views: Sequence[str], overwrite: bool) -> EmbedderManifest:
-    """Another Embedder of the same model, whose vectors are means over views; without thresholds: those were of others.
+def write_with_views(
+    source: Path | str, out: Path | str, views: Sequence[str], overwrite: bool, join: Join = "mean"
+) -> EmbedderManifest:
+    """Another Embedder of the same model, of other views; without thresholds: those were of others.
 
     Raises:
         UserError: `source` is no Embedder, what it reads has no such views, or `out` exists.
@@ -168,10 +178,10 @@ def write_with_views(source: Path | str, out: Path | str, views: Sequence[str], 
     place, target = Folder.at(source), Folder.at(out)
     manifest, onnx = _read(place)
     told = manifest.model_dump(exclude={"calibration", "normalisation"})
+    told |= {"views": views, "join": join, "model_id": model_id(onnx, manifest.preprocessing, tuple(views), join)}
+    told["dimension"] = manifest.dimension // manifest.parts * joined(views, join)
     try:
-        made = EmbedderManifest.model_validate(
-            told | {"views": views, "model_id": model_id(onnx, manifest.preprocessing, tuple(views))}
-        )
+        made = EmbedderManifest.model_validate(told)
     except ValidationError as error:
         raise UserError(f"--views: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
     check_free(target, overwrite)
@@ -236,17 +246,16 @@ class Embedder:
         if not len(images_BCHW):
             return np.empty((0, self.manifest.dimension), np.float32), None
         starts = range(0, len(images_BCHW), self._batch_size)
-        parts = [self._mean(images_BCHW[start : start + self._batch_size], start) for start in starts]
+        parts = [self._joined(images_BCHW[start : start + self._batch_size], start) for start in starts]
         x_BD, *lengths = (np.concatenate(part) for part in zip(*parts, strict=True))
         return x_BD, lengths[0] if lengths else None
 
-    def _mean(self, images_BCHW: Pixels, start: int) -> list[NDArray[np.float32]]:
-        """Of one batch, which begins with sample `start`: the normalised means of the unit vectors over the views, and
-        the mean lengths before where the manifest says that they tell something."""
-        views = self.manifest.views or ("same",)
-        x_BD, lengths = np.zeros((len(images_BCHW), self.manifest.dimension), np.float32), []
-        for view in views:
-            view_BD, *further = self._run(seen(images_BCHW, view))
+    def _joined(self, images_BCHW: Pixels, start: int) -> list[NDArray[np.float32]]:
+        """Of one batch, which begins with sample `start`: unit vectors made of those of the views, and the mean lengths
+        before where the manifest says that they tell something."""
+        seen_VBD, lengths_VB = [], []
+        for view in self.manifest.views or ("same",):
+            view_BD, *lengths = self._run(seen(images_BCHW, view))
             norms_B = np.linalg.norm(view_BD, axis=1)
             wrong_B = ~(np.abs(norms_B - 1) <= NORM_TOLERANCE)  # written so that NaN is wrong
             if wrong_B.any():
@@ -255,16 +264,23 @@ class Embedder:
                     f"the model gave sample {start + first} a vector of length {norms_B[first]:.4g} instead of 1; "
                     "it has nothing to go by (one flat colour?): take another one"
                 )
-            x_BD += view_BD
-            lengths += further
-        told = [np.asarray(np.mean(lengths, axis=0), np.float32)] if lengths else []
-        if len(views) == 1:
-            return [x_BD, *told]
+            seen_VBD.append(view_BD)
+            lengths_VB += lengths
+        told = [np.asarray(np.mean(lengths_VB, axis=0), np.float32)] if lengths_VB else []
+        return [self._one(seen_VBD, start), *told]
+
+    def _one(self, seen_VBD: list[NDArray[np.float32]], start: int) -> NDArray[np.float32]:
+        """One unit vector of those of the views, as the manifest joins them."""
+        if len(seen_VBD) == 1:
+            return seen_VBD[0]
+        if self.manifest.parts > 1:
+            return np.concatenate(seen_VBD, axis=1) / np.float32(np.sqrt(len(seen_VBD)))
+        x_BD = np.sum(seen_VBD, axis=0)
         lengths_B1 = np.linalg.norm(x_BD, axis=1, keepdims=True)
         if (opposed_B := lengths_B1[:, 0] < _OPPOSED).any():
             first = start + int(np.flatnonzero(opposed_B)[0])
             raise UserError(f"the views of sample {first} have opposite vectors and no mean; take another sample")
-        return [np.asarray(x_BD / lengths_B1, np.float32), *told]
+        return np.asarray(x_BD / lengths_B1, np.float32)
 
     def _run(self, images_BCHW: Pixels) -> list[NDArray[np.float32]]:
         """Vectors, and their lengths before where the manifest says that they tell something."""
@@ -290,7 +306,7 @@ class Embedder:
         except RUNTIME_ERRORS as error:
             what = f"does not run on samples of shape {shape}, as its manifest says it should: {first_line(error)}"
             raise _spoilt(path, what) from error
-        if x_BD.shape != (2, dimension):
+        if x_BD.ndim != 2 or (len(x_BD), x_BD.shape[1] * self.manifest.parts) != (2, dimension):
             raise _spoilt(path, f"gives {x_BD.shape} for two samples, but its manifest names dimension {dimension}")
         if any(found.shape != (2,) for found in lengths):
             raise _spoilt(path, f"gives lengths of shape {lengths[0].shape} for two samples")

@@ -44,6 +44,7 @@ from trainer.onnx import open_session
 from trainer.run import RunNote
 from trainer.storage import Folder, written_here
 from trainer.tracking import Tracker
+from trainer.views import Join, joined
 from trainer.weights import DIGEST, WEIGHTS_FILE, Which, find
 
 _COMPARED = 16  # samples
@@ -78,6 +79,7 @@ def export_run(
     on_trouble: Callable[[str], None],
     which: Which = "trained",
     views: tuple[str, ...] = (),
+    join: Join = "mean",
 ) -> EmbedderManifest:
     """Export the newest checkpoint of a run, compare it with torch on the set's samples, and register it in MLflow.
 
@@ -86,7 +88,7 @@ def export_run(
         out: a folder or an address.
         data: a data set to take the samples from; None: the one that the run was trained on.
         which: the weights as they were trained, or their moving average.
-        views: over which an embedding is the mean (see `views.py`).
+        views, join: what an embedding is made of (see `views.py`).
         on_trouble: called with one sentence when MLflow cannot be used, and for a damaged checkpoint that is passed
             over.
 
@@ -102,11 +104,8 @@ def export_run(
     path = data or config.data.path
     manifest = Manifest.read(path, config.data.remote_cache)
     form = preprocessing(manifest, config.data)
-    if (backbone := _backbone(config, form, weights)) is None:
-        raise UserError(
-            f"the model in '{found.folder}' does not read the {manifest.holds} at '{shown(path)}'; "
-            "give a data set like the one that it was trained on"
-        )
+    backbone = build(config.backbone, *form.shape_CHW)
+    _load(backbone, weights, f"the model in '{found.folder}' does not read the {manifest.holds} at '{shown(path)}'")
     note = RunNote.read(config.run.out)
     provenance = _provenance(found, manifest.kind, note, which)
     model = embedder_of(config, found, backbone)
@@ -116,7 +115,16 @@ def export_run(
         # Behind a learned projection the length is another.
         norms = config.loss.name if config.loss.norm_tells and model is backbone else None
         written = export(
-            model, form, here, samples, provenance, overwrite=overwrite, weights=weights, views=views, norms=norms
+            model,
+            form,
+            here,
+            samples,
+            provenance,
+            overwrite=overwrite,
+            weights=weights,
+            norms=norms,
+            views=views,
+            join=join,
         )
         if register and note.mlflow_run_id:
             with contextlib.closing(Tracker(config.tracking, on_trouble, note.mlflow_run_id)) as tracker:
@@ -124,14 +132,11 @@ def export_run(
     return written
 
 
-def _backbone(config: Config, form: Form, weights: Mapping[str, torch.Tensor]) -> nn.Module | None:
-    """The network with its weights; None where they are of other shapes than what reads this form."""
-    backbone = build(config.backbone, *form.shape_CHW)
+def _load(backbone: nn.Module, weights: dict[str, torch.Tensor], otherwise: str) -> None:
     try:
         backbone.load_state_dict(weights)
-    except RuntimeError:  # with a list of all shapes
-        return None
-    return backbone
+    except RuntimeError as error:  # with a list of all shapes
+        raise UserError(f"{otherwise}; give a data set like the one that it was trained on") from error
 
 
 def _provenance(found: Checkpoint, data: str, note: RunNote, which: Which) -> dict[str, str]:
@@ -164,6 +169,7 @@ def export(
     weights: Mapping[str, torch.Tensor] | None = None,
     norms: str | None = None,
     views: tuple[str, ...] = (),
+    join: Join = "mean",
 ) -> EmbedderManifest:
     """Write the Embedder folder `out`, whole or not at all, after comparing ONNX Runtime with torch on real samples.
 
@@ -178,7 +184,7 @@ def export(
         weights: what `init.weights` of a later training reads; kept beside the ONNX file, which has them folded into
             each other, with their digest in the provenance.
         norms: the loss by which the length of the backbone's vectors tells an image's quality.
-        views: of the manifest.
+        views, join: of the manifest.
 
     Raises:
         UserError: `out` exists, the samples do not fit the form, or the backbone has no ONNX form.
@@ -192,10 +198,11 @@ def export(
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
             provenance = provenance | {DIGEST: hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()}
         manifest = EmbedderManifest(
-            model_id=model_id(onnx, form, views),
-            dimension=_check(onnx, model, form, images_BCHW.cpu()),
+            model_id=model_id(onnx, form, views, join),
+            dimension=_check(onnx, model, form, images_BCHW.cpu()) * joined(views, join),
             preprocessing=form,
             views=views,
+            join=join,
             provenance=provenance,
             norms=norms,
         )

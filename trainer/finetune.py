@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import Config
-from trainer.data.augment import to_float
+from trainer.data.augment import as_variant, to_float
 from trainer.data.manifest import Manifest
 from trainer.data.stream import Stream, training_split
 from trainer.distributed import Group, RowRange
@@ -47,13 +47,13 @@ class ClassMeans:
     """The mean embedding of each class: one pass over up to `init.samples` samples an identity, without augmentation.
 
     Whole batches of identities are dealt out to the ranks, so that a mean has the same samples, in the same order, on
-    any number of them. An identity with fewer samples repeats some; of quarter turns each is a class of its own.
+    any number of them. An identity with fewer samples repeats some; each variant of it is a class of its own.
     """
 
     def __init__(self, config: Config, manifest: Manifest, device: torch.device) -> None:
         split = training_split(manifest, config.data)
         self._device, self._bf16, self._group = device, config.engine.bf16, Group.current()
-        self._identities, self._turns = split.identities, 4 if config.augment.quarter_turns else 1
+        self._identities, self._augment = split.identities, config.augment
         self.each = min(config.init.samples, int(split.classes.counts().max()))
         self._together = min(max(1, _SAMPLES_A_STEP // self.each), self._identities)
         self._steps = -(-self._identities // self._together)
@@ -65,7 +65,7 @@ class ClassMeans:
     def __call__(self, backbone: nn.Module, *, unit: bool) -> Tensor:
         """[R, D], of embeddings divided by their length where `unit`. A collective: all-gathers of [P, D] a step."""
         group, training = self._group, backbone.training
-        rows = RowRange.of(self._turns * self._identities, group.rank, group.size)
+        rows = RowRange.of(self._augment.variants * self._identities, group.rank, group.size)
         means_RD: Tensor | None = None
         backbone.eval()
         for first in range(0, self._steps, group.size):
@@ -73,10 +73,10 @@ class ClassMeans:
             identity_B = (first + group.rank) * self._together + batch.rows_B // self.each
             batch = replace(batch, labels_B=torch.where(identity_B < self._identities, batch.labels_B, -1))
             images_BCHW = to_float(batch.images_BCHW.to(self._device))
-            for turn in range(self._turns):
-                turned_BCHW = torch.rot90(images_BCHW, turn, (2, 3)) if turn else images_BCHW
-                mean_PD, label_P = self._means(backbone, turned_BCHW, batch.labels_B.to(self._device), unit)
-                label_P = torch.where(label_P < 0, label_P, label_P + turn * self._identities)
+            for variant in range(self._augment.variants):
+                varied_BCHW = as_variant(images_BCHW, variant, self._augment) if variant else images_BCHW
+                mean_PD, label_P = self._means(backbone, varied_BCHW, batch.labels_B.to(self._device), unit)
+                label_P = torch.where(label_P < 0, label_P, label_P + variant * self._identities)
                 mean_PD, label_P = group.all_gather(mean_PD), group.all_gather(label_P)
                 own_P = (label_P >= rows.start) & (label_P < rows.stop)
                 if means_RD is None:

@@ -57,7 +57,11 @@ RULES = (
     ),
     Rule("engine.ema_decay engine.ema_evaluated", "warns", "the average of the weights is another, or begins anew"),
     Rule("backbone.*", "refused", "the stored weights are of another network"),
-    Rule("augment.quarter_turns", "refused", "each turn is a class of its own, so the centres are of other classes"),
+    Rule(
+        "augment.quarter_turns augment.mirrors",
+        "refused",
+        "each turn or mirror image is a class of its own, so the centres are of other classes",
+    ),
     Rule(
         "loss.name auxiliary.*.name loss.centres auxiliary.*.centres loss.learnable auxiliary.*.learnable "
         "loss.dimension auxiliary.*.dimension loss.frozen auxiliary.*.frozen",

@@ -117,15 +117,15 @@ class _Run:
         self.monitor = Monitor(config, manifest, group)
         together = data.batch_size // data.identities_per_batch if data.identities_per_batch else 1
         self.augment = Augment(config.augment, seed, split.identities, together)
-        turns = 4 if config.augment.quarter_turns else 1
-        self.classes = turns * split.identities
+        variants = config.augment.variants
+        self.classes = variants * split.identities
         self.class_digest, self.data_digest = split.class_digest, data_digest(split)
         PULSE.at("building the network")
         torch.manual_seed(config.run.torch_seed)
         backbone = build(config.backbone, *form.shape_CHW).to(device)
         self.engine = Engine(backbone, config, device)
         PULSE.at("making the class centres")
-        counts = torch.from_numpy(np.tile(split.classes.counts(), turns))
+        counts = torch.from_numpy(np.tile(split.classes.counts(), variants))
         self.objective = Objective(config, self.classes, counts, device)
         steps = config.run.epochs * self.stream.steps_per_epoch
         self.total_steps = min(steps, config.run.max_steps or steps)

@@ -1,4 +1,7 @@
-"""Views of a sample at test time: moved, mirrored, turned or zoomed versions, whose mean unit vector is the embedding.
+"""Views of a sample at test time: moved, mirrored, turned or zoomed versions, from whose unit vectors is made one.
+
+It is their mean; or they are laid one behind the other, for views that are other identities: a d that is mirrored is a
+b, and a network that tells them apart sees something else in each.
 
 A view is an affine map about the middle. Values between pixels are bilinear, those beyond an edge are the edge's.
 Axes: B samples, C channels, H and W pixels, N = H W of them.
@@ -8,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import cos, radians, sin
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +23,9 @@ from trainer.errors import UserError
 MOST_VIEWS = 32  # each takes as long as an embedding
 _ALLOWED = (
     "same, flip (left to right), left2 right2 up2 down2 (by pixels), turn5 turn-5 (by degrees, counter-clockwise), "
-    "zoom1.1 (larger, 0.5 to 2)"
+    "zoom1.1 (larger, 0.5 to 2), and several, as flip+turn90"
 )
+Join = Literal["mean", "concatenate"]
 _NAME = re.compile(r"([a-z]+)(-?\d{1,3}(?:\.\d{1,3})?)", re.ASCII)
 _Map = tuple[tuple[float, float, float], tuple[float, float, float]]
 
@@ -45,10 +49,18 @@ _KINDS = {
 }
 
 
-def _map_of(view: str) -> _Map:
-    if view in _PLAIN:
-        return _PLAIN[view]
-    found = _NAME.fullmatch(view)
+def _map_of(view: str) -> NDArray[np.float64]:
+    """[2, 3]; of `a+b`, that of the view b of the view a."""
+    whole_33: NDArray[np.float64] = np.eye(3)
+    for part in view.split("+"):
+        whole_33 = whole_33 @ np.vstack([_map_of_one(part, view), (0, 0, 1)])
+    return whole_33[:2]
+
+
+def _map_of_one(part: str, view: str) -> _Map:
+    if part in _PLAIN:
+        return _PLAIN[part]
+    found = _NAME.fullmatch(part)
     if found and (kind := _KINDS.get(found[1])) and kind.low <= float(found[2]) <= kind.high:
         return kind.map(float(found[2]))
     raise UserError(f"'{view}' is no view of a sample; allowed: {_ALLOWED}")
@@ -65,6 +77,11 @@ def checked(views: Sequence[str]) -> tuple[str, ...]:
     if len(views) > MOST_VIEWS or len(set(views)) < len(views):
         raise UserError(f"{len(views)} views, {len(set(views))} different ones; name each once, {MOST_VIEWS} at most")
     return tuple(views)
+
+
+def joined(views: Sequence[str], join: Join) -> int:
+    """How many of the model's vectors an embedding holds."""
+    return len(views) if views and join == "concatenate" else 1
 
 
 Views = Annotated[tuple[str, ...], AfterValidator(checked)]
@@ -90,7 +107,7 @@ def _corners(view: str, height: int, width: int) -> tuple[NDArray[np.int64], NDA
     """The four pixels that each of a view's lies between, and their weights: [4, N] each."""
     y_N, x_N = (side.ravel() for side in np.indices((height, width)))
     middle_2 = np.array([[(width - 1) / 2], [(height - 1) / 2]])
-    from_2N = np.array(_map_of(view)) @ np.stack([*(np.stack([x_N, y_N]) - middle_2), np.ones_like(x_N)]) + middle_2
+    from_2N = _map_of(view) @ np.stack([*(np.stack([x_N, y_N]) - middle_2), np.ones_like(x_N)]) + middle_2
     from_2N = np.clip(np.round(from_2N, 9), 0, 2 * middle_2)  # a quarter turn moves pixels onto pixels
     low_2N = np.floor(from_2N).astype(np.int64)
     (right_N, down_N), (x_N, y_N) = from_2N - low_2N, low_2N

@@ -33,6 +33,7 @@ Normalise = Annotated[
 TrainedOn = Annotated[Path | None, typer.Option(help="The training's data set, for overlaps; default: --data.")]
 Threads = Annotated[int, typer.Option(help="CPU threads of the model.")]
 Weights = Literal["trained", "ema"]
+Join = Literal["mean", "concatenate"]
 
 
 def train(
@@ -116,9 +117,8 @@ def export(
     register: Annotated[bool, typer.Option(help="Register it in MLflow with the alias champion.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     weights: Annotated[Weights, typer.Option(help="As they were trained, or their moving average.")] = "trained",
-    views: Annotated[
-        str, typer.Option(metavar="V,V,...", help="Embeddings are means over views, as `same,left2,right2,turn5`.")
-    ] = "",
+    views: Annotated[str, typer.Option(metavar="V,V,...", help="Made into an embedding: `same,left2,turn5`.")] = "",
+    join: Annotated[Join, typer.Option(help="Of the views: their mean, or one behind the other.")] = "mean",
 ) -> None:
     """Write the Embedder (ONNX and manifest) of a checkpoint, and check it against torch on real samples.
 
@@ -132,17 +132,19 @@ def export(
     if embedder is not None and run is None and to is not None:
         from trainer.embedder import write_with_views
 
-        manifest = write_with_views(embedder, to, wanted, overwrite)
+        manifest = write_with_views(embedder, to, wanted, overwrite, join)
     elif run is not None and embedder is None:
         from trainer.export import export_run
 
         to = to or run / "embedder"
         manifest = export_run(
-            run, to, data=data, overwrite=overwrite, register=register, on_trouble=warn, which=weights, views=wanted
-        )
+            *(run, to),
+            data=data, overwrite=overwrite, register=register, on_trouble=warn, which=weights, views=wanted, join=join,
+        )  # fmt: skip
     else:
         raise UserError("export takes --run FOLDER, or --embedder FOLDER with --out NEW")
-    seen = f", means over {', '.join(wanted)}" if wanted else ""
+    made = "means over" if join == "mean" else "one behind the other of"
+    seen = f", {made} {', '.join(wanted)}" if wanted else ""
     out.print(f"embedder {manifest.model_id}: {manifest.dimension} dimensions{seen}, in {Folder.at(to)}")
 
 

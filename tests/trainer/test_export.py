@@ -66,7 +66,8 @@ class Flat(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [("convnet", "L"), ("convnet", "RGB"), ("mobilefacenet", "L"), ("iresnet18", "L"), ("vit", "L")]
+    ("name", "mode"),
+    [("convnet", "L"), ("convnet", "RGB"), ("mobilefacenet", "L"), ("iresnet18", "L"), ("resnet14", "L"), ("vit", "L")],
 )
 def test_onnx_equals_torch_at_any_batch_size(
     name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -27,7 +27,8 @@ from trainer.weights import WEIGHTS_FILE, read_weights
 
 __all__ = ["data"]  # the fixture
 SOURCE = ("scaling.workers=1", "run.max_steps=3", "backbone.name=mlp", "engine.ema_decay=0.9")
-NEW = ("backbone.name=mlp", "run.max_steps=3", "augment.quarter_turns=true", "auxiliary=[center]", "init.samples=3")
+VARIANTS = ("augment.quarter_turns=true", "augment.mirrors=true")
+NEW = ("backbone.name=mlp", "run.max_steps=3", "auxiliary=[center]", "init.samples=3", *VARIANTS)
 
 
 def source(rank: int, data: Path, folder: Path) -> None:
@@ -72,10 +73,11 @@ def centres_are_means(others: Path, folder: Path) -> None:
     whole = settings.data.model_copy(update={"batch_size": 1})
     sums: dict[int, list[torch.Tensor]] = {}
     for batch in Stream(Manifest.read(others), "train", whole, shuffle=False).batches(0):
-        for turn in range(4):
+        for variant in range(8):
+            turned = torch.rot90(to_float(batch.images_BCHW), variant % 4, (2, 3))
             with torch.no_grad():
-                x_BD = backbone(torch.rot90(to_float(batch.images_BCHW), turn, (2, 3)))
-            sums.setdefault(int(batch.labels_B) + turn * run.stream.split.identities, []).append(x_BD[0])
+                x_BD = backbone(turned.flip(-1) if variant > 3 else turned)
+            sums.setdefault(int(batch.labels_B) + variant * run.stream.split.identities, []).append(x_BD[0])
     head, centre = (member.module for member in run.objective._members.values())
     for label, found in sums.items():
         mean = normalize(torch.stack([normalize(x_D, dim=0) for x_D in found]).mean(dim=0), dim=0)

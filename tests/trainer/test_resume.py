@@ -33,6 +33,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "engine.ema_decay": {"engine": {"ema_decay": 0.9}},
     "backbone.width": {"backbone": {"width": 32}},
     "augment.quarter_turns": {"augment": {"quarter_turns": True}},
+    "augment.mirrors": {"augment": {"mirrors": True}},
     "loss.name": {"loss": "cosface"},
     "auxiliary.0.name": {"auxiliary": ["center"]},
     "head.optimizer.state_dtype": {"head": {"optimizer": {"state_dtype": "int8"}}},

@@ -36,6 +36,9 @@ def plain(tmp_path_factory):
         ("turn90", lambda x: np.rot90(x, axes=(2, 3))),
         ("turn-90", lambda x: np.rot90(x, -1, axes=(2, 3))),
         ("turn180", lambda x: x[..., ::-1, ::-1]),
+        ("flip+turn90", lambda x: np.rot90(x[..., ::-1], axes=(2, 3))),
+        ("turn90+flip", lambda x: np.rot90(x, axes=(2, 3))[..., ::-1]),
+        ("left2+flip+up1", lambda x: shift(x, (0, 0, -1, -2), order=0, mode="nearest")[..., ::-1]),
     ],
 )
 def test_views_that_move_whole_pixels_are_exact(view, expected):
@@ -67,7 +70,8 @@ def test_values_between_pixels_are_those_of_scipy(view):
 
 @pytest.mark.parametrize(
     "views",
-    [["sideways"], ["left"], ["flip2"], ["zoom3"], ["zoom"], ["turn181"], ["left-1"], ["LEFT1"], [""], ["same", "same"],
+    [["sideways"], ["flip+"], ["+flip"], ["flip+sideways"],
+     ["left"], ["flip2"], ["zoom3"], ["zoom"], ["turn181"], ["left-1"], ["LEFT1"], [""], ["same", "same"],
      [f"turn{degrees}" for degrees in range(33)], ["left1\n"], ["left1e1"], ["turn٣"]],
 )  # fmt: skip
 def test_what_is_no_view_is_refused(views):
@@ -89,6 +93,31 @@ def test_vectors_are_the_normalised_means_over_views(plain, tmp_path):
     assert made.dimension == 32
 
 
+def test_views_of_other_identities_are_laid_one_behind_the_other(plain, tmp_path):
+    views = ("same", "turn90", "flip+turn90")
+    made = write_with_views(plain, tmp_path / "joined", views, overwrite=False, join="concatenate")
+    before, after = Embedder.open(plain), Embedder.open(tmp_path / "joined", batch_size=2)
+    samples = pictures(5)
+    parts = [before.embed(seen(samples, view)) for view in views]
+    np.testing.assert_allclose(after.embed(samples), np.hstack(parts) / np.sqrt(3), atol=1e-6)
+    assert made.dimension == after.embed(samples).shape[1] == 3 * 32
+    assert after.embed(samples[:0]).shape == (0, 3 * 32)
+    means = write_with_views(tmp_path / "joined", tmp_path / "mean", views, overwrite=False)
+    alone = write_with_views(tmp_path / "joined", tmp_path / "alone", (), overwrite=False, join="concatenate")
+    assert (means.dimension, alone.dimension, alone.model_id) == (32, 32, before.model_id)
+    assert len({made.model_id, means.model_id, before.model_id}) == 3
+    path = tmp_path / "joined/manifest.json"
+    told = json.loads(path.read_text())
+    for change, words in (
+        ({"join": "mean"}, "was changed after export"),
+        ({"dimension": 32}, "names dimension 32"),
+        ({"join": "sum"}, "is not an embedder's manifest"),
+    ):
+        path.write_text(json.dumps(told | change))
+        with pytest.raises(UserError, match=words):
+            Embedder.open(tmp_path / "joined")
+
+
 def test_views_that_the_manifest_did_not_have_are_noticed(plain, tmp_path):
     """Vectors of other views are those of another model."""
     write_with_views(plain, tmp_path / "mean", ("same", "flip"), overwrite=False)
@@ -104,7 +133,7 @@ def test_manifests_without_views_are_read_as_before(plain, tmp_path):
     shutil.copytree(plain, tmp_path / "old")
     path = tmp_path / "old/manifest.json"
     told = json.loads(path.read_text())
-    del told["views"]
+    del told["views"], told["join"]
     path.write_text(json.dumps(told))
     old, new = Embedder.open(tmp_path / "old"), Embedder.open(plain)
     assert old.model_id == new.model_id
@@ -135,5 +164,9 @@ def test_the_command_writes_another_embedder(plain, tmp_path):
     again = CliRunner().invoke(app, call)
     assert isinstance(again.exception, UserError)
     assert "is an embedder already" in str(again.exception)
+    joined = CliRunner().invoke(app, [*call, "--overwrite", "--join", "concatenate"])
+    assert joined.exit_code == 0, joined.output
+    assert "96 dimensions, one behind the other of same, left1, right1" in joined.output.replace("\n", " ")
+    assert Embedder.open(out).manifest.join == "concatenate"
     alone = CliRunner().invoke(app, ["export", "--embedder", str(plain), "--views", "flip"])
     assert "--out NEW" in str(alone.exception)

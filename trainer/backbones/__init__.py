@@ -5,11 +5,20 @@ from typing import Any
 
 from torch import nn
 
-from trainer.backbones.networks import MLP, UNITS, ConvNet, IResNet, MobileFaceNet, VisionTransformer
+from trainer.backbones.networks import (
+    MLP,
+    SMALL_UNITS,
+    UNITS,
+    ConvNet,
+    IResNet,
+    MobileFaceNet,
+    ResNet,
+    VisionTransformer,
+)
 from trainer.config import BackboneConfig
 from trainer.errors import UserError
 
-NAMES = ("convnet", *UNITS, "mobilefacenet", "vit", "mlp", "timm:<name>")
+NAMES = ("convnet", *SMALL_UNITS, *UNITS, "mobilefacenet", "vit", "mlp", "timm:<name>")
 
 
 def build(config: BackboneConfig, channels: int, height: int, width: int) -> nn.Module:
@@ -37,6 +46,8 @@ def build(config: BackboneConfig, channels: int, height: int, width: int) -> nn.
             return MobileFaceNet(channels, height, width, D, dropout)
         case "vit":
             return VisionTransformer(channels, height, width, D, dropout)
+        case name if name in SMALL_UNITS:
+            return ResNet(SMALL_UNITS[name], channels, height, width, dimension=D, first=config.width, dropout=dropout)
         case name if name in UNITS:
             return IResNet(UNITS[name], channels, height, width, dimension=D, dropout=dropout)
         case name if name.startswith("timm:"):

@@ -1,4 +1,4 @@
-"""The networks: a small convolutional one, IResNet, MobileFaceNet, a vision transformer, and one for vectors.
+"""The networks: small ones (convolutional, residual), IResNet, MobileFaceNet, a vision transformer, one for vectors.
 
 All take float images_BCHW and end in a linear layer, in the convolutional ones over all positions, so that the place of
 a feature counts. A spectrogram is an image of one channel. Sides of feature maps are rounded up where a stride divides
@@ -79,6 +79,62 @@ class ChannelsLast(nn.Conv2d):
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         weight = self.weight.to(memory_format=torch.channels_last)
         return F.conv2d(x_BCHW, weight, None, self.stride, self.padding)
+
+
+SMALL_UNITS = {"resnet14": 2, "resnet20": 3}
+
+
+class ResNet(nn.Module):
+    """The residual network for small images (He et al. 2016, arXiv 1512.03385, section 4.2), cheaper and wider.
+
+    Three stages of units conv-BN-ReLU-conv-BN, plus a shortcut, then ReLU. Already the first stage halves the
+    resolution (28 -> 14 -> 7 -> 4), and the output is dropout-FC-BN over all positions instead of an average. ReLU's
+    backward takes a twentieth of the time that PReLU's does on a CPU.
+
+    Args:
+        units: residual units of each stage.
+        first: channels of the first stage; the later ones have 2 and 4 times as many.
+    """
+
+    def __init__(
+        self, units: int, channels: int, height: int, width: int, *, dimension: int, first: int, dropout: float
+    ) -> None:
+        super().__init__()
+        inputs = first
+        self.stem = nn.Sequential(*convolution(channels, inputs, 3), nn.ReLU(inplace=True))
+        stages: list[nn.Module] = []
+        for times in (1, 2, 4):
+            for unit in range(units):
+                stages.append(PlainUnit(inputs, first * times, 1 if unit else 2))
+                inputs = first * times
+            height, width = -(-height // 2), -(-width // 2)
+        self.stages = nn.Sequential(*stages)
+        self.output = nn.Sequential(
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(inputs * height * width, dimension, bias=False),
+            nn.BatchNorm1d(dimension),
+        )
+        start(self, "fan_out")
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        x_BD: torch.Tensor = self.output(self.stages(self.stem(images_BCHW)))
+        return x_BD
+
+
+class PlainUnit(nn.Module):
+    """y = ReLU(shortcut(x) + BN(conv(ReLU(BN(conv(x)))))); the shortcut is a 1x1 convolution and BN at a new shape."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        first, second = convolution(inputs, outputs, 3, stride), convolution(outputs, outputs, 3)
+        self.residual = nn.Sequential(*first, nn.ReLU(inplace=True), *second)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(*convolution(inputs, outputs, 1, stride))
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return F.relu_(self.shortcut(x_BCHW) + self.residual(x_BCHW))
 
 
 UNITS = {"iresnet18": (2, 2, 2, 2), "iresnet34": (3, 4, 6, 3), "iresnet50": (3, 4, 14, 3), "iresnet100": (3, 13, 30, 3)}

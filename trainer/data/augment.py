@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from trainer.data.arrays import ArrayForm, Form
+from trainer.data.deform import CONTROL, bend, widen
 from trainer.data.degrade import INTERPOLATIONS, blur, colour_matrices, jpeg, low_resolution
 from trainer.data.stream import PADDING, Batch
 from trainer.errors import UserError
 from trainer.strict import Strict
 
-# One column of uniform numbers in [0, 1) a sample for each of these, in two tables with generators of their own: what a
-# seed draws for one does not move when the other gets longer.
+# One column of uniform numbers in [0, 1) a sample for each of these, in tables with generators of their own: what a
+# seed draws for one does not move when another gets longer.
 _TABLES = {
     0xA06: (
         "rotate", "scale", "shear", "translate_x", "translate_y", "flip", "turn", "brightness", "contrast",
@@ -33,7 +34,9 @@ _TABLES = {
         "saturation", "hue", "greyscale", "blur", "blur_sigma", "low_resolution", "share", "down", "up",
         "jpeg", "jpeg_quality", "crop", "crop_area", "crop_ratio", "crop_x", "crop_y",
     ),
+    0xA08: ("mirror", "stroke"),
 }  # fmt: skip
+_BENDS = 0xA09  # a table of 2 x K x K columns
 _ERASED_AREA = (0.02, 0.25)  # share of the image
 _ERASED_RATIO = (0.3, 1 / 0.3)  # height : width
 _KEPT_AREA = (0.2, 1.0)  # of a crop, as AdaFace has it, and its ratio
@@ -53,6 +56,12 @@ class AugmentConfig(Strict):
     scale: float = Field(0.0, ge=0, lt=1, description="zoom in 1 +- this")
     shear_degrees: float = Field(0.0, ge=0, le=60)
     translate: float = Field(0.0, ge=0, le=0.5, description="share of the image's side")
+    elastic: float = Field(
+        0.0, ge=0, le=0.5, description="smooth bending: 4 x 4 points are shifted by up to this share of the side"
+    )
+    stroke: float = Field(
+        0.0, ge=0, le=1, description="dark strokes up to this share of a pixel wider or finer on each side"
+    )
     flip: bool = Field(False, description="mirror half of the images (faces: true; characters: false)")
     erase: float = Field(0.0, ge=0, le=1, description="probability of erasing a random rectangle")
     crop: float = Field(0.0, ge=0, le=1, description="probability of keeping a random rectangle; the rest turns black")
@@ -70,6 +79,19 @@ class AugmentConfig(Strict):
     quarter_turns: bool = Field(
         False, description="each of the 4 quarter turns of an identity is an identity of its own: 4 x the classes"
     )
+    mirrors: bool = Field(
+        False, description="the mirror image of an identity is an identity of its own: 2 x the classes"
+    )
+
+    @property
+    def turns(self) -> int:
+        """In how many directions an identity is one of its own."""
+        return 4 if self.quarter_turns else 1
+
+    @property
+    def variants(self) -> int:
+        """Classes that the head has for each identity."""
+        return self.turns * (2 if self.mirrors else 1)
 
 
 def check_augment(config: AugmentConfig, form: Form) -> None:
@@ -92,17 +114,17 @@ def to_float(images_BCHW: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Augment:
-    """Changes as `config` says, in this order: turned, moved (one resampling), coloured, degraded, partly hidden,
-    lightened.
+    """Changes as `config` says, in this order: turned and mirrored, moved (one resampling), strokes widened, coloured,
+    degraded, partly hidden, lightened.
 
     Areas moved in from outside repeat the border's pixels, so that white paper stays white.
 
     Attributes:
         seed: of the run.
-        classes: of the data set. With `quarter_turns` an image turned by t x 90 degrees has label + t x classes: the
-            head then has 4 x classes.
-        together: rows of the global batch that take the same quarter turn: K of P x K batches, so that the K samples
-            of an identity stay samples of one.
+        classes: of the data set. With `quarter_turns` an image turned by t x 90 degrees has label + t x classes; with
+            `mirrors` a mirrored one has that of the other, plus half of all the head's classes.
+        together: rows of the global batch that take the same turn and mirroring: K of P x K batches, so that the K
+            samples of an identity stay samples of one.
     """
 
     config: AugmentConfig
@@ -124,34 +146,53 @@ class Augment:
         if batch.images_BCHW.is_floating_point():
             return batch.images_BCHW, batch.labels_B
         draws = self._draw(batch, epoch, step, global_batch)
-        images_BCHW, labels_B = batch.images_BCHW, batch.labels_B
-        if self.config.quarter_turns:
-            turns_B = (draws["turn"] * 4).long().clamp_(max=3)
-            images_BCHW = _quarter_turned(images_BCHW, turns_B)
-            shift_B = turns_B.to(labels_B.device, non_blocking=True) * self.classes
-            labels_B = torch.where(labels_B == PADDING, labels_B, labels_B + shift_B)
+        images_BCHW, labels_B = self._varied(batch, draws)
         images_BCHW = self._move(to_float(images_BCHW), draws)
+        if self.config.stroke:
+            share_B = _symmetric(draws["stroke"]) * self.config.stroke
+            images_BCHW = widen(images_BCHW, share_B.to(images_BCHW.device, non_blocking=True))
         images_BCHW = self._colour(images_BCHW, draws)
         images_BCHW = self._degrade(images_BCHW, draws)
         images_BCHW = self._hide(images_BCHW, draws)
         return self._shade(images_BCHW, draws), labels_B
 
+    def _varied(self, batch: Batch, draws: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images turned and mirrored into identities of their own, and the labels of these."""
+        images_BCHW, labels_B, config = batch.images_BCHW, batch.labels_B, self.config
+        if config.variants == 1:
+            return images_BCHW, labels_B
+        variant_B = (draws["turn"] * config.turns).long().clamp_(max=config.turns - 1)
+        if config.mirrors:
+            variant_B += (draws["mirror"] < 0.5) * config.turns
+        varied_BCHW = images_BCHW.clone()
+        for variant in range(1, config.variants):
+            chosen_b = _places(variant_B == variant, images_BCHW)
+            varied_BCHW[chosen_b] = as_variant(images_BCHW[chosen_b], variant, config)
+        shift_B = variant_B.to(labels_B.device, non_blocking=True) * self.classes
+        return varied_BCHW, torch.where(labels_B == PADDING, labels_B, labels_B + shift_B)
+
     def _draw(self, batch: Batch, epoch: int, step: int, global_batch: int) -> dict[str, torch.Tensor]:
         """Uniform numbers in [0, 1) by name, on the CPU."""
         draws: dict[str, torch.Tensor] = {}
         rows_B = batch.rows_B.cpu()
-        for key, names in _TABLES.items():
+
+        def uniform(key: int, columns: int) -> torch.Tensor:
             random = np.random.default_rng([self.seed, epoch, step, key])
-            table_GN = torch.from_numpy(random.random((global_batch, len(names)), dtype=np.float32))
+            return torch.from_numpy(random.random((global_batch, columns), dtype=np.float32))
+
+        for key, names in _TABLES.items():
+            table_GN = uniform(key, len(names))
             draws |= zip(names, table_GN[rows_B].unbind(1), strict=True)
-            if "turn" in names:
-                draws["turn"] = table_GN[rows_B // self.together * self.together, names.index("turn")]
+            for name in {"turn", "mirror"}.intersection(names):
+                draws[name] = table_GN[rows_B // self.together * self.together, names.index(name)]
+        if self.config.elastic:
+            draws["bend"] = uniform(_BENDS, 2 * CONTROL**2)[rows_B]
         return draws
 
     def _move(self, images_BCHW: torch.Tensor, draws: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Rotation, zoom, shear, shift and mirroring in one bilinear resampling."""
+        """Rotation, zoom, shear, shift, bending and mirroring in one bilinear resampling."""
         config = self.config
-        moves = (config.rotate_degrees, config.scale, config.shear_degrees, config.translate)
+        moves = (config.rotate_degrees, config.scale, config.shear_degrees, config.translate, config.elastic)
         if not any(moves):
             if config.flip:
                 mirrored_b = _places(draws["flip"] < 0.5, images_BCHW)
@@ -160,6 +201,9 @@ class Augment:
         height, width = images_BCHW.shape[-2:]
         theta_B23 = self._matrices(draws, width / height).to(images_BCHW.device, non_blocking=True)
         grid_BHW2 = F.affine_grid(theta_B23, list(images_BCHW.shape), align_corners=False)
+        if config.elastic:
+            shift_BN = 2 * config.elastic * _symmetric(draws["bend"])  # the image is 2 units wide
+            grid_BHW2 = grid_BHW2 + bend(shift_BN.to(images_BCHW.device, non_blocking=True), height, width)
         return F.grid_sample(images_BCHW, grid_BHW2, mode="bilinear", padding_mode="border", align_corners=False)
 
     def _matrices(self, draws: dict[str, torch.Tensor], aspect: float) -> torch.Tensor:
@@ -273,15 +317,17 @@ def _interval(length_B: torch.Tensor, place_B: torch.Tensor, side: int) -> torch
     return (pixels >= start_B[:, None]) & (pixels < (start_B + length_B)[:, None])
 
 
-def _quarter_turned(images_BCHW: torch.Tensor, turns_B: torch.Tensor) -> torch.Tensor:
+def as_variant(images_BCHW: torch.Tensor, variant: int, config: AugmentConfig) -> torch.Tensor:
+    """What images of an identity become for its head's class `variant`, of `config.variants`: turned, then mirrored.
+
+    Raises:
+        UserError: quarter turns of images that are not square.
+    """
     height, width = images_BCHW.shape[-2:]
-    if height != width:
+    if config.quarter_turns and height != width:
         raise UserError(
             f"augment.quarter_turns needs square images, but data.height is {height} and data.width {width}; "
             "make them equal, or switch it off"
         )
-    turned_BCHW = images_BCHW.clone()
-    for turns in (1, 2, 3):
-        chosen_b = _places(turns_B == turns, images_BCHW)
-        turned_BCHW[chosen_b] = torch.rot90(images_BCHW[chosen_b], turns, (2, 3))
-    return turned_BCHW
+    turned_BCHW = torch.rot90(images_BCHW, variant % config.turns, (2, 3))
+    return turned_BCHW.flip(-1) if variant >= config.turns else turned_BCHW

@@ -11,7 +11,7 @@ from trainer.backbones import build, networks
 from trainer.config import BackboneConfig
 from trainer.errors import UserError
 
-SMALL = ("convnet", "iresnet18", "mobilefacenet", "vit", "mlp")
+SMALL = ("convnet", "resnet14", "iresnet18", "mobilefacenet", "vit", "mlp")
 
 
 def small(name: str, channels: int = 1, height: int = 28, width: int = 28, dimension: int = 32) -> nn.Module:
@@ -46,6 +46,15 @@ def test_parameter_count_at_112_pixels_is_the_published_one(name: str, dimension
         backbone = build(BackboneConfig(name=name, dimension=dimension), 3, 112, 112)
     count = sum(parameter.numel() for parameter in backbone.parameters())
     assert count / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+@pytest.mark.parametrize(("name", "count"), [("resnet14", 170_640), ("resnet20", 267_408)])
+def test_the_small_residual_networks_have_the_convolutions_of_their_paper(name: str, count: int) -> None:
+    """He et al. 2016, table 6, by hand: 16, 32 and 64 channels, n units a stage. We add a shortcut."""
+    backbone = small(name)
+    convolutions = [module.weight for module in backbone.modules() if isinstance(module, nn.Conv2d)]
+    assert sum(weight.numel() for weight in convolutions if weight.shape[-1] == 3) == count
+    assert sum(weight.numel() for weight in convolutions if weight.shape[-1] == 1) == 16 * 16 + 16 * 32 + 32 * 64
 
 
 @pytest.mark.parametrize("name", ["iresnet34", "iresnet50", "iresnet100"])

@@ -13,7 +13,7 @@ from trainer.config import BackboneConfig
 from trainer.distributed import Group
 
 SIZE = 12
-NETWORKS = ("convnet", "iresnet18", "mobilefacenet", "vit", "mlp")
+NETWORKS = ("convnet", "resnet14", "iresnet18", "mobilefacenet", "vit", "mlp")
 
 
 def places(norm_group: int, group: Group | None = None) -> Places:

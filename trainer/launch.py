@@ -208,6 +208,10 @@ def _worker(settings: dict[str, Any]) -> None:
             # Sent again where the node was cut off for a while; MLflow's sender drops what comes twice.
             board.put.options(max_task_retries=-1).remote(asdict(record))
 
+    def untold() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = ray.get(board.untold.options(max_task_retries=-1).remote())
+        return found
+
     wishes, local_rank = Wishes(), context.get_local_rank()
     try:
         with heartbeat(board, wishes) as again:
@@ -216,7 +220,7 @@ def _worker(settings: dict[str, Any]) -> None:
                 return
             with sole_writer(Folder.at(config.run.out), settings["token"], Group.current()):
                 resume = again or settings["resume"]
-                run(config, resume=resume, report=report, local_rank=local_rank, wishes=wishes)
+                run(config, resume=resume, report=report, local_rank=local_rank, wishes=wishes, untold=untold)
     except UserError as error:
         ray.get(board.put.remote(asdict(Record(kind="error", text=str(error)))))
         raise

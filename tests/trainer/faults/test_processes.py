@@ -16,7 +16,10 @@ from mlflow import MlflowClient
 from tests.trainer.faults.command import LONG, STEPS, Command
 from trainer.run import RunNote
 
-pytestmark = [pytest.mark.timeout(3600 if LONG else 1500)]
+pytestmark = [
+    pytest.mark.timeout(3600 if LONG else 1500),
+    pytest.mark.filterwarnings("default"),  # MLflow's own
+]
 TIMES = 10 if LONG else 1
 STALL_S = 40  # longer than a start is silent on a busy machine
 EVERY = 3  # steps between checkpoints, so that many faults fall into the writing of one

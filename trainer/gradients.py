@@ -23,7 +23,7 @@ class Gradients:
         # Laid out as the parameters are, so that the optimizer walks over both alike.
         self._views = [
             part.as_strided(one.shape, one.stride())
-            for part, one in zip(self._flat.split(sizes), self._parameters, strict=True)
+            for part, one in zip(torch.split(self._flat, sizes), self._parameters, strict=True)
         ]
 
     @torch.no_grad()

@@ -116,7 +116,7 @@ class _Run:
         device: torch.device,
         report: Callable[[Record], None],
         wishes: Wishes,
-        untold: Callable[[], list[dict[str, Any]]],
+        untold: Callable[[], list[dict[str, Any]]] = list,
     ) -> None:
         self.config, self.device, self.report, self.wishes, self.untold = config, device, report, wishes, untold
         self.checkpoints = Folder.at(config.run.out) / CHECKPOINTS

@@ -103,8 +103,10 @@ class Program:
         for one in self._ends:
             one.shutdown(socket.SHUT_WR)  # no more tasks
         self._running.wait()
-        for end in (self._running.stdin, *self._ends):
-            end.close()
+        assert self._running.stdin is not None
+        self._running.stdin.close()
+        for one in self._ends:
+            one.close()
         self._running = None
 
 

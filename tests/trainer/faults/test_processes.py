@@ -28,7 +28,7 @@ COMMON = (
     "schedule.kind=constant",
     f"run.checkpoint_every={EVERY}",
     f"scaling.stall_s={STALL_S}",
-    f"scaling.max_failures={3 + TIMES}",  # in all alike: with another config, steps that are done again are news to MLflow
+    f"scaling.max_failures={3 + TIMES}",  # with another config, steps done again are news to MLflow
 )
 Start = Callable[..., Command]
 

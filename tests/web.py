@@ -23,7 +23,8 @@ class Web:
         latency: seconds before each answer.
         rate: bytes a second of each connection; None: as fast as it goes.
         faults: how many answers of a file are spoilt, by its name, in the way `fault` says: "cut" ends in the middle,
-            "busy" is a 503, "silent" closes without a word, "hang" does so after 3 s, "flip" changes its middle byte.
+            "busy" is a 503, "silent" closes without a word, "hang" does so after 3 s, "flip" changes its middle byte,
+            "trickle" sends twenty bytes a second, for ten seconds.
         password: "user:password" that is asked for.
         token: that the query has to carry.
         ranges: False: answers whole files always.
@@ -119,6 +120,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if fault == "flip":
             body[len(body) // 2] ^= 1
+        if fault == "trickle":
+            self.close_connection = True
+            for byte in body[:200]:
+                time.sleep(0.05)
+                self._write(name, bytes([byte]))
+            return
         if fault == "cut":
             body = body[: len(body) // 2]
             self.close_connection = True

@@ -1,11 +1,14 @@
 """Where the ranks leave what they have to say, and the launching process picks it up: an actor of few imports."""
 
+import math
 import time
 from typing import Any
 
 import ray
 
 from trainer.watchdog import Beat, Watchdog
+
+_MEASURED = ("step", "metrics", "back")  # kinds of records that go to MLflow
 
 
 class Board:
@@ -17,6 +20,7 @@ class Board:
 
     def __init__(self, stall_s: float) -> None:
         self._records: list[dict[str, Any]] = []
+        self._taken: list[dict[str, Any]] = []  # by the last call, and perhaps not noted yet
         self._watchdog = Watchdog(stall_s, time.monotonic)
         self._workers: dict[int, Any] = {}
         self._stop, self._heard = False, time.monotonic()
@@ -34,8 +38,14 @@ class Board:
             self.put({"kind": "note", "text": sentence})
             for rank in ranks:
                 ray.kill(self._workers[rank])
-        records, self._records = self._records, []
-        return records, time.monotonic() - self._heard
+        self._taken, self._records = self._records, []
+        return self._taken, time.monotonic() - self._heard
+
+    def untold(self) -> list[dict[str, Any]]:
+        """What was measured, as far as it may be lost if the launching process dies now: it notes what it has taken
+        before it takes more."""
+        found = [record for record in (*self._taken, *self._records) if record["kind"] in _MEASURED]
+        return [one | {"values": {k: v for k, v in one["values"].items() if math.isfinite(v)}} for one in found]
 
     def join(self, beat: Beat, worker: Any) -> bool:
         """The first word of a rank; `worker` is its actor. Whether there was a group before its."""

@@ -71,11 +71,11 @@ class Group:
         return out
 
     @collective
-    def all_reduce(self, values: Tensor) -> Tensor:
-        """The sum over the ranks, in a new tensor. No gradient."""
+    def all_reduce(self, values: Tensor, *, in_place: bool = False) -> Tensor:
+        """The sum over the ranks, in a new tensor or in place. No gradient."""
         if self.size == 1:
             return values
-        out = values.clone(memory_format=torch.contiguous_format)
+        out = values if in_place else values.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(out, group=self.handle)
         self.traffic.count(2 * (self.size - 1) / self.size * values.nbytes)
         return out

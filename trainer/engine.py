@@ -1,7 +1,7 @@
 """DeepSpeed around the backbone: the only door to it.
 
-The engine averages the backbone's gradients over the ranks, clips them and steps its optimizer. The head's centres stay
-outside: its parameters are never given to the engine, so neither the average nor the clipping touches them.
+The backbone's gradients are averaged over the ranks (by DeepSpeed where ZeRO partitions them), clipped and stepped. The
+head's centres stay outside: its parameters are never given to the engine, so neither average nor clipping touches them.
 
 The state is read and written as full fp32 tensors by parameter name, never as DeepSpeed's own files: those are pickles,
 and refuse another number of ranks.
@@ -25,6 +25,7 @@ from trainer.backbones.places import Layout, Places, place
 from trainer.config import Config, OptimizerConfig
 from trainer.distributed import Group, average_buffers
 from trainer.errors import UserError
+from trainer.gradients import Gradients
 from trainer.head.head import mixed_seed
 
 # Optimizer states of a parameter that have its shape, by torch's names.
@@ -71,6 +72,8 @@ class Engine:
         self._engine = _initialize(module, config, device)
         if config.backbone.channels_last and not self._partitioned:  # ZeRO lays weights out itself, one behind another
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._gradients = None if self._partitioned else Gradients(module.parameters(), self._group)
+        self._engine.enable_backward_allreduce = self._partitioned
         self._create_moments()
         self._average = Average(module, config.engine.ema_decay) if config.engine.ema_decay else None
         self._held: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -109,6 +112,11 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """Back-propagate; the backbone's gradients are averaged over the ranks, the head's are left alone."""
         self._places.observes = False  # what goes through the backbone from here on has done so before
+        self._backward(loss)
+        if self._gradients is not None:
+            self._gradients.average()
+
+    def _backward(self, loss: torch.Tensor) -> None:
         if self._held is None:
             self._engine.backward(loss)
             return

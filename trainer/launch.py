@@ -49,6 +49,8 @@ _ENVIRONMENT = {  # the processes of a cluster started here inherit it
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker is noticed so soon
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    # Ray knows after 15 s or so that a node is gone; a group that counted on it is given up then, not after a minute.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "RAY_worker_niceness": "0",  # 15 by default: any other program, Ray's own too, would go before a rank
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray's next release does by itself
     # glibc gives large blocks back to the system and faults them in again in every step, a third of a CPU step's time.
@@ -206,6 +208,10 @@ def _worker(settings: dict[str, Any]) -> None:
             # Sent again where the node was cut off for a while; MLflow's sender drops what comes twice.
             board.put.options(max_task_retries=-1).remote(asdict(record))
 
+    def untold() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = ray.get(board.untold.options(max_task_retries=-1).remote())
+        return found
+
     wishes, local_rank = Wishes(), context.get_local_rank()
     try:
         with heartbeat(board, wishes) as again:
@@ -214,7 +220,7 @@ def _worker(settings: dict[str, Any]) -> None:
                 return
             with sole_writer(Folder.at(config.run.out), settings["token"], Group.current()):
                 resume = again or settings["resume"]
-                run(config, resume=resume, report=report, local_rank=local_rank, wishes=wishes)
+                run(config, resume=resume, report=report, local_rank=local_rank, wishes=wishes, untold=untold)
     except UserError as error:
         ray.get(board.put.remote(asdict(Record(kind="error", text=str(error)))))
         raise

@@ -36,7 +36,8 @@ class Sender:
         self._made: Any = None
         self.found = False  # whether this process knows that its run exists
         self._last: dict[str, int] = {}  # step of each number that was sent or is there
-        self._news_after: float | None = None  # for a run that goes on: numbers of later steps are sent in any case
+        # For a run that another process began: numbers of later steps are sent in any case.
+        self._news_after: float | None = math.inf if outbox.state.run_id else None
         self._senders: dict[str, Callable[[Entry], None]] = {
             "run": self._run, "params": self._params, "text": self._text, "artifact": self._artifact,
             "register": self._register, "status": self._status, "back": self._back,
@@ -99,9 +100,9 @@ class Sender:
 
     def _run(self, entry: Entry) -> None:
         known = "" if entry["run_id"] is None else entry["run_id"] or self._run_id
+        self._last, self._news_after = {}, math.inf
         if known and self._is_active(known):
             self._client.update_run(known, status="RUNNING")
-            self._news_after = math.inf
         else:
             experiment = _experiment(self._client, self._uri, self._experiment)
             made = self._client.search_runs([experiment], f"tags.`{_KEY}` = '{entry['key']}'", max_results=1)
@@ -110,6 +111,7 @@ class Sender:
                 experiment, start_time=entry["time_ms"], run_name=entry["name"], tags=tags
             )  # fmt: skip
             known = run.info.run_id
+            self._news_after = None
         self._outbox.note(run_id=known)
         if self._on_run is not None:
             self._on_run(known)

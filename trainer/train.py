@@ -7,12 +7,11 @@ and the step. A resumed run therefore needs no generator's state, and gives the 
 """
 
 import math
-import resource
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from trainer.distributed import Group, average_buffers, sum_not_mean
 from trainer.divergence import RECORD, Divergence
 from trainer.engine import Engine
 from trainer.errors import Diverged, UserError
+from trainer.meter import Meter
 from trainer.monitor import Monitor
 from trainer.objective import Objective
 from trainer.pulse import PULSE, Wishes
@@ -57,6 +57,7 @@ def run(
     report: Callable[[Record], None],
     local_rank: int = 0,
     wishes: Wishes | None = None,
+    untold: Callable[[], list[dict[str, Any]]] = list,
 ) -> None:
     """Train from the config's first step, or from the newest checkpoint, to the last; the process group is up.
 
@@ -66,6 +67,8 @@ def run(
         report: takes records; called on every rank, so that a caller may listen to rank 0 only.
         local_rank: which GPU of this machine is this rank's.
         wishes: what is to be done beside training, looked at every few steps.
+        untold: which records may get lost, as trees; called on rank 0. They lie in the next checkpoint, and are
+            reported again by who goes on from it.
 
     Raises:
         UserError: data, config and checkpoint do not fit together, a sample is bad, or memory runs out.
@@ -77,15 +80,20 @@ def run(
     else:
         torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     with memory.told(config):
-        while _goes_back(config, resume, device, report, wishes or Wishes()):
+        while _goes_back(config, resume, device, report, wishes or Wishes(), untold):
             resume = True
 
 
 def _goes_back(
-    config: Config, resume: bool, device: torch.device, report: Callable[[Record], None], wishes: Wishes
+    config: Config,
+    resume: bool,
+    device: torch.device,
+    report: Callable[[Record], None],
+    wishes: Wishes,
+    untold: Callable[[], list[dict[str, Any]]],
 ) -> bool:
     """Train to the end; true if the run diverged, and is to go on from its newest checkpoint with a lower rate."""
-    trainer = _Run(config, resume, device, report, wishes)
+    trainer = _Run(config, resume, device, report, wishes, untold)
     try:
         if resume:
             trainer.resume()
@@ -102,9 +110,15 @@ class _Run:
     """The objects of one run on one rank."""
 
     def __init__(
-        self, config: Config, resume: bool, device: torch.device, report: Callable[[Record], None], wishes: Wishes
+        self,
+        config: Config,
+        resume: bool,
+        device: torch.device,
+        report: Callable[[Record], None],
+        wishes: Wishes,
+        untold: Callable[[], list[dict[str, Any]]] = list,
     ) -> None:
-        self.config, self.device, self.report, self.wishes = config, device, report, wishes
+        self.config, self.device, self.report, self.wishes, self.untold = config, device, report, wishes, untold
         self.checkpoints = Folder.at(config.run.out) / CHECKPOINTS
         PULSE.at("reading the data set")
         data, seed, self.group = config.data, config.run.seed, (group := Group.current())
@@ -139,7 +153,7 @@ class _Run:
         """Every step that is left, with evaluations and checkpoints where the config wants them."""
         config = self.config
         self.report(Record("start", self.step, self.total_steps))
-        meter = _Meter(self.device)
+        meter = Meter(self.device)
         while self.step < self.total_steps:
             epoch, first = divmod(self.step, self.stream.steps_per_epoch)
             PULSE.at("waiting for data", self.step + 1)
@@ -222,7 +236,7 @@ class _Run:
         self.objective.step(head_lr)
         return parts
 
-    def _report_step(self, losses: dict[str, torch.Tensor], meter: "_Meter") -> None:
+    def _report_step(self, losses: dict[str, torch.Tensor], meter: Meter) -> None:
         values = {name: float(value) for name, value in losses.items()}
         if not all(map(math.isfinite, values.values())):
             raise Diverged(f"the run has diverged: the loss at step {self.step} is {values}")
@@ -263,6 +277,7 @@ class _Run:
             data_digest=self.data_digest,
             config=self.config.model_dump(mode="json"),
             files={},
+            untold=self.untold() if self.group.rank == 0 else [],
         )
         self.saver.save(manifest, self.objective.files(), self.engine.tensors())
         self.saved = self.step
@@ -276,6 +291,8 @@ class _Run:
             return
         self.step = self.saved = found.step
         self.best.resume(self.checkpoints, found.step, self.group)
+        for told in found.manifest.untold:
+            self.report(Record(**told))
         self.report(Record("note", text=f"going on from step {found.step} of '{found.folder}'"))
         if self.divergence.rate != 1:
             text = f"the learning rates are multiplied by {self.divergence.rate:g}: the run has diverged, see {RECORD}"
@@ -327,23 +344,3 @@ class _Run:
 def _dropout_seed(seed: int, step: int, rank: int) -> int:
     """What torch is seeded with for a step. torch takes 64 bits."""
     return ((seed * _DROPOUT_PRIME + step) * _DROPOUT_PRIME + rank) % 2**64
-
-
-class _Meter:
-    """Samples a second since it was last read, and memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.restart()
-
-    def restart(self) -> None:
-        """Leave out what is not training, such as an evaluation."""
-        self.samples, self._since = 0, time.perf_counter()
-
-    def read(self) -> dict[str, float]:
-        values = {"samples_per_s": self.samples / max(1e-9, time.perf_counter() - self._since)}
-        values["memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        self.restart()
-        if self._device.type == "cuda":
-            values["gpu_memory_mb"] = torch.cuda.max_memory_allocated(self._device) / 2**20
-        return values

@@ -17,7 +17,8 @@ from mlflow import MlflowClient
 
 from trainer.config import load
 from trainer.locks import within
-from trainer.tracking import Tracker, TrackingConfig, absolute_uri, public_uri
+from trainer.outbox import Outbox, queue_inode
+from trainer.tracking import Tracker, TrackingConfig, absolute_uri, outlive, public_uri
 
 # MLflow's own imports warn of what they use.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -202,6 +203,27 @@ def test_steps_that_are_done_again_are_recorded_once(tmp_path: Path) -> None:
     assert losses(client, run_id) == [1, 2, 3, 4, 5, 5, 6, 6, 7, 7, 8]
     train(run_id, {"lr": 0.2}, 8, 9)
     assert losses(client, run_id) == [1, 2, 3, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9]
+
+
+def test_steps_that_are_done_again_are_recorded_once_by_who_takes_the_queue_over(tmp_path: Path) -> None:
+    """A worker died, and then the process that sent the steps: those that were done again still wait."""
+    config = TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    tracker = Tracker(config, pytest.fail, folder=tmp_path / "box", patience_s=200)
+    tracker.start({}, "", {})
+    for step in (1, 2, 3):
+        tracker.metrics({"loss": step / 10}, step, step)
+    run_id = tracker.run_id()
+    tracker.close()
+    waiting = Outbox(tmp_path / "box", pytest.fail)
+    for step in (2, 3, 4):
+        waiting.put({"kind": "metrics", "values": {"loss": step / 10}, "step": step, "time_ms": 10 + step})
+    waiting.close()
+    task = {"config": config.model_dump(mode="json"), "folder": str(tmp_path / "box")}
+    outlive(json.dumps(task | {"inode": queue_inode(tmp_path / "box")}))
+    assert run_id is not None
+    client = MlflowClient(config.uri)
+    assert losses(client, run_id) == [1, 2, 3, 4]
+    assert client.get_run(run_id).info.status == "KILLED"
 
 
 def test_what_mlflow_refuses_holds_nothing_up(tmp_path: Path) -> None:

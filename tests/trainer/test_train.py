@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from trainer.checkpoint import Shelf, latest
 from trainer.config import Config, from_tree, load
 from trainer.data.importers import ImportOptions
 from trainer.data.importers.run import run_import
+from trainer.distributed import Group
 from trainer.errors import Diverged, UserError
 from trainer.storage import Folder
 from trainer.train import Record, _dropout_seed, run
@@ -122,6 +124,28 @@ def one_rank(rank: int, data: Path, folder: Path) -> None:
 
 def test_what_does_not_fit_is_named(data: Path, tmp_path: Path) -> None:
     run_on_ranks(1, one_rank, data, tmp_path)
+
+
+def with_a_deaf_listener(rank: int, data: Path, folder: Path) -> None:
+    """Rank 0's records of the steps 4 and 5 are noted by nobody before the run is cut off."""
+    given = config(data, folder / "run", "run.checkpoint_every=5", "run.log_every=1", "run.max_steps=7")
+    told: list[Record] = []
+
+    def unheard() -> list[dict[str, Any]]:
+        return [asdict(one) for one in told if one.kind == "step" and one.step in (4, 5)]
+
+    run(given, resume=False, report=told.append, untold=unheard)
+    if rank == 0:
+        shutil.rmtree(folder / "run" / "checkpoints" / "step-00000007")
+    Group.current().barrier()
+    again = train(given, folder, rank, resume=True)
+    if rank == 0:
+        assert [one for one in again if one.kind == "step"][:2] == [one for one in told if one.kind == "step"][3:5]
+        assert [one.step for one in again if one.kind == "step"] == [4, 5, 6, 7]
+
+
+def test_what_nobody_noted_lies_in_the_checkpoint_and_is_told_again(data: Path, tmp_path: Path) -> None:
+    run_on_ranks(2, with_a_deaf_listener, data, tmp_path)
 
 
 def from_a_mix(rank: int, data: Path, folder: Path) -> None:

@@ -62,6 +62,10 @@ class CheckpointManifest(Strict):
     data_digest: str | None = None  # format 1 has none
     config: dict[str, Any]
     files: dict[Name, FileEntry]
+    untold: list[dict[str, Any]] = Field(
+        default_factory=list,
+        description="numbers that the launching process may not have noted yet",
+    )
 
     def missing(self) -> str:
         """What of the rows of the classes is not there; "" where all are."""

@@ -22,6 +22,7 @@ from trainer.strict import Strict
 
 MANIFEST_FILE = "manifest.json"
 _MAX_NAME = 64  # letters of a split's
+_MAX_BYTES = 2**29  # of the file; one of format 1, with the names of 10M classes in it, has about half of that
 
 
 class BadSample(Strict):
@@ -81,7 +82,7 @@ class Manifest(Strict):
         store = open_store(address, cache)
         where = f"{store.address}/{MANIFEST_FILE}"
         try:
-            content = store.read_bytes(MANIFEST_FILE)
+            content = store.read_bytes(MANIFEST_FILE, _MAX_BYTES)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(
                 f"'{store.address}' is not a data set: '{where}' is missing; make one with 'hypersphere data import'"

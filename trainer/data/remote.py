@@ -21,6 +21,7 @@ _CHUNK = 2**18
 _FIRST_DELAY, _LONGEST_DELAY = 0.2, 10  # seconds; doubled after each further failure
 PATIENCE_S = 120  # that a storage may be away from a run that writes to it
 _CONNECT, _SILENCE = 10, 30  # seconds until a server that does not accept, or falls silent, counts as broken
+_SLOWEST = 20_000  # bytes a second of one connection: a server that trickles counts as broken, too
 # Each names one place. Others that fsspec knows lead to what nobody named, as zip://x::file:///etc/passwd does.
 _SCHEMES = ("file", "http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "memory")
 _ALLOWED = "give a folder, or s3://, gs:// or https://"
@@ -118,7 +119,7 @@ def fetch(address: str, start: int = 0, stop: int | None = None, *, patient: boo
             if not (whole := bytes(files.cat_file(path))):
                 raise Cut("it is empty")
             return whole
-        data = bytes(files.cat_file(path, start=start, end=stop))
+        data = bytes(files.cat_file(path, start=start, end=stop, timeout=_SILENCE + (stop - start) / _SLOWEST))
         if len(data) > stop - start:
             raise NoRanges("the server sends whole files where ranges are asked for")
         if len(data) < stop - start:
@@ -150,9 +151,12 @@ def fetch_small(address: str, most: int) -> bytes:
 
 def _up_to(stream: Any, most: int) -> Iterator[bytes]:
     """What a stream gives, until it ends or there are `most` bytes."""
-    while most and (part := stream.read(min(most, _CHUNK))):
+    since, got = time.monotonic(), 0
+    while got < most and (part := stream.read(min(most - got, _CHUNK))):
         yield part
-        most -= len(part)
+        got += len(part)
+        if time.monotonic() - since > _SILENCE + got / _SLOWEST:
+            raise TimeoutError
 
 
 def listed(address: str) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BeforeValidator
 
 from trainer.data.cache import Cache, CachedFile, Ranges
-from trainer.data.remote import OutOfReach, checked, fetch, is_remote, join, shown
+from trainer.data.remote import OutOfReach, checked, fetch, fetch_small, is_remote, join, shown
 from trainer.errors import UserError
 
 DEFAULT_CACHE_BYTES = 50 * 10**9
@@ -89,15 +89,23 @@ class DataStore:
     def __reduce__(self) -> tuple[Any, ...]:
         return DataStore, (self._base, self._config)
 
-    def read_bytes(self, name: str) -> bytes:
+    def read_bytes(self, name: str, most: int) -> bytes:
         """A small file, whole.
 
         Raises:
             OSError: a local file cannot be read; FileNotFoundError where there is none.
-            UserError: a file from elsewhere cannot be read, or a local one is no plain file.
+            UserError: a file from elsewhere cannot be read, a local one is no plain file, or it has more than `most`
+                bytes.
         """
         place = self._place(name, None)
-        return _plain(place).read_bytes() if isinstance(place, Path) else fetch(place)
+        if isinstance(place, str):
+            data = fetch_small(place, most)
+        else:
+            with _plain(place).open("rb") as file:
+                data = file.read(most + 1)
+        if len(data) > most:
+            raise UserError(f"'{self.address}/{name}' has more than {most} bytes, and is not read; {_REMEDY}")
+        return data
 
     def is_local(self, file: "File") -> bool:
         """Whether the file is used where it lies."""

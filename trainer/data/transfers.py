@@ -63,7 +63,7 @@ def reason(error: BaseException) -> str:
     if isinstance(error, ValueError):
         return "the address is malformed, or a setting of its storage is"
     if isinstance(error, TimeoutError):
-        return "the server is silent"
+        return "the server is silent or too slow"
     status = status_of(error)
     if status == 416:
         return "it ends before the bytes that are wanted"

@@ -1,6 +1,6 @@
 """Transfers against a real web server with faults, and what is said when they fail for good."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +9,7 @@ from fsspec.registry import known_implementations
 from tests.web import Web, serving
 from trainer.data import remote
 from trainer.data.manifest import Manifest
-from trainer.data.remote import checked, fetch, is_remote, join, shown, text_of
+from trainer.data.remote import checked, fetch, fetch_small, is_remote, join, shown, text_of
 from trainer.errors import UserError
 
 DATA = bytes(range(256)) * 40
@@ -36,8 +36,23 @@ def test_a_server_that_falls_silent_is_not_waited_for(web: Web, monkeypatch: pyt
     web.fault, web.faults["a.bin"] = "hang", 1
     assert fetch(f"{web.address}/a.bin", 0, 5000) == DATA[:5000]
     web.faults["a.bin"] = 2
-    with pytest.raises(UserError, match=r"a.bin' cannot be read: the server is silent, 2 times; try again later"):
+    with pytest.raises(UserError, match=r"a.bin' cannot be read: the server is silent or too slow, 2 times; try"):
         fetch(f"{web.address}/a.bin", 0, 5000)
+
+
+@pytest.mark.parametrize(
+    "read", [lambda address: fetch(address, 0, 5000), lambda address: fetch_small(address, len(DATA))]
+)
+def test_a_server_that_trickles_is_not_waited_for(
+    web: Web, monkeypatch: pytest.MonkeyPatch, read: Callable[[str], bytes]
+):
+    monkeypatch.setattr(remote, "_SILENCE", 0.5)
+    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    web.fault, web.faults["a.bin"] = "trickle", 1
+    assert DATA.startswith(read(f"{web.address}/a.bin"))
+    web.faults["a.bin"] = 99
+    with pytest.raises(UserError, match=r"a.bin' cannot be read: the server is silent or too slow, [25] times; try"):
+        read(f"{web.address}/a.bin")
 
 
 @pytest.mark.parametrize("fault", ["cut", "busy", "silent"])

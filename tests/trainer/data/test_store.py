@@ -204,6 +204,13 @@ def test_a_changed_shard_is_named_with_the_sample_after_a_second_look(web: Web, 
     assert web.sent[path.name] > len(data)
 
 
+def test_a_manifest_that_is_too_large_is_not_read(web: Web, settings: DataConfig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("trainer.data.manifest._MAX_BYTES", 200)
+    for address in (web.address, web.folder):
+        with pytest.raises(UserError, match=r"/manifest.json' has more than 200 bytes, and is not read; run 'hypers"):
+            Manifest.read(address, settings.remote_cache)
+
+
 @pytest.mark.parametrize("name", ["train-000000.idx", "train.classes.arrow"])
 def test_a_changed_table_is_named(web: Web, settings: DataConfig, name: str):
     data = bytearray((web.folder / name).read_bytes())

@@ -76,8 +76,12 @@ class _Faces:
 
 
 def _image(data: bytes, name: str, max_side: int | None) -> Stored:
-    """Decodes the whole image. JPEG keeps its bytes, and PNG where it is plain; any other format becomes PNG."""
-    decoded = decode(data, name)
+    """Decodes the image. JPEG keeps its bytes, and PNG where it is plain; any other format becomes PNG.
+
+    The pixels of a JPEG are only wanted where it is made smaller. Otherwise all its coefficients are decoded, which is
+    where damage shows, but put together at an eighth of its size.
+    """
+    decoded = decode(data, name, enough=(1, 1) if max_side is None else None)
     grey = decoded.image.mode == "L"
     jpeg = decoded.format in ("JPEG", "MPO")
     if max_side is not None and max(decoded.image.size) > max_side:

@@ -43,8 +43,75 @@ class Setup(NamedTuple):
     threads: int
 
 
-def run_tasks(setup: Setup, tasks: list[Task], processes: int, tell: Tell) -> None:
-    """Do all tasks, in `processes` processes; in this one if that is 1.
+class Program:
+    """The program that forks the processes, `most` at a time; a context manager, with which all of them end."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._running: subprocess.Popen[bytes] | None = None
+        self._ends: list[socket.socket] = []
+
+    def __enter__(self) -> "Program":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end(kill=True)
+
+    def start(self) -> None:
+        """Start it, if it does not run: it imports what it needs, and waits to be told how many to fork."""
+        if self._running is not None:
+            return
+        self._ends, theirs = map(list, zip(*(socket.socketpair() for _ in range(self.most)), strict=True))
+        for one in theirs:
+            one.set_inheritable(True)
+        # Modules are found where this process finds them, and nowhere else (-P: not in the current folder).
+        path = os.pathsep.join(path for path in sys.path if path)
+        self._running = subprocess.Popen(
+            [sys.executable, "-P", "-c", _START, json.dumps([one.fileno() for one in theirs])],
+            stdin=subprocess.PIPE,  # takes one line; it ends when this process does
+            env=os.environ | _LEAN | {"PYTHONPATH": path},
+            close_fds=False,  # the lock on the folder is inherited, and the sockets; Python's other files are not
+            process_group=0,  # Ctrl-C does not reach it
+            bufsize=0,
+        )
+        for one in theirs:
+            one.close()
+
+    @contextlib.contextmanager
+    def processes(self, setup: Setup, count: int) -> Iterator[list["_Child"]]:
+        """`count` processes that end with the block, and at once if that fails."""
+        self.start()
+        assert self._running is not None
+        assert self._running.stdin is not None
+        options = {"folder": str(setup.folder), "options": dataclasses.asdict(setup.options), "count": count}
+        with contextlib.suppress(BrokenPipeError):  # it is dead, which the missing answers say in better words
+            self._running.stdin.write(_line(**setup._asdict() | options))
+        try:
+            yield [_Child(one) for one in self._ends[:count]]
+        except BaseException:
+            self._end(kill=True)
+            raise
+        self._end(kill=False)
+
+    def _end(self, *, kill: bool) -> None:
+        """Let it end when the tasks are done, or at once."""
+        if self._running is None:
+            return
+        if kill:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._running.pid, signal.SIGKILL)
+        for one in self._ends:
+            one.shutdown(socket.SHUT_WR)  # no more tasks
+        self._running.wait()
+        assert self._running.stdin is not None
+        self._running.stdin.close()
+        for one in self._ends:
+            one.close()
+        self._running = None
+
+
+def run_tasks(setup: Setup, tasks: list[Task], processes: int, tell: Tell, program: Program) -> None:
+    """Do all tasks, in `processes` processes of the program; in this one if that is 1.
 
     Raises:
         UserError: a task failed, or a process was killed; the other processes are ended at once.
@@ -73,45 +140,9 @@ def run_tasks(setup: Setup, tasks: list[Task], processes: int, tell: Tell) -> No
     with contextlib.ExitStack() as stack:
         # A thread for each child, which waits for its answers. After a failure the others' are ended by the program's.
         pool = stack.enter_context(ThreadPoolExecutor(processes))
-        children = stack.enter_context(_children(setup, min(processes, len(tasks))))
+        children = stack.enter_context(program.processes(setup, min(processes, len(tasks))))
         for led in as_completed([pool.submit(lead, child) for child in children]):
             led.result()
-
-
-@contextlib.contextmanager
-def _children(setup: Setup, count: int) -> Iterator[list["_Child"]]:
-    """Processes that end with the block, and at once if that fails."""
-    ours, theirs = zip(*(socket.socketpair() for _ in range(count)), strict=True)
-    for one in theirs:
-        one.set_inheritable(True)
-    # Modules are found where this process finds them, and nowhere else (-P: not in the current folder).
-    path = os.pathsep.join(path for path in sys.path if path)
-    started = {
-        **setup._asdict(),
-        "folder": str(setup.folder),
-        "options": dataclasses.asdict(setup.options),
-        "sockets": [one.fileno() for one in theirs],
-    }
-    with subprocess.Popen(
-        [sys.executable, "-P", "-c", _START, json.dumps(started)],
-        stdin=subprocess.PIPE,  # never written to: it ends when this process does
-        env=os.environ | _LEAN | {"PYTHONPATH": path},
-        close_fds=False,  # the lock on the folder is inherited, and the sockets; Python's other files are not
-        process_group=0,  # Ctrl-C does not reach it
-    ) as program:
-        try:
-            for one in theirs:
-                one.close()
-            yield [_Child(one) for one in ours]
-        except BaseException:
-            os.killpg(program.pid, signal.SIGKILL)
-            raise
-        finally:
-            for one in ours:
-                one.shutdown(socket.SHUT_WR)  # no more tasks
-            program.wait()
-            for one in ours:
-                one.close()
 
 
 class _Child:
@@ -167,12 +198,15 @@ def cannot_write(error: OSError, folder: Path) -> str:
 def serve() -> None:
     """The program: forks the processes, and tells in the place of each how it ended."""
     os.dup2(2, 1)  # whatever a library may print is not what the import prints
-    started = json.loads(sys.argv[1])
+    given = open(0, "rb", buffering=0, closefd=False).readline()  # noqa: SIM115  read on by `_end_with_input`
+    if not given:  # the import has ended without having needed processes
+        return
+    started = json.loads(given)
     folder, options = Path(started["folder"]), ImportOptions(**started["options"])
     worker = Worker(folder, started["kind"], options, started["threads"])
     gc.freeze()  # what is imported is never garbage, and its pages stay shared
     gc.enable()
-    sockets = [socket.socket(fileno=number) for number in started["sockets"]]
+    sockets = [socket.socket(fileno=number) for number in json.loads(sys.argv[1])[: started["count"]]]
     children: dict[int, socket.socket] = {}
     for own in sockets:
         child = os.fork()

@@ -22,7 +22,7 @@ from trainer.data.importers.folder import check_name
 from trainer.data.importers.in_place import index_in_place
 from trainer.data.importers.plan import PLAN_FOLDER, Plan
 from trainer.data.importers.planning import make_plan
-from trainer.data.importers.processes import Setup, cannot_write, run_tasks
+from trainer.data.importers.processes import Program, Setup, cannot_write, run_tasks
 from trainer.data.importers.work import REDONE, RESULTS, WORK_FOLDER, Bad, Result, Task, Tell, result_file
 from trainer.data.manifest import MANIFEST_FILE, Manifest
 from trainer.data.remote import checked, is_remote, shown
@@ -92,14 +92,21 @@ def _in_place(kind: str, source: Path | str | None, folder: Path, options: Impor
 
 
 def _import(kind: str, source: str | None, folder: Path, options: ImportOptions, show: Progress) -> None:
-    plan = _plan(kind, source, folder, options, show)
-    if not (folder / MANIFEST_FILE).exists():  # else it was killed in its very last steps
-        setup = Setup(folder, kind, options, 1)
-        tally = _Tally(plan, folder, options, show)
-        _run(setup, [Task(what="write", shard=shard) for shard in plan.shards], tally.tell)
-        decision = decide(folder, plan, options.min_samples)
-        _run(setup, decision.tasks, lambda done, bad: None)
-        finish(folder, kind, plan, decision, options)
+    with Program(options.jobs or len(os.sched_getaffinity(0))) as program:
+
+        def listing(stage: str, done: int, total: int) -> None:
+            if stage == "list" and done > _WORTH_A_PROCESS and program.most > 1:
+                program.start()  # it needs a second to be ready, as does the planning
+            show(stage, done, total)
+
+        plan = _plan(kind, source, folder, options, listing)
+        if not (folder / MANIFEST_FILE).exists():  # else it was killed in its very last steps
+            setup = Setup(folder, kind, options, 1)
+            tally = _Tally(plan, folder, options, show)
+            _run(setup, [Task(what="write", shard=shard) for shard in plan.shards], tally.tell, program)
+            decision = decide(folder, plan, options.min_samples)
+            _run(setup, decision.tasks, lambda done, bad: None, program)
+            finish(folder, kind, plan, decision, options)
     for inner in (PLAN_FOLDER, WORK_FOLDER):
         shutil.rmtree(folder / inner, ignore_errors=True)  # it may be gone since an earlier kill
     (folder / _DIGEST).unlink()
@@ -126,16 +133,16 @@ def _plan(kind: str, source: str | None, folder: Path, options: ImportOptions, s
     return plan
 
 
-def _run(setup: Setup, tasks: list[Task], tell: Tell) -> None:
+def _run(setup: Setup, tasks: list[Task], tell: Tell, program: Program) -> None:
     """Do the tasks that have no result yet."""
     tasks = [task for task in tasks if not result_file(setup.folder, task).exists()]
     samples = [task.shard.samples for task in tasks]
-    cores = setup.options.jobs or len(os.sched_getaffinity(0))
+    cores = program.most
     worth = cores if setup.options.jobs else 1 + sum(samples) // _WORTH_A_PROCESS
     processes = max(1, min(cores, len(tasks), worth))
     # A large shard beside few others leaves cores idle: threads use them, since decoding frees the interpreter's lock.
     threads = max(cores / processes, cores * max(samples, default=1) / max(1, sum(samples)))
-    run_tasks(setup._replace(threads=math.ceil(threads)), tasks, processes, tell)
+    run_tasks(setup._replace(threads=math.ceil(threads)), tasks, processes, tell, program)
 
 
 class _Tally:

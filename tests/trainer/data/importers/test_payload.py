@@ -41,6 +41,28 @@ def test_bytes_stay_as_they_are(data: bytes, suffix: str, grey: bool, check: boo
     assert store(data, check=check) == (data, suffix, grey)
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_check_finds_the_damage_that_decoding_all_pixels_finds(progressive: bool):
+    """The check puts a JPEG together at an eighth of its size."""
+    random, found = np.random.default_rng(0), []
+    for number in range(300):
+        data = bytearray(file(COLOUR.resize((61, 43)), "JPEG", quality=90, progressive=progressive))
+        if number % 2:
+            del data[random.integers(len(data)) :]
+        else:
+            data[random.integers(len(data))] ^= 1 << random.integers(8)
+        outcomes = []
+        for work in (store, lambda data: decode(data, "x")):
+            try:
+                work(bytes(data))
+                outcomes.append("")
+            except UserError as error:
+                outcomes.append(str(error))
+        assert outcomes[0] == outcomes[1]
+        found.append(bool(outcomes[0]))
+    assert 100 < sum(found) < 250
+
+
 @pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize(
     "data",

@@ -149,6 +149,24 @@ def test_processes_write_the_bytes_that_one_would(tmp_path: Path, crowd: Path, p
     assert contents(tmp_path / "set") == undisturbed
 
 
+def test_a_listing_that_fails_ends_the_program_that_waits_for_tasks(
+    tmp_path: Path, people: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("trainer.data.importers.run._WORTH_A_PROCESS", 0)
+    options = ImportOptions(**OPTIONS, jobs=2)
+    with pytest.raises(KeyboardInterrupt):
+        run_import("folder", people, tmp_path / "set", options, interrupted)
+    assert not psutil.Process().children()
+    run_import("folder", people, tmp_path / "set", options)
+
+
+def interrupted(stage: str, done: int, total: int) -> None:
+    """Somebody presses Ctrl-C when the source is listed, and the program runs."""
+    if stage == "list":
+        assert len(psutil.Process().children()) == 1
+        raise KeyboardInterrupt
+
+
 def test_killed_process_is_one_sentence_and_the_import_goes_on(tmp_path: Path, crowd: Path):
     options = {"samples_per_shard": 100, "jobs": 2}
     with start(crowd, tmp_path / "set", 0.3, **options) as process:

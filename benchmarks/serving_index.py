@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.serving import DIMENSION, unit_vectors  # noqa: E402
-from serving.codes import Form  # noqa: E402
-from serving.index import Candidate, Index  # noqa: E402
+from serving.search.codes import Form  # noqa: E402
+from serving.search.index import Candidate, Index  # noqa: E402
 
 FORMS: tuple[Form, ...] = ("exact", "fp16", "int8")
 TOP_K, AT_ONCE = 5, 10_000

@@ -27,10 +27,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.serving import unit_vectors, write_embedder  # noqa: E402
+from serving.access.keyring import Keyring  # noqa: E402
+from serving.access.keys import keys_path, opened  # noqa: E402
+from serving.access.scopes import Scope  # noqa: E402
 from serving.api import create_app  # noqa: E402
-from serving.keyring import Keyring  # noqa: E402
-from serving.keys import keys_path, opened  # noqa: E402
-from serving.scopes import Scope  # noqa: E402
 from serving.settings import from_values  # noqa: E402
 
 SERVERS = {"without": (False, False), "keys": (True, False), "keys and audit log": (True, True)}

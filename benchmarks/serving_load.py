@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.serving import DIMENSION, served, unit_vectors, write_embedder  # noqa: E402
-from serving.store import Store  # noqa: E402
+from serving.storage.store import Store  # noqa: E402
 from trainer.embedder import Embedder  # noqa: E402
 
 A_CHANGE = 1000  # subjects

@@ -23,10 +23,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from serving import keeping  # noqa: E402
-from serving.codes import Form  # noqa: E402
 from serving.gallery import Gallery  # noqa: E402
-from serving.store import Store  # noqa: E402
+from serving.search import keeping  # noqa: E402
+from serving.search.codes import Form  # noqa: E402
+from serving.storage.store import Store  # noqa: E402
 from serving.threshold import Rule  # noqa: E402
 
 DIMENSION, MODEL, A_CHANGE = 512, "a" * 32, 5000

@@ -19,7 +19,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from serving.store import Store  # noqa: E402
+from serving.storage.store import Store  # noqa: E402
 
 DIMENSION, A_CHANGE = 512, 1000
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from serving.client import Client
-from serving.schemas import IdentifyAnswer
+from serving.wire.schemas import IdentifyAnswer
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"

@@ -15,9 +15,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.averages import Averages
 from serving.batching import Batcher
-from serving.changes import (
+from serving.search.averages import Averages
+from serving.search.codes import Form
+from serving.search.index import Candidate
+from serving.search.projection import Projection, Status
+from serving.search.templates import Template
+from serving.storage.changes import (
     Attached,
     BulkEnrolment,
     Deletion,
@@ -30,12 +34,8 @@ from serving.changes import (
     SubjectUnknown,
     Update,
 )
-from serving.codes import Form
-from serving.index import Candidate
-from serving.projection import Projection, Status
-from serving.reading import Piece
-from serving.store import PLAIN, Store
-from serving.templates import Template
+from serving.storage.reading import Piece
+from serving.storage.store import PLAIN, Store
 from serving.threshold import Rule
 from trainer.evaluation.normalise import Normaliser
 

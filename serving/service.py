@@ -5,17 +5,17 @@ import threading
 import time
 from collections.abc import Callable
 
-from serving import operations
-from serving.changes import StoreError
-from serving.collections import Collections
+from serving.access.scopes import DEFAULT_COLLECTION
+from serving.answering.collections import Collections
+from serving.answering.jobs import Jobs
 from serving.errors import ApiError, stopping
 from serving.gallery import Gallery
-from serving.jobs import Jobs
-from serving.metrics import Metrics
-from serving.models import Model
-from serving.projection import Stopped
-from serving.scopes import DEFAULT_COLLECTION
+from serving.images.models import Model
+from serving.search.projection import Stopped
 from serving.settings import Settings
+from serving.storage.changes import StoreError
+from serving.telemetry.metrics import Metrics
+from serving.wire import operations
 from trainer.errors import UserError
 
 log = logging.getLogger("hypersphere.serving")

@@ -15,15 +15,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from serving import rows
-from serving.changes import Attached, SubjectFull
-from serving.documents import IMAGES, METADATA, OF_SAMPLE
-from serving.metadata import decode
-from serving.reading import SAMPLES, Sample
-from serving.schema import APPLICATION_ID, VERSION
-from serving.sealing import Vault
-from serving.store import Store
-from serving.verification import verify as verify_rows
+from serving.storage import rows
+from serving.storage.changes import Attached, SubjectFull
+from serving.storage.documents import IMAGES, METADATA, OF_SAMPLE
+from serving.storage.metadata import decode
+from serving.storage.reading import SAMPLES, Sample
+from serving.storage.schema import APPLICATION_ID, VERSION
+from serving.storage.sealing import Vault
+from serving.storage.store import Store
+from serving.storage.verification import verify as verify_rows
 from trainer.atomic import fresh_file, room_for
 from trainer.errors import UserError
 

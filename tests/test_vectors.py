@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from serving.answering.collections import Collection
+from serving.answering.deciding import asked, embed
+from serving.answering.enrolling import enrol
 from serving.cli import embedder as commands
 from serving.cli.evaluate import evaluate
-from serving.collections import Collection
-from serving.deciding import asked, embed
-from serving.enrolling import enrol
 from serving.errors import ApiError
-from serving.parsing import Sent
 from serving.service import Service
 from serving.settings import from_values
+from serving.wire.parsing import Sent
 from tests.ranks import run_on_ranks
 from trainer.assess import embed_split
 from trainer.config import Config, load

@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,22 +111,11 @@ def export_run(
     provenance = _provenance(found, manifest.kind, note, which)
     model = embedder_of(config, found, backbone)
     check_free(place := Folder.at(out), overwrite)
+    # Behind a learned projection the length is another.
+    norms = config.loss.name if config.loss.norm_tells and model is backbone else None
     with written_here(place, MANIFEST_FILE) as here:
-        samples = _samples(manifest, config)
-        # Behind a learned projection the length is another.
-        norms = config.loss.name if config.loss.norm_tells and model is backbone else None
-        written = export(
-            model,
-            form,
-            here,
-            samples,
-            provenance,
-            overwrite=overwrite,
-            weights=weights,
-            norms=norms,
-            views=views,
-            join=join,
-        )
+        told: dict[str, Any] = {"overwrite": overwrite, "norms": norms, "views": views, "join": join}
+        written = export(model, form, here, _samples(manifest, config), provenance, weights=weights, **told)
         if register and note.mlflow_run_id:
             with contextlib.closing(Tracker(config.tracking, on_trouble, note.mlflow_run_id)) as tracker:
                 tracker.register(here, written.model_id)

@@ -18,7 +18,8 @@ from fastapi_offline import FastAPIOffline
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving import openapi, tracing
+from serving.access.audit import AuditLog
+from serving.access.keyring import Keyring
 from serving.api.collections import collections
 from serving.api.decide import decide
 from serving.api.enrol import enrolment
@@ -27,14 +28,14 @@ from serving.api.operating import operating
 from serving.api.refusals import HANDLERS
 from serving.api.routing import refuse_undeclared
 from serving.api.samples import samples
+from serving.api.security import ASSETS, Guard
 from serving.api.subjects import subjects
 from serving.api.witness import Witness
-from serving.audit import AuditLog
 from serving.errors import ApiError
-from serving.keyring import Keyring
-from serving.security import ASSETS, Guard
 from serving.service import Service
 from serving.settings import Settings
+from serving.telemetry import tracing
+from serving.wire import openapi
 from trainer.errors import UserError
 
 WAITING = 14  # threads of requests that wait for a decoder or the model: so many images are embedded in one call

@@ -4,12 +4,12 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from serving import openapi, operations, requests
+from serving.access.scopes import Needs, Scope, authorise, needs
+from serving.answering.collections import Collection
+from serving.api.bodies import read_document
 from serving.api.requests import Key, SingleRoutes, change, collection_of, service_of
-from serving.bodies import read_document
-from serving.collections import Collection
-from serving.parsing import idempotency_key, read_json
-from serving.scopes import Needs, Scope, authorise, needs
+from serving.wire import openapi, operations, requests
+from serving.wire.parsing import idempotency_key, read_json
 
 collections = SingleRoutes("collections")
 

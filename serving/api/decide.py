@@ -4,10 +4,12 @@ import asyncio
 
 from fastapi import Request, Response
 
-from serving import deciding, openapi, schemas, tracing
+from serving.access.scopes import needs
+from serving.answering import deciding
 from serving.api.requests import Routes, as_json, body_of, collection_of, compute
-from serving.parsing import RAW
-from serving.scopes import needs
+from serving.telemetry import tracing
+from serving.wire import openapi, schemas
+from serving.wire.parsing import RAW
 
 AT_ONCE_BYTES = 64 * 1024  # of JSON that the event loop reads itself: half a millisecond
 decide = Routes("decide")

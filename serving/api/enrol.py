@@ -2,10 +2,11 @@
 
 from fastapi import Request, Response
 
-from serving import enrolling, openapi, schemas
+from serving.access.scopes import needs
+from serving.answering import enrolling
+from serving.api.bodies import read_bulk
 from serving.api.requests import Key, Routes, SubjectPath, body_of, change, collection_of, tagged
-from serving.bodies import read_bulk
-from serving.scopes import needs
+from serving.wire import openapi, schemas
 
 SAMPLES = "/subjects/{subject_id}/samples"
 # What answers PUT points to its successor in the way of RFC 9745; the date is that of the release that began it.

@@ -2,13 +2,13 @@
 
 from fastapi import Request, Response
 
-from serving import openapi, operations, requests
+from serving.access.scopes import needs
+from serving.answering.jobs import Job
+from serving.api.bodies import read_document
 from serving.api.requests import Key, Routes, SingleRoutes, collection_of, compute, service_of
-from serving.bodies import read_document
 from serving.errors import ApiError
-from serving.jobs import Job
-from serving.parsing import idempotency_key, read_json
-from serving.scopes import needs
+from serving.wire import openapi, operations, requests
+from serving.wire.parsing import idempotency_key, read_json
 
 starting = Routes("jobs")
 jobs = SingleRoutes("jobs")

@@ -6,11 +6,12 @@ from typing import Annotated
 from fastapi import Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from serving import chain, operations, schemas
+from serving.access import chain
+from serving.access.audit import AuditLog
+from serving.access.scopes import needs
 from serving.api.requests import SingleRoutes, compute, service_of
-from serving.audit import AuditLog
 from serving.errors import ApiError, invalid
-from serving.scopes import needs
+from serving.wire import operations, schemas
 
 operating = SingleRoutes("operate")
 

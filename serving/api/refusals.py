@@ -10,8 +10,12 @@ from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Match
 
 from serving.api.requests import collection_of
+from serving.api.security import as_response
 from serving.batching import Closed
-from serving.changes import (
+from serving.errors import ApiError, invalid, stopping
+from serving.search.projection import GalleryLoading
+from serving.service import loading
+from serving.storage.changes import (
     KeyReused,
     LastSample,
     RevisionConflict,
@@ -20,11 +24,7 @@ from serving.changes import (
     SubjectFull,
     SubjectUnknown,
 )
-from serving.errors import ApiError, invalid, stopping
-from serving.metadata import MetadataRefused
-from serving.projection import GalleryLoading
-from serving.security import as_response
-from serving.service import loading
+from serving.storage.metadata import MetadataRefused
 from trainer.errors import UserError
 
 log = logging.getLogger("hypersphere.serving")

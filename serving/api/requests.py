@@ -8,14 +8,14 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Header, Path, Request, Response
 
-from serving import openapi, schemas
+from serving.access.scopes import DEFAULT_COLLECTION
+from serving.answering.collections import Collection
+from serving.api.bodies import read
 from serving.api.routing import ScopedRoute
-from serving.bodies import read
-from serving.collections import Collection
 from serving.errors import invalid
-from serving.parsing import KEY_PATTERN, PATTERN, Sent
-from serving.scopes import DEFAULT_COLLECTION
 from serving.service import Service
+from serving.wire import openapi, schemas
+from serving.wire.parsing import KEY_PATTERN, PATTERN, Sent
 
 T = TypeVar("T")
 _NAME, _KEY = "1 to 128 characters, without slashes", "the same key and request again: done once, answered alike"

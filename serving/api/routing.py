@@ -7,8 +7,8 @@ from fastapi.routing import APIRoute, iter_route_contexts
 from starlette.routing import BaseRoute
 from starlette.types import Receive, Scope, Send
 
-from serving.scopes import DEFAULT_COLLECTION, authorise, declared
-from serving.scopes import Scope as Need
+from serving.access.scopes import DEFAULT_COLLECTION, authorise, declared
+from serving.access.scopes import Scope as Need
 
 
 class ScopedRoute(APIRoute):

@@ -4,10 +4,11 @@ from typing import Annotated
 
 from fastapi import Path, Query, Request, Response
 
-from serving import openapi, schemas, subjects
+from serving.access.scopes import needs
+from serving.answering import subjects
 from serving.api.requests import IfMatch, Key, Routes, SubjectPath, change, collection_of, compute, expected
-from serving.parsing import RAW
-from serving.scopes import needs
+from serving.wire import openapi, schemas
+from serving.wire.parsing import RAW
 
 SAMPLE = "/subjects/{subject_id}/samples/{sample_id}"
 SamplePath = Annotated[str, Path(description="as enrolment answers it", max_length=64)]

@@ -4,8 +4,9 @@ from typing import Annotated
 
 from fastapi import Header, Query, Request, Response
 
-from serving import openapi, requests, schemas
-from serving import subjects as people
+from serving.access.scopes import needs
+from serving.answering import subjects as people
+from serving.api.bodies import read_document
 from serving.api.requests import (
     IfMatch,
     Key,
@@ -17,9 +18,8 @@ from serving.api.requests import (
     expected,
     tagged,
 )
-from serving.bodies import read_document
-from serving.parsing import read_json
-from serving.scopes import needs
+from serving.wire import openapi, requests, schemas
+from serving.wire.parsing import read_json
 
 SUBJECT = "/subjects/{subject_id}"
 WHERE = "only subjects whose metadata has all of this, a JSON object"

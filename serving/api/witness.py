@@ -8,12 +8,12 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.access.audit import AuditLog, Event
+from serving.access.scopes import DEFAULT_COLLECTION
+from serving.access.scopes import Scope as Need
 from serving.api.routing import ScopedRoute
-from serving.audit import AuditLog, Event
+from serving.api.security import as_response
 from serving.errors import ApiError
-from serving.scopes import DEFAULT_COLLECTION
-from serving.scopes import Scope as Need
-from serving.security import as_response
 
 CHANGING = frozenset({Need.ENROL, Need.ADMIN})
 

@@ -20,7 +20,7 @@ def verify(folder: Folder) -> None:
 
     Example: `hypersphere audit verify --audit audit`
     """
-    from serving.chain import verify as follow
+    from serving.access.chain import verify as follow
 
     head, first = follow(folder)
     if not head.number:
@@ -41,7 +41,7 @@ def find(
 
     Example: `hypersphere audit find --audit audit --subject alice`
     """
-    from serving.chain import find as about
+    from serving.access.chain import find as about
 
     for line in about(folder, collection, subject):
         out.print(line.decode())

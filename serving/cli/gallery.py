@@ -36,7 +36,7 @@ def stats(store: Store = GALLERY) -> None:
 @app.command()
 def verify(store: Store = GALLERY, key: Key = None) -> None:
     """Read everything and compare it with its checksums. The service must be stopped; its start does the same."""
-    from serving.sealing import read_key
+    from serving.storage.sealing import read_key
     from serving.upkeep import verify as examine
 
     with progress() as show:
@@ -66,7 +66,7 @@ def restore(copy: Annotated[Path, typer.Argument(metavar="BACKUP")], store: Stor
 
     Example: `hypersphere gallery restore faces-monday.sqlite --store faces.sqlite`
     """
-    from serving.sealing import read_key
+    from serving.storage.sealing import read_key
     from serving.upkeep import restore as remake
 
     with progress() as show:
@@ -82,7 +82,7 @@ def export(to: File, store: Store = GALLERY, key: Key = None) -> None:
 
     Example: `hypersphere gallery export --store faces.sqlite --out faces.parquet`
     """
-    from serving.sealing import read_key
+    from serving.storage.sealing import read_key
     from serving.upkeep import export as write
 
     with progress() as show:
@@ -101,7 +101,7 @@ def import_(
 
     Example: `hypersphere gallery import faces.parquet --store other.sqlite`
     """
-    from serving.sealing import read_key
+    from serving.storage.sealing import read_key
     from serving.upkeep import import_ as read
 
     with progress() as show:
@@ -119,7 +119,7 @@ def key(to: File) -> None:
 
     Keep a copy elsewhere than the backups: without the key the gallery cannot be read.
     """
-    from serving.sealing import make_key
+    from serving.storage.sealing import make_key
 
     make_key(to)
     out.print(f"a new key in '{to}'")
@@ -135,7 +135,7 @@ def rekey(
 
     Example: `hypersphere gallery rekey new.key --store faces.sqlite --encryption-key-file old.key`
     """
-    from serving.sealing import needed_key
+    from serving.storage.sealing import needed_key
     from serving.upkeep import change_key
 
     count = change_key(store, needed_key(key), needed_key(new))

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from serving.access.scopes import Scope
 from serving.cli.terminal import err, out
-from serving.scopes import Scope
 from trainer.errors import UserError
 
 _SECONDS = {"m": 60, "h": 3600, "d": 86_400}
@@ -41,7 +41,7 @@ def create(
 
     Example: `hypersphere keys create door-3 --scope read --expires 90d --rate 20`
     """
-    from serving.keys import opened
+    from serving.access.keys import opened
 
     lifetime = None if expires is None else _seconds(expires, "--expires")
     with opened(_path(store, file), make=True) as keys:
@@ -53,7 +53,7 @@ def create(
 @app.command("list")
 def list_(store: Store = GALLERY, file: File = None) -> None:
     """All keys, without the keys themselves: id, state, scopes, collections, when last used, name."""
-    from serving.keys import opened
+    from serving.access.keys import opened
 
     with opened(_path(store, file)) as keys:
         known = keys.read()
@@ -74,7 +74,7 @@ def list_(store: Store = GALLERY, file: File = None) -> None:
 @app.command()
 def revoke(key_id: Id, store: Store = GALLERY, file: File = None) -> None:
     """End a key for good. A running service refuses it within a second."""
-    from serving.keys import opened
+    from serving.access.keys import opened
 
     with opened(_path(store, file)) as keys:
         keys.revoke(key_id)
@@ -94,7 +94,7 @@ def rotate(
 
     Example: `hypersphere keys rotate 0123456789ab --grace 12h`
     """
-    from serving.keys import opened
+    from serving.access.keys import opened
 
     with opened(_path(store, file)) as keys:
         token = keys.rotate(key_id, _seconds(grace, "--grace"))
@@ -103,7 +103,7 @@ def rotate(
 
 
 def _path(store: Path, file: Path | None) -> Path:
-    from serving.keys import keys_path
+    from serving.access.keys import keys_path
 
     return file or keys_path(store)
 

@@ -40,7 +40,7 @@ def serve(context: typer.Context) -> None:
 
 
 def _start(*, host: str, port: int, settings: Path | None, **values: object) -> None:
-    from serving.server import run
+    from serving.server.process import run
     from serving.settings import from_values
     from trainer.errors import UserError
 

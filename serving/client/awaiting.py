@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 from numpy.typing import ArrayLike
 
-from serving import operations, schemas
 from serving.client import requests
 from serving.client.requests import A_BATCH, A_REQUEST, Answer, Call, Item, Metadata, Requests, Tries, options, settings
+from serving.wire import operations, schemas
 
 POLL_S = 0.2
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import BaseModel, ValidationError
 
-from serving import operations, schemas
+from serving.wire import operations, schemas
 
 Answer = TypeVar("Answer")
 Model = TypeVar("Model", bound=BaseModel)

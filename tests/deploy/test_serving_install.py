@@ -133,7 +133,7 @@ def test_the_command_line_and_the_service_import(installed: Installed) -> None:
     result = installed.run(["hypersphere", "--help"])
     assert result.returncode == 0, result.stderr
     assert "serve" in result.stdout
-    result = installed.run(["python", "-c", "import serving.server, sys; print('torch' in sys.modules)"])
+    result = installed.run(["python", "-c", "import serving.server.process, sys; print('torch' in sys.modules)"])
     assert result.stdout.strip() == "False", result.stderr
 
 

@@ -27,7 +27,7 @@ from trainer.evaluation.report import Calibration, Threshold
 
 SIDE, DIMENSION = 16, 32
 SERVE = (
-    "import json, sys; from serving.server import run; from serving.settings import from_values; "
+    "import json, sys; from serving.server.process import run; from serving.settings import from_values; "
     "run(from_values(json.loads(sys.argv[1])), '127.0.0.1', 0)"
 )
 
@@ -93,7 +93,7 @@ def unit_vectors(count: int, seed: int = 0, dimension: int = DIMENSION) -> NDArr
 
 
 class Server:
-    """`serving.server.run` in a process; `http` speaks to it."""
+    """`serving.server.process.run` in a process; `http` speaks to it."""
 
     def __init__(self, **settings: object) -> None:
         self.store = settings["store"]

@@ -4,7 +4,7 @@ import gzip
 from pathlib import Path
 
 from serving.gallery import Gallery
-from serving.store import Store
+from serving.storage.store import Store
 from serving.threshold import Rule
 
 MODEL = "a" * 32

@@ -3,9 +3,9 @@ import threading
 import numpy as np
 import pytest
 
-from serving.changes import SubjectUnknown
 from serving.gallery import Gallery, Probe
-from serving.store import Store
+from serving.storage.changes import SubjectUnknown
+from serving.storage.store import Store
 from serving.threshold import Rule
 from tests.serving.galleries import MODEL, open_gallery
 from tests.serving.test_threshold import CURVE

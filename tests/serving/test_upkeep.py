@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from serving import upkeep
-from serving.changes import Attached, State
 from serving.cli import app
-from serving.store import Store
+from serving.storage.changes import Attached, State
+from serving.storage.store import Store
 from tests.disk import small_disk
 from tests.serving.galleries import third_schema
 from trainer.errors import UserError

@@ -3,7 +3,7 @@
 Runs without torch. An image comes from a stranger, so limits are checked before anything is decoded: the size of the
 file, then (from its headers alone) the format, the number of pixels and, of a JPEG, the number of scans. They bound
 what an honest image costs. What a crafted one costs can only be bounded around the process that decodes it, as
-`serving.decoding` does.
+`serving.images.decoding` does.
 """
 
 import math

@@ -1,0 +1,1 @@
+"""Who may do what, and who did: keys, scopes, rates, and the audit log."""

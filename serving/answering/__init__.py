@@ -1,0 +1,1 @@
+"""What the routes do, without the web framework: collections, decisions, enrolment, subjects, jobs."""

@@ -1,0 +1,1 @@
+"""The process around the app: its socket, connections, TLS and signals."""

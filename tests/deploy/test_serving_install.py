@@ -35,7 +35,7 @@ from trainer.evaluation.report import Calibration, Report, Threshold
 
 pytestmark = pytest.mark.timeout(900)
 
-LIMIT = 500_000_000  # bytes of installed packages
+LIMIT = 520_000_000  # bytes of installed packages, of which Arrow, FAISS, ONNX Runtime and NumPy are 350 million
 ABSENT = ["torch", "ray", "deepspeed", "mlflow", "webdataset", "matplotlib", "scipy"]
 IMAGE_PATHS = re.compile(r"(?<![\w.])/(?=(?:deps|src|opt|embedders?|var/lib/hypersphere)\b)")
 
@@ -103,7 +103,7 @@ def _copy(root: Path, workdir: Path, words: list[str]) -> None:
             shutil.copy(root / source, workdir / target)
 
 
-def test_it_stays_below_500_megabytes(installed: Installed) -> None:
+def test_it_stays_below_520_megabytes(installed: Installed) -> None:
     files = [path for path in (installed.folder / "opt/hypersphere").rglob("*") if not path.is_symlink()]
     size = sum(path.stat().st_size for path in files)
     print(f"serving target: {size / 1e6:.0f} MB of installed packages")
@@ -279,6 +279,16 @@ OF_A_STORE = {
     "export": ["--out", "copy"],
     "import": ["copy"],
 }
+ACCESS = {
+    "keys create": ["door", "--scope", "read"],
+    "keys list": [],
+    "keys revoke": ["0123456789ab"],
+    "keys rotate": ["0123456789ab"],
+    "audit verify": ["--audit", "nothing"],
+    "audit find": ["--audit", "nothing", "--subject", "alice"],
+    "gallery key": ["--out", "new.key"],
+    "gallery rekey": ["new.key", "--encryption-key-file", "new.key"],
+}
 OTHERS = {
     "data check": ["set"],
     "data preview": [],
@@ -309,6 +319,15 @@ def test_a_gallery_is_looked_after(installed: Installed, word: str) -> None:
     assert re.match(r"error: (there is no store '(nothing|copy)'|'copy' cannot be read as Parquet)", result.stderr)
 
 
+def test_who_may_do_what_and_who_did(installed: Installed) -> None:
+    for words, more in ACCESS.items():
+        store = [] if words.startswith("audit") or words == "gallery key" else ["--store", "kept.db"]
+        result = installed.run(["hypersphere", *words.split(), *more, *store])
+        made = words in ("keys create", "keys list", "gallery key")
+        assert result.returncode == (0 if made else 2), result.stderr
+        assert made or re.match("error: (no key has the id|there is no|'nothing')", result.stderr), result.stderr
+
+
 def test_no_command_is_left_out_above() -> None:
     def names(command: Any, above: str) -> list[str]:
         below = getattr(command, "commands", None)
@@ -321,6 +340,7 @@ def test_no_command_is_left_out_above() -> None:
             "calibrate",
             *(f"data {word}" for word in WITHOUT_EXTRAS),
             *(f"gallery {word}" for word in OF_A_STORE),
+            *ACCESS,
             *OTHERS,
         ]
     )

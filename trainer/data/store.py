@@ -102,7 +102,8 @@ class DataStore:
             data = fetch_small(place, most)
         else:
             with _plain(place).open("rb") as file:
-                data = file.read(most + 1)
+                # No more than it has: `read` makes room for all that it is asked for.
+                data = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
         if len(data) > most:
             raise UserError(f"'{self.address}/{name}' has more than {most} bytes, and is not read; {_REMEDY}")
         return data

@@ -2,11 +2,13 @@
 
 import signal
 import threading
+import time
 
 import pytest
 
 from serving.service import Service
 from serving.settings import from_values
+from serving.telemetry.metrics import TEXT_KEPT_S
 from tests.serving.asking import enrol, file, identify, refused
 from trainer.embedder import Embedder
 from trainer.errors import UserError
@@ -54,6 +56,7 @@ def test_collections_are_apart(serve, folder, embedder, photos):
     assert sorted(path.name for path in folder.iterdir()) == [
         f"default.db{end}" for end in ("", "-mark", "-shm", "-wal")
     ]
+    time.sleep(TEXT_KEPT_S)
     assert 'collection="staff"' not in server.http.get("/metrics").text
     assert identify(server, photos(1, 1)).json()["decision"] == "match"
 

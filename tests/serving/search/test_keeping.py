@@ -42,10 +42,12 @@ def _killed(gallery):
 
 def _snapshot_taken(gallery):
     keeper = gallery._projection._keeper
-    gallery.check()
-    if keeper._writing:
-        keeper._writing.join()
-    assert keeper._snapshot.revision == gallery.revision
+    until = time.monotonic() + 60
+    while keeper._snapshot.revision != gallery.revision:  # one of before may be under way, or the lock be taken
+        assert time.monotonic() < until
+        gallery.check()
+        if keeper._writing:
+            keeper._writing.join()
 
 
 def _indexed(gallery):

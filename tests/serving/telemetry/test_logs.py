@@ -41,7 +41,8 @@ def test_lines_for_people_have_no_line_a_request(serve: Callable[..., Server]) -
 
 def logged(program: str) -> list[str]:
     """What a process writes to stderr that logs in JSON."""
-    start = "import logging, logging.config; from serving import logs; logging.config.dictConfig(logs.config('json'))\n"
+    start = "import logging, logging.config; from serving.telemetry import logs\n"
+    start += "logging.config.dictConfig(logs.config('json'))\n"
     line = [sys.executable, "-c", start + program]
     return subprocess.run(line, capture_output=True, text=True, check=True).stderr.splitlines()
 

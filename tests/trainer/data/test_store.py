@@ -260,7 +260,7 @@ def test_another_fsspec_address(large_set: Path, settings: DataConfig):
 
 def test_a_store_travels_to_other_processes(web: Web, settings: DataConfig):
     store = open_store(web.address, settings.remote_cache)
-    store.read_bytes("manifest.json")  # with connections and threads of this process
+    store.read_bytes("manifest.json", 1 << 20)  # with connections and threads of this process
     entry = Manifest.read(web.address, settings.remote_cache).split("train").shards[0].file
     fork = multiprocessing.get_context("fork")
     child = fork.Process(target=_open_shard, args=(pickle.dumps(store), store, entry))

@@ -14,6 +14,7 @@ from serving.errors import ApiError, invalid
 from serving.gallery import Identification, Probe
 from serving.images.models import Vectors, mean
 from serving.images.vectors import Crop, told
+from serving.settings import Settings
 from serving.storage.changes import Metadata
 from serving.threshold import Rule
 from serving.wire import requests, schemas
@@ -133,7 +134,7 @@ def identified_many(
 def _identified(collection: Collection, asked: Asked, found: Identification, samples: int) -> dict[str, Any]:
     rule, size, best = found.rule, found.gallery_size, found.candidates[0] if found.candidates else None
     if asked.fpir is not None:
-        rule = _rule_for(collection.gallery.identify_rule, size, asked.fpir)
+        rule = _rule_for(collection.settings, collection.gallery.identify_rule, size, asked.fpir)
     decision = "match" if best is not None and rule.matches(best.score) else "unknown"
     collection.metrics.decisions.labels("identify", decision).inc()
     if best is not None:
@@ -158,8 +159,11 @@ def _identified(collection: Collection, asked: Asked, found: Identification, sam
     }
 
 
-def _rule_for(rule: Rule, size: int, fpir: float) -> Rule:
-    """The rule for an FPIR that a request chooses. Raises ApiError 422 with what the calibration knows."""
+def _rule_for(settings: Settings, rule: Rule, size: int, fpir: float) -> Rule:
+    """The rule for an FPIR that a request chooses, within what the calibration knows and the operator allows."""
+    if settings.below_threshold == "never" and rule.rate is not None and fpir > rule.rate:
+        message = f"this service shows no candidates beyond its own FPIR of {rule.rate:g}; choose that one or a lower"
+        raise ApiError(403, "below_threshold_hidden", message, {"sent": fpir, "highest": rule.rate})
     try:
         return rule.at(size, fpir)
     except UserError as error:

@@ -167,6 +167,14 @@ def test_a_request_may_choose_an_fpir_that_the_calibration_knows(serve, curved, 
     assert best["mate_probability"] == pytest.approx(odds / (1 + odds), abs=1e-6)
 
 
+def test_no_fpir_shows_what_the_operator_hides(serve, curved, people):
+    server = serve(embedder=curved, below_threshold="never")
+    probe = {"embedding": people((1, 1))[0].tolist()}
+    assert server.http.post("/v1/identify", json=probe | {"fpir": 0.01}).status_code == 200
+    error = refused(server.http.post("/v1/identify", json=probe | {"fpir": 0.02}), 403, "below_threshold_hidden")
+    assert error["details"] == {"sent": 0.02, "highest": 0.01}
+
+
 def test_without_a_curve_only_the_calibrated_fpir_is_known(server, people):
     probe = {"embedding": people((1, 1))[0].tolist()}
     assert server.http.post("/v1/identify", json=probe | {"fpir": 0.01}).status_code == 200

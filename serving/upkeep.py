@@ -62,7 +62,7 @@ class Stats:
 
 def stats(path: Path) -> Stats:
     """Raises UserError where it is no store."""
-    with _reading(path) as (connection, row):
+    with reading(path) as (connection, row):
         found = connection.execute("SELECT subject_id, count(*) FROM samples GROUP BY subject_id").fetchall()
         images = IMAGES.count(connection) if _version(connection) == VERSION else 0
     counts = dict(found)
@@ -93,8 +93,8 @@ def backup(path: Path, out: Path, progress: Progress) -> Stats:
     Raises:
         UserError: `path` is no store, `out` is there already, or there is no room.
     """
-    _refuse_existing(out, "--out")
-    with fresh_file(out) as file, _reading(path) as (connection, _):
+    refuse_existing(out, "--out")
+    with fresh_file(out) as file, reading(path) as (connection, _):
         copy = Path(file.name)
         os.fchmod(file.fileno(), 0o600)
         with contextlib.closing(sqlite3.connect(copy)) as target, _as_full(out):
@@ -112,8 +112,8 @@ def restore(copy: Path, path: Path, progress: Progress, key: bytes | None = None
         UserError: `copy` is no store or damaged, or there is something at `path`.
     """
     for file in (path, *(Path(f"{path}{end}") for end in ("-wal", "-shm", "-mark", "-index"))):
-        _refuse_existing(file, "--store")
-    with _reading(copy) as (_, row):
+        refuse_existing(file, "--store")
+    with reading(copy) as (_, row):
         Vault(key).secret(row.secret, copy)
     found = backup(copy, path, progress)
     with contextlib.closing(Store(path, found.model_id, found.dimension, restored=True, key=key)) as store:
@@ -130,8 +130,8 @@ def export(path: Path, out: Path, progress: Progress, key: bytes | None = None) 
     Raises:
         UserError: `path` is no store, a sample is damaged, `out` is there already, or there is no room.
     """
-    _refuse_existing(out, "--out")
-    with _reading(path) as (connection, row), fresh_file(out) as file:
+    refuse_existing(out, "--out")
+    with reading(path) as (connection, row), fresh_file(out) as file:
         os.fchmod(file.fileno(), 0o600)
         if _version(connection) != VERSION:
             raise UserError(
@@ -140,14 +140,14 @@ def export(path: Path, out: Path, progress: Progress, key: bytes | None = None) 
         schema, vault, done = _schema(row), Vault(key), 0
         vault.secret(row.secret, path)
         with pq.ParquetWriter(file, schema) as writer:
-            for piece in _pieces(connection, vault):
+            for piece in pieces(connection, vault):
                 writer.write_batch(_batch(piece, schema))
                 progress(done := done + len(piece), row.samples)
     return done
 
 
 @dataclass(frozen=True)
-class _Line:
+class Line:
     """A sample as it is exported, decrypted; metadata as JSON."""
 
     sample: Sample
@@ -158,9 +158,9 @@ class _Line:
     image: bytes | None
 
 
-def _pieces(connection: sqlite3.Connection, vault: Vault) -> Iterator[list[_Line]]:
+def pieces(connection: sqlite3.Connection, vault: Vault) -> Iterator[list[Line]]:
     """All samples, in pieces that fit into memory whatever their images are."""
-    piece, size = list[_Line](), 0
+    piece, size = list[Line](), 0
     for row in connection.execute(SAMPLES + "WHERE subject_id <> ? ORDER BY samples.id", (rows.NOBODY,)):
         rows.check(f"sample number {row[0]}", *row[2:])
         sample = Sample(*row)
@@ -168,7 +168,7 @@ def _pieces(connection: sqlite3.Connection, vault: Vault) -> Iterator[list[_Line
         owners = (METADATA, OF_SAMPLE + sample.place), (METADATA, sample.number), (IMAGES, OF_SAMPLE + sample.place)
         metadata, of_subject, image = (documents.get(connection, owner, box) for documents, owner in owners)
         values = box.open(b"name", sample.name), box.open(b"vector", sample.vector)
-        piece.append(_Line(sample, *values, metadata, of_subject, image))
+        piece.append(Line(sample, *values, metadata, of_subject, image))
         size += len(image or b"")
         if len(piece) == A_CHANGE or size >= PIECE_BYTES:
             yield piece
@@ -182,7 +182,7 @@ def _schema(row: rows.GalleryRow) -> pa.Schema:
     return pa.schema(columns, metadata={MODEL: row.model_id.encode()})
 
 
-def _batch(piece: list[_Line], schema: pa.Schema) -> pa.RecordBatch:
+def _batch(piece: list[Line], schema: pa.Schema) -> pa.RecordBatch:
     numbers = pa.array(np.frombuffer(b"".join(line.vector for line in piece), "<f4"))
     qualities = np.frombuffer(b"".join(line.sample.quality for line in piece), "<f8")
     columns = (
@@ -278,7 +278,7 @@ def _version(connection: sqlite3.Connection) -> int:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[tuple[sqlite3.Connection, rows.GalleryRow]]:
+def reading(path: Path) -> Iterator[tuple[sqlite3.Connection, rows.GalleryRow]]:
     """A connection that sees one state and cannot write, and the gallery's row; its errors as sentences."""
     if not path.is_file() or not path.stat().st_size:
         raise UserError(f"there is no store '{path}'; --store takes the file that a service keeps its gallery in")
@@ -305,6 +305,7 @@ def _as_full(out: Path) -> Iterator[None]:
             raise
 
 
-def _refuse_existing(path: Path, option: str) -> None:
+def refuse_existing(path: Path, option: str) -> None:
+    """Raises UserError where there is something."""
     if path.exists():
         raise UserError(f"'{path}' is there already; move it away, or name another file with {option}")

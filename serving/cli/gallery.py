@@ -1,4 +1,4 @@
-"""`hypersphere gallery stats`, `verify`, `backup`, `restore`, `export`, `import`, `key`, `rekey`: a gallery's file."""
+"""`hypersphere gallery`: its file looked after, copied, moved to another model, and brought under another key."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -106,11 +106,41 @@ def import_(
 
     with progress() as show:
         found, refused = read(file, store, max_samples, lambda done, total: show("adding", done, total), read_key(key))
+    _left_out(refused)
+    _tell(found, store)
+
+
+@app.command()
+def migrate(
+    to: File,
+    embedder: Annotated[Path, typer.Option(help="Folder of the model to move to.")],
+    store: Store = GALLERY,
+    detector: Annotated[Path | None, typer.Option(help="Folder of a detector, as `serve --detector` takes it.")] = None,
+    jobs: Annotated[int, typer.Option(help="Images that are decoded at the same time.", min=1, max=256)] = 2,
+    key: Key = None,
+) -> None:
+    """Fill a new gallery, of another model, from the images that `serve --keep-images` kept. The service may run on.
+
+    The old gallery stays as it is. Samples without an image are left out, and told.
+
+    Example: `hypersphere gallery migrate --store faces.sqlite --embedder runs/b/embedder --out faces-b.sqlite`
+    """
+    from serving.moving import migrate as move
+    from serving.storage.sealing import read_key
+
+    with progress() as show:
+        found, refused = move(
+            store, embedder, to, jobs, lambda done, total: show("embedding", done, total), detector, read_key(key)
+        )
+    _left_out(refused)
+    _tell(found, to)
+
+
+def _left_out(refused: list[str]) -> None:
     for text in refused[:_TOLD]:
         warn(text)
     if refused:
         warn(f"{len(refused)} samples were left out")
-    _tell(found, store)
 
 
 @app.command()

@@ -286,6 +286,7 @@ ACCESS = {
     "keys rotate": ["0123456789ab"],
     "audit verify": ["--audit", "nothing"],
     "audit find": ["--audit", "nothing", "--subject", "alice"],
+    "gallery migrate": ["--embedder", "nothing", "--out", "moved"],
     "gallery key": ["--out", "new.key"],
     "gallery rekey": ["new.key", "--encryption-key-file", "new.key"],
 }

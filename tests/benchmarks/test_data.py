@@ -22,7 +22,8 @@ def test_it_compares_contenders(tmp_path: Path) -> None:
     assert [(row["contender"], row["processes"]) for row in found] == [
         ("undecoded", 0), ("hypersphere", 0), ("hypersphere", 1), ("webdataset", 0), ("webdataset", 1),
     ]  # fmt: skip
-    assert all(row["samples_s"] > 0 and row["cpu_us"] > 0 for row in found)
+    assert all(row["samples_s"] > 0 for row in found)
+    assert all(row["cpu_us"] > 0 for row in found if not row["processes"])  # of so few images a process may have ended
 
 
 def test_it_tells_memory_along_an_epoch() -> None:

@@ -20,9 +20,10 @@ class Watched:
 
     def __init__(self, folder: Path) -> None:
         self._embedder, self.go, self.calls = Embedder.open(folder), threading.Event(), list[int]()
-        self.embed = self._embedder.embed
+        self.embed, self.begun = self._embedder.embed, threading.Event()
 
     def embed_measured(self, images_BCHW: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        self.begun.set()
         assert self.go.wait(60)
         self.calls.append(len(images_BCHW))
         return self._embedder.embed_measured(images_BCHW)
@@ -64,7 +65,7 @@ def test_requests_that_come_meanwhile_are_embedded_together(
     requests = [crops(1 + seed % 3, seed) for seed in range(9)]
     with ThreadPoolExecutor(9) as pool:
         first = pool.submit(embedding.embed, requests[0])
-        wait_for(embedding, 0)
+        assert watched.begun.wait(60)
         others = [pool.submit(embedding.embed, one) for one in requests[1:]]
         wait_for(embedding, 8)
         watched.go.set()

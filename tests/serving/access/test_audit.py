@@ -191,7 +191,7 @@ def test_pages(tmp_path):
             break
         assert len(some) <= 7
     assert [entry["n"] for entry in found] == list(range(1, 43))
-    for wrong in (Place(1, 3), Place(2, 10**9)):
+    for wrong in (Place(1, 3), Place(2, 10**9), Place(1, 10**18 - 1)):
         with pytest.raises(ValueError, match="no line"):
             page(tmp_path / "log", wrong, 7)
 

@@ -6,6 +6,7 @@ then the lines of what is under way still find room, and everything that comes a
 """
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -156,8 +157,11 @@ class AuditLog:
             batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
             promised = [done for _, done in batch if done is not None]
             try:
+                self._look()
                 self._write([event for event, _ in batch])
                 self._flush(at_once=bool(promised) or self._end)
+                if promised:
+                    self._look()
             except OSError as error:
                 self._fail(error)
                 for done in promised:
@@ -170,6 +174,12 @@ class AuditLog:
             self._mend()
         with contextlib.suppress(OSError):
             self._mark()
+
+    def _look(self) -> None:
+        """Raises OSError where the file was moved, removed or cut: what is written into it then, nobody would find."""
+        there, ours = os.stat(self._path), os.fstat(self._file)
+        if (there.st_dev, there.st_ino, there.st_size) != (ours.st_dev, ours.st_ino, self._size):
+            raise OSError(errno.ESTALE, "it is not the file any more that the service wrote", str(self._path))
 
     def _write(self, events: Sequence[Event]) -> None:
         """Raises OSError where the disk refuses; then nothing of them is in the file."""
@@ -245,6 +255,7 @@ class AuditLog:
         """Take requests again once there is room."""
         if self._fault and not self._broken:
             with contextlib.suppress(OSError):
+                self._look()
                 self._fill_spare()
                 self._fault = ""
 

@@ -155,7 +155,7 @@ def page(folder: Path, start: Place, limit: int) -> tuple[list[dict[str, Any]], 
         place = Place(at, place.offset if at == place.file else 0)
         with path.open("rb") as file:
             if place.offset:
-                file.seek(place.offset - 1)
+                file.seek(min(place.offset - 1, file.seek(0, os.SEEK_END)))
                 if file.read(1) != b"\n":
                     raise ValueError("no line begins there")
             for text in file:

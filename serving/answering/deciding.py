@@ -174,14 +174,14 @@ def _rule_for(settings: Settings, rule: Rule, size: int, fpir: float) -> Rule:
         raise ApiError(422, "fpir_not_known", message, facts) from error
 
 
-def verify(collection: Collection, sent: Sent, request_id: str) -> schemas.VerifyAnswer:
-    """Compare a probe with a reference, or with an enrolled subject."""
+def verify(collection: Collection, sent: Sent, request_id: str, about: list[str]) -> schemas.VerifyAnswer:
+    """Compare a probe with a reference, or with an enrolled subject, who is put into `about` even if not found."""
     model, gallery = collection.model, collection.gallery
     vectors, subject_id, crops = _compared(collection, sent)
     if subject_id is None:
         found = gallery.verify(vectors[0], vectors[1])
     else:
-        subject_id = known(subject_id)
+        about.append(subject_id := known(subject_id))
         found = gallery.verify_subject(vectors[0], subject_id)
     collection.metrics.decisions.labels("verify", found.decision).inc()
     rule = gallery.verify_rule

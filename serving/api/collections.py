@@ -32,6 +32,7 @@ async def create_collection(request: Request, response: Response, key: Key = Non
     """Begin an empty collection, in a file of its own, for vectors of one of the models that the service has loaded."""
     document, every = await read_document(request), service_of(request).collections
     body = read_json(requests.CollectionRequest, document)
+    request.state.collection = body.name
     authorise(request.state.caller, Needs(Scope.ADMIN), body.name)
     once = idempotency_key(key, "POST collection", body.name, [document])
     return _described(request, await change(request, response, lambda: every.create(body.name, body.model_id, once)))

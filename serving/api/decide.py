@@ -63,9 +63,8 @@ async def verify(request: Request) -> schemas.VerifyAnswer:
     """Are these the same identity? Two images, an image and an enrolled subject, or the same with embeddings."""
     collection, request_id = collection_of(request), request.state.request_id
     sent = await body_of(request, openapi.VERIFY, collection)
-    answer = await compute(request, lambda: deciding.verify(collection, sent, request_id))
-    request.state.subjects = [answer.subject_id] if answer.subject_id else []
-    return answer
+    request.state.subjects = about = list[str]()
+    return await compute(request, lambda: deciding.verify(collection, sent, request_id, about))
 
 
 @decide.post(

@@ -41,7 +41,9 @@ async def list_(request: Request) -> operations.JobsAnswer:
 async def get(request: Request, job_id: str) -> operations.JobAnswer:
     """How far a job is, and what it has found so far."""
     job = _job(request, job_id)
-    return await compute(request, lambda: _described(request, job))
+    answer = await compute(request, lambda: _described(request, job))
+    request.state.subjects = list(dict.fromkeys(person for pair in answer.pairs for person in pair.subject_ids))
+    return answer
 
 
 @jobs.delete("/v1/jobs/{job_id}", status_code=204)
@@ -53,7 +55,9 @@ async def cancel_job(request: Request, job_id: str) -> None:
 
 def _job(request: Request, job_id: str) -> Job:
     """A job on a collection that the caller's key reaches; another one is not there for it. Raises ApiError 404."""
-    return service_of(request).jobs.get(job_id, request.state.caller.reaches)
+    found = service_of(request).jobs.get(job_id, request.state.caller.reaches)
+    request.state.collection = found.collection
+    return found
 
 
 def _facts(job: Job) -> operations.JobFacts:

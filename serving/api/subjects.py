@@ -37,7 +37,9 @@ async def list_(
     """The enrolled subjects, in order of enrolment, in pages."""
     collection, request_id = collection_of(request), request.state.request_id
     filter_ = people.read_where(where)
-    return await compute(request, lambda: people.page(collection, cursor, limit, filter_, request_id))
+    answer = await compute(request, lambda: people.page(collection, cursor, limit, filter_, request_id))
+    request.state.subjects = [subject.subject_id for subject in answer.subjects]
+    return answer
 
 
 @subjects.get(SUBJECT, name="subject", responses={304: {"description": "It is as If-None-Match says"}})

@@ -4,22 +4,28 @@ An answer to a change goes when its line is on the disk; where the disk refuses 
 """
 
 import asyncio
+import re
 import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.access.audit import AuditLog, Event
-from serving.access.scopes import DEFAULT_COLLECTION
+from serving.access.scopes import COLLECTION, DEFAULT_COLLECTION
 from serving.access.scopes import Scope as Need
 from serving.api.routing import ScopedRoute
 from serving.api.security import as_response
 from serving.errors import ApiError
 
+NAME = re.compile(f"(?:{COLLECTION})?")  # whatever else a client sends as one stays out of the log
 CHANGING = frozenset({Need.ENROL, Need.ADMIN})
 
 
 class Witness:
-    """Sees what the Guard has let in. A route says in `request.state.subjects` whom it was about beside its path."""
+    """Sees what the Guard has let in.
+
+    A route says in `request.state.subjects` whom it was about beside its path, and in `request.state.collection` about
+    which collection, where its path does not.
+    """
 
     def __init__(self, app: ASGIApp, audit: AuditLog) -> None:
         self._app, self._audit = app, audit
@@ -55,11 +61,13 @@ class Witness:
             return True
         state, named = scope["state"], scope["path_params"]
         subjects = [*([named["subject_id"]] if "subject_id" in named else []), *state.get("subjects", ())]
+        usual = DEFAULT_COLLECTION if route.needs.of == "collection" else ""
+        collection = state.get("collection") or named.get("collection", usual)
         event = Event(
             at=time.time(),
             key_id=state["caller"].key_id,
             do=f"{scope['method']} {route.path}",
-            collection=named.get("collection", DEFAULT_COLLECTION if route.needs.of == "collection" else ""),
+            collection=collection if NAME.fullmatch(collection) else "?",
             subjects=subjects,
             status=status,
             request_id=state["request_id"],

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 import time
 
 import pytest
@@ -190,7 +191,7 @@ def test_pages(tmp_path):
             break
         assert len(some) <= 7
     assert [entry["n"] for entry in found] == list(range(1, 43))
-    for wrong in (Place(1, 3), Place(2, 10**9)):
+    for wrong in (Place(1, 3), Place(2, 10**9), Place(1, 10**18 - 1)):
         with pytest.raises(ValueError, match="no line"):
             page(tmp_path / "log", wrong, 7)
 
@@ -248,3 +249,43 @@ def test_after_a_failed_flush_nothing_is_done_any_more(tmp_path, monkeypatch):
                 log.keep(event()).result(10)
         time.sleep(0.6)
         assert not admitted(log)
+
+
+@pytest.mark.parametrize(
+    "away",
+    [
+        lambda path: path.rename(path.parent.parent / "elsewhere"),
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-40]),
+        lambda path: path.parent.rename(path.parent.parent / "elsewhere"),
+        lambda path: path.write_bytes(shutil.move(path, path.with_name("old")).read_bytes()),
+    ],
+    ids=["moved", "removed", "truncated", "cut", "folder", "copied"],
+)
+def test_a_file_that_is_not_there_any_more_takes_no_change(tmp_path, caplog, away):
+    log = AuditLog(tmp_path / "log", 2**20)
+    with log.running():
+        log.keep(event()).result(10)
+        away(files(tmp_path / "log")[0])
+        with pytest.raises(OSError, match="000001"):
+            log.keep(event(1)).result(10)
+        time.sleep(0.6)
+        assert not admitted(log)
+    assert ["cannot be written" in record.message for record in caplog.records] == [True]  # once
+
+
+def test_a_file_that_is_moved_back_is_continued(tmp_path):
+    log, path = AuditLog(tmp_path / "log", 2**20), tmp_path / "log" / "000001.jsonl"
+    with log.running():
+        log.keep(event()).result(10)
+        path.rename(tmp_path / "elsewhere")
+        end = time.monotonic() + 5
+        while admitted(log):  # found out without a change
+            assert time.monotonic() < end
+        log.note(event(1))
+        (tmp_path / "elsewhere").rename(path)
+        while not admitted(log):
+            assert time.monotonic() < end
+        log.keep(event(2)).result(10)
+    assert verify(tmp_path / "log")[0].number == 5

@@ -47,7 +47,7 @@ def test_who_did_what(serve, tmp_path, photos):
         refused(server.http.get("/v1/subjects", headers={"X-API-Key": wrong}), 401, "key_wrong")
     with opened(keys_path(tmp_path / "gallery.db")) as keys:
         keys.revoke(door.split("_")[1])
-    while server.http.get("/v1/subjects", headers={"X-API-Key": door}).status_code != 401:
+    while server.http.get("/v1/collections", headers={"X-API-Key": door}).status_code != 401:
         pass
     pages, cursor = [], "0-0"
     while len(pages) < 12:  # each of these requests becomes a line, too, sooner or later
@@ -55,6 +55,7 @@ def test_who_did_what(serve, tmp_path, photos):
         assert len(answer["lines"]) <= 3
         pages, cursor = pages + answer["lines"], answer["next_cursor"]
     refused(server.http.get("/v1/audit", params={"cursor": "1-5"}), 422, "invalid")
+    refused(server.http.get("/v1/audit", params={"cursor": "1-999999999999999999"}), 422, "invalid")
     assert server.end() == 0
     head, first = verify(folder)
     found = lines(folder)
@@ -62,7 +63,7 @@ def test_who_did_what(serve, tmp_path, photos):
     assert [page["n"] for page in pages] == list(range(1, len(pages) + 1))
     ids = {door.split("_")[1]: "door", desk.split("_")[1]: "desk", "service": "service"}
     told = [(ids[line["key"]], line["do"], line["status"], len(line["subjects"])) for line in found]
-    told = [line for line in told if line[1] not in ("GET /v1/audit", "GET /v1/subjects")]
+    told = [line for line in told if line[1] not in ("GET /v1/audit", "GET /v1/collections")]
     assert told == [
         ("service", "start", 0, 0),
         ("desk", "POST /v1/subjects/{subject_id}/samples", 201, 1),
@@ -82,6 +83,60 @@ def test_who_did_what(serve, tmp_path, photos):
     everything = b"".join(path.read_bytes() for path in folder.iterdir()) + "".join(server.output).encode()
     for secret in ("alice", "p2", door[17:], desk[17:], "horse", "bad0bad0"):
         assert secret.encode() not in everything
+
+
+def test_lines_say_what_was_done(serve, tmp_path):
+    folder = tmp_path / "log"
+    (tmp_path / "stores").mkdir()
+    server = serve(audit=folder, store=tmp_path / "stores")
+    http, vector = server.http, unit_vectors(1, dimension=DIMENSION)[0].tolist()
+    assert http.post("/v1/collections", json={"name": "staff"}).status_code == 201
+    refused(http.post("/v1/collections", json={"name": "Dr. Alice"}), 422, "invalid")
+    for name in ("alice", "bob"):
+        body = json.dumps({"subject_id": name, "embeddings": [vector]}) + "\n"
+        http.post("/v1/collections/staff/samples", content=body, headers={"Content-Type": "application/x-ndjson"})
+    assert len(http.get("/v1/collections/staff/subjects").json()["subjects"]) == 2
+    job = http.post("/v1/collections/staff/duplicates", json={}).headers["location"]
+    while http.get(job).json()["state"] in ("waiting", "running"):
+        pass
+    assert len(http.get(job, headers={"X-Request-ID": "told"}).json()["pairs"]) == 1
+    assert http.delete(job).status_code == 204
+    refused(http.post("/v1/verify", json={"probe": vector, "subject_id": "nobody"}), 404, "no_subject")
+    refused(http.get(f"/v1/collections/{'Alice' * 4000}/subjects"), 404, "no_collection")
+    assert http.delete("/v1/collections/staff").status_code == 204
+    assert server.end() == 0
+    found = [line for line in lines(folder) if line["do"] != "GET /v1/jobs/{job_id}" or line["request"] == "told"]
+    assert [(line["do"], line["collection"], len(line["subjects"])) for line in found] == [
+        ("start", "", 0),
+        ("POST /v1/collections", "staff", 0),
+        ("POST /v1/collections", "?", 0),
+        ("POST /v1/collections/{collection}/samples", "staff", 1),
+        ("POST /v1/collections/{collection}/samples", "staff", 1),
+        ("GET /v1/collections/{collection}/subjects", "staff", 2),
+        ("POST /v1/collections/{collection}/duplicates", "staff", 0),
+        ("GET /v1/jobs/{job_id}", "staff", 2),
+        ("DELETE /v1/jobs/{job_id}", "staff", 0),
+        ("POST /v1/verify", "default", 1),
+        ("GET /v1/collections/{collection}/subjects", "?", 0),
+        ("DELETE /v1/collections/{collection}", "staff", 0),
+        ("stop", "", 0),
+    ]
+    assert len(list(find(folder, "default", "nobody"))) == 1
+
+
+def test_a_log_that_is_moved_away_lets_nothing_be_done(serve, tmp_path, photos):
+    server = serve(audit=tmp_path / "log")
+    assert enrol(server, "alice", photos(1)).status_code == 201
+    (tmp_path / "log").rename(tmp_path / "elsewhere")
+    refused(enrol(server, "bob", photos(2)), 503, "audit_unavailable")
+    while "nothing is done" not in refused(enrol(server, "bob", photos(2)), 503, "audit_unavailable")["message"]:
+        pass
+    (tmp_path / "elsewhere").rename(tmp_path / "log")
+    while (answer := enrol(server, "carol", photos(3))).status_code == 503:
+        pass
+    assert answer.status_code == 201
+    server.end()
+    verify(tmp_path / "log")
 
 
 def test_a_full_disk_of_the_log_leaves_the_gallery_as_it_is(serve, tmp_path, photos):

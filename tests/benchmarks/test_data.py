@@ -23,7 +23,8 @@ def test_it_compares_contenders(tmp_path: Path) -> None:
         ("undecoded", 0), ("hypersphere", 0), ("hypersphere", 1), ("webdataset", 0), ("webdataset", 1),
     ]  # fmt: skip
     assert all(row["samples_s"] > 0 for row in found)
-    assert all(row["cpu_us"] > 0 for row in found if not row["processes"])  # of so few images a process may have ended
+    # The system counts in 10 ms: reading so few takes less, and a process of its own may have ended.
+    assert all(row["cpu_us"] > 0 for row in found[1:] if not row["processes"])
 
 
 def test_it_tells_memory_along_an_epoch() -> None:

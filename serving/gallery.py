@@ -149,15 +149,17 @@ class Gallery:
         vectors_BD: NDArray[np.float32],
         key: IdempotencyKey | None = None,
         attached: Attached = PLAIN,
+        expected: int | None = None,
     ) -> Enrolment:
         """Add samples to a subject, new or known. When this returns, they are on disk and found by the next search.
+        `expected`, and what it raises: see `Store`.
 
         Raises:
             SubjectFull: the subject would hold more than `max_samples`.
         """
         with self._projection.changing(subject_id):
             self._projection.index.check(vectors_BD)  # before the store has them
-            done = self._store.enrol(subject_id, vectors_BD, self._max_samples, key, attached)
+            done = self._store.enrol(subject_id, vectors_BD, self._max_samples, key, attached, expected)
             if done.replayed:
                 self._projection.confirm()
             else:

@@ -61,9 +61,7 @@ class Metrics:
         self._subjects = Gauge("hypersphere_gallery_subjects", "Enrolled subjects", ["collection"], registry=own)
         self._samples = Gauge("hypersphere_gallery_samples", "Enrolled samples", ["collection"], registry=own)
         self._ready = Gauge("hypersphere_collection_ready", "1 where it takes changes, 0 where not", _BY, registry=own)
-        self._models = Gauge(
-            "hypersphere_model_info", "The model of a collection", ["collection", "model_id"], registry=own
-        )
+        self._models = Gauge("hypersphere_model_info", "The model of a collection", [*_BY, "model_id"], registry=own)
 
     def opened(self, collection: str, gallery: Gallery, drift: Drift) -> None:
         """From now on the collection's size is told, its queue, and how its scores drift."""

@@ -30,6 +30,7 @@ from serving.storage.changes import (
     Metadata,
     SampleRow,
     State,
+    StoreError,
     SubjectRow,
     SubjectUnknown,
     Update,
@@ -100,7 +101,7 @@ class Gallery:
         self._store, self._max_samples = store, max_samples
         kind = Projection if template == "maximum" else Averages
         self._projection = kind(store, threads, normaliser, form, template)
-        self._searches = Batcher(self._search)
+        self._searches, self._fault = Batcher(self._search), ""
         self.on_search: Callable[[int, float], object] = lambda size, seconds: None
 
     @property
@@ -127,8 +128,8 @@ class Gallery:
         return self._store.state()
 
     def status(self) -> Status:
-        """What stands in memory; nothing is waited for."""
-        return self._projection.status
+        """What stands in memory; nothing is waited for. Where the last `check` failed, so has the gallery."""
+        return Status("failed", reason=self._fault) if self._fault else self._projection.status
 
     def load(self, stopping: Callable[[], bool] = lambda: False) -> None:
         """See `Projection.load`."""
@@ -136,7 +137,13 @@ class Gallery:
 
     def check(self) -> State:
         """See `Projection.check`."""
-        return self._projection.check()
+        try:
+            state = self._projection.check()
+        except StoreError as error:
+            self._fault = str(error)
+            raise
+        self._fault = ""
+        return state
 
     def close(self) -> None:
         """End what is under way in the background, and close the store. Idempotent."""
@@ -149,15 +156,17 @@ class Gallery:
         vectors_BD: NDArray[np.float32],
         key: IdempotencyKey | None = None,
         attached: Attached = PLAIN,
+        expected: int | None = None,
     ) -> Enrolment:
         """Add samples to a subject, new or known. When this returns, they are on disk and found by the next search.
+        `expected`, and what it raises: see `Store`.
 
         Raises:
             SubjectFull: the subject would hold more than `max_samples`.
         """
         with self._projection.changing(subject_id):
             self._projection.index.check(vectors_BD)  # before the store has them
-            done = self._store.enrol(subject_id, vectors_BD, self._max_samples, key, attached)
+            done = self._store.enrol(subject_id, vectors_BD, self._max_samples, key, attached, expected)
             if done.replayed:
                 self._projection.confirm()
             else:

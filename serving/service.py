@@ -43,7 +43,7 @@ class Service:
             raise
         self.jobs = Jobs(settings.idempotency_hours)
         self._closing = threading.Event()
-        self._watched, self._fault = time.monotonic(), ""
+        self._watched, self._failed = time.monotonic(), set[str]()  # collections of which the log tells
         self.draining = False  # /readyz sends new clients elsewhere
 
     def close(self) -> None:
@@ -71,20 +71,25 @@ class Service:
                     on_fault(error)
                     return
                 log.error("the collection '%s' is not served: %s", collection.name, error)
+                self._failed.add(collection.name)
         self.watch()
         while not self._closing.wait(WATCH_EVERY_S):
             self.watch()
 
     def watch(self) -> None:
-        """Ask the stores whether they answer and are in step with their indexes; `ready` tells the outcome."""
-        faults = []
+        """Ask the stores whether they answer and are in step with their indexes; `ready` tells the outcome, and the log
+        when a collection begins to fail."""
         for collection in self.collections.all():
             try:
                 collection.gallery.check()
             except StoreError as error:
-                faults.append((collection.name, str(error)))
-        # One of several keeps the others from nobody.
-        self._fault = faults[0][1] if faults and len(faults) == len(self.collections.all()) else ""
+                if not any(one is collection for one in self.collections.all()):
+                    continue  # it was dropped meanwhile
+                if collection.name not in self._failed:
+                    log.error("the collection '%s' refuses changes: %s", collection.name, error)
+                self._failed.add(collection.name)
+            else:
+                self._failed.discard(collection.name)
         self._watched = time.monotonic()
 
     def ready(self, trusted: bool, request_id: str) -> operations.ReadyAnswer:
@@ -97,11 +102,13 @@ class Service:
         if self.draining:
             raise stopping()
         galleries = {collection.name: collection.gallery for collection in self.collections.all()}
-        states = [gallery.status() for gallery in galleries.values()]
+        status = {name: gallery.status() for name, gallery in galleries.items()}
+        states = list(status.values())
         if any(state.state == "loading" for state in states):
             raise loading(sum(state.done for state in states), sum(state.total for state in states))
-        failed = states and all(state.state == "failed" for state in states)
-        fault = states[0].reason if failed else self._fault
+        faults = {name: state.reason for name, state in status.items() if state.state == "failed"}
+        # One of several keeps the others from nobody.
+        fault = next(iter(faults.values())) if faults and len(faults) == len(states) else ""
         if fault or time.monotonic() - self._watched > WATCH_LATE_S:
             told = fault if trusted and fault else "the store does not answer"
             raise ApiError(503, "store_unavailable", f"{told}; the log says more", headers={"retry-after": "5"})
@@ -114,6 +121,7 @@ class Service:
             revision=gallery.revision if gallery else None,
             model_id=gallery.model_id if gallery else None,
             collections=len(galleries),
+            faults=faults or None,
             request_id=request_id,
         )
 

@@ -208,4 +208,8 @@ def from_values(values: dict[str, object]) -> Settings:
             f"serve: {'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}"
             for fault in error.errors()
         ]
+        # A secret counts as a collection of its characters.
+        lines = [
+            line.replace(" items", " characters") if line.startswith("serve: api_key:") else line for line in lines
+        ]
         raise UserError("\n".join(lines)) from error

@@ -280,6 +280,9 @@ def _version(connection: sqlite3.Connection) -> int:
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[tuple[sqlite3.Connection, rows.GalleryRow]]:
     """A connection that sees one state and cannot write, and the gallery's row; its errors as sentences."""
+    if path.is_dir():
+        told = f"'{path}' is a folder; of a folder of collections, give the file of one"
+        raise UserError(f"{told}: --store {path / 'NAME.db'}")
     if not path.is_file() or not path.stat().st_size:
         raise UserError(f"there is no store '{path}'; --store takes the file that a service keeps its gallery in")
     try:

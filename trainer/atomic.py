@@ -17,11 +17,15 @@ from trainer.locks import within
 _PATIENCE = 5.0  # seconds for the children of a killed process, which see its end and drop the lock soon after
 
 
-class DiskFull(OSError, UserError):
-    """There is no room on a disk. Whoever minds every OSError finds it among them; its message is the sentence."""
+class Unwritable(OSError, UserError):
+    """A file cannot be made. Whoever minds every OSError finds it among them; its message is the sentence."""
 
     def __str__(self) -> str:
         return str(self.strerror)
+
+
+class DiskFull(Unwritable):
+    """There is no room on a disk."""
 
 
 @contextmanager
@@ -59,10 +63,11 @@ def fresh_file(path: Path) -> Iterator[BinaryIO]:
 
     Raises:
         DiskFull: there is no room for it.
+        Unwritable: it cannot be made.
     """
     partial = path.with_name(f".partial-{os.urandom(6).hex()}-{path.name}")
     try:
-        with room_for(path), partial.open("xb") as file:
+        with room_for(path), _made(partial, path) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -70,6 +75,16 @@ def fresh_file(path: Path) -> Iterator[BinaryIO]:
         sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _made(partial: Path, path: Path) -> BinaryIO:
+    try:
+        return partial.open("xb")
+    except OSError as error:
+        if is_full(error):
+            raise
+        reason = error.strerror if path.parent.is_dir() else f"there is no folder '{path.parent}'; make it first"
+        raise Unwritable(error.errno, f"'{path}' cannot be written: {reason}", str(path)) from error
 
 
 def write_file(path: Path, content: bytes | str) -> None:

@@ -1,6 +1,7 @@
 """Who is asking: the keys that a running service knows, kept in step with their file."""
 
 import contextlib
+import functools
 import hmac
 import logging
 import os
@@ -16,6 +17,7 @@ from serving.access.limits import RateLimit
 from serving.access.scopes import Caller
 from serving.errors import ApiError
 from serving.settings import Settings
+from serving.storage.mark import asked_for_keys, mark_path, note_keys
 from trainer.errors import UserError
 
 log = logging.getLogger("hypersphere.serving")
@@ -54,13 +56,26 @@ class Keyring:
         self._used, self._noted = dict[str, float](), time.monotonic()
         self._end = threading.Event()
         self.on_change: Callable[[str, str], object] = lambda what, key_id: None  # told of every key that changes
+        self._marks, self._marked = functools.partial(_marks, settings.store), False
         if settings.keys is not None or self._path.exists():
             self._look()
+        if not self.asked:
+            self._refuse_loss(settings.anonymous)
 
     @property
     def asked(self) -> bool:
         """Whether everybody needs a key."""
         return self._operator is not None or self._file is not None
+
+    def _refuse_loss(self, anonymous: bool) -> None:
+        """Nobody needs a key: raises UserError where that was otherwise before, and nobody said that it is meant."""
+        with contextlib.suppress(OSError):  # the store itself says what is wrong with it
+            if not anonymous and any(map(asked_for_keys, self._marks())):
+                raise UserError(
+                    f"this store was served to those with a key only, and the file of keys '{self._path}' is missing; "
+                    "put it back, name it with --keys, or add --anonymous to serve without keys"
+                )
+        log.warning("no key is asked for: everybody who reaches this service may search, enrol and erase")
 
     def check(self, headers: dict[bytes, bytes], client: str) -> Caller:
         """Whose key it is.
@@ -115,6 +130,7 @@ class Keyring:
                 if self._file is not None or self._path.exists():
                     self._look()
                 self._looked = time.monotonic()
+                self._mark()
             except (UserError, OSError, sqlite3.Error) as error:
                 log.error("the file of keys cannot be read, and soon no key of it is taken: %s", error)
                 continue
@@ -137,6 +153,16 @@ class Keyring:
                     self.on_change("key made" if old is None else "key revoked", key_id)
                 elif old.secrets != new.secrets:
                     self.on_change("key rotated", key_id)
+
+    def _mark(self) -> None:
+        """Note in the stores that they are served to those with a key, so that a loss of the file is noticed."""
+        if self._file is not None and not self._marked:
+            self._marked = True
+            try:
+                for path in self._marks():
+                    note_keys(path)
+            except OSError as error:
+                log.warning("a store cannot note that it is served with keys only: %s", error)
 
     def _note_used(self) -> None:
         used, self._used = self._used, {}
@@ -166,6 +192,12 @@ def sent_key(headers: dict[bytes, bytes]) -> bytes:
 
 def _path(settings: Settings) -> Path:
     return settings.keys or keys_path(settings.store)
+
+
+def _marks(store: Path) -> list[Path]:
+    """The marks of a store that exist; of a folder of collections, those of all."""
+    real = Path(os.path.realpath(store))
+    return sorted(real.glob("*.db-mark")) if real.is_dir() else [path for path in [mark_path(real)] if path.exists()]
 
 
 def _refusal(code: str, problem: str) -> ApiError:

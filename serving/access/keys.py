@@ -129,6 +129,9 @@ class KeyFile:
         """A second secret for a key: the one before is good for `grace_s` seconds more, earlier ones end now."""
         with self._change():
             self._live(key_id)
+            (expires,) = self._connection.execute("SELECT expires FROM keys WHERE id = ?", (key_id,)).fetchone()
+            if expires is not None and expires <= time.time():
+                raise UserError(f"the key {key_id} has expired; make a new one with `hypersphere keys create`")
             until, newest = time.time() + grace_s, "SELECT max(made) FROM secrets WHERE key_id = ?1"
             self._connection.execute(f"DELETE FROM secrets WHERE key_id = ?1 AND made < ({newest})", (key_id,))
             self._connection.execute("UPDATE secrets SET expires = ? WHERE key_id = ?", (until, key_id))

@@ -40,9 +40,7 @@ def items(sent: Sent, dimension: int) -> Iterator[Item]:
         yield from _from_bytes(document, dimension)
         return
     count = 0
-    for number, line in enumerate(document.split(b"\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in _lines(document):
         item = _line(requests.BulkItem, line, number)
         count += len(item.embeddings)
         if count > requests.MAX_BULK:
@@ -51,6 +49,21 @@ def items(sent: Sent, dimension: int) -> Iterator[Item]:
         yield Item(item.subject_id, item.embeddings, item.model_id, attached)
     if not count:
         raise invalid(("", "no item was sent; send one JSON object a line"))
+
+
+def _lines(document: bytes) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, with their numbers; each is copied only when it is taken."""
+    start = number = blank = 0
+    while start < len(document):
+        end = document.find(b"\n", start)
+        line = document[start : end if end >= 0 else len(document)]
+        start, number = start + len(line) + 1, number + 1
+        if line.strip():
+            yield number, line
+            continue
+        blank += 1
+        if blank > requests.MAX_BULK:
+            raise invalid((f"line {number}", f"more than {requests.MAX_BULK} lines are blank; leave them out"))
 
 
 def _from_bytes(document: bytes, dimension: int) -> Iterator[Item]:

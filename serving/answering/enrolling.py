@@ -24,9 +24,9 @@ Vectors = NDArray[np.float32]
 
 
 def enrol(
-    collection: Collection, subject_id: str, sent: Sent, key: str | None, request_id: str
+    collection: Collection, subject_id: str, sent: Sent, key: str | None, request_id: str, expected: int | None = None
 ) -> tuple[schemas.EnrolAnswer, bool]:
-    """Add samples to a subject, new or known."""
+    """Add samples to a subject: new or known, or known and still at the revision that is expected."""
     subject_id, model, gallery = enrollable(subject_id), collection.model, collection.gallery
     most = collection.settings.max_images
     parts = sent.files["images"] if sent.document is None else [sent.document]
@@ -51,7 +51,7 @@ def enrol(
         if crops:
             attached = replace(attached, qualities=[crop.worth for crop in crops])
         with collection.metrics.stage("store"):
-            done = gallery.enrol(subject_id, vectors_BD, once, attached)
+            done = gallery.enrol(subject_id, vectors_BD, once, attached, expected)
     answer = schemas.EnrolAnswer(
         subject_id=done.subject_id,
         samples=[schemas.SampleAnswer(sample_id=sample_id) for sample_id in done.sample_ids],

@@ -5,7 +5,18 @@ from fastapi import Request, Response
 from serving.access.scopes import needs
 from serving.answering import enrolling
 from serving.api.bodies import read_bulk
-from serving.api.requests import Key, Routes, SubjectPath, body_of, change, collection_of, tagged
+from serving.api.requests import (
+    IfMatch,
+    Key,
+    Routes,
+    SubjectPath,
+    body_of,
+    change,
+    collection_of,
+    expected,
+    tagged,
+)
+from serving.errors import invalid
 from serving.wire import openapi, schemas
 
 SAMPLES = "/subjects/{subject_id}/samples"
@@ -16,11 +27,15 @@ enrolment = Routes("gallery")
 
 @enrolment.post(SAMPLES, status_code=201, openapi_extra=openapi.ENROL.openapi())
 @needs("enrol")
-async def enrol(request: Request, response: Response, subject_id: SubjectPath, key: Key = None) -> schemas.EnrolAnswer:
+async def enrol(
+    request: Request, response: Response, subject_id: SubjectPath, key: Key = None, if_match: IfMatch = None
+) -> schemas.EnrolAnswer:
     """Add samples to a subject, new or known. Once answered, they are on disk and the next search finds them."""
-    collection, request_id = collection_of(request), request.state.request_id
+    collection, request_id, revision = collection_of(request), request.state.request_id, expected(if_match)
     sent = await body_of(request, openapi.ENROL, collection)
-    answer = await change(request, response, lambda: enrolling.enrol(collection, subject_id, sent, key, request_id))
+    answer = await change(
+        request, response, lambda: enrolling.enrol(collection, subject_id, sent, key, request_id, revision)
+    )
     return tagged(response, answer)
 
 
@@ -28,6 +43,8 @@ async def enrol(request: Request, response: Response, subject_id: SubjectPath, k
 @needs("enrol")
 async def enrol_many(request: Request, response: Response, key: Key = None) -> schemas.BulkAnswer:
     """Add samples to many subjects, all that can be in one change. An item that is refused leaves the others alone."""
+    if "if-match" in request.headers:
+        raise invalid(("If-Match", "an enrolment of many subjects has no ETag to match; leave the header out"))
     collection, request_id = collection_of(request), request.state.request_id
     sent = await read_bulk(request)
     answer = await change(request, response, lambda: enrolling.enrol_many(collection, sent, key, request_id))
@@ -38,9 +55,9 @@ async def enrol_many(request: Request, response: Response, key: Key = None) -> s
 @enrolment.put(SAMPLES, status_code=201, openapi_extra=openapi.ENROL.openapi(), deprecated=True)
 @needs("enrol")
 async def enrol_by_put(
-    request: Request, response: Response, subject_id: SubjectPath, key: Key = None
+    request: Request, response: Response, subject_id: SubjectPath, key: Key = None, if_match: IfMatch = None
 ) -> schemas.EnrolAnswer:
     """The same as POST, which replaces it: PUT must not append. Goes with the next release."""
     path = request.url.path.encode("ascii", "ignore").decode()
     response.headers.update({name: value.format(path=path) for name, value in SUPERSEDED.items()})
-    return await enrol(request, response, subject_id, key)
+    return await enrol(request, response, subject_id, key, if_match)

@@ -44,6 +44,8 @@ def create(
     from serving.access.keys import opened
 
     lifetime = None if expires is None else _seconds(expires, "--expires")
+    if lifetime == 0:
+        raise UserError(f"--expires: a key would have expired at once after '{expires}'; give a time as in 90d")
     with opened(_path(store, file), make=True) as keys:
         token = keys.create(name, scope, collection, lifetime, rate, burst)
     out.print(token)

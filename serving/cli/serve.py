@@ -3,6 +3,8 @@
 import inspect
 import os
 import re
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,7 @@ _PANELS = {
     "Limits": r"(max|rate|wrong)_\w+",
     "Times": r"\w+_(s|hours)",
 }
+_PREFIX = "HYPERSPHERE_"  # of the variables
 _FILE = "YAML or TOML file of settings, by their names."
 # For a command that reads its options itself.
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -45,9 +48,21 @@ def _start(*, host: str, port: int, settings: Path | None, **values: object) -> 
     from trainer.errors import UserError
 
     # The processes that decode strangers' images inherit the environment, and need no key.
+    _refuse_misspelt(os.environ)
     if os.environ.pop("HYPERSPHERE_API_KEY", None) == "":
         raise UserError("HYPERSPHERE_API_KEY is set but empty; put a key in, or unset it to serve only this machine")
     run(from_values(values), host, port)
+
+
+def _refuse_misspelt(variables: Mapping[str, str]) -> None:
+    """Refuse a variable that is nearly a setting's. Others of our prefix are for other commands, or nobody's."""
+    from trainer.errors import UserError
+
+    known = {name.upper() for name in inspect.signature(_start).parameters}
+    for variable in sorted(variables):
+        name = variable.removeprefix(_PREFIX)
+        if variable.startswith(_PREFIX) and name not in known and (near := get_close_matches(name, known, 1, 0.8)):
+            raise UserError(f"the variable {variable} is no setting; the nearest is {_PREFIX}{near[0]}")
 
 
 def _from_file(context: typer.Context, path: Path | None) -> Path | None:
@@ -91,6 +106,6 @@ def _of_setting(name: str, field: "FieldInfo") -> inspect.Parameter:
 def _parameter(name: str, kind: Any, default: Any, **more: Any) -> inspect.Parameter:
     """The names of the option and of its variable follow the setting's."""
     flags = (f"--{name.replace('_', '-')}", *(["-e"] if name == "embedder" else []))
-    variable = None if name == "restored" else f"HYPERSPHERE_{name.upper()}"
+    variable = None if name == "restored" else f"{_PREFIX}{name.upper()}"
     option = typer.Option(*flags, envvar=variable, show_envvar=False, **more)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])

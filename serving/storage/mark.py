@@ -6,6 +6,8 @@ that has seen fewer changes than its mark says has lost some.
 The file has two slots, each in a sector of its own: magic, the store's uid, revision, CRC-32. They are written in
 turns, in place, and flushed, so a power cut tears at most the slot that was being written, and the other one is at most
 one change behind. Nothing is allocated in a write, so a full disk does not stop it.
+
+At its end it says whether the store was ever served to those with a key only: it goes wherever the store goes.
 """
 
 import contextlib
@@ -20,6 +22,7 @@ from trainer.atomic import write_file
 SLOT = struct.Struct("<8s16sQ")  # and four bytes of CRC-32
 MAGIC = b"HYPSMARK"
 SECTOR = 4096
+KEYS = b"KEYS"  # the last bytes of a store's that was served to those with a key
 
 
 class MarkDamaged(ValueError):
@@ -57,6 +60,21 @@ def make_mark(path: Path, reached: Reached) -> None:
     """Write the file anew, whole or not at all. Raises OSError where the disk refuses."""
     write_file(path, 2 * _pack(reached).ljust(SECTOR, b"\0"))
     path.chmod(0o600)
+
+
+def note_keys(path: Path) -> None:
+    """Note that the store is served to those with a key only. Raises OSError."""
+    handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.pwrite(handle, KEYS, 2 * SECTOR - len(KEYS))
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def asked_for_keys(path: Path) -> bool:
+    """Whether `note_keys` was called. Raises OSError where it is unreadable."""
+    return path.read_bytes().endswith(KEYS)
 
 
 class Mark:

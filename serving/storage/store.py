@@ -109,16 +109,21 @@ class Store(Reader):
         max_samples: int = 100,
         key: IdempotencyKey | None = None,
         attached: Attached = PLAIN,
+        expected: int | None = None,
     ) -> Enrolment:
-        """Add samples to a subject, which is created where it is new. The vectors' lengths are not looked at.
+        """Add samples to a subject, which is created where it is new and not `expected`. The vectors' lengths are not
+        looked at.
 
         Raises:
+            SubjectUnknown: it is new, though it is expected.
             SubjectFull: the subject would hold more than `max_samples`.
             MetadataRefused: some of it is not what metadata may be.
         """
         self._check_shape(vectors_BD, attached)
 
         def act(change: Change) -> Enrolment:
+            if expected is not None:
+                change.known(subject_id, expected)
             return self._add(change, subject_id, vectors_BD, max_samples, attached)
 
         return self._change(Enrolment, subject_id, key, act)

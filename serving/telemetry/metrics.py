@@ -60,9 +60,8 @@ class Metrics:
         self._compared = Gauge("hypersphere_drift_searches", "Searches that drift rests on", _BY, registry=own)
         self._subjects = Gauge("hypersphere_gallery_subjects", "Enrolled subjects", ["collection"], registry=own)
         self._samples = Gauge("hypersphere_gallery_samples", "Enrolled samples", ["collection"], registry=own)
-        self._models = Gauge(
-            "hypersphere_model_info", "The model of a collection", ["collection", "model_id"], registry=own
-        )
+        self._ready = Gauge("hypersphere_collection_ready", "1 where it takes changes, 0 where not", _BY, registry=own)
+        self._models = Gauge("hypersphere_model_info", "The model of a collection", [*_BY, "model_id"], registry=own)
 
     def opened(self, collection: str, gallery: Gallery, drift: Drift) -> None:
         """From now on the collection's size is told, its queue, and how its scores drift."""
@@ -72,11 +71,13 @@ class Metrics:
         self._compared.labels(collection).set_function(lambda: drift.searches)
         self._subjects.labels(collection).set_function(lambda: gallery.size)
         self._samples.labels(collection).set_function(lambda: gallery.samples)
+        self._ready.labels(collection).set_function(lambda: gallery.status().state in ("ready", "rebuilding"))
         self._models.labels(collection, gallery.model_id).set(1)
 
     def dropped(self, collection: str) -> None:
         self._queues["search"].pop(collection)
-        for gauge in (self._subjects, self._samples, self._models, self._stability, self._shift, self._compared):
+        by_drift = self._stability, self._shift, self._compared
+        for gauge in (self._subjects, self._samples, self._ready, self._models, *by_drift):
             gauge.remove_by_labels({"collection": collection})
 
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:

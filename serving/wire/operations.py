@@ -74,6 +74,7 @@ class ReadyAnswer(BaseModel):
     revision: int | None = Field(None, description="changes that the gallery has been through")
     model_id: str | None = None
     collections: int | None = Field(None, description="the other numbers are of the collection `default`")
+    faults: dict[str, str] | None = Field(None, description="collections that have failed and take no change, and why")
     request_id: str
 
 

@@ -192,6 +192,18 @@ def test_nothing_is_replaced(store, path, tmp_path):
     assert there.read_text() == "mine"
 
 
+def test_a_folder_in_place_of_a_file_is_told(store, path, tmp_path):
+    missing = tmp_path / "missing" / "deep"
+    for work in (upkeep.backup, upkeep.export):
+        with pytest.raises(UserError, match=f"no folder '{missing}'"):
+            work(path, missing / "copy", quiet)
+    upkeep.backup(path, tmp_path / "copy", quiet)
+    with pytest.raises(UserError, match=f"no folder '{missing}'"):
+        upkeep.restore(tmp_path / "copy", missing / "faces.sqlite", quiet)
+    with pytest.raises(UserError, match=r"a folder of collections.*NAME\.db"):
+        upkeep.stats(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["missing", "empty", "text", "database"])
 def test_what_is_no_store_is_named(tmp_path, kind):
     path = tmp_path / "some.sqlite"

@@ -11,6 +11,7 @@ from serving.access.keys import opened
 from serving.access.scopes import Scope
 from serving.errors import ApiError
 from serving.settings import from_values
+from serving.storage.mark import Mark, Reached, asked_for_keys, make_mark, read_mark
 from trainer.errors import UserError
 
 KEY = "0123456789abcdef"
@@ -164,6 +165,29 @@ def test_a_file_that_goes_leaves_nobody_in(tmp_path, make, monkeypatch):
         assert refused(keys, token, 503, "keys_unavailable").headers["retry-after"]
         (tmp_path / "gone").rename(tmp_path / "s-keys")
         until(lambda: lets_in(keys, token))
+
+
+@pytest.mark.parametrize("store", ["s", "s/default.db"])
+def test_a_file_that_is_lost_between_two_starts_is_noticed(tmp_path, make, store, caplog):
+    path = tmp_path / f"{store}-mark"
+    path.parent.mkdir(exist_ok=True)
+    ring(tmp_path)
+    make_mark(path, Reached(bytes(16), 7))
+    ring(tmp_path)
+    assert "no key is asked for" in caplog.text
+    make()
+    with ring(tmp_path).watched():
+        until(lambda: asked_for_keys(path))
+    assert read_mark(path) == Reached(bytes(16), 7)
+    mark = Mark(path, Reached(bytes(16), 7))
+    for revision in (8, 9):
+        mark.move(revision)
+    mark.close()
+    (tmp_path / "s-keys").rename(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"s-keys' is missing; put it back"):
+        ring(tmp_path)
+    assert ring(tmp_path, keys=tmp_path / "gone").asked
+    assert not ring(tmp_path, anonymous=True).asked
 
 
 def test_the_rate_of_a_key(tmp_path, make):

@@ -1,10 +1,14 @@
 """Many subjects in one request: each item for itself, all that can be in one change."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from serving.answering.bulk import items
+from serving.errors import ApiError
+from serving.wire.parsing import Sent
 from tests.serving.asking import identities, refused
 from tests.serving.conftest import DIMENSION, unit_vectors
 
@@ -84,6 +88,8 @@ def test_a_repeated_request_is_done_once_and_answered_alike(server):
         (NDJSON, b"", 422, "invalid", "no item was sent"),
         (NDJSON, b"\n\n", 422, "invalid", "no item was sent"),
         (NDJSON, lines([("a", unit_vectors(1))]) + b"{", 400, "not_json", "line 2"),
+        (NDJSON, b"ab\n" * 10_000_000, 400, "not_json", "line 1"),
+        (NDJSON, b"\n" * 30_000_000, 422, "invalid", "lines are blank"),
         (NDJSON, b'{"subject_id": "a"}', 422, "invalid", "line 1"),
         (NDJSON, b'{"subject_id": "a", "embeddings": [], "more": 1}', 422, "invalid", "line 1"),
         (BYTES, b"", 400, "not_json", "line 1"),
@@ -96,6 +102,17 @@ def test_a_body_that_cannot_be_read_changes_nothing(server, kind, content, statu
     before = server.http.get("/readyz").json()["revision"]
     assert told in refused(bulk(server, content, kind), status, code)["message"]
     assert server.http.get("/readyz").json()["revision"] == before
+
+
+def test_only_the_line_that_is_read_is_copied():
+    sent = Sent(document=b"ab\n" * 1_000_000, kind=NDJSON)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ApiError, match="line 1"):
+            list(items(sent, DIMENSION))
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_numbers_that_are_no_vector_are_refused_item_by_item(server):

@@ -153,6 +153,24 @@ def test_a_damaged_collection_is_left_out_and_said(serve, folder, photos):
     assert "the collection 'staff' is not served" in "".join(server.output)
 
 
+def test_a_collection_that_refuses_changes_is_told(serve, folder, vectors):
+    server, mark = serve(store=folder), folder / "staff.db-mark"
+    server.http.post("/v1/collections", json={"name": "staff"})
+    assert "faults" not in server.http.get("/readyz").json()
+    mark.rename(folder.parent / "mark")
+    body = {"embeddings": vectors(1).tolist()}
+    refused(server.http.post("/v1/collections/staff/subjects/a/samples", json=body), 503, "store_unavailable")
+    time.sleep(2.5)
+    answer = server.http.get("/readyz")
+    assert answer.status_code == 200
+    assert set(answer.json()["faults"]) == {"staff"}
+    assert "staff.db-mark' was removed" in answer.json()["faults"]["staff"]
+    assert server.http.get("/v1/collections/staff").json()["state"] == "failed"
+    assert 'hypersphere_collection_ready{collection="staff"} 0.0' in server.http.get("/metrics").text
+    assert 'hypersphere_collection_ready{collection="default"} 1.0' in server.http.get("/metrics").text
+    assert "".join(server.output).count("the collection 'staff' refuses changes") == 1
+
+
 def test_thresholds_by_hand_are_of_one_model(embedder, make_embedder, folder):
     with pytest.raises(UserError, match="a threshold given by hand is one model's"):
         from_values({"store": folder, "embedder": [embedder, make_embedder(seed=1)], "verify_threshold": 0.5})

@@ -60,6 +60,16 @@ def test_a_change_of_what_has_changed_is_refused(server):
         answer = server.http.request(method, path, headers={"If-Match": old}, **more)
         assert refused(answer, 412, "revision_conflict")["details"] == {"revision": int(new.strip('"'))}
         assert answer.headers["etag"] == new
+    body = {"embeddings": unit_vectors(1, seed=next(identities)).tolist()}
+    for method in ("POST", "PUT"):
+        answer = server.http.request(method, f"{path}/samples", headers={"If-Match": old}, json=body)
+        refused(answer, 412, "revision_conflict")
+        gone = server.http.request(method, "/v1/subjects/nobody/samples", headers={"If-Match": old}, json=body)
+        refused(gone, 404, "no_subject")
+    assert "If-Match" in refused(server.http.post("/v1/samples", headers={"If-Match": "*"}), 422, "invalid")["message"]
+    added = server.http.post(f"{path}/samples", headers={"If-Match": new}, json=body)
+    assert added.status_code == 201
+    new = added.headers["etag"]
     for wrong in ("1", 'W/"1"', '"1", "2"', '"x"', ""):
         refused(server.http.delete(path, headers={"If-Match": wrong}), 422, "invalid")
     assert server.http.get(path).json()["metadata"] == {"n": 1}

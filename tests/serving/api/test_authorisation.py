@@ -1,6 +1,7 @@
 """The authorisation matrix: every route of the service against every scope, and every state of a key."""
 
 import itertools
+import signal
 import time
 
 import pytest
@@ -11,6 +12,7 @@ from serving.access.scopes import DEFAULT_COLLECTION, Scope
 from serving.api import create_app
 from serving.api.routing import ScopedRoute
 from serving.settings import from_values
+from serving.storage.mark import asked_for_keys
 from tests.serving.conftest import Server
 
 # What is meant, written by hand. A route that is not here makes the first test fail.
@@ -117,3 +119,18 @@ def test_a_route_against_every_key(server, keys, route):
         else:
             assert answer.status_code not in (401, 403, 405, 429, 500), (name, answer.text)
             assert code != "no_route"
+
+
+def test_a_service_whose_file_of_keys_is_lost_does_not_start(serve, tmp_path):
+    store = tmp_path / "faces.db"
+    with opened(tmp_path / "faces.db-keys", make=True) as file:
+        file.create("a test", [Scope.READ])
+    server, mark = serve(store=store), tmp_path / "faces.db-mark"
+    end = time.monotonic() + 10
+    while not asked_for_keys(mark) and time.monotonic() < end:
+        time.sleep(0.05)
+    server.end(signal.SIGTERM)
+    (tmp_path / "faces.db-keys").unlink()
+    with pytest.raises(AssertionError, match=r"faces\.db-keys' is missing; put it back"):
+        serve(store=store)
+    serve(store=store, anonymous=True)

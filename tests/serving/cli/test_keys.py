@@ -5,6 +5,8 @@ import re
 import pytest
 from typer.testing import CliRunner
 
+from serving.access.keys import opened
+from serving.access.scopes import Scope
 from serving.cli import app
 from trainer.errors import UserError
 
@@ -41,6 +43,7 @@ def test_a_key_from_its_making_to_its_end(run):
         (["list"], "hypersphere keys create"),
         (["revoke", "0" * 12], "hypersphere keys create"),
         (["create", "x", "--scope", "read", "--expires", "soon"], "30m, 12h or 90d"),
+        (["create", "x", "--scope", "read", "--expires", "0d"], "expired at once"),
     ],
 )
 def test_what_cannot_be_is_a_sentence(run, line, told):
@@ -52,3 +55,11 @@ def test_an_unknown_id(run):
     run("create", "x", "--scope", "audit")
     with pytest.raises(UserError, match="keys list"):
         run("revoke", "nobody")
+
+
+def test_what_has_expired_is_not_rotated(run, tmp_path):
+    with opened(tmp_path / "s-keys", make=True) as file:
+        key_id = file.create("x", [Scope.READ], lifetime_s=-1).split("_")[1]
+    with pytest.raises(UserError, match="has expired"):
+        run("rotate", key_id)
+    run("revoke", key_id)

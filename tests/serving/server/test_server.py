@@ -90,6 +90,7 @@ def test_a_key_that_is_none_does_not_open_the_service(key):
     with pytest.raises(UserError, match="api_key") as refused:
         settings(api_key=key)
     assert "aaaa" not in str(refused.value)
+    assert "items" not in str(refused.value)
 
 
 def test_a_key_from_a_file_may_end_in_a_newline():
@@ -168,6 +169,17 @@ def test_every_setting_is_an_option_a_variable_and_in_a_file(way, monkeypatch, t
     ((taken, host, port),) = seen
     assert (host, port) == ("::1", 0)
     assert taken == from_values(given)
+
+
+@pytest.mark.parametrize(("variable", "near"), [("MAX_IMGES", "MAX_IMAGES"), ("KEY", "KEYS"), ("STORES", "STORE")])
+def test_a_variable_that_is_nearly_a_settings_is_refused(variable, near, monkeypatch):
+    monkeypatch.setattr("serving.server.process.run", lambda *taken: None)
+    for other in ("TEST", "SERVICE_HOST", "SERVICE_PORT", "PORT_8000_TCP_ADDR", "RESTORED"):
+        monkeypatch.setenv(f"HYPERSPHERE_{other}", "3")  # Kubernetes sets such ones, too
+    CliRunner().invoke(app, ["serve", "-e", "e"], catch_exceptions=False)
+    monkeypatch.setenv(f"HYPERSPHERE_{variable}", "3")
+    with pytest.raises(UserError, match=f"HYPERSPHERE_{variable} is no setting; the nearest is HYPERSPHERE_{near}$"):
+        CliRunner().invoke(app, ["serve", "-e", "e"], catch_exceptions=False)
 
 
 def test_an_option_goes_before_a_variable_and_a_variable_before_the_file(monkeypatch, tmp_path):

@@ -22,7 +22,7 @@ from serving.gallery import Gallery
 from serving.images.models import Model
 from serving.settings import Settings
 from serving.storage.changes import IdempotencyKey
-from serving.storage.database import pinned
+from serving.storage.database import begun, pinned
 from serving.storage.mark import mark_path
 from serving.storage.sealing import read_key
 from serving.storage.store import Store
@@ -33,6 +33,7 @@ from trainer.errors import UserError
 
 log = logging.getLogger("hypersphere.serving")
 DROPPED = ".dropped"
+BESIDE = ("-wal", "-shm", "-mark", "-index")  # what a store has beside it
 
 
 @dataclass(frozen=True)
@@ -171,15 +172,19 @@ class Collections:
         """Names of the collections in the folder, after what was cut off is tidied away."""
         if self.folder is None:
             return []
-        for file in self.folder.glob(f"*.db{DROPPED}"):
-            _remove(file.with_name(file.name.removesuffix(DROPPED)))
-        files = set(self.folder.glob("*.db"))
+        files, left_over = set(self.folder.glob("*.db")), list[Path]()
         for file in files:
             if not re.fullmatch(NAME, file.stem):
                 raise UserError(f"'{file}' is no name of a collection; rename it to {NAME}.db, or move it away")
-            if not mark_path(file).exists() and pinned(file) is None:  # a creation that was cut off
-                log.warning("'%s' was never begun, and is removed", file)
-                _remove(file)
+            if not mark_path(file).exists() and not begun(file):  # a creation that was cut off
+                left_over.append(file)
+        for dropped in self.folder.glob(f"*.db{DROPPED}"):
+            if (file := dropped.with_name(dropped.name.removesuffix(DROPPED))).exists():
+                raise UserError(f"'{file}' was dropped, but is there again; remove '{dropped}', or move '{file}' away")
+            left_over.append(file)
+        for file in left_over:  # nothing is removed before everything was found in order
+            log.warning("'%s' was never begun, or was dropped, and is removed", file)
+            _remove(file)
         # A mark without its store is one that was lost, which is said when it is opened.
         marks = {file.with_name(file.name.removesuffix("-mark")) for file in self.folder.glob("*.db-mark")}
         return sorted(file.stem for file in files | marks if file.exists() or file in marks)
@@ -214,13 +219,13 @@ class Collections:
 
 
 def _remove(store: Path) -> None:
-    """Remove a store and all files beside it. It is renamed first, and goes last: while there is the renamed file, the
+    """Remove a store and its own files beside it. It is renamed first, and goes last: while there is the renamed file, the
     others are known to be left over."""
     dropped = store.with_name(store.name + DROPPED)
     if store.exists():
         store.rename(dropped)
         sync(store.parent)
-    for path in (*store.parent.glob(f"{store.name}-*"), dropped):
+    for path in (*(store.with_name(store.name + end) for end in BESIDE), dropped):
         if path.is_dir():
             shutil.rmtree(path)
         else:

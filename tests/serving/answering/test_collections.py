@@ -1,6 +1,8 @@
 """Several collections of one service: apart from each other, pinned to their models, made and dropped whole."""
 
+import contextlib
 import signal
+import sqlite3
 import threading
 import time
 
@@ -220,3 +222,30 @@ def test_a_collection_is_dropped_under_those_who_use_it(serve, folder, vectors):
             thread.join()
     assert set(answers) <= {(201, None), (200, None), (404, "no_collection")}, set(answers)
     assert not list(folder.glob("staff*"))
+
+
+def test_no_file_that_the_service_did_not_make_is_removed(folder, embedder):
+    with contextlib.closing(sqlite3.connect(folder / "notes.db")) as notes:
+        notes.execute("CREATE TABLE notes (text TEXT)")
+    (folder / "cut.db").touch()
+    with pytest.raises(UserError, match="notes.db' is another program's database"):
+        Service(from_values({"store": folder, "embedder": embedder}))
+    assert sorted(path.name for path in folder.iterdir()) == ["cut.db", "notes.db"]
+
+
+def test_a_store_in_the_place_of_a_dropped_one_is_not_taken_for_it(serve, folder, embedder):
+    serve(store=folder).kill()
+    (folder / "default.db.dropped").touch()
+    with pytest.raises(UserError, match="was dropped, but is there again"):
+        Service(from_values({"store": folder, "embedder": embedder}))
+    assert (folder / "default.db").stat().st_size
+
+
+def test_a_drop_takes_only_the_files_of_the_store(serve, folder):
+    server = serve(store=folder)
+    server.http.post("/v1/collections", json={"name": "staff"})
+    kept = {folder / f"staff.db{end}" for end in ("-backup-2026.sqlite", "-keys")}
+    for path in kept:
+        path.touch()
+    assert server.http.delete("/v1/collections/staff").status_code == 204
+    assert set(folder.glob("staff*")) == kept

@@ -9,8 +9,8 @@ import logging
 import re
 import shutil
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Collection:
     settings: Settings
     metrics: Metrics
     drift: Drift
+    dropped: threading.Event = field(default_factory=threading.Event, compare=False)
 
     def signed(self, request_id: str) -> dict[str, Any]:
         """What every answer carries."""
@@ -69,6 +70,7 @@ class Collections:
         self._open = dict[str, Collection]()
         self._once = Once[bool](settings.idempotency_hours)
         self._lock = threading.Lock()  # of creating and dropping
+        self.on_drop: Callable[[Collection], object] = lambda collection: None
         self.folder = settings.store if settings.store.is_dir() else None
         try:
             for name in self._found() or [DEFAULT_COLLECTION]:
@@ -110,7 +112,7 @@ class Collections:
             told = f"model {model_id} is not loaded; loaded: {', '.join(self._models)}"
             raise ApiError(409, "wrong_model", told, {"sent": model_id, "served": list(self._models)})
         with self._lock:
-            if self._once.get(key):
+            if self._once.get(name, key):
                 return self.get(name), True
             if name in self._open:
                 raise ApiError(409, "collection_exists", f"the collection '{name}' exists; choose another name")
@@ -123,7 +125,7 @@ class Collections:
             self._open = self._open | {
                 name: self._made(name, model_id)
             }  # whoever walks over it sees the one or the other
-            self._once.put(key, True)
+            self._once.put(name, key, True)
             return self._open[name], False
 
     def drop(self, name: str, key: IdempotencyKey | None = None) -> bool:
@@ -135,12 +137,15 @@ class Collections:
         """
         self._refuse_file()
         with self._lock:
-            if self._once.get(key):
+            if self._once.get(name, key):
                 return True
             dropped = self.get(name)
             self._open = {key: value for key, value in self._open.items() if key != name}
+            dropped.dropped.set()
+            self.on_drop(dropped)
+            self._once.forget(name)
             self._closed(dropped)
-            self._once.put(key, True)
+            self._once.put(name, key, True)
             return False
 
     def _made(self, name: str, model_id: str | None) -> Collection:
@@ -219,8 +224,8 @@ class Collections:
 
 
 def _remove(store: Path) -> None:
-    """Remove a store and its own files beside it. It is renamed first, and goes last: while there is the renamed file, the
-    others are known to be left over."""
+    """Remove a store and its own files beside it. It is renamed first, and goes last: while there is the renamed file,
+    the others are known to be left over."""
     dropped = store.with_name(store.name + DROPPED)
     if store.exists():
         store.rename(dropped)

@@ -170,7 +170,8 @@ class Collections:
 
     def _refuse_file(self) -> None:
         if self.folder is None:
-            told = "this service keeps one collection in one file; start it with --store FOLDER for several"
+            told = "this service keeps one collection in one file; for several start it with --store FOLDER/ "
+            told += "(a folder that exists, or a name that ends with /)"
             raise ApiError(409, "one_collection", told)
 
     def _found(self) -> list[str]:

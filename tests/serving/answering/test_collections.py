@@ -128,6 +128,16 @@ def test_one_file_is_one_collection(server):
     refused(server.http.delete("/v1/collections/default"), 409, "one_collection")
 
 
+def test_a_store_whose_name_ends_with_a_slash_is_a_folder(serve, tmp_path, embedder):
+    server = serve(store=f"{tmp_path}/made/")
+    assert server.http.post("/v1/collections", json={"name": "staff"}).status_code == 201
+    assert (tmp_path / "made" / "staff.db").exists()
+    (tmp_path / "file").touch()
+    for wrong in ("file/", "missing/made/"):
+        with pytest.raises(UserError, match="cannot be made"):
+            from_values({"store": f"{tmp_path}/{wrong}", "embedder": embedder})
+
+
 def test_what_a_kill_left_of_a_drop_goes_with_the_next_start(serve, folder, photos):
     server = serve(store=folder)
     server.http.post("/v1/collections", json={"name": "staff"})

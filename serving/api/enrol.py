@@ -21,7 +21,7 @@ async def enrol(request: Request, response: Response, subject_id: SubjectPath, k
     collection, request_id = collection_of(request), request.state.request_id
     sent = await body_of(request, openapi.ENROL, collection)
     answer = await change(request, response, lambda: enrolling.enrol(collection, subject_id, sent, key, request_id))
-    return tagged(response, answer)
+    return tagged(collection, response, answer)
 
 
 @enrolment.post("/samples", openapi_extra=openapi.BULK)

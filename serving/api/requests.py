@@ -81,7 +81,7 @@ async def body_of(request: Request, body: openapi.Body, collection: Collection) 
 
 
 def expected(collection: Collection, if_match: str | None) -> int | None:
-    """The revision in If-Match; None: any. An ETag of an earlier collection of the name fits none. Raises ApiError 422."""
+    """The revision in If-Match; None: any. An earlier collection's ETag fits none. Raises ApiError 422."""
     if if_match is None or if_match.strip() == "*":
         return None
     found = re.fullmatch(r'"(?:([0-9a-f]{8})-)?([0-9]{1,18})"', if_match.strip())

@@ -263,3 +263,23 @@ def test_a_drop_takes_only_the_files_of_the_store(serve, folder):
         path.touch()
     assert server.http.delete("/v1/collections/staff").status_code == 204
     assert set(folder.glob("staff*")) == kept
+
+
+def test_nothing_of_a_dropped_collection_is_taken_for_the_next_ones(serve, folder, vectors):
+    server, key, below = serve(store=folder), {"Idempotency-Key": "one"}, "/v1/collections/staff"
+    lives = []
+    for _ in range(2):
+        assert server.http.post("/v1/collections", json={"name": "staff"}).status_code == 201
+        assert server.http.get("/v1/jobs").json()["jobs"] == []
+        sent = {"embeddings": [vectors(1)[0].tolist()]}
+        enrolled = server.http.post(f"{below}/subjects/alice/samples", json=sent)
+        job = server.http.post(f"{below}/duplicates", json={}, headers=key)
+        assert (job.status_code, "idempotent-replayed" in job.headers) == (202, False)
+        lives.append((enrolled.headers["etag"], job.json()["job_id"]))
+        if len(lives) == 1:
+            assert server.http.delete(below).status_code == 204
+    (old, job_id), (new, _) = lives
+    refused(server.http.get(f"/v1/jobs/{job_id}"), 404, "no_job")
+    path = f"{below}/subjects/alice"
+    refused(server.http.delete(path, headers={"If-Match": old}), 412, "revision_conflict")
+    assert server.http.delete(path, headers={"If-Match": new}).status_code == 204

@@ -105,6 +105,11 @@ class Gallery:
         self.on_search: Callable[[int, float], object] = lambda size, seconds: None
 
     @property
+    def uid(self) -> str:
+        """Tells the store from any other."""
+        return self._store.uid.hex()
+
+    @property
     def revision(self) -> int:
         """Of the store, that searches have reached."""
         return self._projection.revision

@@ -42,6 +42,7 @@ class Service:
                 model.close()
             raise
         self.jobs = Jobs(settings.idempotency_hours)
+        self.collections.on_drop = self.jobs.forget
         self._closing = threading.Event()
         self._watched, self._failed = time.monotonic(), set[str]()  # collections of which the log tells
         self.draining = False  # /readyz sends new clients elsewhere

@@ -54,6 +54,16 @@ def _named(path: Path) -> Path:
     return path
 
 
+def _made(store: object) -> object:
+    """A path that ends with a slash means a folder, which a Path no longer tells."""
+    if isinstance(store, str) and store.endswith("/"):
+        try:
+            Path(store).mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"the folder '{store}' cannot be made: {error.strerror}") from error
+    return store
+
+
 def _several(embedders: object) -> object:
     return (embedders,) if isinstance(embedders, str | Path) else embedders
 
@@ -66,8 +76,8 @@ class Settings(BaseModel):
     embedder: Annotated[tuple[Path, ...], BeforeValidator(_several)] = Field(
         min_length=1, description="folder that `export` wrote; several may be served, each with collections of its own"
     )
-    store: Annotated[Path, AfterValidator(_named)] = Field(
-        description="SQLite file of the gallery, made if missing; or a folder of collections, NAME.db each"
+    store: Annotated[Path, BeforeValidator(_made), AfterValidator(_named)] = Field(
+        description="SQLite file of the gallery, or folder/ of collections, NAME.db each; made if missing"
     )
     detector: Path | None = Field(
         None, description="folder of a detector: images are photographs, whose faces are found and aligned; null: crops"

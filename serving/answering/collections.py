@@ -9,8 +9,8 @@ import logging
 import re
 import shutil
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from serving.gallery import Gallery
 from serving.images.models import Model
 from serving.settings import Settings
 from serving.storage.changes import IdempotencyKey
-from serving.storage.database import pinned
+from serving.storage.database import begun, pinned
 from serving.storage.mark import mark_path
 from serving.storage.sealing import read_key
 from serving.storage.store import Store
@@ -33,6 +33,7 @@ from trainer.errors import UserError
 
 log = logging.getLogger("hypersphere.serving")
 DROPPED = ".dropped"
+BESIDE = ("-wal", "-shm", "-mark", "-index")  # what a store has beside it
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Collection:
     settings: Settings
     metrics: Metrics
     drift: Drift
+    dropped: threading.Event = field(default_factory=threading.Event, compare=False)
 
     def signed(self, request_id: str) -> dict[str, Any]:
         """What every answer carries."""
@@ -68,6 +70,7 @@ class Collections:
         self._open = dict[str, Collection]()
         self._once = Once[bool](settings.idempotency_hours)
         self._lock = threading.Lock()  # of creating and dropping
+        self.on_drop: Callable[[Collection], object] = lambda collection: None
         self.folder = settings.store if settings.store.is_dir() else None
         try:
             for name in self._found() or [DEFAULT_COLLECTION]:
@@ -109,7 +112,7 @@ class Collections:
             told = f"model {model_id} is not loaded; loaded: {', '.join(self._models)}"
             raise ApiError(409, "wrong_model", told, {"sent": model_id, "served": list(self._models)})
         with self._lock:
-            if self._once.get(key):
+            if self._once.get(name, key):
                 return self.get(name), True
             if name in self._open:
                 raise ApiError(409, "collection_exists", f"the collection '{name}' exists; choose another name")
@@ -122,7 +125,7 @@ class Collections:
             self._open = self._open | {
                 name: self._made(name, model_id)
             }  # whoever walks over it sees the one or the other
-            self._once.put(key, True)
+            self._once.put(name, key, True)
             return self._open[name], False
 
     def drop(self, name: str, key: IdempotencyKey | None = None) -> bool:
@@ -134,12 +137,15 @@ class Collections:
         """
         self._refuse_file()
         with self._lock:
-            if self._once.get(key):
+            if self._once.get(name, key):
                 return True
             dropped = self.get(name)
             self._open = {key: value for key, value in self._open.items() if key != name}
+            dropped.dropped.set()
+            self.on_drop(dropped)
+            self._once.forget(name)
             self._closed(dropped)
-            self._once.put(key, True)
+            self._once.put(name, key, True)
             return False
 
     def _made(self, name: str, model_id: str | None) -> Collection:
@@ -164,22 +170,27 @@ class Collections:
 
     def _refuse_file(self) -> None:
         if self.folder is None:
-            told = "this service keeps one collection in one file; start it with --store FOLDER for several"
+            told = "this service keeps one collection in one file; for several start it with --store FOLDER/ "
+            told += "(a folder that exists, or a name that ends with /)"
             raise ApiError(409, "one_collection", told)
 
     def _found(self) -> list[str]:
         """Names of the collections in the folder, after what was cut off is tidied away."""
         if self.folder is None:
             return []
-        for file in self.folder.glob(f"*.db{DROPPED}"):
-            _remove(file.with_name(file.name.removesuffix(DROPPED)))
-        files = set(self.folder.glob("*.db"))
+        files, left_over = set(self.folder.glob("*.db")), list[Path]()
         for file in files:
             if not re.fullmatch(NAME, file.stem):
                 raise UserError(f"'{file}' is no name of a collection; rename it to {NAME}.db, or move it away")
-            if not mark_path(file).exists() and pinned(file) is None:  # a creation that was cut off
-                log.warning("'%s' was never begun, and is removed", file)
-                _remove(file)
+            if not mark_path(file).exists() and not begun(file):  # a creation that was cut off
+                left_over.append(file)
+        for dropped in self.folder.glob(f"*.db{DROPPED}"):
+            if (file := dropped.with_name(dropped.name.removesuffix(DROPPED))).exists():
+                raise UserError(f"'{file}' was dropped, but is there again; remove '{dropped}', or move '{file}' away")
+            left_over.append(file)
+        for file in left_over:  # nothing is removed before everything was found in order
+            log.warning("'%s' was never begun, or was dropped, and is removed", file)
+            _remove(file)
         # A mark without its store is one that was lost, which is said when it is opened.
         marks = {file.with_name(file.name.removesuffix("-mark")) for file in self.folder.glob("*.db-mark")}
         return sorted(file.stem for file in files | marks if file.exists() or file in marks)
@@ -214,13 +225,13 @@ class Collections:
 
 
 def _remove(store: Path) -> None:
-    """Remove a store and all files beside it. It is renamed first, and goes last: while there is the renamed file, the
-    others are known to be left over."""
+    """Remove a store and its own files beside it. It is renamed first, and goes last: while there is the renamed file,
+    the others are known to be left over."""
     dropped = store.with_name(store.name + DROPPED)
     if store.exists():
         store.rename(dropped)
         sync(store.parent)
-    for path in (*store.parent.glob(f"{store.name}-*"), dropped):
+    for path in (*(store.with_name(store.name + end) for end in BESIDE), dropped):
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -20,7 +20,8 @@ from serving.storage.changes import IdempotencyKey, StoreError
 from trainer.errors import UserError
 
 log = logging.getLogger("hypersphere.serving")
-MOST_UNDER_WAY, MOST_KEPT = 8, 100
+MOST_UNDER_WAY, MOST_KEPT = 8, 100  # of one collection
+FAILED = "the service failed; its log has more"
 NICER = 10  # than the threads that answer
 
 
@@ -28,7 +29,7 @@ NICER = 10  # than the threads that answer
 class Job:
     """A search for duplicates. `done` of `total` samples have been searched for."""
 
-    collection: str
+    of: Collection
     threshold: float
     most: int
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
@@ -39,6 +40,14 @@ class Job:
     pairs: Pairs = field(default_factory=Pairs)
     error: str | None = None
     cancel: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def collection(self) -> str:
+        return self.of.name
+
+    @property
+    def ended(self) -> bool:
+        return self.state not in ("waiting", "running")
 
 
 class Cancelled(Exception):
@@ -70,37 +79,52 @@ class Jobs:
         with self._lock:
             found = self._jobs.get(job_id)
         if found is None or not reaches(found.collection):
-            told = f"no job '{job_id[:64]}' is known; the last {MOST_KEPT} are kept, until the service ends"
+            told = f"no job '{job_id[:64]}' is known; the last {MOST_KEPT} are kept, until their collection is dropped"
+            told += " or the service ends"
             raise ApiError(404, "no_job", told)
         return found
 
-    def start(self, collection: Collection, threshold: float | None, most: int, key: IdempotencyKey | None) -> Job:
-        """Look for duplicates in a collection.
+    def start(
+        self, collection: Collection, threshold: float | None, most: int, key: IdempotencyKey | None
+    ) -> tuple[Job, bool]:
+        """Look for duplicates in a collection; and whether a request with the same key began it before.
 
         Args:
             threshold: of the score; None: that of an identification in a gallery of this size.
 
         Raises:
-            ApiError: too many jobs are under way.
+            ApiError: too many jobs are under way on it, or it was dropped.
         """
-        gallery = collection.gallery
+        gallery, name = collection.gallery, collection.name
         if threshold is None:
             threshold = gallery.identify_rule.at(gallery.size).value
         with self._lock:
-            if found := self._jobs.get(self._once.get(key) or ""):
-                return found
-            under_way = sum(job.state in ("waiting", "running") for job in self._jobs.values())
-            if under_way >= MOST_UNDER_WAY:
+            if collection.dropped.is_set():
+                raise ApiError(404, "no_collection", f"the collection '{name}' was dropped")
+            if found := self._jobs.get(self._once.get(name, key) or ""):
+                return found, True
+            its = [job for job in self._jobs.values() if job.collection == name]
+            finished = [job for job in its if job.ended]
+            if (under_way := len(its) - len(finished)) >= MOST_UNDER_WAY:
                 told = f"{under_way} jobs are under way, as many as are allowed; wait for one, or cancel it"
                 raise ApiError(429, "too_many_jobs", told, headers={"retry-after": "10"})
-            job = Job(collection.name, threshold, most)
-            finished = [name for name, one in self._jobs.items() if one.state not in ("waiting", "running")]
-            for name in finished[: max(0, len(self._jobs) + 1 - MOST_KEPT)]:
-                del self._jobs[name]
+            for old in finished[: max(0, len(its) + 1 - MOST_KEPT)]:
+                del self._jobs[old.job_id]
+            job = Job(collection, threshold, most)
             self._jobs[job.job_id] = job
-            self._once.put(key, job.job_id)
-            self._pool.submit(self._run, job, collection)
-        return job
+            self._once.put(name, key, job.job_id)
+            self._pool.submit(self._run, job)
+        return job, False
+
+    def forget(self, collection: Collection) -> None:
+        """End and forget the jobs of a collection that was dropped, so that none is taken for the next one's."""
+        with self._lock:
+            its = [job for job in self._jobs.values() if job.collection == collection.name]
+            self._once.forget(collection.name)
+            for job in its:
+                del self._jobs[job.job_id]
+        for job in its:
+            self.cancel(job)
 
     def cancel(self, job: Job) -> None:
         """End a job; one that has ended stays as it is."""
@@ -108,7 +132,7 @@ class Jobs:
         if job.state == "waiting":
             job.state = "cancelled"
 
-    def _run(self, job: Job, collection: Collection) -> None:
+    def _run(self, job: Job) -> None:
         def progress(done: int, total: int) -> None:
             if job.cancel.is_set():
                 raise Cancelled
@@ -119,16 +143,24 @@ class Jobs:
             return
         job.state, start = "running", time.monotonic()
         try:
-            duplicates(collection.gallery, job.threshold, job.most, job.pairs, progress)
+            duplicates(job.of.gallery, job.threshold, job.most, job.pairs, progress)
             job.state = "done"
         except Cancelled:
             job.state = "cancelled"
-        except (StoreError, UserError, GalleryLoading, MemoryError) as error:
-            job.error, job.state = str(error) or "there is not enough memory", "failed"
         except Exception as error:
-            job.error, job.state = "the service failed; its log has more", "failed"
-            log.exception("job %s failed: %s", job.job_id, type(error).__name__)
+            job.error, job.state = _told(job, error), "failed"
+            if job.error == FAILED:
+                log.exception("job %s failed: %s", job.job_id, type(error).__name__)
         log.info("job %s: %s after %.1f s", job.job_id, job.state, time.monotonic() - start)
+
+
+def _told(job: Job, error: Exception) -> str:
+    """Why a job failed, for its caller."""
+    if job.of.dropped.is_set():  # the store was closed
+        return "the collection was dropped"
+    if isinstance(error, StoreError | UserError | GalleryLoading | MemoryError):
+        return str(error) or "there is not enough memory"
+    return FAILED
 
 
 def _step_back() -> None:

@@ -31,12 +31,13 @@ async def enrol(
     request: Request, response: Response, subject_id: SubjectPath, key: Key = None, if_match: IfMatch = None
 ) -> schemas.EnrolAnswer:
     """Add samples to a subject, new or known. Once answered, they are on disk and the next search finds them."""
-    collection, request_id, revision = collection_of(request), request.state.request_id, expected(if_match)
+    collection, request_id = collection_of(request), request.state.request_id
+    revision = expected(collection, if_match)
     sent = await body_of(request, openapi.ENROL, collection)
     answer = await change(
         request, response, lambda: enrolling.enrol(collection, subject_id, sent, key, request_id, revision)
     )
-    return tagged(response, answer)
+    return tagged(collection, response, answer)
 
 
 @enrolment.post("/samples", openapi_extra=openapi.BULK)

@@ -5,8 +5,7 @@ from fastapi import Request, Response
 from serving.access.scopes import needs
 from serving.answering.jobs import Job
 from serving.api.bodies import read_document
-from serving.api.requests import Key, Routes, SingleRoutes, collection_of, compute, service_of
-from serving.errors import ApiError
+from serving.api.requests import Key, Routes, SingleRoutes, change, collection_of, compute, service_of
 from serving.wire import openapi, operations, requests
 from serving.wire.parsing import idempotency_key, read_json
 
@@ -22,7 +21,7 @@ async def find_duplicates(request: Request, response: Response, key: Key = None)
     document = await read_document(request)
     body = read_json(requests.DuplicatesRequest, document)
     once = idempotency_key(key, "POST duplicates", collection.name, [document])
-    job = await compute(request, lambda: service.jobs.start(collection, body.threshold, body.limit, once))
+    job = await change(request, response, lambda: service.jobs.start(collection, body.threshold, body.limit, once))
     response.headers["location"] = f"/v1/jobs/{job.job_id}"
     return _described(request, job)
 
@@ -66,11 +65,7 @@ def _facts(job: Job) -> operations.JobFacts:
 
 def _described(request: Request, job: Job) -> operations.JobAnswer:
     """Pairs of whom one was erased meanwhile are not told."""
-    found = job.pairs.best(job.most)
-    try:
-        holds = service_of(request).collections.get(job.collection).gallery.holds
-    except ApiError:  # dropped
-        found = []
+    found, holds = job.pairs.best(job.most), job.of.gallery.holds
     pairs = [
         operations.DuplicateAnswer(subject_ids=pair, score=score) for pair, score in found if all(map(holds, pair))
     ]

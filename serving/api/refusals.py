@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Match
 
-from serving.api.requests import collection_of
+from serving.api.requests import collection_of, etag
 from serving.api.security import as_response
 from serving.batching import Closed
 from serving.errors import ApiError, invalid, stopping
@@ -54,8 +54,7 @@ def _refusal(request: Request, error: Exception) -> ApiError:
         case GalleryLoading():
             return loading(error.done, error.total)
         case RevisionConflict():
-            facts = {"revision": error.revision}
-            return ApiError(412, "revision_conflict", str(error), facts, {"etag": f'"{error.revision}"'})
+            return _conflict(request, error)
         case MetadataRefused():
             return invalid(("metadata", str(error)))
         case StoreError():
@@ -69,6 +68,15 @@ def _refusal(request: Request, error: Exception) -> ApiError:
     log.error("request %s failed: %s", request_id, type(error).__name__)
     message = "the service failed; its log has more under this request id"
     return ApiError(500, "internal", message, headers={"x-request-id": request_id})
+
+
+def _conflict(request: Request, error: RevisionConflict) -> ApiError:
+    """412, with the ETag that would have fitted."""
+    try:
+        headers = {"etag": etag(collection_of(request), error.revision)}
+    except ApiError as dropped:  # while the request was under way
+        return dropped
+    return ApiError(412, "revision_conflict", str(error), {"revision": error.revision}, headers)
 
 
 def _not_routed(request: Request, error: HTTPException) -> ApiError:

@@ -14,6 +14,7 @@ from serving.api.bodies import read
 from serving.api.routing import ScopedRoute
 from serving.errors import invalid
 from serving.service import Service
+from serving.storage.changes import ANOTHERS
 from serving.wire import openapi, schemas
 from serving.wire.parsing import KEY_PATTERN, PATTERN, Sent
 
@@ -27,8 +28,8 @@ IfMatch = Annotated[
     str | None,
     Header(
         alias="If-Match",
-        description="the subject's ETag: done only where the subject was not changed since",
-        json_schema_extra={"pattern": r'^(\*|"[0-9]{1,18}")$'},
+        description="the subject's ETag, or its revision in quotes: done only where the subject was not changed since",
+        json_schema_extra={"pattern": r'^(\*|"([0-9a-f]{8}-)?[0-9]{1,18}")$'},
     ),
 ]
 Revised = TypeVar("Revised", schemas.EnrolAnswer, schemas.ChangeAnswer, schemas.SubjectDetail)
@@ -79,18 +80,24 @@ async def body_of(request: Request, body: openapi.Body, collection: Collection) 
         return await read(request, body, most, collection.model.dimension, raw)
 
 
-def expected(if_match: str | None) -> int | None:
-    """The revision in If-Match; None: any. Raises ApiError 422."""
+def expected(collection: Collection, if_match: str | None) -> int | None:
+    """The revision in If-Match; None: any. An earlier collection's ETag fits none. Raises ApiError 422."""
     if if_match is None or if_match.strip() == "*":
         return None
-    if not re.fullmatch(r'"[0-9]{1,18}"', if_match.strip()):
+    found = re.fullmatch(r'"(?:([0-9a-f]{8})-)?([0-9]{1,18})"', if_match.strip())
+    if found is None:
         raise invalid(("If-Match", "this is not the ETag of a subject; send the one that came with it, or *"))
-    return int(if_match.strip()[1:-1])
+    return int(found[2]) if found[1] in (None, collection.gallery.uid[:8]) else ANOTHERS
 
 
-def tagged(response: Response, answer: Revised) -> Revised:
+def etag(collection: Collection, revision: int) -> str:
+    """Of a subject; what was read of a dropped collection does not fit the next one of its name."""
+    return f'"{collection.gallery.uid[:8]}-{revision}"'
+
+
+def tagged(collection: Collection, response: Response, answer: Revised) -> Revised:
     """The answer, with the subject's ETag among the headers."""
-    response.headers["etag"] = f'"{answer.revision}"'
+    response.headers["etag"] = etag(collection, answer.revision)
     return answer
 
 

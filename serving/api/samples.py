@@ -48,5 +48,6 @@ async def delete_sample(
     if_match: IfMatch = None,
 ) -> None:
     """Erase one sample of a subject that has others. Once answered, it is off the disk and no search finds it."""
-    collection, revision = collection_of(request), expected(if_match)
+    collection = collection_of(request)
+    revision = expected(collection, if_match)
     await change(request, response, lambda: subjects.delete_sample(collection, subject_id, sample_id, revision, key))

@@ -52,7 +52,8 @@ async def get(
 ) -> schemas.SubjectDetail:
     """A subject: its metadata, its revision as ETag, and what is known of its samples."""
     collection, request_id = collection_of(request), request.state.request_id
-    found = tagged(response, await compute(request, lambda: people.describe(collection, subject_id, request_id)))
+    detail = await compute(request, lambda: people.describe(collection, subject_id, request_id))
+    found = tagged(collection, response, detail)
     if known is not None and response.headers["etag"] in known:
         return Response(status_code=304, headers=dict(response.headers))  # type: ignore[return-value]
     return found
@@ -64,12 +65,13 @@ async def update(
     request: Request, response: Response, subject_id: SubjectPath, key: Key = None, if_match: IfMatch = None
 ) -> schemas.ChangeAnswer:
     """Change a subject's metadata by a merge patch (RFC 7396): what is null goes, and what is not named stays."""
-    collection, request_id, revision = collection_of(request), request.state.request_id, expected(if_match)
+    collection, request_id = collection_of(request), request.state.request_id
+    revision = expected(collection, if_match)
     document = await read_document(request, openapi.METADATA_BYTES)
     done = await change(
         request, response, lambda: people.update(collection, subject_id, document, revision, key, request_id)
     )
-    return tagged(response, done)
+    return tagged(collection, response, done)
 
 
 @subjects.post(f"{SUBJECT}/merge", openapi_extra=openapi.MERGE)
@@ -78,13 +80,14 @@ async def merge(
     request: Request, response: Response, subject_id: SubjectPath, key: Key = None, if_match: IfMatch = None
 ) -> schemas.ChangeAnswer:
     """Make all samples of another subject those of this one, which keeps its metadata; the other one is erased."""
-    collection, request_id, revision = collection_of(request), request.state.request_id, expected(if_match)
+    collection, request_id = collection_of(request), request.state.request_id
+    revision = expected(collection, if_match)
     other = read_json(requests.MergeRequest, await read_document(request)).subject_id
     request.state.subjects = [other]
     done = await change(
         request, response, lambda: people.merge(collection, subject_id, other, revision, key, request_id)
     )
-    return tagged(response, done)
+    return tagged(collection, response, done)
 
 
 @subjects.delete(SUBJECT, status_code=204)
@@ -93,5 +96,6 @@ async def delete(
     request: Request, response: Response, subject_id: SubjectPath, key: Key = None, if_match: IfMatch = None
 ) -> None:
     """Erase a subject and all its samples. Once answered, they are off the disk and no search finds them."""
-    collection, revision = collection_of(request), expected(if_match)
+    collection = collection_of(request)
+    revision = expected(collection, if_match)
     await change(request, response, lambda: people.delete(collection, subject_id, revision, key))

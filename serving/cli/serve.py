@@ -93,14 +93,15 @@ def _parameters() -> list[inspect.Parameter]:
 
 def _of_setting(name: str, field: "FieldInfo") -> inspect.Parameter:
     """A field as an option; its bounds are checked with all the others, when the Settings are made."""
-    # A key is read as text, and kept as a secret.
-    kind = {"api_key": str | None, "embedder": list[Path]}.get(name, field.annotation)
+    # A key is read as text, and kept as a secret; of a store, a slash at the end is read.
+    kind = {"api_key": str | None, "embedder": list[Path], "store": str}.get(name, field.annotation)
     default = inspect.Parameter.empty if field.is_required() else field.default
     help_ = (field.description or "").replace("null:", "unset:").replace("`export`", "export")
     panel = next((title for title, names in _PANELS.items() if re.fullmatch(names, name)), None)
+    more = dict[str, str]()
     if name == "store":
-        default = Path("gallery.sqlite")
-    return _parameter(name, kind, default, help=f"{help_[:1].upper()}{help_[1:]}.", rich_help_panel=panel)
+        default, more["metavar"] = "gallery.sqlite", "<Path>"
+    return _parameter(name, kind, default, help=f"{help_[:1].upper()}{help_[1:]}.", rich_help_panel=panel, **more)
 
 
 def _parameter(name: str, kind: Any, default: Any, **more: Any) -> inspect.Parameter:

@@ -27,12 +27,16 @@ class LastSample(ValueError):
     """The subject would be left without a sample."""
 
 
+ANOTHERS = -1  # a revision that no subject is at: the caller read it from another store
+
+
 class RevisionConflict(ValueError):
     """The subject was changed since the caller read it. `revision`: at which it is."""
 
     def __init__(self, subject_id: str, revision: int, expected: int) -> None:
+        sent = "one of another collection" if expected == ANOTHERS else expected
         super().__init__(
-            f"subject '{subject_id}' is at revision {revision}, not {expected}: it was changed meanwhile; read it "
+            f"subject '{subject_id}' is at revision {revision}, not {sent}: it was changed meanwhile; read it "
             "again, and send the change with its new revision"
         )
         self.revision = revision

@@ -281,19 +281,43 @@ def _inode(file: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
+def begun(path: Path) -> bool:
+    """Whether anything was ever written into a store: False of what a creation leaves that was cut off.
+
+    Raises:
+        UserError: it cannot be read, or is another program's database.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with _looked_into(path) as connection:
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    if application != APPLICATION_ID and (application or tables or version):
+        raise UserError(f"'{path}' is another program's database, not a gallery's store; move it away")
+    return bool(tables or version)
+
+
 def pinned(path: Path) -> str | None:
     """The model whose vectors a store holds; None where it is not there or begun. O(1).
 
     Raises:
         UserError: it cannot be read.
     """
-    if not path.exists() or not path.stat().st_size:
+    if not begun(path):
         return None
+    with _looked_into(path) as connection:
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        table = "galleries" if version == 1 else "gallery"
+        found = connection.execute(f"SELECT model_id FROM {table}").fetchone()
+        return found[0] if found else None
+
+
+@contextlib.contextmanager
+def _looked_into(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that writes nothing. Raises UserError for what SQLite says against the file."""
     try:
         with contextlib.closing(_connect(path.resolve(), "ro")) as connection:
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
-            table = "galleries" if version == 1 else "gallery"
-            found = connection.execute(f"SELECT model_id FROM {table}").fetchone() if version else None
-            return found[0] if found else None
+            yield connection
     except sqlite3.Error as error:
         raise UserError(f"the store '{path}' cannot be read: {error}; restore it from a backup") from error

@@ -162,7 +162,7 @@ class ChangeAnswer(Answer):
 
     subject_id: str
     subject_samples: int = Field(description="samples of the subject now")
-    revision: int = Field(description="of the subject; its ETag")
+    revision: int = Field(description="of the subject; the end of its ETag")
 
 
 class EnrolAnswer(Answer):
@@ -173,7 +173,7 @@ class EnrolAnswer(Answer):
     subject_created: bool = Field(description="the subject was new")
     subject_samples: int = Field(description="samples of the subject now")
     gallery_size: int = Field(description="enrolled subjects now")
-    revision: int = Field(description="of the subject; its ETag")
+    revision: int = Field(description="of the subject; the end of its ETag")
     images: list[ImageAnswer] = []
 
 
@@ -210,7 +210,7 @@ class SubjectFacts(BaseModel):
     subject_id: str
     created: str = Field(description="UTC, ISO 8601")
     updated: str = Field(description="UTC, ISO 8601")
-    revision: int = Field(description="of the gallery, at the subject's last change; its ETag")
+    revision: int = Field(description="of the gallery, at the subject's last change; the end of its ETag")
     metadata: dict[str, str | int | float | bool]
 
 

@@ -1,6 +1,8 @@
 """Several collections of one service: apart from each other, pinned to their models, made and dropped whole."""
 
+import contextlib
 import signal
+import sqlite3
 import threading
 import time
 
@@ -126,6 +128,16 @@ def test_one_file_is_one_collection(server):
     refused(server.http.delete("/v1/collections/default"), 409, "one_collection")
 
 
+def test_a_store_whose_name_ends_with_a_slash_is_a_folder(serve, tmp_path, embedder):
+    server = serve(store=f"{tmp_path}/made/")
+    assert server.http.post("/v1/collections", json={"name": "staff"}).status_code == 201
+    assert (tmp_path / "made" / "staff.db").exists()
+    (tmp_path / "file").touch()
+    for wrong in ("file/", "missing/made/"):
+        with pytest.raises(UserError, match="cannot be made"):
+            from_values({"store": f"{tmp_path}/{wrong}", "embedder": embedder})
+
+
 def test_what_a_kill_left_of_a_drop_goes_with_the_next_start(serve, folder, photos):
     server = serve(store=folder)
     server.http.post("/v1/collections", json={"name": "staff"})
@@ -206,10 +218,14 @@ def test_a_collection_is_created_and_dropped_once_under_one_key(serve, folder):
     for replayed in (False, True):
         answer = server.http.post("/v1/collections", json={"name": "staff"}, headers=key)
         assert (answer.status_code, "idempotent-replayed" in answer.headers) == (201, replayed)
-    refused(server.http.post("/v1/collections", json={"name": "others"}, headers=key), 409, "idempotency_key_reused")
+    other = {"name": "staff", "model_id": None}
+    refused(server.http.post("/v1/collections", json=other, headers=key), 409, "idempotency_key_reused")
+    assert server.http.post("/v1/collections", json={"name": "others"}, headers=key).status_code == 201
     for replayed in (False, True):
         answer = server.http.delete("/v1/collections/staff", headers={"Idempotency-Key": "two"})
         assert (answer.status_code, "idempotent-replayed" in answer.headers) == (204, replayed)
+    anew = server.http.post("/v1/collections", json={"name": "staff"}, headers=key)
+    assert (anew.status_code, "idempotent-replayed" in anew.headers) == (201, False)
 
 
 def test_a_collection_is_dropped_under_those_who_use_it(serve, folder, vectors):
@@ -238,3 +254,50 @@ def test_a_collection_is_dropped_under_those_who_use_it(serve, folder, vectors):
             thread.join()
     assert set(answers) <= {(201, None), (200, None), (404, "no_collection")}, set(answers)
     assert not list(folder.glob("staff*"))
+
+
+def test_no_file_that_the_service_did_not_make_is_removed(folder, embedder):
+    with contextlib.closing(sqlite3.connect(folder / "notes.db")) as notes:
+        notes.execute("CREATE TABLE notes (text TEXT)")
+    (folder / "cut.db").touch()
+    with pytest.raises(UserError, match=r"notes\.db' is another program's database"):
+        Service(from_values({"store": folder, "embedder": embedder}))
+    assert sorted(path.name for path in folder.iterdir()) == ["cut.db", "notes.db"]
+
+
+def test_a_store_in_the_place_of_a_dropped_one_is_not_taken_for_it(serve, folder, embedder):
+    serve(store=folder).kill()
+    (folder / "default.db.dropped").touch()
+    with pytest.raises(UserError, match="was dropped, but is there again"):
+        Service(from_values({"store": folder, "embedder": embedder}))
+    assert (folder / "default.db").stat().st_size
+
+
+def test_a_drop_takes_only_the_files_of_the_store(serve, folder):
+    server = serve(store=folder)
+    server.http.post("/v1/collections", json={"name": "staff"})
+    kept = {folder / f"staff.db{end}" for end in ("-backup-2026.sqlite", "-keys")}
+    for path in kept:
+        path.touch()
+    assert server.http.delete("/v1/collections/staff").status_code == 204
+    assert set(folder.glob("staff*")) == kept
+
+
+def test_nothing_of_a_dropped_collection_is_taken_for_the_next_ones(serve, folder, vectors):
+    server, key, below = serve(store=folder), {"Idempotency-Key": "one"}, "/v1/collections/staff"
+    lives = []
+    for _ in range(2):
+        assert server.http.post("/v1/collections", json={"name": "staff"}).status_code == 201
+        assert server.http.get("/v1/jobs").json()["jobs"] == []
+        sent = {"embeddings": [vectors(1)[0].tolist()]}
+        enrolled = server.http.post(f"{below}/subjects/alice/samples", json=sent)
+        job = server.http.post(f"{below}/duplicates", json={}, headers=key)
+        assert (job.status_code, "idempotent-replayed" in job.headers) == (202, False)
+        lives.append((enrolled.headers["etag"], job.json()["job_id"]))
+        if len(lives) == 1:
+            assert server.http.delete(below).status_code == 204
+    (old, job_id), (new, _) = lives
+    refused(server.http.get(f"/v1/jobs/{job_id}"), 404, "no_job")
+    path = f"{below}/subjects/alice"
+    refused(server.http.delete(path, headers={"If-Match": old}), 412, "revision_conflict")
+    assert server.http.delete(path, headers={"If-Match": new}).status_code == 204

@@ -88,8 +88,9 @@ def test_a_job_over_http(server, vectors):
     assert (job["state"], job["done"], job["total"]) == ("done", len(names), len(names))
     assert (len(job["pairs"]), job["truncated"]) == (25, True)
     assert all(tuple(pair["subject_ids"]) in expected for pair in job["pairs"])
-    again = server.http.post("/v1/duplicates", json=body, headers=key).json()
-    assert again["job_id"] == job["job_id"]
+    again = server.http.post("/v1/duplicates", json=body, headers=key)
+    assert (again.json()["job_id"], again.headers["idempotent-replayed"]) == (job["job_id"], "true")
+    assert "idempotent-replayed" not in started.headers
     refused(server.http.post("/v1/duplicates", json={"limit": 1}, headers=key), 409, "idempotency_key_reused")
     by_default = server.http.post("/v1/collections/default/duplicates", json={}).json()
     assert (
@@ -115,8 +116,8 @@ def jobs():
     made.close()
 
 
-def _collection(gallery):
-    return Collection("default", gallery, None, None, None, None)
+def _collection(gallery, name="default"):
+    return Collection(name, gallery, None, None, None, None)
 
 
 def test_a_job_is_cancelled_and_others_wait_their_turn(jobs, gallery, monkeypatch):
@@ -128,7 +129,7 @@ def test_a_job_is_cancelled_and_others_wait_their_turn(jobs, gallery, monkeypatc
         return nearest(*arguments)
 
     monkeypatch.setattr(gallery, "nearest", waiting)
-    first, second, third = (jobs.start(_collection(gallery), 0.8, 10, None) for _ in range(3))
+    first, second, third = (jobs.start(_collection(gallery), 0.8, 10, None)[0] for _ in range(3))
     jobs.cancel(first)
     jobs.cancel(third)
     goes_on.set()
@@ -142,7 +143,7 @@ def test_jobs_are_bounded_and_one_key_is_one_job(jobs, gallery, monkeypatch):
     goes_on = threading.Event()
     monkeypatch.setattr(gallery, "pieces", lambda: iter(goes_on.wait(30) and []))
     key = IdempotencyKey("one", b"request")
-    started = {jobs.start(_collection(gallery), 0.8, 10, key).job_id for _ in range(5)}
+    started = {jobs.start(_collection(gallery), 0.8, 10, key)[0].job_id for _ in range(5)}
     assert len(started) == 1
     for _ in range(MOST_UNDER_WAY - 1):
         jobs.start(_collection(gallery), 0.8, 10, None)
@@ -152,13 +153,56 @@ def test_jobs_are_bounded_and_one_key_is_one_job(jobs, gallery, monkeypatch):
     for job in jobs.all():
         _until_ended(lambda job=job: vars(job))
     for _ in range(2 * MOST_KEPT):
-        job = jobs.start(_collection(gallery), 0.8, 10, None)
+        job, _ = jobs.start(_collection(gallery), 0.8, 10, None)
         _until_ended(lambda job=job: vars(job))
     assert len(jobs.all()) == MOST_KEPT
 
 
 def test_a_job_on_a_closed_gallery_fails_in_words(jobs, gallery):
     gallery.close()
-    job = jobs.start(_collection(gallery), 0.8, 10, None)
+    job, _ = jobs.start(_collection(gallery), 0.8, 10, None)
     _until_ended(lambda: vars(job))
     assert (job.state, "closed" in job.error) == ("failed", True)
+
+
+def test_jobs_and_keys_of_one_collection_are_nothing_to_another(jobs, gallery, monkeypatch):
+    goes_on = threading.Event()
+    monkeypatch.setattr(gallery, "pieces", lambda: iter(goes_on.wait(30) and []))
+    one, another = _collection(gallery, "one"), _collection(gallery, "another")
+    key = IdempotencyKey("one", b"request")
+    first, _ = jobs.start(one, 0.8, 10, key)
+    for number in range(MOST_UNDER_WAY):
+        jobs.start(another, 0.8, 10, IdempotencyKey("one", b"other") if number == 0 else None)
+    assert jobs.start(one, 0.8, 10, key) == (first, True)
+    jobs.start(one, 0.8, 10, None)
+    goes_on.set()
+    for job in jobs.all():
+        _until_ended(lambda job=job: vars(job))
+    for _ in range(MOST_KEPT):
+        job, _ = jobs.start(another, 0.8, 10, None)
+        _until_ended(lambda job=job: vars(job))
+    assert jobs.get(first.job_id) is first
+
+
+def test_jobs_go_with_their_collection(jobs, gallery, monkeypatch):
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def cut_off():
+        begun.set()
+        assert goes_on.wait(30)
+        raise ValueError("Cannot operate on a closed database")
+
+    monkeypatch.setattr(gallery, "pieces", cut_off)
+    collection, key = _collection(gallery), IdempotencyKey("one", b"request")
+    job, _ = jobs.start(collection, 0.8, 10, key)
+    assert begun.wait(30)
+    collection.dropped.set()
+    jobs.forget(collection)
+    goes_on.set()
+    _until_ended(lambda: vars(job))
+    assert (job.state, job.error, jobs.all()) == ("failed", "the collection was dropped", [])
+    with pytest.raises(ApiError, match="no job"):
+        jobs.get(job.job_id)
+    with pytest.raises(ApiError, match="was dropped"):
+        jobs.start(collection, 0.8, 10, None)
+    assert not jobs.start(_collection(gallery), 0.8, 10, key)[1]

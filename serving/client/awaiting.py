@@ -195,6 +195,7 @@ class AsyncClient:
                 progress(job.done, job.total)
                 await asyncio.sleep(POLL_S)
                 job = await self.job(job.job_id)
+            progress(job.done, job.total)
         except BaseException:
             await self.cancel_job(job.job_id)
             raise

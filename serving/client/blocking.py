@@ -195,6 +195,7 @@ class Client:
                 progress(job.done, job.total)
                 time.sleep(POLL_S)
                 job = self.job(job.job_id)
+            progress(job.done, job.total)
         except BaseException:
             self.cancel_job(job.job_id)
             raise

@@ -18,14 +18,18 @@ _PATIENCE = 5.0  # seconds for the children of a killed process, which see its e
 
 
 class Unwritable(OSError, UserError):
-    """A file cannot be made. Whoever minds every OSError finds it among them; its message is the sentence."""
+    """A file cannot be made. Whoever minds every OSError finds it among them; its message is a sentence."""
 
     def __str__(self) -> str:
-        return str(self.strerror)
+        told = f"'{self.filename}' cannot be written: {self.strerror}"
+        return f"{told}; make its folder first" if self.errno == errno.ENOENT else told
 
 
 class DiskFull(Unwritable):
-    """There is no room on a disk."""
+    """There is no room on a disk. `strerror` is the sentence."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
 
 
 @contextmanager
@@ -83,8 +87,7 @@ def _made(partial: Path, path: Path) -> BinaryIO:
     except OSError as error:
         if is_full(error):
             raise
-        reason = error.strerror if path.parent.is_dir() else f"there is no folder '{path.parent}'; make it first"
-        raise Unwritable(error.errno, f"'{path}' cannot be written: {reason}", str(path)) from error
+        raise Unwritable(error.errno, error.strerror, str(path)) from error
 
 
 def write_file(path: Path, content: bytes | str) -> None:

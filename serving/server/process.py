@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import logging.config
 import resource
 import signal
 import socket
@@ -50,6 +51,7 @@ def run(settings: Settings, host: str, port: int) -> None:
 
         if settings.traces:
             opened.enter_context(tracing.start(settings.traces))
+        logging.config.dictConfig(logs.config(settings.log_format))
         app = create_app(settings, allowed, on_fault)
         service: Service = app.state.service
         opened.callback(service.close)

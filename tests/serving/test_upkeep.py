@@ -195,10 +195,10 @@ def test_nothing_is_replaced(store, path, tmp_path):
 def test_a_folder_in_place_of_a_file_is_told(store, path, tmp_path):
     missing = tmp_path / "missing" / "deep"
     for work in (upkeep.backup, upkeep.export):
-        with pytest.raises(UserError, match=f"no folder '{missing}'"):
+        with pytest.raises(UserError, match=f"'{missing}/.*: No such file or directory; make its folder first"):
             work(path, missing / "copy", quiet)
     upkeep.backup(path, tmp_path / "copy", quiet)
-    with pytest.raises(UserError, match=f"no folder '{missing}'"):
+    with pytest.raises(UserError, match=f"'{missing}/.*: No such file or directory; make its folder first"):
         upkeep.restore(tmp_path / "copy", missing / "faces.sqlite", quiet)
     with pytest.raises(UserError, match=r"a folder of collections.*NAME\.db"):
         upkeep.stats(tmp_path)

@@ -277,6 +277,8 @@ def run(rank: int, options: argparse.Namespace, port: int) -> None:
     if options.ranks > 1:
         dist.barrier()  # who leaves while another still speaks to it is aborted
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads do not always survive the interpreter's end: it has aborted here, with all measured
 
 
 def report(

@@ -278,7 +278,7 @@ def run(rank: int, options: argparse.Namespace, port: int) -> None:
         dist.barrier()  # who leaves while another still speaks to it is aborted
         dist.destroy_process_group()
         sys.stdout.flush()
-        os._exit(0)  # gloo's threads do not always survive the interpreter's end: it has aborted here, with all measured
+        os._exit(0)  # gloo's threads may abort the interpreter at its end, when all is measured
 
 
 def report(

@@ -52,7 +52,8 @@ def asked(collection: Collection, sent: Sent) -> Asked:
 
 def _of_images(collection: Collection, options: requests.FormOptions, sent: Sent) -> Asked:
     """The faces of a photograph, each a probe; or several images of one person."""
-    which = options.face or ("all" if len(sent.files["image"]) == 1 else "only")
+    photograph = collection.settings.detector is not None and len(sent.files["image"]) == 1
+    which = options.face or ("all" if photograph else "only")
     crops = collection.model.crops(sent.files, "image", which=which)
     if which == "all":
         if len(sent.files["image"]) > 1:

@@ -23,7 +23,7 @@ Verify (1:1) and identify (1:N) by embeddings, with a calibrated open-set thresh
   threshold match.
 * Every **error** is `{"error": {"code", "message", "details"}, "request_id"}`.
 * `X-Request-ID` is taken over if sent, and always returned.
-* `Idempotency-Key` on enrolment and `DELETE`: the same request under the same key is done once and answered alike.
+* `Idempotency-Key` on every change: the same request under the same key is done once and answered alike.
 * Candidates **below the threshold** are left out of an identification unless it asks for them, where that is allowed.
 
 ```

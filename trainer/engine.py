@@ -72,7 +72,8 @@ class Engine:
         self._engine = _initialize(module, config, device)
         if config.backbone.channels_last and not self._partitioned:  # ZeRO lays weights out itself, one behind another
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._gradients = None if self._partitioned else Gradients(module.parameters(), self._group)
+        together = self._group.size > 1 and not self._partitioned  # one rank alone needs no buffer
+        self._gradients = Gradients(module.parameters(), self._group) if together else None
         self._engine.enable_backward_allreduce = self._partitioned
         self._create_moments()
         self._average = Average(module, config.engine.ema_decay) if config.engine.ema_decay else None

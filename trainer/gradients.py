@@ -29,8 +29,6 @@ class Gradients:
     @torch.no_grad()
     def average(self) -> None:
         """Give each parameter the mean of its gradient over the ranks; none counts as zeros. A collective."""
-        if self._group.size == 1:
-            return
         own = [torch.zeros_like(one) if one.grad is None else one.grad for one in self._parameters]
         torch._foreach_copy_(self._views, own)
         self._group.all_reduce(self._flat, in_place=True)
